@@ -1,0 +1,9 @@
+// nodeserve._host: what needs no GPU. This file only binds; each folder has its own bind.cpp.
+#include <pybind11/pybind11.h>
+
+void bind_ring(pybind11::module_& module);
+
+PYBIND11_MODULE(_host, module) {
+    module.doc() = "Shared-memory rings and CPU kernels of nodeserve.";
+    bind_ring(module);
+}

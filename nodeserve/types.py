@@ -1,0 +1,170 @@
+"""The words that every part shares: what a request asks for and what it gets back."""
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from nodeserve.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
+
+
+class Role(Enum):
+    """What an instance does: one phase, or both (chunked prefill joined with decode)."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. Names and defaults are those vLLM's users know.
+
+    `logprobs=None` gives none, 0 the chosen token's alone, n also the n most likely ones, taken
+    from the raw logits (before penalties, bias and temperature). `top_k=0` keeps all tokens.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def shapes_logits(self) -> bool:
+        """True when penalties, bias or a minimum length change the logits before the choice."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias)
+            or self.min_tokens > 0
+        )
+
+
+_FLOAT_RANGES = {  # field: (lowest, highest, lowest itself excluded)
+    "temperature": (0.0, 100.0, False),
+    "top_p": (0.0, 1.0, True),
+    "min_p": (0.0, 1.0, False),
+    "repetition_penalty": (0.0, 100.0, True),
+    "presence_penalty": (-2.0, 2.0, False),
+    "frequency_penalty": (-2.0, 2.0, False),
+}
+_INT_RANGES = {
+    "max_tokens": (1, 2**31 - 1),
+    "min_tokens": (0, 2**31 - 1),
+    "top_k": (0, 2**31 - 1),
+}
+SAMPLING_FIELDS = frozenset(f.name for f in fields(Sampling))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]
+        raise InvalidRequest(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, open_low: bool) -> None:
+    number = isinstance(value, float) or _is_int(value)
+    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        raise InvalidRequest(f"{name} must be a number from {low} to {high}, got {value!r}")
+    if open_low and value == low:
+        raise InvalidRequest(f"{name} must be above {low}, got {value!r}")
+
+
+def _check_bias(bias: object, vocab_size: int) -> None:
+    if not isinstance(bias, dict):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, got {bias!r}")
+    for token_id, value in bias.items():
+        _check_int("logit_bias token id", token_id, 0, vocab_size - 1)
+        _check_float("logit_bias value", value, -100.0, 100.0, False)
+
+
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Raise InvalidRequest naming the first field that is out of range."""
+    for name, (low, high) in _INT_RANGES.items():
+        _check_int(name, getattr(sampling, name), low, high)
+    for name, (low_f, high_f, open_low) in _FLOAT_RANGES.items():
+        _check_float(name, getattr(sampling, name), low_f, high_f, open_low)
+    if sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens ({sampling.min_tokens}) is above max_tokens ({sampling.max_tokens})"
+        )
+    if sampling.seed is not None:
+        _check_int("seed", sampling.seed, 0, MAX_SEED)
+    if sampling.logprobs is not None:
+        _check_int("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
+    if not isinstance(sampling.ignore_eos, bool):
+        raise InvalidRequest(f"ignore_eos must be true or false, got {sampling.ignore_eos!r}")
+    _check_bias(sampling.logit_bias, vocab_size)
+    for token_id in sampling.stop_token_ids:
+        _check_int("stop_token_ids", token_id, 0, vocab_size - 1)
+
+
+def sampling_from(values: dict[str, Any]) -> Sampling:
+    """Build Sampling from a mapping off the wire; unknown names are refused by name."""
+    unknown = sorted(map(str, set(values) - SAMPLING_FIELDS))
+    if unknown:
+        known = ", ".join(sorted(SAMPLING_FIELDS))
+        raise InvalidRequest(f"unknown sampling field {unknown[0]!r}; known fields: {known}")
+    stops = values.get("stop_token_ids", ())
+    if not isinstance(stops, list | tuple):
+        raise InvalidRequest(f"stop_token_ids must be a list of token ids, got {stops!r}")
+    return Sampling(**{**values, "stop_token_ids": tuple(stops)})
+
+
+def sampling_to(sampling: Sampling) -> dict[str, Any]:
+    """The fields that differ from the defaults: what travels."""
+    default = Sampling()
+    return {
+        name: getattr(sampling, name)
+        for name in sorted(SAMPLING_FIELDS)
+        if getattr(sampling, name) != getattr(default, name)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probability (natural log) of one chosen token and of the most likely alternatives."""
+
+    logprob: float
+    top: dict[int, float]  # token id -> logprob, most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in seconds, and who did the work. Worker ids are indices.
+
+    `queue_s` counts from arrival to the first prefill step, `prefill_s` from there to the first
+    token, `handoff_wait_s` from the first token to the start of the pull; `decode_s` from
+    the first token to the last. `handoff_*` are 0 for a request that stayed on one worker.
+    """
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    handoff_wait_s: float = 0.0
+    handoff_s: float = 0.0
+    handoff_bytes: int = 0
+    decode_s: float = 0.0
+    prefill_worker: int = -1
+    decode_worker: int = -1
+    num_preemptions: int = 0

@@ -1,0 +1,50 @@
+"""Builds the C++ extensions. Everything else about the package stands in pyproject.toml.
+
+`nodeserve._host` (rings, CPU kernels) needs a C++20 compiler and pybind11, never torch.
+
+Switches (environment, 0 or 1): NODESERVE_SKIP_CUDA leaves the CUDA extension out;
+NODESERVE_SANITIZE=address|thread builds `_host` under that sanitizer (see `make sanitize`).
+"""
+
+import os
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+
+HOST_SOURCES = ["csrc/api_host.cpp", "csrc/ring/bind.cpp"]
+
+
+def flag(name: str) -> bool:
+    value = os.environ.get(name, "0").lower()
+    if value not in {"0", "1", "false", "true"}:
+        raise SystemExit(f"{name}={value!r}: use 0 or 1")
+    return value in {"1", "true"}
+
+
+def sanitizer() -> str | None:
+    value = os.environ.get("NODESERVE_SANITIZE", "")
+    if value not in {"", "address", "thread"}:
+        raise SystemExit(f"NODESERVE_SANITIZE={value!r}: use address or thread")
+    return value or None
+
+
+def host_extension() -> Pybind11Extension:
+    compile_args = ["-O3", "-g0", "-Wall", "-Wextra", "-Werror"]
+    link_args = ["-pthread"]
+    if name := sanitizer():
+        compile_args = ["-O1", "-g", "-Wall", "-Wextra", f"-fsanitize={name}"]
+        link_args += [f"-fsanitize={name}"]
+    return Pybind11Extension(
+        "nodeserve._host",
+        HOST_SOURCES,
+        include_dirs=["csrc"],
+        cxx_std=20,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        depends=[str(path) for path in Path("csrc").rglob("*.h*")],
+    )
+
+
+ParallelCompile("NODESERVE_BUILD_JOBS", default=2).install()
+setup(ext_modules=[host_extension()], cmdclass={"build_ext": build_ext})
