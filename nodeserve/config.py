@@ -1,6 +1,7 @@
 """Settings: frozen, built once, resolved once."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +41,50 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token takes over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What `nodeserve start` was asked for. `None` and "auto" are resolved once, in `resolve`."""
+
+    model: str | None = None  # folder, .gguf file or hub name; None: the embedded demo model
+    layout: str | None = None  # None: 1p1d with two devices or more, else 1m
+    gpus: str | None = None
+    device: str = "auto"  # auto, cuda, cpu
+    socket: str | None = None
+    max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
+    block_size: int = 16  # tokens a KV block
+    kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory
+    max_num_seqs: int = 64  # sequences in one decode step
+    max_num_batched_tokens: int = 512  # tokens in one step: the prefill chunk
+    max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
+    dtype: str = "auto"  # auto, bfloat16, float16, float32
+    served_model_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All that a worker process is told at its start; travels as JSON on its command line."""
+
+    index: int
+    role: str
+    device: str  # "cpu" or "cuda"
+    model: str  # resolved path of the checkpoint
+    dtype: str  # "bfloat16", "float16" or "float32"
+    max_model_len: int
+    block_size: int
+    kv_memory: int  # bytes
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cpus: tuple[int, ...]  # cores to run on; the first is the step loop's
+    num_threads: int
+    pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
+    channel: dict[str, int | str]  # the rings and doorbells: wire.ring's WorkerEnd.open
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "WorkerSpec":
+        values = json.loads(text)
+        return WorkerSpec(**{**values, "cpus": tuple(values["cpus"])})
