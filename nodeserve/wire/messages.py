@@ -285,7 +285,7 @@ TO_CLIENT: Tagged[ToClient] = Tagged(ToClient)
 
 
 def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
-    numbers = array(typecode, values)  # type: ignore[arg-type]
+    numbers = array(typecode, values)
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers.tobytes()
