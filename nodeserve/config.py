@@ -6,13 +6,19 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; `kind` is "linear" or "llama3" (Llama 3.1's rule)."""
+    """How rotary frequencies are stretched; `kind` says which of the other fields count.
+
+    "linear" divides every frequency by `factor`; "llama3" follows Llama 3.1's rule, from `factor`
+    and the three numbers below it; "factors" divides frequency i by `frequency_factors[i]`, of
+    which there are head_dim / 2 (GGUF files carry the result of the rule, not its numbers).
+    """
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    frequency_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class ModelConfig:
     attention_bias: bool = False  # biases on the q, k and v projections
     qk_norm: bool = False  # RMS norm over head_dim on q and k, before the rotation
     sliding_window: int | None = None  # tokens a query sees, itself included; None: all
+    first_window_layer: int = 0  # layers before this one see all tokens even with a window
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
