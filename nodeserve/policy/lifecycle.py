@@ -14,6 +14,9 @@ only once.
 WAITING: in the coordinator's buffer. PREFILL: a prefill worker (or mixed one) has it. PARKED: its
 pages wait in prefill memory for room on the decode side. MOVING: a decode worker copies them.
 DECODE: one token a step. DRAINING: ended for the client, a worker still holds or reads pages.
+
+A lost worker puts what it held back to WAITING, with the tokens that the client has already seen
+appended to the prompt. A lost puller is a refusal: the source still has the pages.
 """
 
 import enum
@@ -50,7 +53,6 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
     Phase.WAITING: {
         Event.ADMITTED: Phase.PREFILL,
         Event.CANCELLED: Phase.DONE,
-        Event.FAILED: Phase.DONE,
     },
     Phase.PREFILL: {
         Event.PREFILLED: Phase.DECODE,
@@ -59,26 +61,25 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
         Event.PREEMPTED: Phase.WAITING,
         Event.CANCELLED: Phase.DRAINING,
         Event.FAILED: Phase.DONE,
-        Event.WORKER_LOST: Phase.DONE,
+        Event.WORKER_LOST: Phase.WAITING,
     },
     Phase.PARKED: {
         Event.PULLING: Phase.MOVING,
         Event.CANCELLED: Phase.DRAINING,
-        Event.WORKER_LOST: Phase.DONE,
+        Event.WORKER_LOST: Phase.WAITING,
     },
     Phase.MOVING: {
         Event.KV_PULLED: Phase.DECODE,
         Event.KV_REFUSED: Phase.PARKED,
         Event.CANCELLED: Phase.DRAINING,
         Event.FAILED: Phase.DRAINING,  # the source still has to release its pages
-        Event.WORKER_LOST: Phase.DRAINING,
     },
     Phase.DECODE: {
         Event.FINISHED: Phase.DONE,
         Event.PREEMPTED: Phase.WAITING,
         Event.CANCELLED: Phase.DRAINING,
         Event.FAILED: Phase.DONE,
-        Event.WORKER_LOST: Phase.DONE,
+        Event.WORKER_LOST: Phase.WAITING,
     },
     Phase.DRAINING: {
         Event.PREFILLED: Phase.DRAINING,  # these crossed with our cancel
@@ -88,7 +89,6 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
         Event.PREEMPTED: Phase.DRAINING,
         Event.FINISHED: Phase.DRAINING,
         Event.FAILED: Phase.DRAINING,
-        Event.WORKER_LOST: Phase.DRAINING,
         Event.RELEASED: Phase.DONE,
     },
     Phase.DONE: {},

@@ -57,7 +57,10 @@ class PullKv(NamedTuple):
 
 
 class ReleaseKv(NamedTuple):
-    """The pinned blocks of a handed-over request are no longer needed. No answer."""
+    """The pinned blocks of a handed-over request are no longer needed. Answer: one Dropped.
+
+    The answer carries the load: without it an idle prefill worker would look full for ever.
+    """
 
     request_id: int
 
@@ -155,7 +158,7 @@ class KvRefused(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Answer to Cancel: nothing of the request is held, nobody reads its pages from here."""
+    """Answer to Cancel and ReleaseKv: nothing of the request is held or read here any more."""
 
     request_id: int
     load: list[int]
