@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers as pre
 
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, StringArray
-from nodeserve.text.tokenizer import _SPACE, Vocabulary, check_token_id
+from nodeserve.text.tokenizer import SPACE, Vocabulary, check_token_id
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
 
@@ -144,9 +144,9 @@ def _sentencepiece(fields: _Metadata) -> Vocabulary:
         unk_token=fields.tokens[unknown[0]] if unknown else None,
     )
     adds_space = fields.flag("add_space_prefix", True)
-    replace = normalizers.Replace(" ", _SPACE)
+    replace = normalizers.Replace(" ", SPACE)
     encoder.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if adds_space else replace
+        normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if adds_space else replace
     )
     return _vocabulary(fields, encoder, byte_level=False, adds_space=adds_space, adds_bos=True)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class _SentencePieces(_VocabularyPieces):
     def _spell(self, text: str) -> bytes:
         if match := _BYTE_TOKEN.fullmatch(text):
             return bytes.fromhex(match[1])
-        return text.replace(_SPACE, " ").encode()
+        return text.replace(SPACE, " ").encode()
 
 
 def _pieces(vocabulary: Vocabulary) -> Pieces:
