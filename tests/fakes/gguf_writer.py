@@ -1,6 +1,7 @@
 """Writes small GGUF files, independent of the reader: only what the tests need of the format."""
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def _plain(kind: int, item: Any) -> bytes:
 
 
 def gguf_bytes(
-    metadata: dict[str, Any],
-    tensors: dict[str, tuple[tuple[int, ...], int, bytes]] | None = None,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[tuple[int, ...], int, bytes]] | None = None,
     version: int = 3,
 ) -> bytes:
     """The file; a tensor is (shape outermost first, ggml type id, packed bytes)."""

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (wide characters count double)
 """Strings on which tokenizers tend to disagree, made the same way every time."""
 
 import random
