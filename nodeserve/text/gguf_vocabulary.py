@@ -17,7 +17,7 @@ from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.text.tokenizer import SPACE, Vocabulary, check_token_id
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types
 
 _DIGIT = r"\p{N}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -73,7 +73,7 @@ class _Metadata:
         self.types = self.numbers("token_type", default=1)
         self.of_type = {
             kind: [i for i, value in enumerate(self.types) if value == kind]
-            for kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+            for kind in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
         }
 
     def get(self, name: str) -> Any:
@@ -139,7 +139,7 @@ def _sentencepiece(fields: _Metadata) -> Vocabulary:
     encoder = _bpe(
         fields,
         vocab,
-        list(_merges_by_score(vocab, fields.numbers("scores"))),
+        list(_merges_by_score(vocab, fields)),
         byte_fallback=True,
         unk_token=fields.tokens[unknown[0]] if unknown else None,
     )
@@ -148,13 +148,24 @@ def _sentencepiece(fields: _Metadata) -> Vocabulary:
     encoder.normalizer = (
         normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if adds_space else replace
     )
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
+    encoder.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return _vocabulary(fields, encoder, byte_level=False, adds_space=adds_space, adds_bos=True)
 
 
-def _merges_by_score(vocab: Mapping[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
+def _merges_by_score(vocab: Mapping[str, int], fields: _Metadata) -> Iterator[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union has the highest score: every way to cut a
-    token in two tokens is a merge, in the order of the scores of what they make."""
-    for text in sorted(vocab, key=lambda text: -scores[vocab[text]]):
+    token in two tokens is a merge, in the order of the scores of what they make.
+
+    Text never merges into a control token or a byte, even where all its parts are tokens.
+    """
+    scores = fields.numbers("scores")
+    apart = {i for kind in (_UNKNOWN, _CONTROL, _BYTE) for i in fields.of_type[kind]}
+    for text, token_id in sorted(vocab.items(), key=lambda item: -scores[item[1]]):
+        if token_id in apart:
+            continue
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in vocab and right in vocab:
