@@ -12,7 +12,19 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-HOST_SOURCES = ["csrc/api_host.cpp", "csrc/ring/bind.cpp"]
+CPU_SOURCES = [
+    "csrc/cpu/bind.cpp",
+    "csrc/cpu/ops.cpp",
+    "csrc/cpu/pack.cpp",
+    "csrc/cpu/plan.cpp",
+    "csrc/cpu/team.cpp",
+    "csrc/cpu/levels.cpp",
+    "csrc/cpu/level_avx512bf16.cpp",
+    "csrc/cpu/level_avx512.cpp",
+    "csrc/cpu/level_avx2.cpp",
+    "csrc/cpu/level_generic.cpp",
+]
+HOST_SOURCES = ["csrc/api_host.cpp", "csrc/ring/bind.cpp", *CPU_SOURCES]
 
 
 def flag(name: str) -> bool:
@@ -40,9 +52,10 @@ def host_extension() -> Pybind11Extension:
         HOST_SOURCES,
         include_dirs=["csrc"],
         cxx_std=20,
-        extra_compile_args=compile_args,
+        # Products and sums are fused where a kernel says so and nowhere else: same bits in any tile.
+        extra_compile_args=[*compile_args, "-ffp-contract=off"],
         extra_link_args=link_args,
-        depends=[str(path) for path in Path("csrc").rglob("*.h*")],
+        depends=[str(path) for kind in ("*.h", "*.inl") for path in Path("csrc").rglob(kind)],
     )
 
 

@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 
 void bind_ring(pybind11::module_& module);
+void bind_cpu(pybind11::module_& module);
 
 PYBIND11_MODULE(_host, module) {
     module.doc() = "Shared-memory rings and CPU kernels of nodeserve.";
     bind_ring(module);
+    bind_cpu(module);
 }

@@ -1,17 +1,24 @@
 """Settings: frozen, built once, resolved once."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; `kind` is "linear" or "llama3" (Llama 3.1's rule)."""
+    """How rotary frequencies are stretched; `kind` says which of the other fields count.
+
+    "linear" divides every frequency by `factor`; "llama3" follows Llama 3.1's rule, from `factor`
+    and the three numbers below it; "factors" divides frequency i by `frequency_factors[i]`, of
+    which there are head_dim / 2 (GGUF files carry the result of the rule, not its numbers).
+    """
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    frequency_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +41,57 @@ class ModelConfig:
     attention_bias: bool = False  # biases on the q, k and v projections
     qk_norm: bool = False  # RMS norm over head_dim on q and k, before the rotation
     sliding_window: int | None = None  # tokens a query sees, itself included; None: all
+    first_window_layer: int = 0  # layers before this one see all tokens even with a window
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token takes over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What `nodeserve start` was asked for. `None` and "auto" are resolved once, in `resolve`."""
+
+    model: str | None = None  # folder, .gguf file or hub name; None: the embedded demo model
+    layout: str | None = None  # None: 1p1d with two devices or more, else 1m
+    gpus: str | None = None
+    device: str = "auto"  # auto, cuda, cpu
+    socket: str | None = None
+    max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
+    block_size: int = 16  # tokens a KV block
+    kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory
+    max_num_seqs: int = 64  # sequences in one decode step
+    max_num_batched_tokens: int = 512  # tokens in one step: the prefill chunk
+    max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
+    dtype: str = "auto"  # auto, bfloat16, float16, float32
+    served_model_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All that a worker process is told at its start; travels as JSON on its command line."""
+
+    index: int
+    role: str
+    device: str  # "cpu" or "cuda"
+    model: str  # resolved path of the checkpoint
+    dtype: str  # "bfloat16", "float16" or "float32"
+    max_model_len: int
+    block_size: int
+    kv_memory: int  # bytes
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cpus: tuple[int, ...]  # cores to run on; the first is the step loop's
+    num_threads: int
+    pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
+    channel: dict[str, int | str]  # the rings and doorbells: wire.ring's WorkerEnd.open
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "WorkerSpec":
+        values = json.loads(text)
+        return WorkerSpec(**{**values, "cpus": tuple(values["cpus"])})

@@ -168,3 +168,14 @@ class Timings:
     prefill_worker: int = -1
     decode_worker: int = -1
     num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StartEvent:
+    """A step of a node's start, for people: `done` of `total` in `phase`."""
+
+    phase: str  # model, workers, loading, pages, ready; note: only `message` counts
+    worker: int | None
+    done: int
+    total: int
+    message: str = ""

@@ -1,0 +1,19 @@
+"""The forward pass: architectures, the operations they are written in, and the KV pages.
+
+How a worker uses it:
+
+    ops = backend.make_ops(config, torch.bfloat16, num_threads=1)
+    layout = kv.layout_of(config, block_size=16, dtype=torch.bfloat16)
+    pool = ...  # writable buffer of num_blocks * layout.block_bytes, all zero (shared memory)
+    cache = ops.cache(layout, pool)
+    model = llama.build(config, weights, ops, progress)  # weights("model.norm.weight") -> Tensor
+    logits = model.forward(StepInputs(...), cache)  # [num_logits, vocab_size] float32
+
+The logits live in a buffer that the next forward overwrites. One model and its ops belong to one
+thread. A block of the pool is one contiguous run of `layout.block_bytes`, so a handoff is
+`_host.copy_blocks(dst_pool, src_pool, layout.block_bytes, dst_ids, src_ids)`; both ends must use
+the same ops class. The pool must not be closed before the cache is dropped.
+
+A token's logits do not depend, to the bit, on what shares its step, on where its prompt was cut
+into chunks, or on the number of threads (native ops; `csrc/cpu/params.h` says why).
+"""

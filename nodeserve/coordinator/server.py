@@ -1,0 +1,321 @@
+"""A node from start to stop: workers, the socket, the loop, and the way down.
+
+`serve` blocks until the node has stopped and returns its exit code. Start: resolve, spawn, wait for
+every worker, attach pages, listen. Stop: refuse new requests, finish or end the running ones, ask
+the workers to leave, remove the socket. A crash in any task of the loop takes the same way down.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from nodeserve import __version__
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.checkpoint import resolve as resolve_checkpoint
+from nodeserve.config import EngineConfig
+from nodeserve.coordinator.coordinator import Coordinator, Limits
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.listener import Connection, bound_socket
+from nodeserve.coordinator.placement import Plan, resolve
+from nodeserve.coordinator.stats import node_stats
+from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
+from nodeserve.errors import NodeServeError, ShuttingDown, WorkerLost, from_code
+from nodeserve.log import logger
+from nodeserve.types import StartEvent
+from nodeserve.wire.channel import sweep_stale
+from nodeserve.wire.messages import (
+    FROM_WORKER,
+    PROTOCOL_VERSION,
+    Failed,
+    FromWorker,
+    Loading,
+    Mapped,
+    PagesAttached,
+    Ready,
+    Stats,
+    Welcome,
+)
+
+START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
+DRAIN_TIMEOUT_S = 600.0
+MIN_FRAME_LIMIT_BYTES = 4 << 20
+MAX_BACKLOG_BYTES = 8 << 20
+
+OnEvent = Callable[[StartEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """Why and how the node stops."""
+
+    drain: bool = False
+    error: NodeServeError | None = None
+
+
+def serve(config: EngineConfig, on_event: OnEvent, command: Sequence[str] = WORKER_COMMAND) -> int:
+    """Run a node until it is stopped; 0 after a stop that was asked for, 1 after a failure."""
+    on_event(StartEvent("model", None, 0, 1, config.model or "embedded demo model"))
+    checkpoint = resolve_checkpoint(config.model)
+    plan = resolve(config, checkpoint)
+    on_event(StartEvent("model", None, 1, 1, plan.config.served_model_name or ""))
+    for note in plan.notes:
+        on_event(StartEvent("note", None, 0, 0, note))
+    server = Server(plan, checkpoint, on_event, command)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(server.run())
+
+
+class Server:
+    """One node's run."""
+
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, on_event: OnEvent, command: Sequence[str]
+    ) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.started_s = time.monotonic()
+        self._on_event = on_event
+        self._command = command
+        self._flush_is_due = False
+
+    async def run(self) -> int:
+        """The whole life. Typed errors of the start-up leave as exceptions."""
+        sweep_stale()
+        self.loop = asyncio.get_running_loop()
+        self.stopping: asyncio.Future[StopRequest] = self.loop.create_future()
+        self.listen_signals()
+        assert self.plan.config.socket is not None
+        with (
+            bound_socket(Path(self.plan.config.socket)) as listener,
+            Supervisor(
+                self.plan, str(self.checkpoint.path), secrets.token_hex(4), self._command
+            ) as supervisor,
+        ):
+            self.supervisor = supervisor
+            self.coordinator = self.make_coordinator(supervisor.links)
+            tasks: list[asyncio.Task[None]] = []
+            try:
+                await self.start(tasks)
+                server = await self.loop.create_unix_server(self.connection, sock=listener)
+                self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
+                request = await self.stopping
+                server.close()
+                await self.wind_down(request)
+            finally:
+                await supervisor.stop()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if request.error is not None:
+            logger.error("stopped: %s", request.error)
+            return 1
+        return 0
+
+    def make_coordinator(self, links: list[WorkerLink]) -> Coordinator:
+        config = self.plan.config
+        limits = Limits(
+            vocab_size=self.checkpoint.config.vocab_size,
+            max_model_len=self.plan.max_model_len,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+        )
+        return Coordinator(links, limits, time.monotonic, self.wake_flush)
+
+    # ---- start
+
+    async def start(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Spawn, wait until all are ready, map pages. Raises the first failure."""
+        links = self.supervisor.links
+        self._on_event(StartEvent("workers", None, 0, len(links)))
+        await self.supervisor.start()
+        for link in links:
+            self.loop.add_reader(link.channel.fileno(), link.rung.set)
+            tasks.append(self.guarded(self.pump(link), f"pump:{link.index}"))
+            tasks.append(self.guarded(self.watch(link), f"watch:{link.index}"))
+        await self.or_stopped(asyncio.gather(*(link.ready for link in links)))
+        self.supervisor.attach_pages()
+        self._on_event(StartEvent("pages", None, 1, 1))
+
+    async def or_stopped(self, ready: "asyncio.Future[list[Ready]]") -> None:
+        """Wait for the workers, a signal to stop, or the deadline, whichever comes first."""
+        either: set[asyncio.Future[Any]] = {ready, self.stopping}
+        done, _ = await asyncio.wait(
+            either, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if ready in done:
+            ready.result()
+            return
+        ready.cancel()
+        if not done:
+            late = [str(link.index) for link in self.supervisor.links if not link.alive]
+            raise WorkerLost(f"workers {', '.join(late)} were not ready in {START_TIMEOUT_S:.0f} s")
+        raise self.stopping.result().error or ShuttingDown("stopped while starting")
+
+    def guarded(self, work: "asyncio._CoroutineLike[None]", name: str) -> asyncio.Task[None]:
+        """A background task whose crash stops the node loudly."""
+        task = self.loop.create_task(work, name=name)
+        task.add_done_callback(self.on_task_done)
+        return task
+
+    def on_task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            logger.error("%s crashed", task.get_name(), exc_info=problem)
+            self.stop(error=NodeServeError(f"{task.get_name()} crashed: {problem!r}"))
+
+    # ---- run
+
+    async def pump(self, link: WorkerLink) -> None:
+        """Carry a worker's records to the coordinator, and what waits for room back to it."""
+        while True:
+            await link.rung.wait()
+            link.rung.clear()  # first, so that no ring is lost
+            self.receive(link)
+
+    def receive(self, link: WorkerLink) -> None:
+        for record in link.channel.receive():
+            self.on_record(link, FROM_WORKER.decode(record))
+
+    def on_record(self, link: WorkerLink, message: FromWorker) -> None:
+        if link.alive:
+            self.on_running(link, message)
+        else:
+            self.on_starting(link, message)
+
+    def on_running(self, link: WorkerLink, message: FromWorker) -> None:
+        match message:
+            case PagesAttached():
+                link.attached.add(message.worker)
+            case Failed():
+                link.stderr_tail.append(message.message)
+            case _:
+                self.coordinator.handle(link, message)
+
+    def on_starting(self, link: WorkerLink, message: FromWorker) -> None:
+        match message:
+            case Mapped():
+                link.channel.unlink_names()
+            case Loading():
+                event = StartEvent(
+                    "loading", link.index, message.done, message.total, message.phase
+                )
+                self._on_event(event)
+            case Ready():
+                link.info, link.state = message, "ready"
+                link.report([0, 0, 0, message.num_blocks, 0])
+                link.ready.set_result(message)
+            case Failed():
+                link.ready.set_exception(from_code(message.code, message.message))
+
+    async def watch(self, link: WorkerLink) -> None:
+        """Act on a worker's end: nobody else may wait for it."""
+        how = await self.supervisor.watch(link)
+        error = lost(link, how)
+        self.receive(link)
+        if not link.ready.done():
+            link.ready.set_exception(error)
+        if self.stopping.done() or not link.alive:
+            link.state = "lost"
+            return
+        logger.error("%s", error)
+        self.coordinator.lose(link)
+        alive = [other for other in self.supervisor.links if other.alive]
+        if not (any(x.prefills for x in alive) and any(x.decodes for x in alive)):
+            self.stop(error=error)
+
+    def wake_flush(self) -> None:
+        """Flush once per loop turn, however many records it brought."""
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        self._flush_is_due = False
+        self.coordinator.flush()
+
+    # ---- clients
+
+    def connection(self) -> Connection:
+        return Connection(
+            self.coordinator,
+            self.welcome(),
+            self.stats,
+            lambda drain: self.stop(drain=drain),
+            (self.max_frame_bytes, MAX_BACKLOG_BYTES),
+        )
+
+    @property
+    def max_frame_bytes(self) -> int:
+        return max(MIN_FRAME_LIMIT_BYTES, 8 * self.plan.max_model_len)
+
+    def welcome(self) -> Welcome:
+        config, model = self.plan.config, self.checkpoint.config
+        server = {
+            "model": config.served_model_name,
+            "tokenizer": str(self.checkpoint.path),
+            "max_model_len": self.plan.max_model_len,
+            "vocab_size": model.vocab_size,
+            "eos_token_ids": list(model.eos_token_ids),
+            "max_frame_bytes": self.max_frame_bytes,
+            "max_backlog_bytes": MAX_BACKLOG_BYTES,
+            "block_size": config.block_size,
+            "layout": config.layout,
+            "pid": os.getpid(),
+            "version": __version__,
+        }
+        return Welcome(PROTOCOL_VERSION, server)
+
+    def stats(self) -> Stats:
+        now = time.monotonic()
+        config = self.plan.config
+        return Stats(
+            {
+                "model": config.served_model_name,
+                "layout": config.layout,
+                "pid": os.getpid(),
+                "uptime_s": now - self.started_s,
+                **node_stats(self.coordinator, now),
+            }
+        )
+
+    # ---- stop
+
+    def listen_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.loop.add_signal_handler(number, self.on_signal)
+
+    def on_signal(self) -> None:
+        """The first signal stops in order; a second one does not wait for running requests."""
+        if self.stopping.done():
+            self.coordinator.end_all(ShuttingDown("the server was told to stop at once"))
+        self.stop()
+
+    def stop(self, *, drain: bool = False, error: NodeServeError | None = None) -> None:
+        self.coordinator.closing = True
+        if not self.stopping.done():
+            self.stopping.set_result(StopRequest(drain, error))
+
+    async def wind_down(self, request: StopRequest) -> None:
+        """Finish or end what runs, then say goodbye on every connection."""
+        coordinator = self.coordinator
+        if request.drain and coordinator.requests:
+            idle = asyncio.Event()
+            coordinator.on_idle = idle.set
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    await idle.wait()
+        reason = request.error or ShuttingDown("the server was stopped")
+        coordinator.end_all(reason)
+        coordinator.flush()
+        for stream in list(coordinator.streams):
+            stream.goodbye(reason.code, str(reason))

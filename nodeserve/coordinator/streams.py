@@ -1,0 +1,120 @@
+"""What goes back to one connection.
+
+Always true: a connection gets at most one Tokens frame per flush, whatever number of its requests
+moved, and a request's End is written after all of its tokens. While the peer does not read, tokens
+stay in their requests (they are there anyway) and only Ends are kept, so a slow reader stalls
+itself alone; past `max_backlog_bytes` its connection is closed and its requests are cancelled.
+"""
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from nodeserve.coordinator.request import Request
+from nodeserve.types import Timings
+from nodeserve.wire.frames import frame
+from nodeserve.wire.messages import TO_CLIENT, End, Goodbye, ToClient, Tokens, pack_ids
+
+
+class Stream:
+    """The outgoing half of one client connection."""
+
+    def __init__(self, transport: asyncio.WriteTransport, max_backlog_bytes: int) -> None:
+        self.requests: dict[int, Request] = {}  # by the client's id, until their End is written
+        self.closed = False
+        self._transport = transport
+        self._max_backlog_bytes = max_backlog_bytes
+        self._paused = False
+        self._dirty: list[Request] = []
+        self._ends: list[bytes] = []
+        self._held_bytes = 0
+
+    def send(self, message: ToClient) -> None:
+        """Write one message now, or keep it in order while the peer does not read."""
+        if self.closed:
+            return
+        data = frame(TO_CLIENT.encode(message))
+        if self._paused:
+            self._hold(data)
+        else:
+            self._transport.write(data)
+
+    def mark(self, request: Request) -> None:
+        """`request` has tokens to send at the next flush."""
+        request.dirty = True
+        self._dirty.append(request)
+
+    def end(self, request: Request, end: End) -> None:
+        """The terminal event of `request`, after the tokens that it has left."""
+        if self.requests.get(request.client_id) is request:
+            del self.requests[request.client_id]
+        if self.closed:
+            return
+        if self._paused:
+            self._hold_tail(request)
+        else:
+            self.flush()
+        self.send(end)
+
+    def flush(self) -> None:
+        """One frame for everything new. Does nothing while the peer does not read."""
+        if self.closed or self._paused or not self._dirty:
+            return
+        items = [self._item(request) for request in self._dirty]
+        self._dirty.clear()
+        self._transport.write(frame(TO_CLIENT.encode(Tokens(items))))
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        held, self._ends, self._held_bytes = self._ends, [], 0
+        for data in held:
+            self._transport.write(data)
+        self.flush()
+
+    def goodbye(self, code: str, message: str) -> None:
+        """Last frame, then close; whatever is unsent before it is still delivered."""
+        if not self.closed:
+            self.flush()
+            self.send(Goodbye(code, message))
+            self.closed = True
+            self._transport.close()
+
+    def abort(self) -> None:
+        self.closed = True
+        self._transport.abort()
+
+    @staticmethod
+    def _item(request: Request) -> list[Any]:
+        tokens = pack_ids(request.tokens[request.num_sent :])
+        request.num_sent = len(request.tokens)
+        request.dirty = False
+        logprobs: list[Any] | None = None
+        if request.wants_logprobs:
+            logprobs, request.logprobs = request.logprobs, []
+        return [request.client_id, tokens, logprobs]
+
+    def _hold_tail(self, request: Request) -> None:
+        if request.dirty:
+            self._dirty.remove(request)
+            self._hold(frame(TO_CLIENT.encode(Tokens([self._item(request)]))))
+
+    def _hold(self, data: bytes) -> None:
+        self._ends.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > self._max_backlog_bytes:
+            self.abort()
+
+
+def end_of(request: Request, reason: str, now_s: float, code: str | None, message: str) -> End:
+    """The End of a request that ran."""
+    timings = asdict(request.timings(now_s))
+    return End(request.client_id, reason, code, message, request.usage(), timings)
+
+
+def refusal(client_id: int, code: str, message: str) -> End:
+    """The End of a request that never ran."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 0}
+    return End(client_id, "error", code, message, usage, asdict(Timings()))

@@ -1,0 +1,162 @@
+"""Worker processes: started by name, watched, ended.
+
+The coordinator never imports worker code: it starts `python -m nodeserve.worker`, so it never loads
+torch, and tests start a fake worker instead. Rings, page pools and doorbells are made here and
+inherited as descriptors; no name outlives the moment a worker has mapped its own.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import posix_ipc
+
+from nodeserve.config import WorkerSpec
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.placement import Plan
+from nodeserve.errors import WorkerLost
+from nodeserve.log import logger
+from nodeserve.types import Role
+from nodeserve.wire.channel import CoordinatorEnd
+from nodeserve.wire.messages import AttachPages, Shutdown
+
+WORKER_COMMAND = (sys.executable, "-m", "nodeserve.worker")
+MIN_RING_BYTES = 1 << 20
+EXIT_GRACE_S = 5.0
+
+
+def ring_bytes(max_model_len: int) -> int:
+    """A power of two with room for several of the largest records (a full context's ids)."""
+    return max(MIN_RING_BYTES, 1 << (16 * max_model_len).bit_length())
+
+
+def make_pages_fd(node_id: str, index: int) -> int:
+    """A page pool of size 0, nameless: its worker sizes it once it knows the model."""
+    name = f"/nodeserve-{os.getpid()}-{node_id}-pages{index}"
+    segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    segment.unlink()
+    return int(segment.fd)
+
+
+class Supervisor:
+    """Owns every child process and all that they inherit."""
+
+    def __init__(self, plan: Plan, model: str, node_id: str, command: Sequence[str]) -> None:
+        self.links: list[WorkerLink] = []
+        self._plan = plan
+        self._model = model
+        self._node_id = node_id
+        self._command = command
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Supervisor":
+        for index, place in enumerate(self._plan.places):
+            channel = self._stack.enter_context(
+                CoordinatorEnd(self._node_id, f"w{index}", ring_bytes(self._plan.max_model_len))
+            )
+            pages_fd = make_pages_fd(self._node_id, index)
+            self._stack.callback(os.close, pages_fd)
+            self.links.append(WorkerLink(index, place.role, channel, pages_fd))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    async def start(self) -> None:
+        """Spawn all workers; returns when the processes exist, not when they are ready."""
+        pool_fds = [link.pages_fd for link in self.links]
+        for link in self.links:
+            link.process = await asyncio.create_subprocess_exec(
+                *self._command,
+                "--spec",
+                self._spec(link).to_json(),
+                pass_fds=(*link.channel.inherited_fds, *pool_fds),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=self._environment(link),
+            )
+
+    async def watch(self, link: WorkerLink) -> str:
+        """Wait for a worker's end, keeping what it writes; says how it ended."""
+        assert link.process is not None and link.process.stderr is not None
+        async for line in link.process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            link.stderr_tail.append(text)
+            logger.warning("worker %d: %s", link.index, text)
+        return describe_exit(await link.process.wait())
+
+    def attach_pages(self) -> None:
+        """Let every worker that decodes map every prefill worker's pool."""
+        for reader in self.links:
+            for owner in self.links:
+                if reader.decodes and owner.role is Role.PREFILL:
+                    assert owner.info is not None
+                    num_bytes = owner.info.num_blocks * owner.info.block_bytes
+                    reader.send(AttachPages(owner.index, owner.pages_fd, num_bytes))
+
+    async def stop(self) -> None:
+        """The ladder: ask, terminate, kill. Returns when no child is left."""
+        for link in self.links:
+            link.send(Shutdown())
+        if not await self._all_gone(EXIT_GRACE_S):
+            self._signal(signal.SIGTERM)
+            if not await self._all_gone(EXIT_GRACE_S):
+                self._signal(signal.SIGKILL)
+                await self._all_gone(EXIT_GRACE_S)
+
+    async def _all_gone(self, timeout_s: float) -> bool:
+        waits = [link.process.wait() for link in self.links if link.process is not None]
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*waits)
+        except TimeoutError:
+            return False
+        return True
+
+    def _signal(self, number: signal.Signals) -> None:
+        for link in self.links:
+            if link.process is not None and link.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    link.process.send_signal(number)
+
+    def _spec(self, link: WorkerLink) -> WorkerSpec:
+        config, place = self._plan.config, self._plan.places[link.index]
+        return WorkerSpec(
+            index=link.index,
+            role=link.role.value,
+            device=config.device,
+            model=self._model,
+            dtype=config.dtype,
+            max_model_len=self._plan.max_model_len,
+            block_size=config.block_size,
+            kv_memory=self._plan.kv_memory,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            cpus=place.cpus,
+            num_threads=place.num_threads,
+            pages_fd=link.pages_fd,
+            channel=asdict(link.channel.spec),
+        )
+
+    def _environment(self, link: WorkerLink) -> dict[str, str]:
+        """OpenMP reads its thread count when torch is loaded, before any code of ours can say."""
+        threads = str(self._plan.places[link.index].num_threads)
+        return {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def describe_exit(code: int) -> str:
+    """A process's end in words."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def lost(link: WorkerLink, how: str) -> WorkerLost:
+    """The error for a worker that ended, with the last thing it wrote."""
+    last = f": {link.stderr_tail[-1]}" if link.stderr_tail else ""
+    return WorkerLost(f"{link.role.value} worker {link.index} {how}{last}")

@@ -1,0 +1,32 @@
+"""How much memory KV takes: the same for every backend, whatever order it keeps inside a block."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nodeserve.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The shape of one block: K and V of `block_size` tokens in all layers, one contiguous run."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        num_values = self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim
+        return num_values * self.dtype.itemsize
+
+
+def layout_of(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLayout:
+    return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block of the pool."""
+    return layout_of(config, block_size, dtype).block_bytes

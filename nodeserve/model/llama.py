@@ -1,0 +1,180 @@
+"""Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3: one decoder, driven by its ModelConfig.
+
+    hidden = embed(token_ids)
+    per layer:  hidden += out_proj(attention(rotate(qkv(norm(hidden)))))
+                hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))
+    logits = head(norm(hidden))
+
+Shapes: hidden [num_tokens, hidden_size] float32, the residual stream; everything that enters a
+linear is `act` (see ops). Written against `Ops`: knows no device, no page and no weight format.
+After the last attention only the rows whose logits are wanted go on.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from nodeserve.config import ModelConfig
+from nodeserve.errors import ModelError
+from nodeserve.model import rotary
+from nodeserve.model.inputs import StepInputs
+from nodeserve.model.ops import Ops
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+Weights = Callable[[str], torch.Tensor]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
+Progress = Callable[[int, int], None]  # parts done, parts in all
+
+
+class Buffers(NamedTuple):
+    """A step's activations; every layer writes over the last one's."""
+
+    hidden: torch.Tensor  # [rows, hidden_size] float32
+    normed: torch.Tensor  # [rows, hidden_size] act
+    qkv: torch.Tensor  # [rows, (num_heads + 2 * num_kv_heads) * head_dim] float32
+    query: torch.Tensor  # [rows, num_heads * head_dim] act
+    attended: torch.Tensor  # [rows, num_heads * head_dim] act
+    gated: torch.Tensor  # [rows, intermediate_size] act
+    logits: torch.Tensor  # [rows, vocab_size] float32
+
+
+class Workspace:
+    """Buffers for any number of rows, kept between steps and only ever grown."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, with_logits: bool) -> None:
+        heads = config.num_heads * config.head_dim
+        qkv = heads + 2 * config.num_kv_heads * config.head_dim
+        act, f32 = ops.act_dtype, torch.float32
+        self._columns = [
+            (config.hidden_size, f32),
+            (config.hidden_size, act),
+            (qkv, f32),
+            (heads, act),
+            (heads, act),
+            (config.intermediate_size, act),
+            (config.vocab_size if with_logits else 0, f32),
+        ]
+        self._device = ops.device
+        self._whole: list[torch.Tensor] = []
+        self._capacity = 0
+        self._views: dict[int, Buffers] = {}
+
+    def rows(self, num_rows: int) -> Buffers:
+        views = self._views.get(num_rows)
+        if views is None:
+            if num_rows > self._capacity:
+                self._grow(num_rows)
+            views = Buffers(*(whole[:num_rows] for whole in self._whole))
+            self._views[num_rows] = views
+        return views
+
+    def _grow(self, num_rows: int) -> None:
+        self._capacity = max(num_rows, 2 * self._capacity)
+        self._views.clear()
+        self._whole = [
+            torch.zeros(self._capacity, width, dtype=dtype, device=self._device)
+            for width, dtype in self._columns
+        ]
+
+
+class Layer:
+    """One decoder layer, in two halves: what needs every row, and what a row does alone."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: Weights,
+        ops: Ops,
+        tables: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        def get(name: str) -> torch.Tensor:
+            return weights(f"model.layers.{index}.{name}")
+
+        def qkv(kind: str) -> torch.Tensor:
+            return torch.cat([get(f"self_attn.{name}_proj.{kind}") for name in "qkv"])
+
+        norms = None
+        if config.qk_norm:
+            norms = (get("self_attn.q_norm.weight"), get("self_attn.k_norm.weight"))
+        self.input_norm = ops.rms_norm(get("input_layernorm.weight"), config.norm_eps)
+        self.qkv = ops.linear(qkv("weight"), qkv("bias") if config.attention_bias else None)
+        self.attention = ops.attention(config, index, tables, norms)
+        self.out_proj = ops.linear_add(get("self_attn.o_proj.weight"))
+        self.post_norm = ops.rms_norm(get("post_attention_layernorm.weight"), config.norm_eps)
+        self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
+        self.down = ops.linear_add(get("mlp.down_proj.weight"))
+
+    def attend(self, work: Buffers, step: Any) -> None:
+        self.input_norm(work.hidden, work.normed)
+        self.qkv(work.normed, work.qkv)
+        self.attention.store(step, work.qkv, work.query)
+        self.attention.attend(step, work.query, work.attended)
+
+    def finish(self, work: Buffers) -> None:
+        self.out_proj(work.attended, work.hidden)
+        self.post_norm(work.hidden, work.normed)
+        self.gated(work.normed, work.gated)
+        self.down(work.gated, work.hidden)
+
+
+class Llama:
+    """A decoder with its weights bound to `ops`. Made by build()."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> None:
+        self.config = config
+        self._ops = ops
+        self._work = Workspace(config, ops, with_logits=False)
+        self._tail = Workspace(config, ops, with_logits=True)
+        tables = rotary.tables(config)
+        total = config.num_layers + 1
+        table = weights("model.embed_tokens.weight")
+        self.embed = ops.embedding(table)
+        self.norm = ops.rms_norm(weights("model.norm.weight"), config.norm_eps)
+        self.head = ops.linear(table if config.tie_embeddings else weights("lm_head.weight"))
+        progress(1, total)
+        self.layers = []
+        for index in range(config.num_layers):
+            self.layers.append(Layer(config, index, weights, ops, tables))
+            progress(index + 2, total)
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
+        """Logits [num_logits, vocab_size] float32, in a buffer that the next call overwrites."""
+        step = self._ops.begin(inputs, cache)
+        work = self._work.rows(inputs.token_ids.numel())
+        self.embed(inputs.token_ids, work.hidden)
+        for layer in self.layers[:-1]:
+            layer.attend(work, step)
+            layer.finish(work)
+        self.layers[-1].attend(work, step)
+        return self._logits(work, inputs.logit_rows)
+
+    def _logits(self, work: Buffers, rows: torch.Tensor) -> torch.Tensor:
+        tail = self._tail.rows(rows.numel())
+        if rows.numel() == 0:
+            return tail.logits
+        torch.index_select(work.hidden, 0, rows, out=tail.hidden)
+        torch.index_select(work.attended, 0, rows, out=tail.attended)
+        self.layers[-1].finish(tail)
+        self.norm(tail.hidden, tail.normed)
+        self.head(tail.normed, tail.logits)
+        return tail.logits
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+def build(
+    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress | None = None
+) -> Llama:
+    """Bind the weights to `ops`. A tensor is asked for once and may be dropped after the call."""
+    if config.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(
+            f"architecture {config.architecture!r} is not supported; supported: {known}"
+        )
+    with torch.inference_mode():
+        return Llama(config, weights, ops, progress or _no_progress)

@@ -1,0 +1,158 @@
+"""Reads a checkpoint's weights by the names that the hub gives them, whatever the file format.
+
+`open_weights(checkpoint, dtype)` reads nothing yet; each `weights(name)` reads one tensor. Files
+stay mapped, so what is never asked for is never read.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nodeserve.checkpoint import Checkpoint, read_json
+from nodeserve.errors import ModelError
+from nodeserve.gguf import GgufFile
+from nodeserve.model.dequantise import dequantise
+
+
+class Weights(ABC):
+    """The tensors of one model, in one dtype, by hub name."""
+
+    def __init__(self, where: str, dtype: torch.dtype) -> None:
+        self.where = where
+        self.dtype = dtype
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool: ...
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor: ...
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The whole tensor called `name`, on the CPU."""
+        if name not in self:
+            raise ModelError(f"{self.where} has no tensor {name}")
+        return self._read(name)
+
+
+def open_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
+    if checkpoint.kind == "gguf":
+        return GgufWeights(checkpoint, dtype)
+    return SafetensorsWeights(checkpoint, dtype)
+
+
+# -- safetensors --------------------------------------------------------------------------------
+
+
+class SafetensorsWeights(Weights):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__(str(checkpoint.path), dtype)
+        self._files: dict[Path, Any] = {}
+        self._places = _places(checkpoint.path, self._open)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def _read(self, name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self._places[name]}: cannot read {name}: {error}") from None
+        return tensor.to(self.dtype)
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                self._files[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"cannot read {path}: {error}") from None
+        return self._files[path]
+
+
+def _places(folder: Path, open_file: Any) -> dict[str, Path]:
+    """Tensor name to file: by the index if there is one, else from the only file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(_is_file_name(n) for n in names.values()):
+            raise ModelError(f"{index}: weight_map must map tensor names to file names")
+        return {name: folder / file for name, file in names.items()}
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        found = sorted(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ModelError(f"{folder} has {len(found)} *.safetensors files and no {index.name}")
+        path = found[0]
+    return dict.fromkeys(open_file(path).keys(), path)
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
+# -- GGUF ---------------------------------------------------------------------------------------
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_GGUF_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_HUB_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def gguf_name(hub_name: str) -> str:
+    """What GGUF calls a tensor of the hub; names without an equivalent stay as they are."""
+    stem, _, suffix = hub_name.rpartition(".")
+    if match := _HUB_LAYER.fullmatch(stem):
+        layer, part = match.groups()
+        return f"blk.{layer}.{_GGUF_LAYER_NAMES.get(part, part)}.{suffix}"
+    return f"{_GGUF_NAMES.get(stem, stem)}.{suffix}"
+
+
+class GgufWeights(Weights):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__(str(checkpoint.path), dtype)
+        self._file = GgufFile(checkpoint.path)
+        self._heads: dict[str, int] = {}
+        if checkpoint.config.architecture == "llama":  # only there the converter reorders rows
+            self._heads = {
+                "attn_q": checkpoint.config.num_heads,
+                "attn_k": checkpoint.config.num_kv_heads,
+            }
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and gguf_name(name) in self._file.tensors
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._file.tensors[gguf_name(name)]
+        data = torch.frombuffer(
+            self._file.data, dtype=torch.uint8, offset=tensor.offset, count=tensor.num_bytes
+        )
+        values = dequantise(data, tensor, self.dtype)
+        part = tensor.name.split(".")[-2]
+        return halves_from_pairs(values, self._heads[part]) if part in self._heads else values
+
+
+def halves_from_pairs(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Undo llama.cpp's row order of rotated projections.
+
+    It rotates neighbours (0, 1), (2, 3), ...; the hub's code rotates i with i + head_dim / 2.
+    """
+    pairs = rows.view(num_heads, rows.shape[0] // num_heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,71 @@
+"""The operations a decoder is written in. A backend is one class that makes them.
+
+Every operation writes into a tensor that it is given, so a step allocates nothing. `act` is
+`Ops.act_dtype`, the type that goes into linears; the residual stream is always float32.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+from nodeserve.config import ModelConfig
+from nodeserve.model.inputs import StepInputs
+from nodeserve.model.kv import KvLayout
+
+
+class Op(Protocol):
+    """A function of rows: reads x [rows, ...], writes (or adds to) out [rows, ...]."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
+class Attention(Protocol):
+    """One layer's attention over the pages."""
+
+    def store(self, step: Any, qkv: torch.Tensor, query: torch.Tensor) -> None:
+        """Normalise (if the model does) and rotate q and k, write k and v to their pages.
+
+        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] float32
+        query [num_tokens, num_heads * head_dim] act, written
+        """
+
+    def attend(self, step: Any, query: torch.Tensor, out: torch.Tensor) -> None:
+        """query and out [num_tokens, num_heads * head_dim] act"""
+
+
+class Ops(Protocol):
+    """A backend: device, types, and the operations bound to their weights."""
+
+    dtype: torch.dtype  # of weights and pages
+    act_dtype: torch.dtype
+    device: torch.device
+
+    def cache(self, layout: KvLayout, pool: Any) -> Any:
+        """Pages over `pool`, a writable zeroed buffer (mmap, memoryview or uint8 tensor)."""
+
+    def begin(self, inputs: StepInputs, cache: Any) -> Any:
+        """What all layers of a step share. Valid until the next begin."""
+
+    def embedding(self, table: torch.Tensor) -> Op:
+        """table [vocab, hidden]: token ids [rows] int32 -> out [rows, hidden] float32"""
+
+    def rms_norm(self, weight: torch.Tensor, eps: float) -> Op:
+        """x [rows, hidden] float32 -> out [rows, hidden] act"""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Op:
+        """weight [n, k]: x [rows, k] act -> out [rows, n] float32"""
+
+    def linear_add(self, weight: torch.Tensor) -> Op:
+        """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Op:
+        """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""
+
+    def attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        qk_norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Attention:
+        """tables: cos and sin [max_position, head_dim / 2] float32; qk_norms: [head_dim] each"""

@@ -1,0 +1,215 @@
+"""The native CPU backend: operations are kernels of `_host`, bound to packed weights.
+
+A call passes two addresses and a row count; everything else was bound when the model was built.
+"""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nodeserve import _host
+from nodeserve.config import ModelConfig
+from nodeserve.errors import ModelError
+from nodeserve.model.inputs import StepInputs
+from nodeserve.model.kv import KvLayout
+
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+_HUGE_PAGE_BYTES = 2 << 20
+_ARENA_BYTES = 64 << 20
+_ALIGN_BYTES = 64
+
+
+class Arena:
+    """Memory for packed weights: few large anonymous maps, on huge pages where the system has them.
+
+    Streaming 270 MB through 4 KiB pages spends a tenth of its time on page walks.
+    """
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self._used = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, zeroed, aligned to a cache line."""
+        size = -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        if self._map is None or self._used + size > len(self._map):
+            self._map = self._new_map(size)
+            self._used = 0
+        taken = torch.frombuffer(self._map, dtype=torch.uint8, offset=self._used, count=num_bytes)
+        self._used += size
+        return taken
+
+    def _new_map(self, num_bytes: int) -> mmap.mmap:
+        size = -(-max(num_bytes, _ARENA_BYTES) // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        new = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        new.madvise(mmap.MADV_HUGEPAGE)
+        return new
+
+
+class Bound:
+    """A native function of (x, out, rows) and the tensors whose addresses it holds."""
+
+    __slots__ = ("_kept", "_native")
+
+    def __init__(self, native: Any, *kept: torch.Tensor | None) -> None:
+        self._native = native
+        self._kept = kept
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._native(x.data_ptr(), out.data_ptr(), x.size(0))
+
+
+class CpuAttention:
+    """One layer's view of the native attention."""
+
+    __slots__ = ("_kept", "_layer", "_native")
+
+    def __init__(self, native: _host.CpuAttention, layer: int, *kept: torch.Tensor) -> None:
+        self._native = native
+        self._layer = layer
+        self._kept = kept
+
+    def store(self, step: _host.CpuPlan, qkv: torch.Tensor, query: torch.Tensor) -> None:
+        self._native.store(step, self._layer, qkv.data_ptr(), query.data_ptr())
+
+    def attend(self, step: _host.CpuPlan, query: torch.Tensor, out: torch.Tensor) -> None:
+        self._native.attend(step, self._layer, query.data_ptr(), out.data_ptr())
+
+
+@dataclass(frozen=True, slots=True)
+class CpuCache:
+    """Pages over a pool that somebody else owns."""
+
+    pages: _host.CpuPages
+
+    @property
+    def num_blocks(self) -> int:
+        return self.pages.num_blocks
+
+
+def refusal(config: ModelConfig, block_size: int) -> str | None:
+    """Why the kernels cannot run this shape, or None when they can."""
+    if config.head_dim % 16 or config.head_dim > 256:
+        return f"head_dim {config.head_dim} is not a multiple of 16 up to 256"
+    if block_size % 16:
+        return f"block size {block_size} is not a multiple of 16"
+    return None
+
+
+class CpuOps:
+    """Operations on `num_threads` threads; threads 1.. are pinned to `cpus[1:]` where given.
+
+    `isa` forces an instruction set below the machine's best (`_host.cpu_isas()`), for tests.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        num_threads: int = 1,
+        cpus: Sequence[int] = (),
+        isa: str = "",
+    ) -> None:
+        self.dtype = dtype
+        self.act_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.engine = _host.CpuEngine(num_threads, list(cpus), isa)
+        self._name = DTYPE_NAMES[dtype]
+        self._num_heads = config.num_heads
+        self._arena = Arena()
+        self._plan = _host.CpuPlan()
+
+    def cache(self, layout: KvLayout, pool: Any) -> CpuCache:
+        if layout.dtype != self.dtype:
+            raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
+        buffer: Any = pool.numpy() if isinstance(pool, torch.Tensor) else pool
+        return CpuCache(
+            _host.CpuPages(
+                buffer,
+                layout.num_layers,
+                layout.num_kv_heads,
+                layout.head_dim,
+                layout.block_size,
+                self._name,
+            )
+        )
+
+    def begin(self, inputs: StepInputs, cache: CpuCache) -> _host.CpuPlan:
+        num_seqs, max_blocks = inputs.block_table.shape
+        self._plan.prepare(
+            self.engine,
+            cache.pages,
+            self._num_heads,
+            inputs.positions.data_ptr(),
+            inputs.query_starts.data_ptr(),
+            inputs.context_lens.data_ptr(),
+            inputs.block_table.data_ptr(),
+            inputs.positions.numel(),
+            num_seqs,
+            max_blocks,
+        )
+        return self._plan
+
+    def embedding(self, table: torch.Tensor) -> Bound:
+        rows = table.to(self.dtype).contiguous()
+        native = _host.CpuEmbedding(self.engine, self._name, rows.data_ptr(), *rows.shape)
+        return Bound(native, rows)
+
+    def rms_norm(self, weight: torch.Tensor, eps: float) -> Bound:
+        scale = weight.float().contiguous()
+        native = _host.CpuRmsNorm(self.engine, self._name, scale.data_ptr(), scale.numel(), eps)
+        return Bound(native, scale)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Bound:
+        return self._linear(weight, "store_f32", bias)
+
+    def linear_add(self, weight: torch.Tensor) -> Bound:
+        return self._linear(weight, "add_f32")
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Bound:
+        return self._linear(torch.cat([gate, up]), "silu_mul")
+
+    def _linear(
+        self, weight: torch.Tensor, epilogue: str, bias: torch.Tensor | None = None
+    ) -> Bound:
+        source = weight.to(self.dtype).contiguous()
+        n, k = source.shape
+        packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue))
+        _host.cpu_pack(
+            self.engine, self._name, source.data_ptr(), packed.data_ptr(), n, k, epilogue
+        )
+        offset = None if bias is None else bias.float().contiguous()
+        bias_address = 0 if offset is None else offset.data_ptr()
+        native = _host.CpuLinear(
+            self.engine, self._name, packed.data_ptr(), bias_address, n, k, epilogue
+        )
+        return Bound(native, packed, offset)
+
+    def attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        qk_norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> CpuAttention:
+        kept = [*tables, *(norm.float().contiguous() for norm in qk_norms or ())]
+        native = _host.CpuAttention(
+            self.engine,
+            self._name,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            config.sliding_window or config.max_position,
+            kept[0].data_ptr(),
+            kept[1].data_ptr(),
+            kept[0].size(0),
+            kept[2].data_ptr() if qk_norms else 0,
+            kept[3].data_ptr() if qk_norms else 0,
+            config.norm_eps,
+        )
+        return CpuAttention(native, layer, *kept)

@@ -1,0 +1,45 @@
+"""Which KV blocks of one worker are free.
+
+Always true: free and used are disjoint and together are all blocks. An allocation happens wholly or
+not at all. Freed blocks are handed out again first (they are warm in cache and already backed by
+memory). Only the worker that owns the pool allocates and releases.
+"""
+
+from nodeserve.errors import OutOfBlocks
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens`."""
+    return -(-num_tokens // block_size)
+
+
+class BlockAllocator:
+    """Free list over block ids 0 to num_blocks - 1."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._used: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Take `num_blocks`; OutOfBlocks when fewer are free, and then none is taken."""
+        if num_blocks > len(self._free):
+            raise OutOfBlocks(f"want {num_blocks} KV blocks, have {len(self._free)}")
+        taken = [self._free.pop() for _ in range(num_blocks)]
+        self._used.update(taken)
+        return taken
+
+    def release(self, block_ids: list[int]) -> None:
+        """Give blocks back. A block that is not in use is a double free: our bug, let it crash."""
+        for block_id in reversed(block_ids):
+            self._used.remove(block_id)
+            self._free.append(block_id)
+
+    def check(self) -> None:
+        """Cheap audit: nothing is lost, nothing is in both places."""
+        assert len(self._free) + len(self._used) == self.num_blocks
+        assert self._used.isdisjoint(self._free)

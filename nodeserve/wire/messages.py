@@ -1,0 +1,332 @@
+"""Every message that crosses a process, sorted by receiver.
+
+Bulk integers travel as `bytes`: int32 little-endian for token and block ids, int64 for request
+ids (`pack_ids`, `pack_request_ids`). Request ids are the coordinator's own on the rings and the
+client's own on its socket. Sampling travels as the mapping of `types.sampling_to`.
+
+Rings (coordinator <-> worker) need no version, both ends are one commit. The socket opens with a
+`Welcome` that carries one; docs/protocol.md describes that side for other languages.
+"""
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from nodeserve.wire.tagged import Tagged
+
+PROTOCOL_VERSION = 1
+
+# ---- coordinator -> worker
+
+
+class AttachPages(NamedTuple):
+    """Map a peer's page pool: the worker inherited its file descriptor. Answer: PagesAttached."""
+
+    worker: int
+    fd: int
+    num_bytes: int
+
+
+class Prefill(NamedTuple):
+    """Compute a request's KV and its next token.
+
+    `token_ids` are the prompt and, after a preemption, the tokens emitted so far. With `handoff`
+    the blocks stay pinned after the first token until ReleaseKv; without, the worker decodes on.
+    """
+
+    request_id: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    sampling: dict[str, Any]
+    handoff: bool
+
+
+class PullKv(NamedTuple):
+    """Copy a request's pages from a peer's pool, then decode. Answer: KvPulled or KvRefused.
+
+    `token_ids` includes the first token, whose KV does not exist yet: the pages hold one fewer.
+    """
+
+    request_id: int
+    source: int
+    block_ids: bytes
+    token_ids: bytes
+    num_prompt_tokens: int
+    sampling: dict[str, Any]
+
+
+class ReleaseKv(NamedTuple):
+    """The pinned blocks of a handed-over request are no longer needed. Answer: one Dropped.
+
+    The answer carries the load: without it an idle prefill worker would look full for ever.
+    """
+
+    request_id: int
+
+
+class Cancel(NamedTuple):
+    """Forget a request in whatever state it is, free its blocks. Answer: always one Dropped."""
+
+    request_id: int
+
+
+class Shutdown(NamedTuple):
+    """Leave the step loop and exit with code 0."""
+
+
+ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown
+TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker)
+
+# ---- worker -> coordinator
+
+
+class Mapped(NamedTuple):
+    """First record: the rings and the semaphore are mapped, their names may go."""
+
+    pid: int
+
+
+class Loading(NamedTuple):
+    """Start-up progress for people: `done` of `total` in `phase`."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class Ready(NamedTuple):
+    """The model is loaded and warm, the page pool exists."""
+
+    num_blocks: int
+    block_bytes: int
+    num_threads: int
+    kernels: str  # which attention and matrix kernels run, for the start log and `status`
+    load_s: float
+
+
+class PagesAttached(NamedTuple):
+    """The pool of `worker` is mapped."""
+
+    worker: int
+
+
+class Load(NamedTuple):
+    """What a worker holds now, and what its last step did. Never travels alone."""
+
+    num_running: int  # sequences that decode
+    num_waiting: int  # sequences whose prefill has not finished
+    num_pinned: int  # prefilled, waiting to be pulled
+    num_free_blocks: int
+    waiting_tokens: int  # prompt tokens not yet computed
+
+
+class StepDone(NamedTuple):
+    """One step: every token it sampled, every request it finished, handed over or put back.
+
+    `finish` has one byte per token: 0 goes on, 1 stop token, 2 length. `logprobs` is None or a
+    list of [place in the step, logprob, top ids (int32), top logprobs (float32)]. `kv_ready` is a
+    list of [request_id, block_ids]. A finished, preempted or failed request holds nothing here any
+    more. `started` are requests whose first prefill chunk ran in this step.
+    """
+
+    request_ids: bytes
+    token_ids: bytes
+    finish: bytes
+    logprobs: list[Any] | None
+    kv_ready: list[Any]
+    started: bytes
+    preempted: bytes
+    load: list[int]
+    step_s: float
+    num_prefill_tokens: int
+
+
+class KvPulled(NamedTuple):
+    """Pages are here; the request joins the next step. The source may be released."""
+
+    request_id: int
+    num_bytes: int
+    seconds: float
+
+
+class KvRefused(NamedTuple):
+    """No room for the pages now: nothing was taken, ask again when blocks are free."""
+
+    request_id: int
+    load: list[int]
+
+
+class Dropped(NamedTuple):
+    """Answer to Cancel and ReleaseKv: nothing of the request is held or read here any more."""
+
+    request_id: int
+    load: list[int]
+
+
+class RequestFailed(NamedTuple):
+    """This request cannot go on here; the worker holds nothing of it any more."""
+
+    request_id: int
+    code: str
+    message: str
+
+
+class Failed(NamedTuple):
+    """The worker as a whole cannot go on; it exits after this."""
+
+    code: str
+    message: str
+
+
+FromWorker = (
+    Mapped
+    | Loading
+    | Ready
+    | PagesAttached
+    | StepDone
+    | KvPulled
+    | KvRefused
+    | Dropped
+    | RequestFailed
+    | Failed
+)
+FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker)
+
+FINISH_REASONS = (None, "stop", "length")
+
+# ---- client -> coordinator
+
+
+class Submit(NamedTuple):
+    """A request; `request_id` is the client's choice, unique among its running ones.
+
+    `slo` is None or {"ttft_ms": number, "tpot_ms": number}, either may be missing. A higher
+    `priority` is served earlier.
+    """
+
+    request_id: int
+    token_ids: bytes
+    sampling: dict[str, Any]
+    slo: dict[str, Any] | None
+    priority: int
+
+
+class Abort(NamedTuple):
+    """Cancel one of this connection's requests; it still ends with one End."""
+
+    request_id: int
+
+
+class GetStats(NamedTuple):
+    """Ask for Stats."""
+
+
+class Stop(NamedTuple):
+    """Stop the server; with `drain` running requests finish first."""
+
+    drain: bool
+
+
+ToServer = Submit | Abort | GetStats | Stop
+TO_SERVER: Tagged[ToServer] = Tagged(ToServer)
+
+# ---- coordinator -> client
+
+
+class Welcome(NamedTuple):
+    """First frame on a connection."""
+
+    version: int
+    server: dict[str, Any]  # model, tokenizer, max_model_len, eos_token_ids, limits, pid
+
+
+class Tokens(NamedTuple):
+    """New tokens, one frame for everything a connection gets at once.
+
+    `items` is a list of [request_id, token_ids, logprobs]; `logprobs` is None or one
+    [logprob, top ids (int32), top logprobs (float32)] per token.
+    """
+
+    items: list[Any]
+
+
+class End(NamedTuple):
+    """The one terminal event of a request.
+
+    With `reason` "stop" or "length", `code` is None; else `reason` is "error" or "cancelled"
+    and `code`, `message` name a class of errors.py. `usage` has prompt_tokens and
+    completion_tokens; `timings` the fields of types.Timings.
+    """
+
+    request_id: int
+    reason: str
+    code: str | None
+    message: str
+    usage: dict[str, int]
+    timings: dict[str, Any]
+
+
+class Stats(NamedTuple):
+    """Answer to GetStats."""
+
+    stats: dict[str, Any]
+
+
+class Goodbye(NamedTuple):
+    """The server closes this connection; no frame follows. ProtocolError, or shutting down."""
+
+    code: str
+    message: str
+
+
+ToClient = Welcome | Tokens | End | Stats | Goodbye
+TO_CLIENT: Tagged[ToClient] = Tagged(ToClient)
+
+
+# ---- bulk numbers
+
+
+def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
+    numbers = array(typecode, values)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _unpack(typecode: str, data: bytes) -> "array[Any]":
+    numbers: array[Any] = array(typecode)
+    numbers.frombytes(data)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token or block ids as little-endian int32."""
+    return _pack("i", ids)
+
+
+def unpack_ids(data: bytes) -> "array[int]":
+    """Inverse of pack_ids; the caller has checked that the length is a multiple of 4."""
+    return _unpack("i", data)
+
+
+def pack_request_ids(ids: Iterable[int]) -> bytes:
+    """Request ids as little-endian int64."""
+    return _pack("q", ids)
+
+
+def unpack_request_ids(data: bytes) -> "array[int]":
+    """Inverse of pack_request_ids."""
+    return _unpack("q", data)
+
+
+def pack_floats(values: Iterable[float]) -> bytes:
+    """Log probabilities as little-endian float32."""
+    return _pack("f", values)
+
+
+def unpack_floats(data: bytes) -> "array[float]":
+    """Inverse of pack_floats."""
+    return _unpack("f", data)

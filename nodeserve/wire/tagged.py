@@ -1,0 +1,94 @@
+"""Closed unions of messages as msgpack arrays: [tag, field, field, ...].
+
+A message is a NamedTuple; its tag is its place in the union, so a union only ever grows at its end.
+`decode` refuses unknown tags, wrong numbers of fields and wrong types with ProtocolError: bytes
+from a client can never become anything but one of the messages, or that error.
+"""
+
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import msgpack
+
+from nodeserve.errors import ProtocolError
+
+Message = TypeVar("Message")
+_Check = Callable[[Any], bool]
+
+_PLAIN: dict[Any, _Check] = {
+    int: lambda value: type(value) is int,
+    float: lambda value: type(value) is float or type(value) is int,
+    str: lambda value: type(value) is str,
+    bytes: lambda value: type(value) is bytes,
+    bool: lambda value: type(value) is bool,
+    dict: lambda value: type(value) is dict,
+    list: lambda value: type(value) is list,
+    type(None): lambda value: value is None,
+    Any: lambda value: True,
+}
+
+
+def _check_for(hint: Any) -> _Check:
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        checks = [_check_for(option) for option in typing.get_args(hint)]
+        return lambda value: any(check(value) for check in checks)
+    if origin in (list, dict):
+        # Elements are checked by whoever reads them; the container's kind is checked here.
+        return _PLAIN[origin]
+    raise TypeError(f"a message field cannot be {hint!r}")
+
+
+class _Kind(NamedTuple):
+    make: Callable[..., Any]
+    names: tuple[str, ...]
+    checks: tuple[_Check, ...]
+
+
+def _kind(cls: Any) -> _Kind:
+    hints = typing.get_type_hints(cls)
+    return _Kind(cls._make, cls._fields, tuple(_check_for(hints[name]) for name in cls._fields))
+
+
+class Tagged(Generic[Message]):
+    """Encoder and decoder of one union; built once, at import."""
+
+    def __init__(self, union: Any) -> None:
+        members = typing.get_args(union) or (union,)
+        self._tags: dict[type, int] = {cls: tag for tag, cls in enumerate(members)}
+        self._kinds = [_kind(cls) for cls in members]
+        self._pack = msgpack.Packer(autoreset=True).pack
+
+    def encode(self, message: Message) -> bytes:
+        tag = self._tags[type(message)]
+        return self._pack((tag, *message))  # type: ignore[misc, no-any-return]
+
+    def decode(self, data: bytes | memoryview) -> Message:
+        """The message in `data`; ProtocolError says what is wrong with anything else."""
+        try:
+            parts = msgpack.unpackb(data, strict_map_key=False, use_list=True)
+        except (ValueError, msgpack.UnpackException, RecursionError) as problem:
+            raise ProtocolError(f"not a msgpack message: {problem}") from None
+        if type(parts) is not list or not parts or type(parts[0]) is not int:
+            raise ProtocolError("a message is an array that starts with its tag")
+        tag = parts.pop(0)
+        if not 0 <= tag < len(self._kinds):
+            raise ProtocolError(f"unknown message tag {tag}; known: 0 to {len(self._kinds) - 1}")
+        message: Message = self._build(self._kinds[tag], parts)
+        return message
+
+    @staticmethod
+    def _build(kind: _Kind, parts: list[Any]) -> Any:
+        if len(parts) != len(kind.names):
+            raise ProtocolError(
+                f"message has {len(parts)} fields, expected {len(kind.names)}:"
+                f" {', '.join(kind.names)}"
+            )
+        for name, check, value in zip(kind.names, kind.checks, parts, strict=True):
+            if not check(value):
+                raise ProtocolError(f"field {name} has the wrong type: {type(value).__name__}")
+        return kind.make(parts)

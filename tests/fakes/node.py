@@ -1,0 +1,287 @@
+"""A whole node in memory: the real coordinator, workers that are plain objects.
+
+Each worker has two queues instead of rings and does one thing at a time when told to, so a test can
+interleave everything in any order. Tokens depend on all tokens before them: a lost, repeated or
+swapped one shows.
+"""
+
+import random
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+from nodeserve.coordinator.coordinator import Coordinator, Limits
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.streams import Stream
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.types import Role
+from nodeserve.wire.frames import FrameReader
+from nodeserve.wire.messages import (
+    TO_CLIENT,
+    TO_WORKER,
+    Cancel,
+    Dropped,
+    End,
+    FromWorker,
+    KvPulled,
+    KvRefused,
+    Prefill,
+    PullKv,
+    Ready,
+    ReleaseKv,
+    StepDone,
+    Submit,
+    Tokens,
+    ToWorker,
+    pack_ids,
+    pack_request_ids,
+    unpack_ids,
+)
+
+VOCAB = 97
+BLOCK = 16
+
+
+def next_token(tokens: "array[int] | list[int]") -> int:
+    return sum(place * token for place, token in enumerate(tokens, 1)) % VOCAB
+
+
+def expected_stream(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeChannel:
+    """Stands where the rings are."""
+
+    def __init__(self) -> None:
+        self.records: deque[bytes] = deque()
+        self.inbox = self
+
+    def post(self, record: bytes) -> None:
+        self.records.append(record)
+
+
+@dataclass
+class Held:
+    tokens: "array[int]"
+    prompt: int
+    limit: int
+    state: str  # waiting, running, pinned
+    handoff: bool
+    blocks: int = 0
+
+
+@dataclass
+class FakeWorker:
+    """Does what a worker does, one action at a time, in the order of its inbox."""
+
+    link: WorkerLink
+    num_blocks: int
+    held: dict[int, Held] = field(default_factory=dict)
+    out: deque[FromWorker] = field(default_factory=deque)
+    lost: bool = False
+
+    @property
+    def free(self) -> int:
+        return self.num_blocks - sum(held.blocks for held in self.held.values())
+
+    def load(self) -> list[int]:
+        states = [held.state for held in self.held.values()]
+        waiting = sum(len(h.tokens) for h in self.held.values() if h.state == "waiting")
+        counts = [states.count(name) for name in ("running", "waiting", "pinned")]
+        return [*counts, self.free, waiting]
+
+    def receive(self, rng: random.Random) -> None:
+        channel = self.link.channel
+        assert isinstance(channel, FakeChannel)
+        if channel.records:
+            self.on(TO_WORKER.decode(channel.records.popleft()), rng)
+
+    def on(self, message: ToWorker, rng: random.Random) -> None:
+        match message:
+            case Prefill():
+                tokens = unpack_ids(message.token_ids)
+                limit = message.num_prompt_tokens + int(message.sampling["max_tokens"])
+                self.held[message.request_id] = Held(
+                    tokens, message.num_prompt_tokens, limit, "waiting", message.handoff
+                )
+            case PullKv():
+                self._pull(message, rng)
+            case ReleaseKv():
+                assert self.held.pop(message.request_id).state == "pinned"
+                self.out.append(Dropped(message.request_id, self.load()))
+            case Cancel():
+                self.held.pop(message.request_id, None)
+                self.out.append(Dropped(message.request_id, self.load()))
+
+    def _pull(self, message: PullKv, rng: random.Random) -> None:
+        tokens = unpack_ids(message.token_ids)
+        need = blocks_for(len(tokens), BLOCK)
+        busy = any(held.state == "running" for held in self.held.values())
+        if need > self.free or (busy and rng.random() < 0.1):
+            self.out.append(KvRefused(message.request_id, self.load()))
+            return
+        limit = message.num_prompt_tokens + int(message.sampling["max_tokens"])
+        held = Held(tokens, message.num_prompt_tokens, limit, "running", False, need)
+        self.held[message.request_id] = held
+        self.out.append(KvPulled(message.request_id, need * 100, 0.001))
+
+    def step(self, rng: random.Random) -> None:
+        ids: list[int] = []
+        sampled: list[int] = []
+        finish: list[int] = []
+        ready: list[tuple[int, bytes]] = []
+        started: list[int] = []
+        preempted: list[int] = []
+        prefilled = 0
+        for request_id, held in list(self.held.items()):
+            if held.state == "pinned" or rng.random() < 0.3:
+                continue
+            grown = blocks_for(len(held.tokens) + 1, BLOCK) - held.blocks
+            if grown > self.free:
+                if held.state == "running":
+                    preempted.append(request_id)
+                    del self.held[request_id]
+                continue
+            if held.state == "waiting":
+                started.append(request_id)
+                prefilled += len(held.tokens)
+            held.blocks += grown
+            token = next_token(held.tokens)
+            held.tokens.append(token)
+            done = len(held.tokens) >= held.limit
+            ids.append(request_id)
+            sampled.append(token)
+            finish.append(2 if done else 0)
+            if done:
+                del self.held[request_id]
+            elif held.handoff:
+                held.state = "pinned"
+                ready.append((request_id, pack_ids([1])))
+            else:
+                held.state = "running"
+        if ids or preempted:
+            self.out.append(
+                StepDone(
+                    pack_request_ids(ids),
+                    pack_ids(sampled),
+                    bytes(finish),
+                    None,
+                    ready,
+                    pack_request_ids(started),
+                    pack_request_ids(preempted),
+                    self.load(),
+                    0.01,
+                    prefilled,
+                )
+            )
+
+
+class FakeTransport:
+    """Collects what a client would receive."""
+
+    def __init__(self) -> None:
+        self.reader = FrameReader(1 << 24)
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, list[End]] = {}
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        for payload in self.reader.feed(data):
+            match TO_CLIENT.decode(payload):
+                case Tokens(items):
+                    for request_id, token_ids, _ in items:
+                        assert request_id not in self.ends, "a token after the end"
+                        self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
+                case End() as end:
+                    self.ends.setdefault(end.request_id, []).append(end)
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+
+class FakeNode:
+    """The coordinator, its fake workers and a clock that a test moves."""
+
+    def __init__(self, roles: list[Role], num_blocks: int = 64, **limits: int) -> None:
+        self.now = 0.0
+        values = {
+            "vocab_size": VOCAB,
+            "max_model_len": 256,
+            "block_size": BLOCK,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 128,
+            "max_num_queued_reqs": 1000,
+        }
+        links = [
+            WorkerLink(index, role, FakeChannel(), -1)  # type: ignore[arg-type]
+            for index, role in enumerate(roles)
+        ]
+        self.coordinator = Coordinator(
+            links, Limits(**{**values, **limits}), lambda: self.now, lambda: None
+        )
+        self.workers = [FakeWorker(link, num_blocks) for link in links]
+        for link in links:
+            link.state = "ready"
+            link.info = Ready(num_blocks, 100, 1, "fake", 0.0)
+            link.report([0, 0, 0, num_blocks, 0])
+
+    def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
+        transport = FakeTransport()
+        return Stream(transport, max_backlog_bytes), transport  # type: ignore[arg-type]
+
+    def submit(self, stream: Stream, request_id: int, prompt: list[int], max_tokens: int) -> None:
+        sampling = {"max_tokens": max_tokens, "temperature": 0.0}
+        self.coordinator.submit(stream, Submit(request_id, pack_ids(prompt), sampling, None, 0))
+
+    def deliver(self, worker: FakeWorker) -> None:
+        """One record from a worker to the coordinator."""
+        if worker.out and not worker.lost:
+            self.coordinator.handle(worker.link, worker.out.popleft())
+
+    def act(self, rng: random.Random) -> None:
+        """One random thing happens somewhere."""
+        self.now += 0.001
+        worker = rng.choice([worker for worker in self.workers if not worker.lost])
+        rng.choice(
+            [
+                lambda: worker.receive(rng),
+                lambda: worker.step(rng),
+                lambda: self.deliver(worker),
+                self.coordinator.flush,
+            ]
+        )()
+
+    def lose(self, worker: FakeWorker) -> None:
+        worker.lost = True
+        self.coordinator.lose(worker.link)
+
+    def run_to_idle(self, rng: random.Random, max_actions: int = 200_000) -> None:
+        for _ in range(max_actions):
+            if not self.coordinator.requests:
+                self.coordinator.flush()
+                return
+            self.act(rng)
+        phases = [request.phase.name for request in self.coordinator.requests.values()]
+        raise AssertionError(f"still alive: {phases}")
+
+    def check_nothing_held(self) -> None:
+        """After the last request: nobody holds blocks, counts or queue places."""
+        coordinator = self.coordinator
+        assert not len(coordinator.waiting) and not len(coordinator.parked)
+        for worker in self.workers:
+            if worker.lost:
+                continue
+            while worker.link.channel.records:  # type: ignore[attr-defined]
+                worker.receive(random.Random(0))
+            while worker.out:
+                self.deliver(worker)
+            assert not worker.held and worker.free == worker.num_blocks
+            assert not worker.link.requests and not worker.link.on_the_way
+            assert worker.link.prefill.outstanding_tokens == 0

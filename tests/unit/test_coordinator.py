@@ -1,0 +1,185 @@
+"""The coordinator's decisions and promises, with everything interleaved in every order."""
+
+import random
+
+import pytest
+
+from nodeserve.errors import ShuttingDown
+from nodeserve.types import Role
+from nodeserve.wire.messages import Submit, pack_ids
+from tests.fakes.node import FakeNode, expected_stream
+
+P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
+LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
+
+
+async def test_one_request_is_prefilled_here_and_decoded_there() -> None:
+    node, rng = FakeNode([P, D]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 7, [3, 1, 4], 5)
+    node.run_to_idle(rng)
+    assert client.tokens[7] == expected_stream([3, 1, 4], 5)
+    (end,) = client.ends[7]
+    assert end.reason == "length" and end.code is None
+    assert end.usage == {"prompt_tokens": 3, "completion_tokens": 5}
+    assert end.timings["prefill_worker"] == 0 and end.timings["decode_worker"] == 1
+    assert end.timings["handoff_bytes"] > 0
+    node.check_nothing_held()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", range(6))
+async def test_random_life_ends_every_request_once(layout: str, seed: int) -> None:
+    """Cancels, disconnects, refusals and preemptions anywhere; small pools force the last two."""
+    rng = random.Random(seed)
+    node = FakeNode(LAYOUTS[layout], num_blocks=20, max_num_seqs=5)
+    clients = [node.connect() for _ in range(3)]
+    prompts: dict[tuple[int, int], tuple[list[int], int]] = {}
+    for request_id in range(40):
+        place = rng.randrange(3)
+        prompt = [rng.randrange(97) for _ in range(rng.randint(1, 100))]
+        prompts[place, request_id] = prompt, rng.randint(1, 60)
+        node.submit(clients[place][0], request_id, *prompts[place, request_id])
+        for _ in range(rng.randint(0, 60)):
+            node.act(rng)
+        if rng.random() < 0.2 and (running := list(clients[place][0].requests.values())):
+            node.coordinator.abort(rng.choice(running))
+    node.coordinator.drop_stream(clients[2][0])
+    node.run_to_idle(rng)
+    for (place, request_id), (prompt, max_tokens) in prompts.items():
+        if place == 2:
+            continue
+        (end,) = clients[place][1].ends[request_id]
+        got = clients[place][1].tokens.get(request_id, [])
+        assert got == expected_stream(prompt, max_tokens)[: len(got)]
+        if end.reason == "length":
+            assert len(got) == max_tokens == end.usage["completion_tokens"]
+        else:
+            assert (end.reason, end.code) == ("cancelled", "cancelled")
+    node.check_nothing_held()
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_lost_worker_costs_no_token(lost: int, seed: int) -> None:
+    """Streams go on on the others without a missing or repeated token."""
+    rng, node = random.Random(seed), FakeNode([P, D, M], num_blocks=40)
+    stream, client = node.connect()
+    prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 60))] for _ in range(20)]
+    for request_id, prompt in enumerate(prompts):
+        node.submit(stream, request_id, prompt, 20)
+    for _ in range(rng.randint(50, 900)):
+        node.act(rng)
+    node.lose(node.workers[lost])
+    node.run_to_idle(rng)
+    for request_id, prompt in enumerate(prompts):
+        assert client.tokens[request_id] == expected_stream(prompt, 20)
+        assert [end.reason for end in client.ends[request_id]] == ["length"]
+    node.check_nothing_held()
+
+
+BAD: dict[str, tuple[Submit, str]] = {
+    "empty prompt": (Submit(1, b"", {}, None, 0), "invalid_request"),
+    "half a token": (Submit(1, b"abc", {}, None, 0), "invalid_request"),
+    "token too high": (Submit(1, pack_ids([97]), {}, None, 0), "invalid_request"),
+    "token negative": (Submit(1, pack_ids([-1]), {}, None, 0), "invalid_request"),
+    "prompt too long": (Submit(1, pack_ids([1] * 256), {}, None, 0), "prompt_too_long"),
+    "no tokens wanted": (Submit(1, pack_ids([1]), {"max_tokens": 0}, None, 0), "invalid_request"),
+    "nan": (Submit(1, pack_ids([1]), {"temperature": float("nan")}, None, 0), "invalid_request"),
+    "unknown field": (Submit(1, pack_ids([1]), {"best_of": 2}, None, 0), "invalid_request"),
+    "wrong type": (Submit(1, pack_ids([1]), {"top_p": "0.5"}, None, 0), "invalid_request"),
+    "bad slo": (Submit(1, pack_ids([1]), {}, {"ttft_ms": -5}, 0), "invalid_request"),
+    "unknown slo": (Submit(1, pack_ids([1]), {}, {"ttft": 5}, 0), "invalid_request"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_a_bad_request_ends_at_once_and_disturbs_nobody(name: str) -> None:
+    node, rng = FakeNode([M]), random.Random(0)
+    stream, client = node.connect()
+    message, code = BAD[name]
+    node.submit(stream, 2, [5], 3)
+    node.coordinator.submit(stream, message)
+    (end,) = client.ends[1]
+    assert (end.reason, end.code) == ("error", code) and end.message
+    node.run_to_idle(rng)
+    assert client.tokens[2] == expected_stream([5], 3)
+    assert node.coordinator.totals.rejected == 1
+
+
+async def test_a_request_id_in_use_is_refused() -> None:
+    node, rng = FakeNode([M]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 1, [5], 3)
+    node.submit(stream, 1, [6], 3)
+    assert [end.code for end in client.ends.pop(1)] == ["invalid_request"]
+    node.run_to_idle(rng)
+    assert client.tokens[1] == expected_stream([5], 3)
+
+
+async def test_past_the_queue_limit_requests_are_refused_and_the_accepted_finish() -> None:
+    node, rng = FakeNode([P, D], max_num_queued_reqs=50), random.Random(0)
+    stream, client = node.connect()
+    for request_id in range(200):
+        node.submit(stream, request_id, [request_id % 97], 3)
+    node.run_to_idle(rng)
+    codes = [client.ends[request_id][0].code for request_id in range(200)]
+    assert all(len(ends) == 1 for ends in client.ends.values())
+    assert codes.count("overloaded") == node.coordinator.totals.rejected > 0
+    assert codes.count(None) == node.coordinator.totals.finished == 200 - codes.count("overloaded")
+
+
+async def test_higher_priority_goes_first() -> None:
+    node, rng = FakeNode([M], max_num_seqs=1), random.Random(0)
+    stream, client = node.connect()
+    order: list[int] = []
+    for request_id, priority in enumerate([0, 0, 5, 1]):
+        message = Submit(request_id, pack_ids([1]), {"max_tokens": 2}, None, priority)
+        node.coordinator.submit(stream, message)
+    while node.coordinator.requests:
+        node.act(rng)
+        order += [i for i in client.ends if i not in order]
+    assert order == [0, 2, 3, 1]
+
+
+async def test_a_peer_that_does_not_read_stalls_itself_alone() -> None:
+    """Its tokens wait in one place, arrive whole when it reads, and Ends keep their order."""
+    node, rng = FakeNode([M]), random.Random(0)
+    (slow, slow_client), (fast, fast_client) = node.connect(), node.connect()
+    slow.pause()
+    for request_id in range(4):
+        node.submit(slow, request_id, [request_id + 1], 20)
+        node.submit(fast, request_id, [request_id + 1], 20)
+    node.run_to_idle(rng)
+    assert not slow_client.tokens and len(fast_client.ends) == 4
+    slow.resume()
+    assert slow_client.tokens == fast_client.tokens
+    assert all(len(ends) == 1 for ends in slow_client.ends.values())
+
+
+async def test_a_backlog_over_the_limit_closes_the_connection() -> None:
+    node, rng = FakeNode([M]), random.Random(0)
+    stream, client = node.connect(max_backlog_bytes=2000)
+    stream.pause()
+    for request_id in range(30):
+        node.submit(stream, request_id, [1], 20)
+    node.run_to_idle(rng)
+    assert client.closed and stream.closed
+    node.check_nothing_held()
+
+
+async def test_a_stopping_server_refuses_and_ends_what_runs() -> None:
+    node, rng = FakeNode([P, D]), random.Random(3)
+    stream, client = node.connect()
+    for request_id in range(10):
+        node.submit(stream, request_id, [request_id], 50)
+    for _ in range(100):
+        node.act(rng)
+    node.coordinator.closing = True
+    node.coordinator.end_all(ShuttingDown("bye"))
+    node.submit(stream, 99, [1], 1)
+    node.run_to_idle(rng)
+    assert [end.code for end in client.ends[99]] == ["shutting_down"]
+    for request_id in range(10):
+        assert [end.code for end in client.ends[request_id]] == ["shutting_down"]
+    node.check_nothing_held()
