@@ -114,7 +114,9 @@ class Connection(asyncio.Protocol):
         return self._stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.WriteTransport, transport)  # uvloop's own class is none of asyncio's
+        transport = cast(
+            asyncio.WriteTransport, transport
+        )  # uvloop's own class is none of asyncio's
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         self._stream = Stream(transport, self._max_backlog_bytes)
         self._coordinator.streams.add(self._stream)
