@@ -52,7 +52,7 @@ def host_extension() -> Pybind11Extension:
         HOST_SOURCES,
         include_dirs=["csrc"],
         cxx_std=20,
-        # Products and sums are fused where a kernel says so and nowhere else: same bits in any tile.
+        # Products and sums fuse where a kernel says so and nowhere else: same bits in any tile.
         extra_compile_args=[*compile_args, "-ffp-contract=off"],
         extra_link_args=link_args,
         depends=[str(path) for kind in ("*.h", "*.inl") for path in Path("csrc").rglob(kind)],
