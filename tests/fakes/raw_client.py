@@ -1,6 +1,7 @@
 """The wire protocol by hand: what the client library would hide from a test."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,5 +90,7 @@ class RawClient:
             if message is None:
                 raise ProtocolError("the stream ended early")
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()

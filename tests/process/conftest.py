@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fakes.raw_client import RawClient
 
 
 class RunningNode:
@@ -70,6 +72,23 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         except subprocess.TimeoutExpired:
             node.process.kill()
             node.process.communicate()
+
+
+Connect = Callable[[RunningNode], Awaitable[RawClient]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Opens connections to nodes, closed at the end of the test."""
+    clients: list[RawClient] = []
+
+    async def open_one(node: RunningNode) -> RawClient:
+        clients.append(await RawClient.connect(node.socket))
+        return clients[-1]
+
+    yield open_one
+    for client in clients:
+        await client.close()
 
 
 def names_of(pid: int) -> list[str]:

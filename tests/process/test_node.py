@@ -15,7 +15,7 @@ from nodeserve.wire.frames import HEADER, frame
 from nodeserve.wire.messages import TO_SERVER, Abort, Stop
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
-from tests.process.conftest import Nodes, RunningNode, names_of
+from tests.process.conftest import Connect, Nodes, RunningNode, names_of
 
 LONG = 400  # tokens: still running when the fault comes
 
@@ -31,9 +31,11 @@ async def settled(client: RawClient) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("layout", ["1m", "1p1d", "2p1d", "1p2d"])
-async def test_many_requests_stream_and_nothing_is_left(nodes: Nodes, layout: str) -> None:
+async def test_many_requests_stream_and_nothing_is_left(
+    nodes: Nodes, connect: Connect, layout: str
+) -> None:
     node = nodes.start(layout=layout)
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     prompts = [[(i * 7 + k) % 97 for k in range(1 + i * 5)] for i in range(20)]
     for i, prompt in enumerate(prompts):
         client.submit(i, prompt, max_tokens=30)
@@ -64,9 +66,11 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-async def test_garbage_closes_its_connection_and_no_other(nodes: Nodes, name: str) -> None:
+async def test_garbage_closes_its_connection_and_no_other(
+    nodes: Nodes, connect: Connect, name: str
+) -> None:
     node = nodes.start(layout="1p1d")
-    good, bad = [await RawClient.connect(node.socket) for _ in range(2)]
+    good, bad = [await connect(node) for _ in range(2)]
     good.submit(1, [5, 6, 7], max_tokens=100)
     bad.submit(1, [1], max_tokens=LONG)
     data, code = GARBAGE[name]
@@ -78,20 +82,20 @@ async def test_garbage_closes_its_connection_and_no_other(nodes: Nodes, name: st
     await settled(good)
 
 
-async def test_half_a_frame_and_a_hangup_leave_nothing(nodes: Nodes) -> None:
+async def test_half_a_frame_and_a_hangup_leave_nothing(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(layout="1p1d")
-    good, bad = [await RawClient.connect(node.socket) for _ in range(2)]
+    good, bad = [await connect(node) for _ in range(2)]
     bad.submit(1, [1], max_tokens=LONG)
     bad.writer.write(HEADER.pack(100) + b"half")
     await bad.read_until(lambda: bool(bad.tokens))
-    bad.close()
+    await bad.close()
     stats = await settled(good)
     assert stats["requests"]["cancelled"] == 1  # type: ignore[index]
 
 
-async def test_ten_thousand_requests_at_once_each_end_once(nodes: Nodes) -> None:
+async def test_ten_thousand_requests_at_once_each_end_once(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(layout="1p1d", max_num_queued_reqs=500)
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     for i in range(10_000):
         client.submit(i, [i % 97], max_tokens=2)
     await client.finish(*range(10_000))
@@ -104,9 +108,9 @@ async def test_ten_thousand_requests_at_once_each_end_once(nodes: Nodes) -> None
     await settled(client)
 
 
-async def test_a_client_that_never_reads_disturbs_nobody(nodes: Nodes) -> None:
+async def test_a_client_that_never_reads_disturbs_nobody(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(layout="1p1d")
-    good = await RawClient.connect(node.socket)
+    good = await connect(node)
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(str(node.socket))
@@ -127,9 +131,9 @@ def _submits(client: RawClient, count: int) -> list[bytes]:
     return frames
 
 
-async def test_a_client_killed_mid_stream_frees_everything(nodes: Nodes) -> None:
+async def test_a_client_killed_mid_stream_frees_everything(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(layout="1p1d")
-    good = await RawClient.connect(node.socket)
+    good = await connect(node)
     script = (
         "import asyncio, pathlib, sys\n"
         "from tests.fakes.raw_client import RawClient\n"
@@ -153,9 +157,11 @@ async def test_a_client_killed_mid_stream_frees_everything(nodes: Nodes) -> None
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-async def test_abort_ends_once_and_frees_both_sides(nodes: Nodes, after: int) -> None:
+async def test_abort_ends_once_and_frees_both_sides(
+    nodes: Nodes, connect: Connect, after: int
+) -> None:
     node = nodes.start(layout="1p1d")
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     client.submit(1, list(range(90)), max_tokens=LONG)
     await client.read_until(lambda: len(client.tokens.get(1, [])) >= after)
     client.send(Abort(1))
@@ -168,9 +174,9 @@ async def test_abort_ends_once_and_frees_both_sides(nodes: Nodes, after: int) ->
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2, 3])
-async def test_a_killed_worker_costs_no_token(nodes: Nodes, victim: int) -> None:
+async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, victim: int) -> None:
     node = nodes.start(layout="2p2d")
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     for i in range(12):
         client.submit(i, [i, 2 * i], max_tokens=200)
     await client.read_until(lambda: len(client.tokens) == 12)
@@ -184,9 +190,11 @@ async def test_a_killed_worker_costs_no_token(nodes: Nodes, victim: int) -> None
     assert states.count("lost") == 1 and states[victim] == "lost"
 
 
-async def test_losing_a_whole_role_ends_all_requests_and_the_node(nodes: Nodes) -> None:
+async def test_losing_a_whole_role_ends_all_requests_and_the_node(
+    nodes: Nodes, connect: Connect
+) -> None:
     node = nodes.start(layout="1p1d")
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     for i in range(6):
         client.submit(i, [i], max_tokens=LONG)
     await client.read_until(lambda: len(client.tokens) == 6)
@@ -200,9 +208,11 @@ async def test_losing_a_whole_role_ends_all_requests_and_the_node(nodes: Nodes) 
     assert not node.socket.exists() and not names_of(node.pid)
 
 
-async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(nodes: Nodes) -> None:
+async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(
+    nodes: Nodes, connect: Connect
+) -> None:
     node = nodes.start(layout="1p1d")
-    client, other = [await RawClient.connect(node.socket) for _ in range(2)]
+    client, other = [await connect(node) for _ in range(2)]
     client.submit(1, [3], max_tokens=100)
     await client.read_until(lambda: 1 in client.tokens)
     other.send(Stop(True))
@@ -216,9 +226,11 @@ async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(nodes: No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_stops_in_order(nodes: Nodes, number: signal.Signals) -> None:
+async def test_a_signal_stops_in_order(
+    nodes: Nodes, connect: Connect, number: signal.Signals
+) -> None:
     node = nodes.start(layout="1p1d")
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     client.submit(1, [3], max_tokens=LONG)
     await client.read_until(lambda: 1 in client.tokens)
     node.process.send_signal(number)
@@ -261,9 +273,11 @@ async def _until_gone(pids: list[int]) -> None:
         os.close(descriptor)
 
 
-async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(nodes: Nodes) -> None:
+async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(
+    nodes: Nodes, connect: Connect
+) -> None:
     node: RunningNode = nodes.start(layout="2p1d")
-    client = await RawClient.connect(node.socket)
+    client = await connect(node)
     client.submit(1, [3], max_tokens=LONG)
     await client.read_until(lambda: 1 in client.tokens)
     workers = node.worker_pids()
@@ -284,7 +298,7 @@ async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(nodes: 
         ({"block_size": 10}, "multiple of 16"),
         ({"kv_memory": 1000}, "--kv-memory 1000 is below"),
         ({"max_model_len": 100_000}, "--max-model-len 100000"),
-        ({"fake": {"fail_load": True}}, "worker"),
+        ({"fake": {"load_error": "no such weights"}}, "no such weights"),
     ],
 )
 def test_a_start_that_cannot_work_says_why(
