@@ -1,4 +1,4 @@
-"""A worker that costs nothing: it answers with pre-made step records as fast as the ring takes them.
+"""A worker that costs nothing: it sends pre-made step records as fast as the ring takes them.
 
 Started by bench.coordinator in place of `nodeserve.worker`, so that what is measured is the
 coordinator. Every running request gets token 7 in every step until its max_tokens.
