@@ -1,6 +1,6 @@
 """Which tokens of which sequences one step computes: continuous batching with chunked prefill.
 
-Always true, between any two calls (`check` says so):
+Always true, except between a batch's planning and its commit (`check` says so):
 - A sequence is in exactly one stage, and every used block belongs to exactly one sequence.
 - A prefill takes the blocks of all its tokens when its first chunk is planned, or none: two
   half-computed prompts can never wait for each other's blocks. Only the head of `waiting` may hold
