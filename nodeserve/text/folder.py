@@ -34,17 +34,21 @@ def read(folder: Path) -> Vocabulary:
 
 
 def _encoder(path: Path) -> tokenizers.Tokenizer:
+    text = _read_text(path)
     try:
-        data = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-    try:
-        encoder: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(data)
+        encoder: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
         raise ModelError(f"{path} is not a tokenizer: {error}") from None
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ModelError(f"cannot read {path}: {error}") from None
 
 
 def _spelling(encoder: tokenizers.Tokenizer, path: Path) -> tuple[bool, bool]:
@@ -85,7 +89,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """From a file of its own, else from the configuration: one, or the default of several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     template = _optional_json(folder / "chat_template.json").get("chat_template")
     template = template or config.get("chat_template")
     if isinstance(template, list):

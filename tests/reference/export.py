@@ -11,6 +11,7 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import ModelConfig
 from nodeserve.model.loader import open_weights
 from nodeserve.text import gguf_vocabulary
+from nodeserve.text.tokenizer import Vocabulary
 
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -41,7 +42,11 @@ def export_folder(
     _write_json(
         folder / "generation_config.json", {"eos_token_id": list(checkpoint.config.eos_token_ids)}
     )
-    vocabulary = gguf_vocabulary.read(checkpoint.path)
+    export_tokenizer(gguf_vocabulary.read(checkpoint.path), folder)
+    return folder
+
+
+def export_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(vocabulary.encoder.to_str(), encoding="utf-8")
     _write_json(
         folder / "tokenizer_config.json",
@@ -52,7 +57,6 @@ def export_folder(
             **vocabulary.template_tokens,
         },
     )
-    return folder
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

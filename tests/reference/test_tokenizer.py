@@ -11,10 +11,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nodeserve.checkpoint import resolve
 from nodeserve.text import Detokenizer, Tokenizer, gguf_vocabulary
-from nodeserve.text.tokenizer import Vocabulary
 from tests.fakes.gguf_writer import write_gguf
 from tests.reference.awkward import awkward_strings
 from tests.reference.embedded import needs_embedded_model
+from tests.reference.export import export_tokenizer
 from tests.reference.sentencepiece import scored_metadata, train_pieces
 
 DATA = Path(__file__).parent / "data"
@@ -37,19 +37,6 @@ def smollm2() -> Tokenizer:
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("sentencepiece") / "m.gguf"
     return Tokenizer.load(write_gguf(path, scored_metadata(SENTENCEPIECE["pieces"])))
-
-
-def save(vocabulary: Vocabulary, folder: Path) -> Path:
-    """A rebuilt tokenizer as a folder that transformers reads too."""
-    (folder / "tokenizer.json").write_text(vocabulary.encoder.to_str())
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": vocabulary.chat_template,
-        **vocabulary.template_tokens,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def check_ids(tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> None:
@@ -106,9 +93,9 @@ def test_random_ids_decode_as_tokenizers_does_and_stream_whole(
 @needs_embedded_model
 def test_folder_and_chat_template_against_transformers(tmp_path: Path, smollm2: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = save(gguf_vocabulary.read(resolve().path), tmp_path)
-    ours = Tokenizer.load(folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    export_tokenizer(gguf_vocabulary.read(resolve().path), tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for row in SMOLLM2["rows"]:
         assert ours.encode(row["text"]) == theirs.encode(row["text"]) == row["ids"]
         assert ours.decode(row["ids"]) == theirs.decode(row["ids"], skip_special_tokens=True)
@@ -125,9 +112,9 @@ def test_sentencepiece_folder_against_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     metadata = scored_metadata(SENTENCEPIECE["pieces"])
     vocabulary = gguf_vocabulary.read(write_gguf(tmp_path / "m.gguf", metadata))
-    folder = save(vocabulary, tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = Tokenizer.load(folder)
+    export_tokenizer(vocabulary, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
     for row in SENTENCEPIECE["rows"]:
         assert ours.encode(row["text"]) == theirs.encode(row["text"]) == row["ids"]
         if "\ufffd" not in row["text"]:

@@ -313,6 +313,9 @@ def test_where_a_folder_keeps_its_template(folder: Path) -> None:
     assert written() == "json"
     (folder / "chat_template.jinja").write_text("jinja")
     assert written() == "jinja"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="cannot read .*chat_template.jinja"):
+        written()
 
 
 def test_decoders_of_other_families_are_refused(folder: Path) -> None:

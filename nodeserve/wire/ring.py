@@ -1,0 +1,225 @@
+"""Records through a shared-memory ring, and the doorbells that wake a sleeping end.
+
+The ring itself, with its invariants, is C++ (csrc/ring/ring.h). Here is who rings whom:
+
+- Each end of a channel has one doorbell, which its peer rings for two reasons: records for me, or
+  room in the ring that I fill. So a ring is a hint; whoever wakes looks at both rings again.
+- A doorbell is rung only after the other end announced that it sleeps or waits, and once for each
+  announcement. Announcing is followed by one more look: that order is what loses no wake-up.
+- A ring that comes too late (its sleeper timed out) only causes one turn too many.
+- No end ever waits for a peer that died: waits are bounded by the caller's timeout, and the death
+  itself is seen by whoever owns the process.
+"""
+
+import itertools
+import os
+import time
+from collections import deque
+from typing import Protocol, final
+
+import posix_ipc
+
+from nodeserve._host import Ring
+from nodeserve.errors import RecordTooLarge, RingError
+
+FLUSH_RECORDS = 256
+DRAIN_RECORDS = 4096
+
+
+class Doorbell(Protocol):
+    def ring(self) -> None: ...
+
+
+@final
+class SemaphoreDoorbell:
+    """Wakes a process that sleeps in `wait`: a worker."""
+
+    def __init__(self, semaphore: posix_ipc.Semaphore) -> None:
+        self._semaphore = semaphore
+
+    def ring(self) -> None:
+        self._semaphore.release()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """True when it rang. Rings that came meanwhile are taken too: one look answers them all."""
+        try:
+            self._semaphore.acquire(timeout_s)
+            while self._semaphore.value > 0:
+                self._semaphore.acquire(0)
+        except posix_ipc.BusyError:
+            return False
+        except posix_ipc.SignalError:  # a handler ran; the caller looks again
+            return True
+        return True
+
+
+@final
+class EventfdDoorbell:
+    """Wakes an event loop that watches `fileno()`: the coordinator."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ring(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        try:
+            os.eventfd_read(self._fd)
+        except BlockingIOError:  # it had not rung
+            return
+
+
+class Sender:
+    """The producer's end."""
+
+    def __init__(self, ring: Ring, peer: Doorbell) -> None:
+        self._ring = ring
+        self._peer = peer
+
+    def try_put(self, record: bytes) -> bool:
+        """False: no room, nothing written."""
+        if not self._ring.put(record):
+            return False
+        self._wake_peer()
+        return True
+
+    def _wake_peer(self) -> None:
+        if self._ring.consumer_to_wake():
+            self._peer.ring()
+
+
+@final
+class BlockingSender(Sender):
+    """A worker's end: may sleep on the worker's own doorbell until there is room."""
+
+    def __init__(self, ring: Ring, peer: Doorbell, own: SemaphoreDoorbell) -> None:
+        super().__init__(ring, peer)
+        self._own = own
+
+    def put(self, record: bytes, timeout_s: float | None = None) -> bool:
+        """False, and nothing written, when there was no room for so long."""
+        if self.try_put(record):
+            return True
+        give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._wait_for_room(len(record), give_up_s):
+            if self.try_put(record):
+                return True
+        return False
+
+    def _wait_for_room(self, record_bytes: int, give_up_s: float | None) -> bool:
+        if not self._ring.arm_producer(record_bytes):
+            return True
+        left_s = None if give_up_s is None else give_up_s - time.monotonic()
+        if left_s is None or left_s > 0:
+            self._own.wait(left_s)
+            return True
+        self._ring.disarm_producer()
+        return False
+
+    def beat(self) -> None:
+        """Count one turn of this worker's loop, for whoever asks whether it still turns."""
+        self._ring.beat()
+
+
+@final
+class QueueingSender(Sender):
+    """The coordinator's end: never sleeps; what has no room waits here, in order.
+
+    While anything waits, the wait is announced in the ring, so the worker will ring for `flush`.
+    """
+
+    def __init__(self, ring: Ring, peer: Doorbell, max_queued: int) -> None:
+        super().__init__(ring, peer)
+        self._max_queued = max_queued
+        self._queue: deque[bytes] = deque()
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    def post(self, record: bytes) -> None:
+        """Sent now or queued behind earlier ones. RingError when the queue is full as well."""
+        if not self._queue and self.try_put(record):
+            return
+        if len(record) > self._ring.max_record_bytes:
+            raise RecordTooLarge(f"a record of {len(record)} bytes cannot pass the ring")
+        if len(self._queue) >= self._max_queued:
+            raise RingError(f"the worker leaves {len(self._queue)} records unread; is it stuck?")
+        self._queue.append(record)
+        if len(self._queue) == 1:
+            self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits; False when some still does. Call it when the own doorbell has rung."""
+        queue = self._queue
+        while queue:
+            num_put = self._ring.put_many(list(itertools.islice(queue, FLUSH_RECORDS)))
+            if num_put:
+                for _ in range(num_put):
+                    queue.popleft()
+                self._wake_peer()
+            elif self._ring.arm_producer(len(queue[0])):
+                return False
+        return True
+
+
+class Receiver:
+    """The consumer's end."""
+
+    def __init__(self, ring: Ring, peer: Doorbell) -> None:
+        self._ring = ring
+        self._peer = peer
+
+    def drain(self, max_records: int = DRAIN_RECORDS) -> list[bytes]:
+        """The records that are there, oldest first; never waits."""
+        records = self._ring.drain(max_records)
+        if records and self._ring.producer_to_wake():
+            self._peer.ring()
+        return records
+
+
+@final
+class BlockingReceiver(Receiver):
+    """A worker's end: sleeps on the worker's own doorbell."""
+
+    def __init__(self, ring: Ring, peer: Doorbell, own: SemaphoreDoorbell) -> None:
+        super().__init__(ring, peer)
+        self._own = own
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Sleep until there may be records (True) or the time is over (False)."""
+        if not self._ring.arm_consumer():
+            return True
+        rang = self._own.wait(timeout_s)
+        self._ring.disarm_consumer()
+        return rang
+
+
+@final
+class RungReceiver(Receiver):
+    """The coordinator's end: called by its event loop each time the own doorbell has rung."""
+
+    def __init__(self, ring: Ring, peer: Doorbell, own: EventfdDoorbell) -> None:
+        super().__init__(ring, peer)
+        self._own = own
+        self._announce()
+
+    def receive(self, max_records: int = DRAIN_RECORDS) -> list[bytes]:
+        """The records that are there. If more are left or came meanwhile, the bell rings again."""
+        self._own.clear()  # before the look: a ring after it is for records we may not see now
+        records = self.drain(max_records)
+        self._announce()
+        return records
+
+    def _announce(self) -> None:
+        if not self._ring.arm_consumer():
+            self._own.ring()
+
+    @property
+    def beats(self) -> int:
+        """Turns of the worker's loop so far; a number that stands still is a worker that does."""
+        return self._ring.beats
