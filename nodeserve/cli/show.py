@@ -1,0 +1,137 @@
+"""`nodeserve status` and `nodeserve stop`."""
+
+import json
+import os
+import select
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nodeserve.cli.talk import CONNECT_TIMEOUT_S, socket_option
+from nodeserve.client import Client
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STOP_TIMEOUT_S = 60.0
+
+_COLUMNS = (  # heading, cell
+    ("worker", "{index}"),
+    ("role", "{role}"),
+    ("state", "{state}"),
+    ("pid", "{pid}"),
+    ("running", "{running}"),
+    ("waiting", "{waiting}"),
+    ("pinned", "{pinned}"),
+    ("free blocks", "{free_blocks}/{num_blocks}"),
+    ("steps", "{steps}"),
+    ("step ms", "{step_ms:.1f}"),
+    ("tokens", "{tokens}"),
+    ("handoffs", "{handoffs}"),
+    ("threads", "{threads}"),
+    ("kernels", "{kernels}"),
+)
+
+
+@click.command()
+@socket_option
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def status(socket: str | None, as_json: bool) -> None:
+    """Show workers, queues, free blocks and rates."""
+    with Client(socket, connect_timeout_s=CONNECT_TIMEOUT_S) as client:
+        stats = client.stats()
+        if as_json:
+            click.echo(json.dumps({**stats, "socket": str(client.socket_path)}))
+            return
+        for line in summary(stats, str(client.socket_path)):
+            click.echo(line)
+        show_table(workers_table(stats["workers"]))
+
+
+def summary(stats: dict[str, Any], path: str) -> list[str]:
+    """The node in three lines."""
+    requests, rates = stats["requests"], stats["rates"]
+    return [
+        f"{stats['model']}  {stats['layout']}  pid {stats['pid']}"
+        f"  up {_duration(stats['uptime_s'])}  {path}",
+        "requests  " + "  ".join(f"{count} {name}" for name, count in requests.items()),
+        f"rates     {rates['prompt_tokens_per_s']:.1f} prompt tokens/s"
+        f"  {rates['output_tokens_per_s']:.1f} output tokens/s"
+        f"  {rates['requests_per_s']:.2f} requests/s",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def workers_table(workers: list[dict[str, Any]]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading, _ in _COLUMNS:
+        table.add_column(heading, overflow="fold")
+    for worker in workers:
+        table.add_row(*(cell.format(**worker) for _, cell in _COLUMNS))
+    return table
+
+
+def show_table(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit
+    console.print(table)
+
+
+@click.command()
+@socket_option
+@click.option("--drain", is_flag=True, help="Let running requests finish first.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=STOP_TIMEOUT_S,
+    show_default=True,
+    help="Seconds to wait for the server's end after it said goodbye.",
+)
+def stop(socket: str | None, drain: bool, timeout_s: float) -> None:
+    """Stop the server and wait until its process and socket are gone."""
+    with Client(socket, connect_timeout_s=CONNECT_TIMEOUT_S) as client:
+        pid = int(client.server()["pid"])
+        with closing(ProcessEnd(pid)) as end:
+            client.stop_server(drain=drain)
+            if not end.wait(timeout_s):
+                raise click.ClickException(
+                    f"the server (pid {pid}) still runs after {timeout_s:g} s: try `kill {pid}`"
+                )
+        if client.socket_path.exists():
+            raise click.ClickException(f"the server is gone but left {client.socket_path}")
+    click.echo(f"stopped (pid {pid})")
+
+
+class ProcessEnd:
+    """Waits for the end of a process that is not our child."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            self._descriptor: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._descriptor = None
+
+    def wait(self, timeout_s: float) -> bool:
+        """True when the process has ended within the time."""
+        if self._descriptor is None:
+            return True
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(1e3 * timeout_s))
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)

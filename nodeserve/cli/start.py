@@ -1,0 +1,155 @@
+"""`nodeserve start`: in the foreground, or as a process of its own with `--detach`."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nodeserve.cli.progress import StartReport, start_report
+from nodeserve.cli.settings import engine_options, given, read_toml, to_arguments
+from nodeserve.config import EngineConfig
+from nodeserve.log import log_to_stderr
+from nodeserve.socket_path import socket_path
+from nodeserve.types import StartEvent
+
+LOG_TAIL_LINES = 20
+
+
+@click.command()
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@engine_options
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file with options as keys; the command line wins.",
+)
+@click.option("--detach", is_flag=True, help="Return when the server is ready, leave it running.")
+@click.option("--events-fd", type=int, hidden=True)
+def start(
+    model_argument: str | None,
+    config_file: Path | None,
+    detach: bool,
+    events_fd: int | None,
+    **options: Any,
+) -> None:
+    """Serve MODEL (a folder, a .gguf file or a hub name) until stopped."""
+    config = engine_config(model_argument, config_file, given(options))
+    if detach:
+        run_detached(config)
+        return
+    report = start_report() if events_fd is None else None
+    with report or contextlib.nullcontext():
+        log_to_stderr()
+        # Here and not above: no other command needs what this loads.
+        from nodeserve.coordinator.server import serve
+
+        on_event = report.on_event if report else event_writer(events_fd)
+        code = serve(config, on_event)
+    sys.exit(code)
+
+
+def engine_config(
+    model: str | None, config_file: Path | None, options: dict[str, Any]
+) -> EngineConfig:
+    """Defaults, over them the file, over that the command line; the socket's path is resolved."""
+    if model is not None:
+        if options.get("model", model) != model:
+            raise click.UsageError("MODEL and --model name different models: give one")
+        options["model"] = model
+    values = {**(read_toml(config_file) if config_file else {}), **options}
+    values["socket"] = str(socket_path(values.get("socket"), os.environ, create=True))
+    return EngineConfig(**values)
+
+
+def event_writer(events_fd: int | None) -> Callable[[StartEvent], None]:
+    """Sends events to the process that started us; the pipe is closed when we are ready."""
+    assert events_fd is not None
+    os.set_inheritable(events_fd, False)
+    pipe = os.fdopen(events_fd, "w")
+
+    def write(event: StartEvent) -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody watches any more: go on
+            pipe.write(json.dumps(asdict(event)) + "\n")
+            pipe.flush()
+            if event.phase == "ready":
+                pipe.close()
+
+    return write
+
+
+def run_detached(config: EngineConfig) -> None:
+    """Start a server in a session of its own, watch its start, leave it when it is ready."""
+    assert config.socket is not None
+    log_path = Path(config.socket).with_suffix(".log")
+    with open_log(log_path) as log, start_report() as report:
+        process, events = spawn(config, log)
+        try:
+            ready = watch(events, report)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    if not ready:
+        code = process.wait()
+        raise click.ClickException(
+            f"the server ended with code {code} before it was ready; the end of {log_path}:\n"
+            + tail(log_path)
+        )
+    click.echo(f"{config.socket} pid {process.pid} log {log_path}")
+
+
+@contextlib.contextmanager
+def open_log(path: Path) -> Iterator[int]:
+    """The log file for this start, readable by its owner only."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    except OSError as problem:
+        raise click.ClickException(f"cannot write {path}: {problem.strerror}") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def spawn(config: EngineConfig, log: int) -> tuple["subprocess.Popen[bytes]", int]:
+    """The server's process and the pipe that its events come through."""
+    events, events_end = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "nodeserve", "start"),
+                *(*to_arguments(config), f"--events-fd={events_end}"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[events_end],
+        )
+    finally:
+        os.close(events_end)
+    return process, events
+
+
+def watch(events: int, report: StartReport) -> bool:
+    """Show events until the server is ready (True) or gone (False)."""
+    with os.fdopen(events) as lines:
+        for line in lines:
+            event = StartEvent(**json.loads(line))
+            report.on_event(event)
+            if event.phase == "ready":
+                return True
+    return False
+
+
+def tail(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:])
