@@ -85,6 +85,7 @@ class WorkerSpec:
     max_num_batched_tokens: int
     cpus: tuple[int, ...]  # cores to run on; the first is the step loop's
     num_threads: int
+    parent_pid: int  # the coordinator's; the worker dies with it
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
     channel: dict[str, int | str]  # the rings and doorbells: wire.ring's WorkerEnd.open
 

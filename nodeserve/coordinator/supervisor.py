@@ -139,6 +139,7 @@ class Supervisor:
             max_num_batched_tokens=config.max_num_batched_tokens,
             cpus=place.cpus,
             num_threads=place.num_threads,
+            parent_pid=os.getpid(),
             pages_fd=link.pages_fd,
             channel=asdict(link.channel.spec),
         )

@@ -1,0 +1,115 @@
+"""A worker process from its first line to its exit code, whatever the device.
+
+The coordinator decides when a worker ends: Ctrl-C in the terminal reaches the whole process group
+and is ignored here, SIGTERM ends it at once, and the kernel kills it when the coordinator dies.
+"""
+
+import argparse
+import ctypes
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from nodeserve.config import WorkerSpec
+from nodeserve.errors import ConfigError, NodeServeError
+from nodeserve.policy.batching import Limits, Scheduler
+from nodeserve.wire.messages import Failed, Loading, Mapped, Ready
+from nodeserve.worker.contract import Device, Load, Progress
+from nodeserve.worker.link import RingLink
+from nodeserve.worker.runner import Runner
+
+PROGRESS_EVERY_S = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def main(load: Load, arguments: Sequence[str] | None = None) -> int:
+    """`python -m nodeserve.worker --spec JSON`; tests start theirs with another `load`."""
+    parser = argparse.ArgumentParser(description="One nodeserve worker; `nodeserve start` runs it.")
+    parser.add_argument("--spec", required=True, help="a WorkerSpec as JSON")
+    spec = WorkerSpec.from_json(parser.parse_args(arguments).spec)
+    die_with_parent(spec.parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with RingLink(spec.channel) as link:
+        link.put(Mapped(os.getpid()))
+        try:
+            serve(spec, load, link)
+        except Exception as problem:  # noqa: BLE001 the process boundary: whatever it is, say so
+            link.put(failure(problem))
+            return 1
+    return 0
+
+
+def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
+    """Load the device, say so, and step until told to stop."""
+    began = time.perf_counter()
+    pin(spec.cpus)
+    device = load(spec, throttled(link))
+    runner = Runner(link, Scheduler(limits(spec, device)), device.executor, device.transfer)
+    gc.collect()
+    gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again
+    link.put(
+        Ready(
+            device.num_blocks,
+            device.block_bytes,
+            device.num_threads,
+            device.kernels,
+            time.perf_counter() - began,
+        )
+    )
+    runner.run()
+
+
+def limits(spec: WorkerSpec, device: Device) -> Limits:
+    return Limits(
+        num_blocks=device.num_blocks,
+        block_size=spec.block_size,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        eos_token_ids=device.eos_token_ids,
+    )
+
+
+def failure(problem: Exception) -> Failed:
+    """What the coordinator tells people; an unexpected one leaves its traceback on stderr."""
+    if isinstance(problem, NodeServeError):
+        return Failed(problem.code, str(problem))
+    traceback.print_exception(problem, file=sys.stderr)
+    return Failed(NodeServeError.code, f"{type(problem).__name__}: {problem}")
+
+
+def throttled(link: RingLink) -> Progress:
+    """Progress records, at most one in 50 ms but always the last of a phase."""
+    last_s = 0.0
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if done >= total or now_s - last_s >= PROGRESS_EVERY_S:
+            last_s = now_s
+            link.beat()
+            link.put(Loading(phase, done, total))
+
+    return progress
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel for SIGKILL when the coordinator ends, however it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pin(cpus: Sequence[int]) -> None:
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as problem:
+        raise ConfigError(f"cannot run on cores {list(cpus)}: {problem.strerror}") from None

@@ -1,0 +1,45 @@
+"""python -m tests.fakes.worker --spec JSON: a real worker process around a fake model.
+
+Rings, step loop, scheduler, page pool and handoff are the real ones; torch is never loaded.
+"""
+
+import sys
+import time
+
+from nodeserve.config import WorkerSpec
+from nodeserve.errors import ModelError
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.handoff import HostTransfer
+from nodeserve.worker.pages import make_pool, num_blocks_in
+from nodeserve.worker.process import main
+from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings
+
+
+def load(spec: WorkerSpec, progress: Progress) -> Device:
+    settings = FakeSettings.parse(spec.model)
+    progress("weights", 0, 1)
+    if settings.load_error is not None:
+        raise ModelError(settings.load_error)
+    if settings.load_s:
+        time.sleep(settings.load_s)
+    progress("weights", 1, 1)
+    block_bytes = spec.block_size * ENTRY_BYTES
+    num_blocks = num_blocks_in(
+        spec.kv_memory, block_bytes, blocks_for(spec.max_model_len, spec.block_size)
+    )
+    num_blocks = min(num_blocks, settings.max_blocks)
+    pool = make_pool(spec.pages_fd, num_blocks * block_bytes)
+    return Device(
+        executor=FakeExecutor(settings, pool, spec.block_size, spec.index),
+        transfer=HostTransfer(pool, block_bytes),
+        num_blocks=num_blocks,
+        block_bytes=block_bytes,
+        num_threads=spec.num_threads,
+        kernels="fake",
+        eos_token_ids=frozenset(settings.eos_token_ids),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(load))
