@@ -42,7 +42,7 @@ class Config:
     num_small: int = 500_000
     batch: int = 64
     small_bytes: int = 32
-    large_bytes: tuple[int, ...] = (4 << 10, 64 << 10, 512 << 10)
+    large_bytes: tuple[int, ...] = (64 << 10, 512 << 10)
     large_total_bytes: int = 1 << 30
     ring_bytes: int = 2 << 20
     repeats: int = 5
