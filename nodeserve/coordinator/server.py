@@ -113,6 +113,7 @@ class Server:
                 server.close()
                 await self.wind_down(request)
             finally:
+                self.stop()  # from here on a worker that ends is no news
                 await supervisor.stop()
                 for task in tasks:
                     task.cancel()
