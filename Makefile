@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+	CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 venv build: $(VENV)/.built

@@ -21,6 +21,7 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_HUB_COPIES = ["original/*", "consolidated*"]  # the same weights again, for their authors' code
 _CONTROL = 3  # GGUF's token type of tokens that are never text
 _ENDS_OF_TURN = frozenset(
     [
@@ -98,7 +99,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES))
     except LocalEntryNotFoundError:
         reason = "the hub cannot be reached and the model is not in the local cache"
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -18,6 +18,7 @@
 #define NS_TILE_VECTORS 2
 #define NS_BF16_ROWS 2
 #define NS_F32_ROWS 3
-#define NS_STREAM_AHEAD 4096
+#define NS_BF16_LINEAR_ROWS 2
+#define NS_F32_LINEAR_ROWS 3
 #include "cpu/kernels.inl"
 #endif

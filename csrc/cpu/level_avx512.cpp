@@ -20,6 +20,7 @@
 #define NS_TILE_VECTORS 4
 #define NS_BF16_ROWS 4
 #define NS_F32_ROWS 6
-#define NS_STREAM_AHEAD 4096
+#define NS_BF16_LINEAR_ROWS 8
+#define NS_F32_LINEAR_ROWS 12
 #include "cpu/kernels.inl"
 #endif

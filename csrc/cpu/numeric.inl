@@ -49,7 +49,8 @@ struct Bf16 {
     using Weight = uint16_t;
     using Act = uint16_t;
     static constexpr int kDepth = 2;
-    static constexpr int kRows = NS_BF16_ROWS;
+    static constexpr int kRows = NS_BF16_ROWS;  // of a tile 4 (or 2) vectors wide
+    static constexpr int kLinearRows = NS_BF16_LINEAR_ROWS;
     static INLINE Pairs weights(const Weight* p) { return load_pairs(p); }
     static INLINE Pairs act(const Act* p) {
         uint32_t pair;
@@ -68,6 +69,7 @@ struct F32 {
     using Act = float;
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
+    static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
     static INLINE Vec weights(const Weight* p) { return load(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }
@@ -82,6 +84,7 @@ struct F16 {
     using Act = float;
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
+    static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
     static INLINE Vec weights(const Weight* p) { return load_fp16(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }
@@ -115,7 +118,7 @@ INLINE Vec act_widen(const typename T::Act* p) {
     else return T::widen(p);
 }
 
-INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // sums[r][c] += over `steps` of x[r][step] * w[c][step]: the only place where products are summed,
 // so that linears, scores and values are the same chain whatever the tile around them.
@@ -131,7 +134,7 @@ INLINE void product(Vec (&sums)[R][C], const typename T::Weight* const (&w)[C], 
 #pragma GCC unroll 4
         for (int i = 0; i < P; ++i)
             prefetch(ahead[i] + step * w_stride * static_cast<int64_t>(sizeof(typename T::Weight)));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const auto a = T::act(x + r * x_stride + step * T::kDepth);
 #pragma GCC unroll 4

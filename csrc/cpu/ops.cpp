@@ -35,7 +35,7 @@ Linear::Linear(EnginePtr engine, Dtype dtype, LinearParams params)
     const bool silu = params.epilogue == Epilogue::SILU_MUL;
     require(!silu || (params.n % 2 == 0 && params.bias == nullptr),
             "epilogue silu_mul needs an even n and no bias");
-    num_shares_ = num_half_panels(params.n, params.epilogue);
+    num_shares_ = num_panels(params.n, params.epilogue);
 }
 
 void Linear::run(const void* x, void* out, int64_t rows) {
@@ -140,8 +140,8 @@ void Attention::attend(const StepPlan& plan, int layer, const void* query, void*
 void pack(Engine& engine, const PackParams& params) {
     require(params.weight != nullptr && params.out != nullptr, "weight and out must not be null");
     require(params.n >= 1 && params.k >= 1, "n and k must be at least 1");
-    const int64_t num_panels = (num_half_panels(params.n, params.epilogue) + 1) / 2;
-    engine.share(num_panels, true, [&](int64_t first, int64_t last) { pack_panels(params, first, last); });
+    const int64_t panels = num_panels(params.n, params.epilogue);
+    engine.share(panels, true, [&](int64_t first, int64_t last) { pack_panels(params, first, last); });
 }
 
 }  // namespace nodeserve::cpu

@@ -7,14 +7,14 @@ namespace nodeserve::cpu {
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::F32 ? 4 : 2; }
 int64_t depth_of(Dtype dtype) { return dtype == Dtype::BF16 ? 2 : 1; }
 
-int64_t num_half_panels(int64_t n, Epilogue epilogue) {
+int64_t num_panels(int64_t n, Epilogue epilogue) {
     if (epilogue == Epilogue::SILU_MUL) return (n / 2 + kLanes - 1) / kLanes;
-    return (n + kHalfPanel - 1) / kHalfPanel;
+    return (n + kPanel - 1) / kPanel;
 }
 
 int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k, Epilogue epilogue) {
     const int64_t depth = depth_of(dtype), steps = (k + depth - 1) / depth;
-    return (num_half_panels(n, epilogue) + 1) / 2 * steps * kPanel * depth * element_bytes(dtype);
+    return num_panels(n, epilogue) * steps * kPanel * depth * element_bytes(dtype);
 }
 
 namespace {
@@ -22,8 +22,8 @@ namespace {
 // The row of the weight behind a packed column, or -1 for padding.
 int64_t source_row(const PackParams& p, int64_t column) {
     if (p.epilogue != Epilogue::SILU_MUL) return column < p.n ? column : -1;
-    const int64_t width = p.n / 2, lane = column % kHalfPanel;
-    const int64_t row = column / kHalfPanel * kLanes + lane % kLanes;
+    const int64_t width = p.n / 2, lane = column % kPanel;
+    const int64_t row = column / kPanel * kLanes + lane % kLanes;
     if (row >= width) return -1;
     return lane < kLanes ? row : width + row;
 }

@@ -10,8 +10,8 @@ namespace nodeserve::cpu {
 int64_t element_bytes(Dtype dtype);
 int64_t depth_of(Dtype dtype);
 
-// Half panels of a weight: 32 columns, or for SILU_MUL 16 of gate and 16 of up.
-int64_t num_half_panels(int64_t n, Epilogue epilogue);
+// Panels of a weight: 32 columns, or for SILU_MUL 16 of gate and 16 of up.
+int64_t num_panels(int64_t n, Epilogue epilogue);
 int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k, Epilogue epilogue);
 
 struct PackParams {

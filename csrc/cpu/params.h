@@ -22,12 +22,11 @@ enum class Epilogue : int {
 
 constexpr int kLanes = 16;       // every kernel speaks of vectors of 16 floats
 constexpr int kGroup = kLanes;   // tokens whose keys share a vector
-constexpr int kPanel = 64;       // columns of a packed panel
-constexpr int kHalfPanel = 32;   // unit in which columns are dealt to threads
+constexpr int kPanel = 32;       // columns of a packed panel, the unit dealt to threads
 constexpr int kChunk = 512;      // tokens between two rescalings of the softmax
 
 struct LinearParams {
-    const void* weight;  // packed: [ceil(n / 64)][ceil(k / depth)][64][depth]; depth 2 for BF16, else 1
+    const void* weight;  // packed: [ceil(n / 32)][ceil(k / depth)][32][depth]; depth 2 for BF16, else 1
     const float* bias;   // [n] or null
     const void* x;       // [rows, k] activation type
     void* out;           // see Epilogue
@@ -116,7 +115,7 @@ struct AttendCall {
 // One instruction set's kernels. Ranges are [first, last).
 struct Kernels {
     const char* name;
-    void (*linear)(Dtype, const LinearParams&, int64_t first_half_panel, int64_t last_half_panel);
+    void (*linear)(Dtype, const LinearParams&, int64_t first_panel, int64_t last_panel);
     void (*rms_norm)(Dtype, const NormParams&, int64_t first_row, int64_t last_row);
     void (*embed)(Dtype, const EmbedParams&, int64_t first_row, int64_t last_row);
     void (*store)(Dtype, const StoreCall&, int64_t first_token, int64_t last_token);

@@ -12,6 +12,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.streams import Stream
@@ -113,7 +114,9 @@ class Connection(asyncio.Protocol):
         return self._stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
+        transport = cast(
+            asyncio.WriteTransport, transport
+        )  # uvloop's own class is none of asyncio's
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         self._stream = Stream(transport, self._max_backlog_bytes)
         self._coordinator.streams.add(self._stream)

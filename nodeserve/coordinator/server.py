@@ -24,7 +24,7 @@ from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.coordinator import Coordinator, Limits
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.listener import Connection, bound_socket
+from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, bound_socket
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
@@ -105,12 +105,15 @@ class Server:
             tasks: list[asyncio.Task[None]] = []
             try:
                 await self.start(tasks)
-                server = await self.loop.create_unix_server(self.connection, sock=listener)
+                server = await self.loop.create_unix_server(
+                    self.connection, sock=listener, backlog=BACKLOG_CONNECTIONS
+                )
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
                 request = await self.stopping
                 server.close()
                 await self.wind_down(request)
             finally:
+                self.stop()  # from here on a worker that ends is no news
                 await supervisor.stop()
                 for task in tasks:
                     task.cancel()

@@ -17,7 +17,9 @@ import torch
 from nodeserve.errors import ModelError
 from nodeserve.gguf import TensorInfo
 
-_CHUNK_VALUES = 256 * 1024
+# A little less than the 32,768 values from which torch uses its threads: so many small operations
+# would spend their time waiting for each other when another process has one of the cores.
+_CHUNK_VALUES = 32 * 1024 - 256
 
 # [num_blocks, block_bytes] uint8, to be written to [num_blocks, block_size] fp32
 Unpack = Callable[[torch.Tensor, torch.Tensor], None]

@@ -13,6 +13,7 @@ import contextlib
 import mmap
 import os
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,14 @@ class ChannelSpec:
     outbox_fd: int
     eventfd: int
     semaphore: str
+
+    @staticmethod
+    def from_dict(values: Mapping[str, int | str]) -> "ChannelSpec":
+        """Back from `asdict`, by way of JSON."""
+        inbox_fd, outbox_fd, eventfd = (
+            int(values[name]) for name in ("inbox_fd", "outbox_fd", "eventfd")
+        )
+        return ChannelSpec(inbox_fd, outbox_fd, eventfd, str(values["semaphore"]))
 
 
 def _name(node_id: str, label: str) -> str:

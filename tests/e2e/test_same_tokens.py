@@ -1,0 +1,123 @@
+"""One definition of right: the same tokens whatever the layout, the batch and the road.
+
+The reference is transformers on the same dequantised weights, greedy, in fp32: all 32 prompts, all
+64 tokens. In bf16 the node is its own reference, alone on one mixed worker.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nodeserve.checkpoint import resolve
+from nodeserve.text import Tokenizer
+from tests.e2e.conftest import served
+from tests.fakes.raw_client import RawClient
+from tests.reference.embedded import needs_embedded_model
+from tests.reference.export import export_folder
+
+pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
+
+NUM_PROMPTS, NUM_TOKENS = 32, 64
+Tokens = list[list[int]]
+
+# Pages for about a third of the 32 requests at their longest: the rest is preempted and recomputed.
+SMALL_KV = {"bfloat16": 50_000_000, "float32": 100_000_000}
+ROADS: dict[str, dict[str, Any]] = {
+    "1m whole": {"layout": "1m", "max_num_batched_tokens": 2048},
+    "1m chunked": {"layout": "1m", "max_num_batched_tokens": 48, "max_num_seqs": 32},
+    "1m preempted": {"layout": "1m", "kv_memory": "small"},
+    "1p1d": {"layout": "1p1d"},
+    "1p1d preempted": {"layout": "1p1d", "kv_memory": "small"},
+    "2p1d chunked": {"layout": "2p1d", "max_num_batched_tokens": 64},
+    "1p2d": {"layout": "1p2d"},
+}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Tokens:
+    """Slices of this repository's prose and code, 3 to 282 tokens."""
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text() + (root / "setup.py").read_text()
+    ids = Tokenizer.load(str(resolve().path)).encode(text)
+    return [ids[29 * i : 29 * i + 3 + 9 * i] for i in range(NUM_PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    """transformers, fp32, one prompt at a time with its own cache."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("reference") / "SmolLM2"
+    export_folder(resolve(), folder, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    found = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+async def ask(socket: Path, prompts: Tokens, at_once: bool) -> tuple[Tokens, int]:
+    """The tokens of each prompt, and how often any was preempted."""
+    client = await RawClient.connect(socket)
+    for i, prompt in enumerate(prompts):
+        client.submit(i, prompt, max_tokens=NUM_TOKENS)
+        if not at_once:
+            await client.finish(i)
+    await client.finish(*range(len(prompts)))
+    await client.close()
+    preemptions = sum(client.ends[i][0].timings["num_preemptions"] for i in range(len(prompts)))
+    return [client.tokens[i] for i in range(len(prompts))], preemptions
+
+
+def settings_of(road: str, dtype: str) -> dict[str, Any]:
+    settings = {"max_model_len": 512, "dtype": dtype, **ROADS[road]}
+    if settings.get("kv_memory") == "small":
+        settings["kv_memory"] = SMALL_KV[dtype]
+    return settings
+
+
+def run(folder: Path, road: str, dtype: str, prompts: Tokens, at_once: bool = True) -> Tokens:
+    with served(folder, **settings_of(road, dtype)) as socket:
+        tokens, preemptions = asyncio.run(ask(socket, prompts, at_once))
+    assert (preemptions > 0) == ("preempted" in road)
+    return tokens
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_fp32_tokens_are_those_of_transformers(
+    node_folder: Path, prompts: Tokens, reference: Tokens, road: str
+) -> None:
+    assert run(node_folder, road, "float32", prompts) == reference
+
+
+@pytest.fixture(scope="module")
+def alone(prompts: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    """bf16, one request at a time on one mixed worker."""
+    return run(tmp_path_factory.mktemp("alone"), "1m whole", "bfloat16", prompts, at_once=False)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_bf16_tokens_do_not_depend_on_the_road(
+    node_folder: Path, prompts: Tokens, alone: Tokens, road: str
+) -> None:
+    assert run(node_folder, road, "bfloat16", prompts) == alone
+
+
+def test_one_at_a_time_over_a_handoff_gives_the_same(
+    node_folder: Path, prompts: Tokens, alone: Tokens
+) -> None:
+    tokens = run(node_folder, "1p1d", "bfloat16", prompts[::4], at_once=False)
+    assert tokens == alone[::4]

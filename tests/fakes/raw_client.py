@@ -1,0 +1,96 @@
+"""The wire protocol by hand: what the client library would hide from a test."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nodeserve.errors import ProtocolError
+from nodeserve.wire.frames import HEADER, frame
+from nodeserve.wire.messages import (
+    TO_CLIENT,
+    TO_SERVER,
+    End,
+    GetStats,
+    Goodbye,
+    Stats,
+    Submit,
+    ToClient,
+    Tokens,
+    ToServer,
+    Welcome,
+    pack_ids,
+    unpack_ids,
+)
+
+
+class RawClient:
+    """One connection; collects tokens and Ends by request id."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, list[End]] = {}
+        self.goodbye: Goodbye | None = None
+
+    @classmethod
+    async def connect(cls, path: Path) -> "RawClient":
+        client = cls(*await asyncio.open_unix_connection(str(path)))
+        assert isinstance(await client.read(), Welcome)
+        return client
+
+    def send(self, message: ToServer) -> None:
+        self.writer.write(frame(TO_SERVER.encode(message)))
+
+    def submit(self, request_id: int, prompt: list[int], **sampling: Any) -> None:
+        sampling = {"temperature": 0.0, "ignore_eos": True, **sampling}
+        self.send(Submit(request_id, pack_ids(prompt), sampling, None, 0))
+
+    async def read(self) -> ToClient | None:
+        """The next message; None at the end of the stream."""
+        try:
+            (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+            message = TO_CLIENT.decode(await self.reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        self._take(message)
+        return message
+
+    def _take(self, message: ToClient) -> None:
+        match message:
+            case Tokens(items):
+                for request_id, token_ids, _ in items:
+                    self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
+            case End():
+                self.ends.setdefault(message.request_id, []).append(message)
+            case Goodbye():
+                self.goodbye = message
+
+    async def read_until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            if await self.read() is None:
+                raise ProtocolError("the stream ended early")
+
+    async def finish(self, *request_ids: int) -> None:
+        """Read until all of these have ended."""
+        await self.read_until(lambda: all(i in self.ends for i in request_ids))
+
+    async def read_to_end(self) -> None:
+        while await self.read() is not None:
+            pass
+
+    async def stats(self) -> dict[str, Any]:
+        self.send(GetStats())
+        while True:
+            message = await self.read()
+            if isinstance(message, Stats):
+                return message.stats
+            if message is None:
+                raise ProtocolError("the stream ended early")
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()

@@ -1,0 +1,96 @@
+"""Running nodes for the process tests, ended by id whatever happens."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.raw_client import RawClient
+
+
+class RunningNode:
+    """A node process and where it listens."""
+
+    def __init__(self, process: "subprocess.Popen[str]", socket: Path) -> None:
+        self.process = process
+        self.socket = socket
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def worker_pids(self) -> list[int]:
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=20)
+
+
+class Nodes:
+    """Starts nodes; `start` returns when one is ready."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.running: list[RunningNode] = []
+
+    def spawn(self, socket: Path | None = None, **settings: Any) -> RunningNode:
+        socket = socket or self.folder / f"node{len(self.running)}.sock"
+        arguments = json.dumps({"socket": str(socket), **settings})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fakes.node_process", arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        node = RunningNode(process, socket)
+        self.running.append(node)
+        return node
+
+    def start(self, **settings: Any) -> RunningNode:
+        node = self.spawn(**settings)
+        assert node.process.stdout is not None
+        line = node.process.stdout.readline()
+        assert line == "ready\n", f"the node did not start: {node.process.communicate()}"
+        return node
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    started = Nodes(tmp_path)
+    yield started
+    for node in started.running:
+        if node.process.poll() is None:
+            node.process.terminate()
+        try:
+            node.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            node.process.kill()
+            node.process.communicate()
+
+
+Connect = Callable[[RunningNode], Awaitable[RawClient]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Opens connections to nodes, closed at the end of the test."""
+    clients: list[RawClient] = []
+
+    async def open_one(node: RunningNode) -> RawClient:
+        clients.append(await RawClient.connect(node.socket))
+        return clients[-1]
+
+    yield open_one
+    for client in clients:
+        await client.close()
+
+
+def names_of(pid: int) -> list[str]:
+    """What a coordinator with this pid has left in /dev/shm."""
+    return [name for name in os.listdir("/dev/shm") if f"nodeserve-{pid}-" in name]

@@ -1,0 +1,310 @@
+"""A node of real processes, through its real socket: what it promises when things go wrong."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nodeserve.wire.frames import HEADER, frame
+from nodeserve.wire.messages import TO_SERVER, Abort, Stop
+from tests.fakes.model import expected_stream
+from tests.fakes.raw_client import RawClient
+from tests.process.conftest import Connect, Nodes, RunningNode, names_of
+
+LONG = 400  # tokens: still running when the fault comes
+
+
+async def settled(client: RawClient) -> dict[str, object]:
+    """The stats once nothing runs and every block is free; the test's timeout bounds it."""
+    while True:
+        stats = await client.stats()
+        workers = stats["workers"]
+        busy = stats["requests"]["queued"] + stats["requests"]["running"]
+        if not busy and all(w["free_blocks"] == w["num_blocks"] for w in workers):
+            return stats
+
+
+@pytest.mark.parametrize("layout", ["1m", "1p1d", "2p1d", "1p2d"])
+async def test_many_requests_stream_and_nothing_is_left(
+    nodes: Nodes, connect: Connect, layout: str
+) -> None:
+    node = nodes.start(layout=layout)
+    client = await connect(node)
+    prompts = [[(i * 7 + k) % 97 for k in range(1 + i * 5)] for i in range(20)]
+    for i, prompt in enumerate(prompts):
+        client.submit(i, prompt, max_tokens=30)
+    await client.finish(*range(20))
+    for i, prompt in enumerate(prompts):
+        assert client.tokens[i] == expected_stream(prompt, 30)
+        (end,) = client.ends[i]
+        assert end.reason == "length"
+        assert (end.timings["handoff_bytes"] > 0) == (layout != "1m")
+    await settled(client)
+    workers = node.worker_pids()
+    client.send(Stop(False))
+    await client.read_to_end()
+    assert client.goodbye is not None and client.goodbye.code == "shutting_down"
+    assert node.wait() == 0
+    assert not node.socket.exists() and not names_of(node.pid)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+GARBAGE = {
+    "not msgpack": (frame(b"\xc1\xc1\xc1"), "protocol"),
+    "not an array": (frame(b"\x07"), "protocol"),
+    "unknown message": (frame(b"\x91\x63"), "protocol"),
+    "missing fields": (frame(b"\x92\x00\x01"), "protocol"),
+    "wrong type": (frame(b"\x92\x01\xa1x"), "protocol"),
+    "over the limit": (HEADER.pack(1 << 30), "frame_too_large"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+async def test_garbage_closes_its_connection_and_no_other(
+    nodes: Nodes, connect: Connect, name: str
+) -> None:
+    node = nodes.start(layout="1p1d")
+    good, bad = [await connect(node) for _ in range(2)]
+    good.submit(1, [5, 6, 7], max_tokens=100)
+    bad.submit(1, [1], max_tokens=LONG)
+    data, code = GARBAGE[name]
+    bad.writer.write(data)
+    await bad.read_to_end()
+    assert bad.goodbye is not None and bad.goodbye.code == code
+    await good.finish(1)
+    assert good.tokens[1] == expected_stream([5, 6, 7], 100)
+    await settled(good)
+
+
+async def test_half_a_frame_and_a_hangup_leave_nothing(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="1p1d")
+    good, bad = [await connect(node) for _ in range(2)]
+    bad.submit(1, [1], max_tokens=LONG)
+    bad.writer.write(HEADER.pack(100) + b"half")
+    await bad.read_until(lambda: bool(bad.tokens))
+    await bad.close()
+    stats = await settled(good)
+    assert stats["requests"]["cancelled"] == 1  # type: ignore[index]
+
+
+async def test_ten_thousand_requests_at_once_each_end_once(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="1p1d", max_num_queued_reqs=500)
+    client = await connect(node)
+    for i in range(10_000):
+        client.submit(i, [i % 97], max_tokens=2)
+    await client.finish(*range(10_000))
+    assert all(len(ends) == 1 for ends in client.ends.values())
+    codes = {end.code for ends in client.ends.values() for end in ends}
+    assert codes == {None, "overloaded"}
+    for i, (end,) in client.ends.items():
+        if end.code is None:
+            assert client.tokens[i] == expected_stream([i % 97], 2)
+    await settled(client)
+
+
+async def test_a_client_that_never_reads_disturbs_nobody(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="1p1d")
+    good = await connect(node)
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(str(node.socket))
+        writer = RawClient.__new__(RawClient)
+        sent = b"".join(_submits(writer, 3000))
+        deaf.sendall(sent)
+        good.submit(1, [9], max_tokens=50)
+        await good.finish(1)
+        assert good.tokens[1] == expected_stream([9], 50)
+    await settled(good)
+
+
+def _submits(client: RawClient, count: int) -> list[bytes]:
+    frames: list[bytes] = []
+    client.send = lambda message: frames.append(frame(TO_SERVER.encode(message)))  # type: ignore[method-assign]
+    for i in range(count):
+        client.submit(i, [1], max_tokens=10, logprobs=5)
+    return frames
+
+
+async def test_a_client_killed_mid_stream_frees_everything(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="1p1d")
+    good = await connect(node)
+    script = (
+        "import asyncio, pathlib, sys\n"
+        "from tests.fakes.raw_client import RawClient\n"
+        "async def run():\n"
+        "    client = await RawClient.connect(pathlib.Path(sys.argv[1]))\n"
+        f"    for i in range(8): client.submit(i, [i], max_tokens={LONG})\n"
+        "    await client.read_until(lambda: len(client.tokens) == 8)\n"
+        "    print('streaming', flush=True)\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(run())\n"
+    )
+    victim = subprocess.Popen(
+        [sys.executable, "-c", script, str(node.socket)], stdout=subprocess.PIPE, text=True
+    )
+    with victim:
+        assert victim.stdout is not None and victim.stdout.readline() == "streaming\n"
+        victim.kill()
+    stats = await settled(good)
+    requests = stats["requests"]
+    assert requests["cancelled"] + requests["finished"] == 8  # type: ignore[index]
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+async def test_abort_ends_once_and_frees_both_sides(
+    nodes: Nodes, connect: Connect, after: int
+) -> None:
+    node = nodes.start(layout="1p1d")
+    client = await connect(node)
+    client.submit(1, list(range(90)), max_tokens=LONG)
+    await client.read_until(lambda: len(client.tokens.get(1, [])) >= after)
+    client.send(Abort(1))
+    client.send(Abort(1))  # crossed with the End: ignored
+    await client.finish(1)
+    await settled(client)
+    assert [end.reason for end in client.ends[1]] == ["cancelled"]
+    got = client.tokens.get(1, [])
+    assert got == expected_stream(list(range(90)), LONG)[: len(got)]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, victim: int) -> None:
+    node = nodes.start(layout="2p2d")
+    client = await connect(node)
+    for i in range(12):
+        client.submit(i, [i, 2 * i], max_tokens=200)
+    await client.read_until(lambda: len(client.tokens) == 12)
+    pids = {w["index"]: w["pid"] for w in (await client.stats())["workers"]}
+    os.kill(pids[victim], signal.SIGKILL)
+    await client.finish(*range(12))
+    for i in range(12):
+        assert client.tokens[i] == expected_stream([i, 2 * i], 200)
+        assert [end.reason for end in client.ends[i]] == ["length"]
+    states = [worker["state"] for worker in (await client.stats())["workers"]]
+    assert states.count("lost") == 1 and states[victim] == "lost"
+
+
+async def test_losing_a_whole_role_ends_all_requests_and_the_node(
+    nodes: Nodes, connect: Connect
+) -> None:
+    node = nodes.start(layout="1p1d")
+    client = await connect(node)
+    for i in range(6):
+        client.submit(i, [i], max_tokens=LONG)
+    await client.read_until(lambda: len(client.tokens) == 6)
+    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
+    os.kill(pids["decode"], signal.SIGKILL)
+    await client.read_to_end()
+    codes = {end.code for ends in client.ends.values() for end in ends}
+    assert all(len(ends) == 1 for ends in client.ends.values()) and codes <= {None, "worker_lost"}
+    assert len(client.ends) == 6
+    assert node.wait() == 1
+    assert not node.socket.exists() and not names_of(node.pid)
+
+
+async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(
+    nodes: Nodes, connect: Connect
+) -> None:
+    node = nodes.start(layout="1p1d")
+    client, other = [await connect(node) for _ in range(2)]
+    client.submit(1, [3], max_tokens=100)
+    await client.read_until(lambda: 1 in client.tokens)
+    other.send(Stop(True))
+    client.submit(2, [4], max_tokens=5)
+    await client.finish(1)
+    await client.read_to_end()
+    assert client.tokens[1] == expected_stream([3], 100)
+    assert client.ends[1][0].reason == "length"
+    assert all(end.code in (None, "shutting_down") for end in client.ends.get(2, []))
+    assert node.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_stops_in_order(
+    nodes: Nodes, connect: Connect, number: signal.Signals
+) -> None:
+    node = nodes.start(layout="1p1d")
+    client = await connect(node)
+    client.submit(1, [3], max_tokens=LONG)
+    await client.read_until(lambda: 1 in client.tokens)
+    node.process.send_signal(number)
+    await client.read_to_end()
+    assert [end.code for end in client.ends[1]] == ["shutting_down"]
+    assert node.wait() == 0 and not node.socket.exists()
+
+
+def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) -> None:
+    first = nodes.start(layout="1m")
+    second = nodes.spawn(socket=first.socket, layout="1m")
+    _, words = second.process.communicate(timeout=20)
+    assert second.process.returncode == 1 and "already running" in words
+    first.process.kill()
+    first.process.communicate()
+    assert first.socket.exists()
+    third = nodes.spawn(socket=first.socket, layout="1m")
+    assert third.process.stdout is not None and third.process.stdout.readline() == "ready\n"
+    assert (third.socket.stat().st_mode & 0o777) == 0o600
+
+
+def _gone(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    return True
+
+
+async def _until_gone(pids: list[int]) -> None:
+    """Readable pidfds say when; no polling."""
+    loop = asyncio.get_running_loop()
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        ended = asyncio.Event()
+        loop.add_reader(descriptor, ended.set)
+        await ended.wait()
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(
+    nodes: Nodes, connect: Connect
+) -> None:
+    node: RunningNode = nodes.start(layout="2p1d")
+    client = await connect(node)
+    client.submit(1, [3], max_tokens=LONG)
+    await client.read_until(lambda: 1 in client.tokens)
+    workers = node.worker_pids()
+    assert len(workers) == 3
+    node.process.kill()
+    await client.read_to_end()
+    await _until_gone(workers)
+    assert all(_gone(pid) for pid in workers)
+    assert not names_of(node.pid)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"layout": "4p"}, "nobody for decode"),
+        ({"layout": "1p:tp2,1d"}, "not supported yet"),
+        ({"device": "cuda"}, "CPU workers only"),
+        ({"block_size": 10}, "multiple of 16"),
+        ({"kv_memory": 1000}, "--kv-memory 1000 is below"),
+        ({"max_model_len": 100_000}, "--max-model-len 100000"),
+        ({"fake": {"load_error": "no such weights"}}, "no such weights"),
+    ],
+)
+def test_a_start_that_cannot_work_says_why(
+    nodes: Nodes, settings: dict[str, object], word: str
+) -> None:
+    node = nodes.spawn(**{"layout": "1m", **settings})
+    _, words = node.process.communicate(timeout=20)
+    assert node.process.returncode == 1 and word in words
+    assert not node.socket.exists() and not names_of(node.pid)
