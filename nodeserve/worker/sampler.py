@@ -59,7 +59,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
     """logits [num_seqs, vocab_size] float32, which this may write over."""
     choices = [choice_of(sequence) for sequence in sequences]
     if all(choice.plain for choice in choices):
-        return Sampled(logits.argmax(-1).tolist(), None)
+        return Sampled(most_likely(logits), None)
     asking = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
     raw = torch.log_softmax(_rows(logits, asking), -1) if asking else None
     shape_logits(logits, sequences, choices)
@@ -76,7 +76,7 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 def _choose(logits: torch.Tensor, sequences: list[Sequence], choices: list[Choice]) -> list[int]:
     drawn = [row for row, one in enumerate(sequences) if not one.sampling.greedy]
     if not drawn:
-        return logits.argmax(-1).tolist()
+        return most_likely(logits)
     tokens = draw(
         _rows(logits, drawn),
         [sequences[row].sampling for row in drawn],
@@ -84,10 +84,24 @@ def _choose(logits: torch.Tensor, sequences: list[Sequence], choices: list[Choic
     )
     if len(drawn) == len(sequences):
         return tokens
-    merged: list[int] = logits.argmax(-1).tolist()
+    merged = most_likely(logits)
     for row, token_id in zip(drawn, tokens, strict=True):
         merged[row] = token_id
     return merged
+
+
+def most_likely(logits: torch.Tensor) -> list[int]:
+    """The first of the highest in each row. torch's argmax is not vectorised, its amax is: 0.1 ms
+    against 0.65 for 16 rows of 49,152."""
+    num_rows, vocab_size = logits.shape
+    if vocab_size % CHUNK:
+        plain: list[int] = logits.argmax(-1).tolist()
+        return plain
+    chunks = logits.view(-1, CHUNK)
+    best = chunks.amax(-1).view(num_rows, -1).argmax(-1)
+    place = torch.arange(num_rows).mul_(vocab_size // CHUNK).add_(best)
+    tokens: list[int] = chunks.index_select(0, place).argmax(-1).add_(best.mul_(CHUNK)).tolist()
+    return tokens
 
 
 def draw(logits: torch.Tensor, sampling: list[Sampling], numbers: list[float]) -> list[int]:

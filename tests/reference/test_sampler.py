@@ -11,7 +11,7 @@ from nodeserve.policy.batching import Sequence
 from nodeserve.types import Sampling
 from nodeserve.wire.messages import unpack_floats, unpack_ids
 from nodeserve.worker.penalties import Choice, shape_logits
-from nodeserve.worker.sampler import draw, sample, uniform
+from nodeserve.worker.sampler import draw, most_likely, sample, uniform
 
 VOCAB = 1500  # not a multiple of the chunk
 PROMPT = [3, 5, 5, 8, 1200]
@@ -283,3 +283,14 @@ def test_tokens_equal_to_the_lowest_kept_one_are_all_kept() -> None:
     with torch.inference_mode():
         tokens = {draw(logits.clone(), [sampling], [u / 64])[0] for u in range(64)}
     assert tokens == {3, 100, 200, 299}
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 1536])
+def test_the_most_likely_token_is_the_first_of_the_highest(vocab: int) -> None:
+    logits = random_logits(5, vocab=vocab)
+    logits[1, [900, 30, 31]] = 99.0
+    logits[2, :] = -torch.inf
+    logits[2, vocab - 1] = -5.0
+    logits[3, :] = 0.0
+    assert most_likely(logits) == [int(row.argmax()) for row in logits]
+    assert most_likely(logits)[1:4] == [30, vocab - 1, 0]
