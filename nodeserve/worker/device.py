@@ -1,0 +1,19 @@
+"""Which device a worker runs on. Importing this loads no torch; loading a device does."""
+
+from nodeserve.config import WorkerSpec
+from nodeserve.errors import ConfigError
+from nodeserve.worker.contract import Device, Progress
+
+
+def load(spec: WorkerSpec, progress: Progress) -> Device:
+    if spec.device != "cpu":
+        raise ConfigError(
+            f"device {spec.device!r} is not supported yet: this version has CPU workers, use"
+            " --device cpu"
+        )
+    progress("torch", 0, 1)
+    # Here and not above: it takes most of a second, and by now the coordinator knows we live.
+    from nodeserve.worker import device_cpu
+
+    progress("torch", 1, 1)
+    return device_cpu.load(spec, progress)

@@ -1,0 +1,63 @@
+"""The CPU device: native kernels, pages in shared memory, handoff by copying whole blocks."""
+
+import os
+from functools import partial
+
+import torch
+
+from nodeserve import checkpoint
+from nodeserve.config import WorkerSpec
+from nodeserve.errors import ConfigError
+from nodeserve.model import backend, kv, llama
+from nodeserve.model.loader import open_weights
+from nodeserve.model.ops import Ops
+from nodeserve.model.ops_cpu import CpuOps
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.executor import ModelExecutor
+from nodeserve.worker.handoff import HostTransfer
+from nodeserve.worker.inputs import Staging
+from nodeserve.worker.pages import make_pool, num_blocks_in
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load(spec: WorkerSpec, progress: Progress) -> Device:
+    if spec.dtype not in DTYPES:
+        raise ConfigError(f"dtype {spec.dtype!r}: use {', '.join(DTYPES)}")
+    found = checkpoint.resolve(spec.model)
+    dtype, max_blocks = DTYPES[spec.dtype], blocks_for(spec.max_model_len, spec.block_size)
+    torch.set_num_threads(spec.num_threads)
+    torch.set_num_interop_threads(1)
+    ops = backend.make_ops(
+        found.config,
+        dtype,
+        block_size=spec.block_size,
+        num_threads=spec.num_threads,
+        cpus=spec.cpus,
+    )
+    layout = kv.layout_of(found.config, spec.block_size, dtype)
+    num_blocks = num_blocks_in(spec.kv_memory, layout.block_bytes, max_blocks)
+    progress("pages", 0, 1)
+    pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
+    progress("pages", 1, 1)
+    weights = open_weights(found, dtype)
+    model = llama.build(found.config, weights, ops, partial(progress, "weights"))
+    staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
+    executor = ModelExecutor(model, ops.cache(layout, pool), staging)
+    if len(spec.cpus) > 1:
+        os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
+    executor.warm_up()
+    return Device(
+        executor=executor,
+        transfer=HostTransfer(pool, layout.block_bytes),
+        num_blocks=num_blocks,
+        block_bytes=layout.block_bytes,
+        num_threads=spec.num_threads,
+        kernels=describe(ops),
+        eos_token_ids=frozenset(found.config.eos_token_ids),
+    )
+
+
+def describe(ops: Ops) -> str:
+    return f"native {ops.engine.isa}" if isinstance(ops, CpuOps) else "torch"
