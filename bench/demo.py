@@ -1,7 +1,7 @@
 """`make demo`: a server on two CPU workers, six prompts at once, and what it did with them.
 
 One worker prefills, the other pulls the KV pages and decodes. The answers stream through the Unix
-socket while they are written; at the end everything is stopped and what could be left is looked for.
+socket while they are written; in the end all is stopped, and what could be left is looked for.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,55 +114,44 @@ async def ask_all(client: AsyncClient, answers: list[Answer]) -> None:
                 group.create_task(ask(client, answer, changed))
 
 
-async def ask(client: AsyncClient, answer: Answer, changed: "Screen") -> None:
+async def ask(client: AsyncClient, answer: Answer, changed: Callable[[], None]) -> None:
     messages = [{"role": "user", "content": answer.prompt}]
     async for chunk in client.chat(messages, max_tokens=MAX_TOKENS, temperature=0.0, stream=True):
         answer.text += chunk.text
         answer.last = chunk
-        changed.update()
+        changed()
 
 
-class Screen:
-    """On a terminal all answers grow side by side."""
-
-    def __init__(self, answers: list[Answer], live: Live) -> None:
-        self._answers = answers
-        self._live = live
-
-    def update(self) -> None:
-        self._live.update(panels(self._answers, max_lines=6))
-
-
-class Paper(Screen):
-    """Elsewhere one after the other: the first that is not finished streams, the rest wait."""
+class Paper:
+    """For a pipe: one after the other. The first that is not finished streams, the rest wait."""
 
     def __init__(self, answers: list[Answer]) -> None:
         self._answers = answers
         self._place = 0
-        self._written = 0
+        self._written: int | None = None  # characters of that one; None: not even its prompt
 
     def update(self) -> None:
         while self._place < len(self._answers):
             answer = self._answers[self._place]
-            if self._written == 0:
+            if self._written is None:
                 print(f"\n[{self._place + 1}] {answer.prompt}\n    ", end="")
-                self._written = 1
-            text = answer.text[self._written - 1 :]
-            print(text.replace("\n", "\n    "), end="", flush=True)
-            self._written += len(text)
+                self._written = 0
+            print(answer.text[self._written :].replace("\n", "\n    "), end="", flush=True)
+            self._written = len(answer.text)
             if not answer.done:
                 return
             print()
-            self._place, self._written = self._place + 1, 0
+            self._place, self._written = self._place + 1, None
 
 
 @contextlib.contextmanager
-def screen(answers: list[Answer]) -> Iterator[Screen]:
+def screen(answers: list[Answer]) -> Iterator[Callable[[], None]]:
+    """What to call when an answer has grown. On a terminal all of them grow side by side."""
     if not console.is_terminal:
-        yield Paper(answers)
+        yield Paper(answers).update
         return
     with Live(console=console, transient=True, refresh_per_second=12) as live:
-        yield Screen(answers, live)
+        yield lambda: live.update(panels(answers, max_lines=6))
     console.print(panels(answers, max_lines=None))
 
 
@@ -248,10 +237,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nodeserve-demo-") as folder:
         socket = Path(folder) / "nodeserve.sock"
         start_server(socket)
+        problem: BaseException | None = None
         try:
             pids, server = asyncio.run(demonstrate(socket))
-        except* NodeServeError as problems:
-            console.print(f"Error: {problems.exceptions[0]}", style="red")
+        except* NodeServeError as group:
+            problem = group.exceptions[0]
+        if problem is not None:
+            console.print(f"Error: {problem}", style="red")
             return 1
         left = leftovers(socket, pids)
     if left:
