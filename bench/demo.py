@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,7 +24,7 @@ from rich.text import Text
 
 from nodeserve import AsyncClient
 from nodeserve.cli.progress import start_report
-from nodeserve.cli.start import open_log, spawn, tail, watch
+from nodeserve.cli.start import start_process
 from nodeserve.client import Chunk
 from nodeserve.config import EngineConfig
 
@@ -75,14 +76,8 @@ class Answer:
 def start_server(socket: Path, log_path: Path) -> "subprocess.Popen[bytes]":
     """`nodeserve start` as a process; bars until it is ready."""
     console.print(f"[bold]$ nodeserve start --layout {LAYOUT} --socket {socket}[/bold]")
-    config = EngineConfig(layout=LAYOUT, socket=str(socket))
-    with open_log(log_path) as log, start_report() as report:
-        process, events = spawn(config, log)
-        ready = watch(events, report)
-    if not ready:
-        process.wait()
-        sys.exit(f"the server did not start:\n{tail(log_path)}")
-    return process
+    with start_report() as report:
+        return start_process(EngineConfig(layout=LAYOUT, socket=str(socket)), log_path, report)
 
 
 def leftovers(socket: Path, pids: list[int]) -> list[str]:
@@ -233,7 +228,11 @@ def run(folder: Path) -> list[str]:
 def main() -> int:
     began_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="nodeserve-demo-") as folder:
-        left = run(Path(folder))
+        try:
+            left = run(Path(folder))
+        except click.ClickException as problem:
+            console.print(f"Error: {problem.message}", style="red", markup=False)
+            return 1
     if left:
         console.print(f"left behind: {', '.join(left)}", style="red")
         return 1
