@@ -13,7 +13,6 @@ import contextlib
 import mmap
 import os
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +46,6 @@ class ChannelSpec:
     outbox_fd: int
     eventfd: int
     semaphore: str
-
-    @staticmethod
-    def from_dict(values: Mapping[str, int | str]) -> "ChannelSpec":
-        """Back from `asdict`, by way of JSON."""
-        inbox_fd, outbox_fd, eventfd = (
-            int(values[name]) for name in ("inbox_fd", "outbox_fd", "eventfd")
-        )
-        return ChannelSpec(inbox_fd, outbox_fd, eventfd, str(values["semaphore"]))
 
 
 def _name(node_id: str, label: str) -> str:
@@ -149,7 +140,10 @@ class CoordinatorEnd(_End):
         return self._doorbell.fileno()
 
     def receive(self) -> list[bytes]:
-        """What the worker sent; also sends on what waited for room. Never blocks."""
+        """What the worker sent; also sends on what waited for room. Never blocks.
+
+        Call it once more when the worker has died: it may have put records and not rung for them.
+        """
         records = self.outbox.receive()
         self.inbox.flush()
         return records

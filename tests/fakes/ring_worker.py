@@ -50,7 +50,7 @@ def echo(end: WorkerEnd, rng: random.Random, max_wait_s: float | None) -> None:
 
 def main(channel: str, mode: str, seed: str) -> None:
     rng = random.Random(seed)
-    with WorkerEnd(ChannelSpec.from_dict(json.loads(channel))) as end:
+    with WorkerEnd(ChannelSpec(**json.loads(channel))) as end:
         end.outbox.put(HELLO)
         if mode == "produce":
             produce(end, rng)
