@@ -4,11 +4,12 @@ The coordinator made the segment, empty and nameless, and every worker inherited
 owner gives it its size here, once it knows how many bytes a block takes. Peers map it read-only.
 
 All memory is reserved at the start, so that a full /dev/shm (64 MB in a container that was given no
-more) is an error with advice and not a SIGBUS in the middle of a request. Measured for 256 MB:
-reserving takes 56 ms and leaves 105 ms of page faults to the first use of each block; touching
-everything at the start takes 146 ms; leaving all to the first use 198 ms, and no promise. Reserving
-it is: blocks are reused last in, first out, so most of a pool is touched late or never. Huge pages
-change nothing where the system keeps them from shared memory (shmem_enabled = never, the default).
+more) is an error with advice and not a SIGBUS in the middle of a request. The first WARM_BYTES,
+which the allocator hands out first and again and again, are also mapped in advance, by the owner
+and by each peer: left to faults, the first handoff of 256 tokens takes 8 ms instead of 0.4.
+Measured for 512 MB: reserving 0.11 to 0.21 s, mapping in advance 0.2 s more, at a peer 0.08 s;
+faults one by one 0.35 s, in every process again. Huge pages change nothing where the system keeps
+them from shared memory (shmem_enabled = never, the default).
 """
 
 import errno
@@ -16,6 +17,9 @@ import mmap
 import os
 
 from nodeserve.errors import ConfigError
+
+WARM_BYTES = 512 << 20
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Python has no names for them
 
 
 def num_blocks_in(kv_memory: int, block_bytes: int, least: int) -> int:
@@ -40,7 +44,7 @@ def make_pool(fd: int, num_bytes: int) -> mmap.mmap:
             raise
         raise ConfigError(_no_room(fd, num_bytes)) from None
     pool = mmap.mmap(fd, num_bytes)
-    pool.madvise(mmap.MADV_HUGEPAGE)
+    _warm(pool, _MADV_POPULATE_WRITE)
     return pool
 
 
@@ -59,4 +63,14 @@ def map_peer(fd: int, num_bytes: int) -> mmap.mmap:
     size = os.fstat(fd).st_size
     if size < num_bytes:
         raise ConfigError(f"a peer's pages have {size} bytes, {num_bytes} were announced")
-    return mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
+    peer = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
+    _warm(peer, _MADV_POPULATE_READ)
+    return peer
+
+
+def _warm(pages: mmap.mmap, advice: int) -> None:
+    try:
+        pages.madvise(advice, 0, min(len(pages), WARM_BYTES))
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:  # Linux before 5.14 does not know it: faults will do
+            raise
