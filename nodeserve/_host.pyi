@@ -148,6 +148,9 @@ def cpu_packed_bytes(dtype: str, n: int, k: int, epilogue: str) -> int: ...
 def cpu_pack(
     engine: CpuEngine, dtype: str, weight: int, out: int, n: int, k: int, epilogue: str
 ) -> None: ...
+def cpu_read(engine: CpuEngine, address: int, num_bytes: int) -> None:
+    """Read every byte once, on all threads: the memory ceiling of a benchmark."""
+
 def copy_blocks(
     dst: Buffer, src: Buffer, block_bytes: int, dst_ids: Sequence[int], src_ids: Sequence[int]
 ) -> None: ...

@@ -150,6 +150,16 @@ void bind_engine(py::module_& module) {
         },
         py::arg("engine"), py::arg("dtype"), py::arg("weight"), py::arg("out"), py::arg("n"), py::arg("k"),
         py::arg("epilogue"));
+    module.def(
+        "cpu_read",
+        [](Engine& engine, Address address, int64_t num_bytes) {
+            require(address != 0, "address must not be null");
+            require(num_bytes >= 0, "num_bytes must not be negative");
+            engine.share(num_bytes / 64, true, [&](int64_t first, int64_t last) {
+                engine.kernels.read(at<const char>(address) + first * 64, last - first);
+            });
+        },
+        py::arg("engine"), py::arg("address"), py::arg("num_bytes"), NoGil());
     module.def("copy_blocks", &copy_blocks, py::arg("dst"), py::arg("src"), py::arg("block_bytes"),
                py::arg("dst_ids"), py::arg("src_ids"));
 }

@@ -1,4 +1,4 @@
-// Weights into panels, and blocks from pool to pool: moving bytes, no arithmetic.
+// Weights into panels: moving bytes, no arithmetic.
 #pragma once
 
 #include <cstdint>

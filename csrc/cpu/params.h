@@ -121,6 +121,7 @@ struct Kernels {
     void (*store)(Dtype, const StoreCall&, int64_t first_token, int64_t last_token);
     // Items are (unit, kv_head) pairs, kv_head fastest.
     void (*attend)(Dtype, const AttendCall&, int64_t first_item, int64_t last_item);
+    float (*read)(const char* bytes, int64_t num_lines);
 };
 
 constexpr int kRowsPerUnit = 24;  // query rows (token, head) that a unit aims at

@@ -1,4 +1,4 @@
-// RMS norm and the embedding lookup.
+// RMS norm, the embedding lookup, and reading for its own sake.
 
 // 1 / sqrt(mean(x^2) + eps). One accumulator per lane, then a fixed tree.
 INLINE float inverse_rms(const float* x, int64_t width, float eps) {
@@ -42,4 +42,15 @@ void embed(Dtype dtype, const EmbedParams& p, int64_t first, int64_t last) {
     if (dtype == Dtype::BF16) return embed_of<Bf16>(p, first, last);
     if (dtype == Dtype::F32) return embed_of<F32>(p, first, last);
     return embed_of<F16>(p, first, last);
+}
+
+// Reads every line once, as fast as this instruction set can: the memory ceiling of a benchmark.
+float read(const char* bytes, int64_t num_lines) {
+    constexpr int64_t kLine = 64, kAhead = 768;
+    Vec sums[2] = {zero(), zero()};
+    for (int64_t i = 0; i < num_lines; ++i, bytes += kLine) {
+        prefetch(bytes + kAhead);
+        sums[i % 2] = add(sums[i % 2], load(reinterpret_cast<const float*>(bytes)));
+    }
+    return total(add(sums[0], sums[1]));
 }

@@ -82,6 +82,8 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     "embedding width": ("width", lambda: _host.CpuEmbedding(ENGINE, "float32", AT, 8, 0)),
     "pack weight": ("weight", lambda: _host.cpu_pack(ENGINE, "float32", 0, AT, 8, 8, "store")),
     "pack size": ("n and k", lambda: _host.cpu_packed_bytes("float32", 0, 8, "store")),
+    "read address": ("address", lambda: _host.cpu_read(ENGINE, 0, 64)),
+    "read size": ("num_bytes", lambda: _host.cpu_read(ENGINE, AT, -1)),
     "pages layers": ("num_layers", lambda: _pages(num_layers=0)),
     "pages heads": ("num_kv_heads", lambda: _pages(num_kv_heads=0)),
     "pages head_dim": ("head_dim", lambda: _pages(head_dim=72)),

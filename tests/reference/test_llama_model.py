@@ -147,6 +147,67 @@ def test_native_agrees_with_torch(family: str, dtype: torch.dtype) -> None:
     assert (native - plain).abs().max() < tolerance * plain.abs().max().clamp(min=1.0)
 
 
+Steps = list[dict[int, tuple[int, int]]]  # per step: prompt -> its tokens [first, last)
+PROMPT_LENS = (61, 7, 130)
+
+
+def _in_steps(
+    config: ModelConfig, ops: Ops, model: llama.Llama, steps: Steps
+) -> list[torch.Tensor]:
+    """Logits of every token of made prompts, run in `steps`."""
+    layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
+    cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
+    whole = _whole_prompts([[(7 * i * i + n) % 211 for i in range(n)] for n in PROMPT_LENS])
+    starts = whole.query_starts.tolist()
+    logits = torch.zeros(starts[-1], config.vocab_size)
+    for spans in steps:
+        rows = torch.cat(
+            [torch.arange(starts[p] + a, starts[p] + b) for p, (a, b) in spans.items()]
+        )
+        counts = torch.tensor([0, *(b - a for a, b in spans.values())], dtype=torch.int32)
+        inputs = StepInputs(
+            token_ids=whole.token_ids[rows],
+            positions=whole.positions[rows],
+            query_starts=counts.cumsum(0, dtype=torch.int32),
+            context_lens=torch.tensor([b for _, b in spans.values()], dtype=torch.int32),
+            block_table=whole.block_table[list(spans)],
+            logit_rows=torch.arange(len(rows), dtype=torch.int32),
+        )
+        logits[rows] = model.forward(inputs, cache)
+    return list(torch.split(logits, list(PROMPT_LENS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: torch.dtype) -> None:
+    state = _reference(SMALL).state_dict()
+    whole: Steps = [{p: (0, n) for p, n in enumerate(PROMPT_LENS)}]
+    alone: Steps = [{p: (0, n)} for p, n in enumerate(PROMPT_LENS)]
+    token_by_token: Steps = [
+        {p: (at, at + 1) for p, n in enumerate(PROMPT_LENS) if at < n} for at in range(130)
+    ]
+    cut: Steps = [{0: (0, 33), 2: (0, 1)}, {2: (1, 100)}, {1: (0, 7), 0: (33, 61), 2: (100, 130)}]
+    results = []
+    for num_threads in (1, 2):
+        ops = CpuOps(SMALL, dtype, num_threads)
+        model = llama.build(SMALL, state.__getitem__, ops)
+        for steps in (whole, alone, token_by_token, cut):
+            results.append(torch.cat(_in_steps(SMALL, ops, model, steps)))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_only_the_wanted_rows_get_logits() -> None:
+    state, ops = _reference(SMALL).state_dict(), CpuOps(SMALL, torch.float32)
+    layout = kv.layout_of(SMALL, BLOCK_SIZE, ops.dtype)
+    cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
+    model = llama.build(SMALL, state.__getitem__, ops)
+    inputs = _whole_prompts([[1, 2, 3], [4, 5]])
+    every = model.forward(inputs, cache).clone()
+    some = replace(inputs, logit_rows=torch.tensor([4, 2], dtype=torch.int32))
+    assert torch.equal(model.forward(some, cache), every[[4, 2]])
+    none = replace(inputs, logit_rows=torch.tensor([], dtype=torch.int32))
+    assert model.forward(none, cache).shape == (0, SMALL.vocab_size)
+
+
 def test_geometry_that_the_kernels_refuse_runs_on_torch() -> None:
     assert isinstance(make_ops(replace(SMALL, head_dim=72), torch.float32), TorchOps)
     assert isinstance(make_ops(SMALL, torch.float32, block_size=8), TorchOps)

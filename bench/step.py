@@ -1,0 +1,346 @@
+"""How close a model step on this CPU is to what the machine can do.
+
+    python -m bench.step [--smoke]
+
+Ceilings first: read bandwidth (256 MB, every byte once) and GEMM rate (the better of oneDNN's
+packed linear and ours on the model's own shapes). Then steps of a decoder with SmolLM2-135M's shape
+and random weights, as shares of two floors:
+
+    bytes   weights and visible KV read once, at the read bandwidth
+    compute the step's multiplications and additions, at the GEMM rate
+
+Decode is quoted against the bytes, prefill against the compute; the larger of both is the physical
+limit. Times are the best of several repeats (the machine is shared), per thread count and dtype.
+Python's share is the time of a step outside native calls.
+"""
+
+import argparse
+import mmap
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn import functional
+
+from bench.report import emit
+from nodeserve import _host
+from nodeserve.config import ModelConfig
+from nodeserve.model import kv, llama, rotary
+from nodeserve.model.inputs import StepInputs
+from nodeserve.model.ops_cpu import Arena, CpuCache, CpuOps
+
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_position=8192,
+    norm_eps=1e-5,
+    rope_theta=1e5,
+    tie_embeddings=True,
+)
+BLOCK_SIZE = 16
+READ_BYTES = 256 << 20
+CONTEXT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the machine gave in this run, for one thread count and dtype."""
+
+    read_gb_s: float
+    our_gemm_gflop_s: float
+    onednn_gemm_gflop_s: float
+
+    @property
+    def gemm_gflop_s(self) -> float:
+        return max(self.our_gemm_gflop_s, self.onednn_gemm_gflop_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One measured kind of step."""
+
+    name: str
+    dtype: str
+    num_threads: int
+    ms: float
+    tokens_per_s: float
+    bytes_floor_ms: float
+    compute_floor_ms: float
+    share_of_bytes: float
+    share_of_compute: float
+    python_share: float
+
+
+def best_seconds(call: Callable[[], object], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# -- the model's size -----------------------------------------------------------------------------
+
+
+def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(n, k) of one layer's linears."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return [
+        (heads + 2 * kv_heads, config.hidden_size),
+        (config.hidden_size, heads),
+        (2 * config.intermediate_size, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+    ]
+
+
+def layer_weights(config: ModelConfig) -> int:
+    return config.num_layers * sum(n * k for n, k in linear_shapes(config))
+
+
+def step_bytes(config: ModelConfig, dtype: torch.dtype, num_visible: int) -> int:
+    weights = layer_weights(config) + config.vocab_size * config.hidden_size
+    return weights * dtype.itemsize + num_visible * config.kv_bytes_per_token(dtype.itemsize)
+
+
+def step_flops(config: ModelConfig, num_tokens: int, num_logits: int, num_pairs: int) -> int:
+    """num_pairs: (query token, visible token) pairs over all sequences."""
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_pairs
+    head = num_logits * config.vocab_size * config.hidden_size
+    return 2 * (num_tokens * layer_weights(config) + head + attention)
+
+
+# -- ceilings -------------------------------------------------------------------------------------
+
+
+def read_gb_s(engine: _host.CpuEngine, data: torch.Tensor, repeats: int) -> float:
+    """The better of two readers: which one wins changes with what else the machine does."""
+    address, floats = data.data_ptr(), data.view(torch.float32)
+    torch.set_num_threads(engine.num_threads)
+    ours = best_seconds(lambda: _host.cpu_read(engine, address, READ_BYTES), repeats)
+    torchs = best_seconds(floats.sum, repeats)
+    torch.set_num_threads(1)
+    return READ_BYTES / min(ours, torchs) / 1e9
+
+
+def our_gemm(ops: CpuOps, rows: int, repeats: int) -> float:
+    rates = []
+    for n, k in linear_shapes(MODEL):
+        linear = ops.linear(torch.randn(n, k) * 0.03)
+        x, out = torch.randn(rows, k).to(ops.act_dtype), torch.empty(rows, n)
+        seconds = best_seconds(lambda op=linear, x=x, out=out: op(x, out), repeats)  # type: ignore[misc]
+        rates.append(2 * rows * n * k / seconds / 1e9)
+    return max(rates)
+
+
+def onednn_gemm(dtype: torch.dtype, num_threads: int, rows: int, repeats: int) -> float:
+    """Its packed linear where this torch has the op, else the plain one."""
+    torch.set_num_threads(num_threads)
+    rates = []
+    for n, k in linear_shapes(MODEL):
+        x, weight = torch.randn(rows, k).to(dtype), (torch.randn(n, k) * 0.03).to(dtype)
+        seconds = best_seconds(lambda x=x, w=weight: functional.linear(x, w), repeats)  # type: ignore[misc]
+        pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+        if pack is not None:
+            run, packed = torch.ops.mkldnn._linear_pointwise, pack(weight, rows)
+            packed_s = best_seconds(
+                lambda x=x, w=packed, run=run: run(x, w, None, "none", [], ""),  # type: ignore[misc]
+                repeats,
+            )
+            seconds = min(seconds, packed_s)
+        rates.append(2 * rows * n * k / seconds / 1e9)
+    torch.set_num_threads(1)
+    return max(rates)
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def random_weights(name: str) -> torch.Tensor:
+    config, kind = MODEL, name.rsplit(".", 2)[-2]
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {
+        "embed_tokens": (config.vocab_size, config.hidden_size),
+        "q_proj": (heads, config.hidden_size),
+        "k_proj": (kv_heads, config.hidden_size),
+        "v_proj": (kv_heads, config.hidden_size),
+        "o_proj": (config.hidden_size, heads),
+        "gate_proj": (config.intermediate_size, config.hidden_size),
+        "up_proj": (config.intermediate_size, config.hidden_size),
+        "down_proj": (config.hidden_size, config.intermediate_size),
+    }
+    if kind not in shapes:
+        return torch.ones(config.hidden_size)
+    return torch.randn(shapes[kind]) * 0.03
+
+
+def inputs_of(num_seqs: int, num_new: int, context: int) -> StepInputs:
+    """`num_seqs` sequences, each with its last `num_new` tokens of `context` in this step."""
+
+    def int32(values: range) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    width = -(-context // BLOCK_SIZE)
+    ends = range(num_new, num_new * num_seqs + 1, num_new)
+    return StepInputs(
+        token_ids=torch.randint(MODEL.vocab_size, (num_seqs * num_new,), dtype=torch.int32),
+        positions=int32(range(context - num_new, context)).repeat(num_seqs),
+        query_starts=int32(range(0, num_new * num_seqs + 1, num_new)),
+        context_lens=torch.full((num_seqs,), context, dtype=torch.int32),
+        block_table=int32(range(num_seqs * width)).view(num_seqs, width),
+        logit_rows=int32(ends) - 1,
+    )
+
+
+def make_cache(ops: CpuOps, num_tokens: int) -> CpuCache:
+    """Pages in shared memory, filled with numbers: untouched pages would read as one zero page."""
+    layout = kv.layout_of(MODEL, BLOCK_SIZE, ops.dtype)
+    pool = mmap.mmap(-1, num_tokens // BLOCK_SIZE * layout.block_bytes)
+    torch.frombuffer(pool, dtype=ops.dtype).normal_()
+    return ops.cache(layout, pool)
+
+
+class Bench:
+    """One dtype on one thread count."""
+
+    def __init__(self, dtype: torch.dtype, cpus: list[int], repeats: int, smoke: bool) -> None:
+        self.ops = CpuOps(MODEL, dtype, len(cpus), cpus)
+        self.repeats = repeats
+        self.smoke = smoke
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.where = f"{self.dtype:8}  {len(cpus)} thread{'s' if len(cpus) > 1 else ' '}"
+
+    def ceilings(self, data: torch.Tensor) -> Ceilings:
+        rows = 128 if self.smoke else 512
+        engine = self.ops.engine
+        found = Ceilings(
+            read_gb_s(engine, data, self.repeats),
+            our_gemm(self.ops, rows, self.repeats),
+            onednn_gemm(self.ops.dtype, engine.num_threads, rows, self.repeats),
+        )
+        print(
+            f"{self.where}  read {found.read_gb_s:5.1f} GB/s   GEMM ours "
+            f"{found.our_gemm_gflop_s:5.0f}, oneDNN {found.onednn_gemm_gflop_s:5.0f} GFLOP/s"
+        )
+        return found
+
+    def steps(self, ceilings: Ceilings) -> list[Step]:
+        model = llama.build(MODEL, random_weights, self.ops)
+        cache = make_cache(self.ops, 32 * CONTEXT)
+        batches, prompts = ((1, 16), (128,)) if self.smoke else ((1, 8, 16, 32), (128, 512, 1024))
+        kinds = [(f"decode {n} x {CONTEXT}", n, 1, CONTEXT) for n in batches]
+        kinds += [(f"prefill {n}", 1, n, n) for n in prompts]
+        return [self.step(model, cache, ceilings, *kind) for kind in kinds]
+
+    def step(
+        self,
+        model: llama.Llama,
+        cache: CpuCache,
+        ceilings: Ceilings,
+        name: str,
+        num_seqs: int,
+        num_new: int,
+        context: int,
+    ) -> Step:
+        inputs, engine = inputs_of(num_seqs, num_new, context), self.ops.engine
+        model.forward(inputs, cache)
+        best, python = float("inf"), 0.0
+        for _ in range(self.repeats):
+            busy, start = engine.busy_seconds, time.perf_counter()
+            model.forward(inputs, cache)
+            seconds = time.perf_counter() - start
+            if seconds < best:
+                best, python = seconds, 1 - (engine.busy_seconds - busy) / seconds
+        pairs = num_seqs * num_new * (context - num_new) + num_seqs * num_new * (num_new + 1) // 2
+        flops = step_flops(MODEL, num_seqs * num_new, num_seqs, pairs)
+        num_bytes = step_bytes(MODEL, self.ops.dtype, num_seqs * context)
+        by_bytes = num_bytes / ceilings.read_gb_s / 1e9
+        by_flops = flops / ceilings.gemm_gflop_s / 1e9
+        print(
+            f"{self.where}  {name:15} {1e3 * best:7.2f} ms  {num_seqs * num_new / best:7.0f} tok/s"
+            f"   bytes floor {1e3 * by_bytes:6.2f} ms ({by_bytes / best:4.0%})"
+            f"   compute floor {1e3 * by_flops:7.2f} ms ({by_flops / best:4.0%})"
+            f"   larger {max(by_bytes, by_flops) / best:4.0%}   Python {python:.1%}"
+        )
+        return Step(
+            name,
+            self.dtype,
+            engine.num_threads,
+            1e3 * best,
+            num_seqs * num_new / best,
+            1e3 * by_bytes,
+            1e3 * by_flops,
+            by_bytes / best,
+            by_flops / best,
+            python,
+        )
+
+    def attention(self, ceilings: Ceilings, num_seqs: int) -> dict[str, float]:
+        """Decode attention alone, every layer's pages in turn."""
+        tables, cache = rotary.tables(MODEL), make_cache(self.ops, num_seqs * CONTEXT)
+        layers = [self.ops.attention(MODEL, n, tables, None) for n in range(MODEL.num_layers)]
+        query = torch.randn(num_seqs, MODEL.num_heads * MODEL.head_dim).to(self.ops.act_dtype)
+        out, step = torch.empty_like(query), self.ops.begin(inputs_of(num_seqs, 1, CONTEXT), cache)
+
+        def run() -> None:
+            for layer in layers:
+                layer.attend(step, query, out)
+
+        seconds = best_seconds(run, self.repeats)
+        itemsize = self.ops.dtype.itemsize
+        rate = num_seqs * CONTEXT * MODEL.kv_bytes_per_token(itemsize) / seconds / 1e9
+        layer_us = 1e6 * seconds / MODEL.num_layers
+        print(
+            f"{self.where}  attention {num_seqs} x {CONTEXT}: {layer_us:.0f} us per layer, "
+            f"{rate:.1f} GB/s ({rate / ceilings.read_gb_s:.0%} of reading)"
+        )
+        return {"us_per_layer": layer_us, "gb_s": rate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--smoke", action="store_true", help="few, short measurements")
+    smoke: bool = parser.parse_args().smoke
+    torch.set_num_threads(1)
+    cpus = sorted(os.sched_getaffinity(0))
+    dtypes = [torch.bfloat16] if smoke else [torch.bfloat16, torch.float32]
+    repeats = 3 if smoke else 9
+    data = Arena().take(READ_BYTES).fill_(1)  # on huge pages, like the weights
+    print(f"instruction set: {_host.cpu_isa()}")
+    benches = [
+        Bench(dtype, cpus[:count], repeats, smoke)
+        for dtype in dtypes
+        for count in (1, 2)
+        if count <= len(cpus)
+    ]
+    ceilings = [bench.ceilings(data) for bench in benches]
+    del data
+    pairs = list(zip(benches, ceilings, strict=True))
+    steps = [step for bench, limits in pairs for step in bench.steps(limits)]
+    attention = [bench.attention(limits, 16) for bench, limits in pairs]
+    results = [
+        {"dtype": bench.dtype, "num_threads": bench.ops.engine.num_threads, **asdict(limits)}
+        for bench, limits in pairs
+    ]
+    emit(
+        {
+            "bench": "step",
+            "isa": _host.cpu_isa(),
+            "ceilings": results,
+            "steps": [asdict(step) for step in steps],
+            "attention_16x256": attention,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The asyncio client.
+
+Reconnect policy: the connection is made by the first call that needs one. When it is lost, every
+request on it raises ConnectionLost (or the reason that the server gave), and the next call tries
+once to connect again. A request is never sent twice: only its caller knows whether that is right.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from nodeserve.client.answer import Answer, merge
+from nodeserve.client.connection import Arrival, Connection, Mailbox, connect
+from nodeserve.client.results import Chunk, Completion, join
+from nodeserve.errors import InvalidRequest, NodeServeError
+from nodeserve.socket_path import socket_path as find_socket
+from nodeserve.text import Detokenizer, StopStrings, Tokenizer
+from nodeserve.types import check_sampling, sampling_from, sampling_to
+from nodeserve.wire.messages import End, pack_ids
+
+Message = Mapping[str, Any]
+CONNECT_TIMEOUT_S = 30.0
+
+
+class Call:
+    """One running request: ask for chunks until None, or abort."""
+
+    def __init__(
+        self, connection: Connection, request_id: int, mailbox: Mailbox, answer: Answer
+    ) -> None:
+        self._connection = connection
+        self._request_id = request_id
+        self._mailbox = mailbox
+        self._answer = answer
+        self._ended = False
+        self._failure: NodeServeError | None = None
+
+    async def chunk(self) -> Chunk | None:
+        """What came since the last one, at least something; None after the last."""
+        if self._failure is not None:
+            raise self._failure
+        if self._ended:
+            return None
+        events = await self._mailbox.take()
+        chunk = self._answer.add([event for event in events if isinstance(event, Arrival)])
+        if self._answer.stopped and isinstance(events[-1], Arrival):
+            self._connection.abort(self._request_id)
+            events = await self._end()
+        if isinstance(events[-1], Arrival):
+            return chunk
+        self._ended = True
+        try:
+            return merge(chunk, self._last(events[-1]))
+        except NodeServeError as error:
+            if not chunk.token_ids:
+                raise
+            self._failure = error  # after the tokens that came before it
+            return chunk
+
+    def abort(self) -> None:
+        """Leave the request; the server frees all it holds. Harmless after the end."""
+        self._ended = True
+        self._connection.forget(self._request_id)
+
+    async def _end(self) -> list[Any]:
+        while isinstance((events := await self._mailbox.take())[-1], Arrival):
+            pass  # tokens that were under way when the abort was sent
+        return events
+
+    def _last(self, event: End | NodeServeError) -> Chunk:
+        if isinstance(event, End):
+            return self._answer.finish(event)
+        if self._answer.stopped:
+            return self._answer.finish_without_end()
+        raise event
+
+
+class AsyncClient:
+    """Many requests at once over one connection, from the tasks of one event loop.
+
+    `socket_path=None` looks where `nodeserve start` puts the socket. Nothing is connected or loaded
+    before a call needs it. Leaving a request in any way (break, cancellation, an exception) cancels
+    it on the server.
+    """
+
+    def __init__(
+        self,
+        socket_path: str | os.PathLike[str] | None = None,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self.socket_path: Path = find_socket(socket_path, os.environ)
+        self._connect_timeout_s = connect_timeout_s
+        self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._loading = asyncio.Lock()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connection; what still runs raises ConnectionLost. The client stays usable."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    # ---- requests
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any
+    ) -> Awaitable[Completion]: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Any
+    ) -> AsyncGenerator[Chunk, None]: ...
+
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **options: Any
+    ) -> Awaitable[Completion] | AsyncGenerator[Chunk, None]:
+        """Complete a text or a list of token ids.
+
+        Await it, or with `stream=True` iterate over it: `async for chunk in generate(...)`. The
+        options are those of `start`.
+        """
+        return chunks(self, prompt, options) if stream else whole(self, prompt, options)
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
+    ) -> Awaitable[Completion]: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+    ) -> AsyncGenerator[Chunk, None]: ...
+
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Any
+    ) -> Awaitable[Completion] | AsyncGenerator[Chunk, None]:
+        """Answer a conversation ({"role": ..., "content": ...} each), by the chat template."""
+        options["messages"] = messages
+        return chunks(self, None, options) if stream else whole(self, None, options)
+
+    async def start(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        stop: str | Sequence[str] = (),
+        detokenize: bool = True,
+        slo: Mapping[str, float] | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Call:
+        """Send one request, a prompt or messages, and return it running.
+
+        Every field of `types.Sampling` is a keyword. `stop` strings end the answer before
+        themselves. `slo` has `ttft_ms` and `tpot_ms`; a higher `priority` is served earlier.
+        `detokenize=False` with a prompt of token ids needs no tokenizer and leaves `text` empty.
+        """
+        settings = sampling_from(sampling)
+        stops = StopStrings(stop) if stop else None
+        if stops is not None and not detokenize:
+            raise InvalidRequest("stop strings need detokenize=True; use stop_token_ids without")
+        connection = await self.connection()
+        check_sampling(settings, connection.server["vocab_size"])
+        ids = await self._token_ids(prompt, messages)
+        detokenizer = None
+        if detokenize:
+            tokenizer = await self.tokenizer()
+            detokenizer = Detokenizer(tokenizer, continues=messages is None)
+        answer = Answer(
+            len(ids) // 4, time.perf_counter(), detokenizer, stops, settings.logprobs is not None
+        )
+        request_id, mailbox = await connection.submit(
+            ids, sampling_to(settings), None if slo is None else dict(slo), priority
+        )
+        return Call(connection, request_id, mailbox, answer)
+
+    # ---- the server
+
+    async def server(self) -> dict[str, Any]:
+        """What the server says about itself: model, tokenizer, limits, layout, pid, version."""
+        return dict((await self.connection()).server)
+
+    async def health(self) -> dict[str, Any]:
+        """As `server`, after a round trip through the server's loop. Raises ConnectionLost."""
+        connection = await self.connection()
+        await connection.stats()
+        return dict(connection.server)
+
+    async def stats(self) -> dict[str, Any]:
+        """Queues, rates and workers, as docs/protocol.md lists them."""
+        return await (await self.connection()).stats()
+
+    async def stop_server(self, *, drain: bool = False) -> None:
+        """Stop the server and wait until it closes the connection.
+
+        With `drain` it finishes what runs first.
+        """
+        connection = await self.connection()
+        connection.stop_server(drain)
+        await asyncio.wait([connection.closed])
+
+    async def connection(self) -> Connection:
+        """The connection, made or made again when needed. For code that speaks the protocol."""
+        async with self._connecting:
+            if self._connection is None or not self._connection.usable:
+                self._connection = await connect(self.socket_path, self._connect_timeout_s)
+            return self._connection
+
+    async def tokenizer(self) -> Tokenizer:
+        """The served model's tokenizer, loaded when first needed."""
+        location = (await self.connection()).server["tokenizer"]
+        async with self._loading:
+            if self._tokenizer is None or self._tokenizer.location != location:
+                self._tokenizer = await asyncio.to_thread(Tokenizer.load, location)
+            return self._tokenizer
+
+    # ---- inside
+
+    async def _token_ids(
+        self, prompt: str | Sequence[int] | None, messages: Sequence[Message] | None
+    ) -> bytes:
+        if messages is not None:
+            tokenizer = await self.tokenizer()
+            text = tokenizer.chat_prompt(messages)
+            return pack_ids(tokenizer.encode(text, add_special=False))
+        if isinstance(prompt, str):
+            return pack_ids((await self.tokenizer()).encode(prompt))
+        try:
+            if prompt is not None and not isinstance(prompt, bytes | bytearray):
+                return pack_ids(prompt)
+        except (TypeError, OverflowError):
+            pass
+        raise InvalidRequest("prompt must be text or a list of token ids (32-bit integers)")
+
+
+async def chunks(
+    client: AsyncClient, prompt: str | Sequence[int] | None, options: dict[str, Any]
+) -> AsyncGenerator[Chunk, None]:
+    """One request from start to end; leaving it in between aborts it."""
+    call = await client.start(prompt, **options)
+    try:
+        while (chunk := await call.chunk()) is not None:
+            yield chunk
+    finally:
+        call.abort()
+
+
+async def whole(
+    client: AsyncClient, prompt: str | Sequence[int] | None, options: dict[str, Any]
+) -> Completion:
+    """One request, awaited; cancelling the wait aborts it."""
+    async with contextlib.aclosing(chunks(client, prompt, options)) as parts:
+        return join([chunk async for chunk in parts])

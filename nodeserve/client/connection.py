@@ -1,0 +1,274 @@
+"""One connection to the server: frames in, frames out, and a mailbox for each request.
+
+Always true: every mailbox gets its request's arrivals in order and then exactly one end, an `End`
+or the error that ended the connection. Arrivals carry the time at which their bytes were read, so
+that a slow consumer does not distort what is measured. The library reads all the time, whether or
+not its callers take what came: the server never sees it as a slow reader.
+"""
+
+import asyncio
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nodeserve.errors import (
+    ConnectionLost,
+    FrameTooLarge,
+    InvalidRequest,
+    NodeServeError,
+    ProtocolError,
+    from_code,
+)
+from nodeserve.wire.frames import FrameReader, frame
+from nodeserve.wire.messages import (
+    PROTOCOL_VERSION,
+    TO_CLIENT,
+    TO_SERVER,
+    Abort,
+    End,
+    GetStats,
+    Goodbye,
+    Stats,
+    Stop,
+    Submit,
+    ToClient,
+    Tokens,
+    ToServer,
+    Welcome,
+)
+
+MAX_INCOMING_BYTES = 64 << 20
+
+
+class Arrival(NamedTuple):
+    """One request's share of a Tokens frame, and when it was read."""
+
+    token_ids: bytes
+    logprobs: list[Any] | None
+    at_s: float
+
+
+Event = Arrival | End | NodeServeError
+
+
+class Mailbox:
+    """What came for one request and was not taken yet."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._filled = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+        self._filled.set()
+
+    async def take(self) -> list[Event]:
+        """Everything that is there, at least one."""
+        await self._filled.wait()
+        self._filled.clear()
+        events, self._events = self._events, []
+        return events
+
+
+class Connection(asyncio.Protocol):
+    """Speaks the protocol of docs/protocol.md. Made by `connect`."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.server: dict[str, Any] = {}
+        self.welcomed: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.error: NodeServeError | None = None
+        self._reader = FrameReader(MAX_INCOMING_BYTES)
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._stats: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._next_id = 0
+        self._transport: asyncio.Transport | None = None
+
+    # ---- what callers ask for
+
+    @property
+    def usable(self) -> bool:
+        return self.error is None
+
+    async def submit(
+        self, token_ids: bytes, sampling: dict[str, Any], slo: dict[str, Any] | None, priority: int
+    ) -> tuple[int, Mailbox]:
+        """Send a request; its id and where its answer arrives."""
+        await self._writable.wait()
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        data = encoded(Submit(request_id, token_ids, sampling, slo, priority))
+        limit = self.server.get("max_frame_bytes", MAX_INCOMING_BYTES)
+        if len(data) > limit:
+            raise FrameTooLarge(
+                f"the request takes {len(data)} bytes, the server allows {limit}: send less"
+            )
+        if self.error is not None:
+            raise self.error
+        mailbox = self._mailboxes[request_id] = Mailbox()
+        self._write(data)
+        return request_id, mailbox
+
+    def abort(self, request_id: int) -> None:
+        """Cancel a request; its End still arrives. Does nothing when it has ended."""
+        if request_id in self._mailboxes:
+            self._send(Abort(request_id))
+
+    def forget(self, request_id: int) -> None:
+        """Cancel a request that nobody waits for any more."""
+        self.abort(request_id)
+        self._mailboxes.pop(request_id, None)
+
+    async def stats(self) -> dict[str, Any]:
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        if self.error is not None:
+            raise self.error
+        self._stats.append(answer)
+        self._send(GetStats())
+        return await answer
+
+    def stop_server(self, drain: bool) -> None:
+        self._send(Stop(drain))
+
+    async def close(self) -> None:
+        """End the connection; the server cancels what still runs on it."""
+        self._fail(ConnectionLost("the client was closed"))
+        await asyncio.wait([self.closed])
+
+    def _send(self, message: ToServer) -> None:
+        if self.error is None:
+            self._write(TO_SERVER.encode(message))
+
+    def _write(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(frame(data))
+
+    # ---- what the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        at_s = time.perf_counter()
+        try:
+            for payload in self._reader.feed(data):
+                if self.error is None:
+                    self._on_message(TO_CLIENT.decode(payload), at_s)
+        except NodeServeError as error:
+            self._fail(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(
+            ConnectionLost("the connection to the server ended" + (f": {exc}" if exc else ""))
+        )
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _on_message(self, message: ToClient, at_s: float) -> None:
+        if not self.welcomed.done():
+            self._on_welcome(message)
+            return
+        match message:
+            case Tokens():
+                self._on_tokens(message, at_s)
+            case End():
+                if mailbox := self._mailboxes.pop(message.request_id, None):
+                    mailbox.put(message)
+            case Stats():
+                self._on_stats(message)
+            case Goodbye():
+                self._fail(from_code(message.code, message.message))
+            case Welcome():
+                raise ProtocolError("the server sent a second Welcome")
+
+    def _on_welcome(self, message: ToClient) -> None:
+        if isinstance(message, Goodbye):
+            raise from_code(message.code, message.message)
+        if not isinstance(message, Welcome):
+            raise ProtocolError(
+                f"the server's first message is {type(message).__name__}, not Welcome"
+            )
+        if message.version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the server speaks protocol version {message.version}, this client"
+                f" {PROTOCOL_VERSION}: install the same release of nodeserve on both sides"
+            )
+        self.server = message.server
+        self.welcomed.set_result(None)
+
+    def _on_tokens(self, message: Tokens, at_s: float) -> None:
+        for item in message.items:
+            match item:
+                case [int(request_id), bytes(token_ids), (list() | None) as logprobs] if (
+                    len(token_ids) % 4 == 0
+                ):
+                    if mailbox := self._mailboxes.get(request_id):
+                        mailbox.put(Arrival(token_ids, logprobs, at_s))
+                case _:
+                    raise ProtocolError("an item of Tokens is not [request_id, ids, logprobs]")
+
+    def _on_stats(self, message: Stats) -> None:
+        if not self._stats:
+            raise ProtocolError("the server sent Stats that nobody asked for")
+        answer = self._stats.popleft()
+        if not answer.done():
+            answer.set_result(message.stats)
+
+    def _fail(self, error: NodeServeError) -> None:
+        """The first reason ends everything that waits; later ones say nothing new."""
+        if self.error is not None:
+            return
+        self.error = error
+        if not self.welcomed.done():
+            self.welcomed.set_exception(error)
+        for mailbox in self._mailboxes.values():
+            mailbox.put(error)
+        self._mailboxes.clear()
+        for answer in self._stats:
+            if not answer.done():
+                answer.set_exception(error)
+        self._stats.clear()
+        self._writable.set()
+        if self._transport is not None:
+            # Not close(): that would wait for a server that does not read.
+            self._transport.abort()
+
+
+def encoded(request: Submit) -> bytes:
+    """The message; InvalidRequest for values that no message can carry."""
+    try:
+        return TO_SERVER.encode(request)
+    except (TypeError, ValueError, OverflowError) as problem:
+        raise InvalidRequest(f"slo or priority cannot be sent: {problem}") from None
+
+
+async def connect(path: Path, timeout_s: float) -> Connection:
+    """A connection whose Welcome has come; ConnectionLost when nobody answers."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, connection = await loop.create_unix_connection(Connection, str(path))
+            try:
+                await connection.welcomed
+            except BaseException:
+                await connection.close()
+                raise
+    except TimeoutError:
+        raise ConnectionLost(
+            f"the server on {path} did not answer in {timeout_s:g} s: it may still be loading"
+        ) from None
+    except OSError as problem:
+        raise ConnectionLost(
+            f"no server on {path} ({problem.strerror}): start one with `nodeserve start`"
+        ) from None
+    return connection

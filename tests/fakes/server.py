@@ -1,0 +1,166 @@
+"""A server of the socket protocol in the test's own event loop, with a script for what it answers.
+
+It records what clients send. A script is `async (peer, submit) -> None` and is run as a task for
+every Submit; the default one answers with `tokens_for` and an End.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nodeserve.types import Timings
+from nodeserve.wire.frames import FrameReader, frame
+from nodeserve.wire.messages import (
+    PROTOCOL_VERSION,
+    TO_CLIENT,
+    TO_SERVER,
+    End,
+    GetStats,
+    Goodbye,
+    Stats,
+    Stop,
+    Submit,
+    ToClient,
+    Tokens,
+    ToServer,
+    Welcome,
+    pack_ids,
+    unpack_ids,
+)
+
+VOCAB_SIZE = 264
+TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, prefill_worker=0, decode_worker=1)
+
+
+def tokens_for(submit: Submit) -> list[int]:
+    """Three tokens that depend on the whole prompt."""
+    total = sum(unpack_ids(submit.token_ids))
+    return [(total + place) % VOCAB_SIZE for place in range(3)]
+
+
+class Peer:
+    """One connection."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+
+    def send(self, message: ToClient) -> None:
+        self._writer.write(frame(TO_CLIENT.encode(message)))
+
+    def send_raw(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    def tokens(
+        self, request_id: int, ids: Sequence[int], logprobs: list[Any] | None = None
+    ) -> None:
+        self.send(Tokens([[request_id, pack_ids(ids), logprobs]]))
+
+    def end(
+        self, submit: Submit, reason: str, num_tokens: int, code: str | None = None, text: str = ""
+    ) -> None:
+        usage = {
+            "prompt_tokens": len(submit.token_ids) // 4,
+            "completion_tokens": num_tokens,
+        }
+        self.send(End(submit.request_id, reason, code, text, usage, asdict(TIMINGS)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+Script = Callable[[Peer, Submit], Awaitable[None]]
+
+
+async def answer(peer: Peer, submit: Submit) -> None:
+    ids = tokens_for(submit)
+    for token_id in ids:
+        peer.tokens(submit.request_id, [token_id])
+    peer.end(submit, "length", len(ids))
+
+
+class FakeServer:
+    """`async with FakeServer(path) as server`."""
+
+    def __init__(
+        self,
+        path: Path,
+        script: Script = answer,
+        *,
+        welcome: ToClient | None = None,
+        tokenizer: str = "/nowhere",
+        max_frame_bytes: int = 1 << 20,
+    ) -> None:
+        self.path = path
+        self.script = script
+        self.welcome = welcome or Welcome(
+            PROTOCOL_VERSION,
+            {
+                "model": "fake",
+                "tokenizer": tokenizer,
+                "max_model_len": 512,
+                "vocab_size": VOCAB_SIZE,
+                "eos_token_ids": [262],
+                "max_frame_bytes": max_frame_bytes,
+                "pid": 4_000_000,
+                "layout": "1p1d",
+                "block_size": 16,
+                "version": "0",
+            },
+        )
+        self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
+        self.received: list[ToServer] = []
+        self.peers: list[Peer] = []
+        self._news = asyncio.Condition()
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    async def __aenter__(self) -> "FakeServer":
+        self._server = await asyncio.start_unix_server(self._serve, str(self.path))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        for peer in self.peers:
+            peer.close()
+        await self._server.wait_closed()
+        for task in self._tasks:
+            task.cancel()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until what was received makes `condition` true."""
+        async with self._news:
+            await self._news.wait_for(condition)
+
+    async def until_received(self, kind: type, count: int = 1) -> None:
+        await self.until(lambda: self.count(kind) >= count)
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(message, kind) for message in self.received)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = Peer(writer)
+        self.peers.append(peer)
+        frames = FrameReader(1 << 20)
+        with contextlib.suppress(ConnectionError):
+            peer.send(self.welcome)
+            while data := await reader.read(1 << 16):
+                for payload in frames.feed(data):
+                    await self._on_message(peer, TO_SERVER.decode(payload))
+        writer.close()
+
+    async def _on_message(self, peer: Peer, message: ToServer) -> None:
+        match message:
+            case Submit():
+                task = asyncio.ensure_future(self.script(peer, message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case GetStats():
+                peer.send(Stats(self.stats))
+            case Stop():
+                peer.send(Goodbye("shutting_down", "the server was stopped"))
+                peer.close()
+        async with self._news:
+            self.received.append(message)
+            self._news.notify_all()
