@@ -13,6 +13,7 @@ nothing where the system keeps them from shared memory (shmem_enabled = never, t
 """
 
 import errno
+import math
 import mmap
 import os
 
@@ -36,25 +37,33 @@ def num_blocks_in(kv_memory: int, block_bytes: int, least: int) -> int:
 
 def make_pool(fd: int, num_bytes: int) -> mmap.mmap:
     """Size, reserve and map the segment behind `fd`. Zeroed when it is new."""
+    if num_bytes > (free := _free_bytes(fd)):  # asked first: reserving what is there takes seconds
+        raise ConfigError(_no_room(num_bytes, free))
     try:
         os.ftruncate(fd, num_bytes)
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
-        raise ConfigError(_no_room(fd, num_bytes)) from None
+        os.ftruncate(fd, 0)  # give back what was reserved before somebody took the rest
+        raise ConfigError(_no_room(num_bytes, _free_bytes(fd))) from None
     pool = mmap.mmap(fd, num_bytes)
     _warm(pool, _MADV_POPULATE_WRITE)
     return pool
 
 
-def _no_room(fd: int, num_bytes: int) -> str:
-    os.ftruncate(fd, 0)  # give back what was reserved before the room ran out
+def _free_bytes(fd: int) -> float:
+    """Room for `fd` in its file system, with what it has already."""
     room = os.fstatvfs(fd)
-    free = room.f_bavail * room.f_frsize
+    if not room.f_blocks:  # a tmpfs without a limit
+        return math.inf
+    return room.f_bavail * room.f_frsize + os.fstat(fd).st_blocks * 512
+
+
+def _no_room(num_bytes: int, free: float) -> str:
     return (
-        f"the KV pages need {num_bytes} bytes of shared memory and {free} are free: give a smaller"
-        " --kv-memory, or more shared memory (docker: --shm-size)"
+        f"the KV pages need {num_bytes} bytes of shared memory and {free:.0f} are free: give a"
+        " smaller --kv-memory, or more shared memory (docker: --shm-size)"
     )
 
 
