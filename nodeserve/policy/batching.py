@@ -152,6 +152,10 @@ class Scheduler:
         self._num_pulling += 1
         return True
 
+    def computed_blocks(self, sequence: Sequence) -> "array[int]":
+        """The blocks that hold KV, or will when a pull ends."""
+        return sequence.block_ids[: blocks_for(sequence.num_computed, self.limits.block_size)]
+
     def finish_pull(self, request_id: int) -> None:
         """The pages are here: decode from the next step on."""
         sequence = self._sequences[request_id]

@@ -51,6 +51,11 @@ class HostTransfer:
             raise HandoffFailed(
                 f"worker {ticket.source} has blocks 0 to {num_blocks - 1}, asked for {ids.tolist()}"
             )
+        if len(ticket.source_ids) != len(ticket.target_ids):
+            raise HandoffFailed(
+                f"the KV of the request takes {len(ticket.target_ids) // 4} blocks, worker"
+                f" {ticket.source} offers {len(ids)}"
+            )
         self._queue.append(ticket)
 
     def poll(self) -> list[Landed]:

@@ -108,10 +108,9 @@ class Runner:
             if not self.scheduler.begin_pull(sequence):
                 self.link.put(KvRefused(message.request_id, self.scheduler.load()))
                 return
-            num_pages = len(message.block_ids) // 4
-            target_ids = sequence.block_ids[:num_pages]
+            pages = pack_ids(self.scheduler.computed_blocks(sequence))
             self.transfer.begin(
-                Ticket(message.request_id, message.source, message.block_ids, pack_ids(target_ids))
+                Ticket(message.request_id, message.source, message.block_ids, pages)
             )
         except NodeServeError as problem:
             self.scheduler.cancel(message.request_id)

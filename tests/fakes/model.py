@@ -61,6 +61,10 @@ class FakeSettings:
     only_worker: int | None = None
     instant: bool = False
     max_blocks: int = 4096  # the pool's size where kv_memory would give more
+    block_bytes: int = 0  # more than a block's tokens take, to have pages of a real model's size
+
+    def block_bytes_for(self, block_size: int) -> int:
+        return max(self.block_bytes, block_size * ENTRY_BYTES)
 
     @property
     def name(self) -> str:
@@ -89,7 +93,7 @@ class FakeExecutor:
         self.num_steps = 0
         self._pages = memoryview(pool)
         self._block_size = block_size
-        self._block_bytes = block_size * ENTRY_BYTES
+        self._block_bytes = settings.block_bytes_for(block_size)
         self._misbehaves = settings.only_worker in (None, index)
 
     def run(self, batch: Batch) -> Sampled:
@@ -129,7 +133,7 @@ class FakeExecutor:
         kv: array[int] = array("i")
         for block_id in sequence.block_ids:
             start = block_id * self._block_bytes
-            kv.frombytes(self._pages[start : start + self._block_bytes])
+            kv.frombytes(self._pages[start : start + self._block_size * ENTRY_BYTES])
         kv = kv[: 2 * len(sequence.token_ids)]
         total = sum((at + 1) * token for token, at in zip(kv[::2], kv[1::2], strict=True))
         return total % self.settings.vocab_size

@@ -13,7 +13,7 @@ from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.handoff import HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.process import main
-from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings
+from tests.fakes.model import FakeExecutor, FakeSettings
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
@@ -24,7 +24,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     if settings.load_s:
         time.sleep(settings.load_s)
     progress("weights", 1, 1)
-    block_bytes = spec.block_size * ENTRY_BYTES
+    block_bytes = settings.block_bytes_for(spec.block_size)
     num_blocks = num_blocks_in(
         spec.kv_memory, block_bytes, blocks_for(spec.max_model_len, spec.block_size)
     )
