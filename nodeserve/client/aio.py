@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -117,7 +117,7 @@ class AsyncClient:
     @overload
     def generate(
         self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any
-    ) -> Awaitable[Completion]: ...
+    ) -> Coroutine[Any, Any, Completion]: ...
 
     @overload
     def generate(
@@ -126,7 +126,7 @@ class AsyncClient:
 
     def generate(
         self, prompt: str | Sequence[int], *, stream: bool = False, **options: Any
-    ) -> Awaitable[Completion] | AsyncGenerator[Chunk, None]:
+    ) -> Coroutine[Any, Any, Completion] | AsyncGenerator[Chunk, None]:
         """Complete a text or a list of token ids.
 
         Await it, or with `stream=True` iterate over it: `async for chunk in generate(...)`. The
@@ -137,7 +137,7 @@ class AsyncClient:
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
-    ) -> Awaitable[Completion]: ...
+    ) -> Coroutine[Any, Any, Completion]: ...
 
     @overload
     def chat(
@@ -146,7 +146,7 @@ class AsyncClient:
 
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Any
-    ) -> Awaitable[Completion] | AsyncGenerator[Chunk, None]:
+    ) -> Coroutine[Any, Any, Completion] | AsyncGenerator[Chunk, None]:
         """Answer a conversation ({"role": ..., "content": ...} each), by the chat template."""
         options["messages"] = messages
         return chunks(self, None, options) if stream else whole(self, None, options)

@@ -6,6 +6,7 @@ every Submit; the default one answers with `tokens_for` and an End.
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from nodeserve.wire.messages import (
     PROTOCOL_VERSION,
     TO_CLIENT,
     TO_SERVER,
+    Abort,
     End,
     GetStats,
     Goodbye,
@@ -81,6 +83,22 @@ async def answer(peer: Peer, submit: Submit) -> None:
     peer.end(submit, "length", len(ids))
 
 
+async def endless(peer: Peer, submit: Submit) -> None:
+    """One token, and a request that goes on until it is aborted."""
+    peer.tokens(submit.request_id, [ord("a")])
+
+
+def saying(text: str) -> Script:
+    """Answers every request with `text`, one byte a token (the fake byte-level vocabulary)."""
+
+    async def script(peer: Peer, submit: Submit) -> None:
+        for token_id in text.encode():
+            peer.tokens(submit.request_id, [token_id])
+        peer.end(submit, "stop", len(text.encode()))
+
+    return script
+
+
 class FakeServer:
     """`async with FakeServer(path) as server`."""
 
@@ -113,6 +131,7 @@ class FakeServer:
         self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
         self.received: list[ToServer] = []
         self.peers: list[Peer] = []
+        self.aborted: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._news = asyncio.Condition()
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -122,11 +141,15 @@ class FakeServer:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._server.close()
+        for task in self._tasks:
+            task.cancel()
         for peer in self.peers:
             peer.close()
         await self._server.wait_closed()
-        for task in self._tasks:
-            task.cancel()
+
+    @property
+    def submits(self) -> list[Submit]:
+        return [message for message in self.received if isinstance(message, Submit)]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until what was received makes `condition` true."""
@@ -150,15 +173,25 @@ class FakeServer:
                     await self._on_message(peer, TO_SERVER.decode(payload))
         writer.close()
 
+    async def _run(self, peer: Peer, submit: Submit) -> None:
+        try:
+            await self.script(peer, submit)
+        except Exception:
+            peer.close()  # so that a test with a wrong script fails instead of waiting
+            raise
+
     async def _on_message(self, peer: Peer, message: ToServer) -> None:
         match message:
             case Submit():
-                task = asyncio.ensure_future(self.script(peer, message))
+                task = asyncio.ensure_future(self._run(peer, message))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+            case Abort():
+                self.aborted[message.request_id].set()
             case GetStats():
                 peer.send(Stats(self.stats))
             case Stop():
+                self.path.unlink()
                 peer.send(Goodbye("shutting_down", "the server was stopped"))
                 peer.close()
         async with self._news:
