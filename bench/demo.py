@@ -6,7 +6,6 @@ socket while they are written; in the end all is stopped, and what could be left
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import click
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from nodeserve import AsyncClient
+from nodeserve.cli.progress import start_report
+from nodeserve.cli.start import start_process
 from nodeserve.client import Chunk
-from nodeserve.errors import NodeServeError
+from nodeserve.config import EngineConfig
 
 LAYOUT = "1p1d"
 MAX_TOKENS = 72
@@ -39,6 +40,18 @@ PROMPTS = (
     "Summarise in one sentence: a server read every prompt with one worker and wrote every answer"
     " with another. The pages of keys and values that the first had computed were copied by the"
     " second, so that neither had to wait for the other's work and both stayed busy all the time.",
+)
+
+HEADINGS = (
+    "",
+    "prompt\ntokens",
+    "output\ntokens",
+    "TTFT\nms",
+    "TPOT\nms",
+    "prefill\nworker",
+    "decode\nworker",
+    "handoff\nKiB",
+    "handoff\nms",
 )
 
 console = Console(highlight=False)
@@ -60,39 +73,11 @@ class Answer:
 # ---- the server
 
 
-def start_server(socket: Path) -> None:
-    """`nodeserve start` in a process of its own; its bars appear on this terminal."""
-    command = [sys.executable, "-m", "nodeserve", "start", "--detach"]
-    options = ["--layout", LAYOUT, "--socket", str(socket)]
-    console.print(f"[bold]$ nodeserve start --layout {LAYOUT}[/bold]")
-    done = subprocess.run([*command, *options], stdout=subprocess.DEVNULL)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-
-
-async def processes(client: AsyncClient) -> list[int]:
-    """The server's own pid first, then its workers'."""
-    stats = await client.stats()
-    return [stats["pid"], *(worker["pid"] for worker in stats["workers"])]
-
-
-async def stop_server(client: AsyncClient, pids: list[int]) -> None:
-    """Ask the server to stop and wait until its process has ended."""
-    with ended(pids[0]) as gone:
-        await client.stop_server()
-        await asyncio.wait_for(gone.wait(), STOP_TIMEOUT_S)
-
-
-@contextlib.contextmanager
-def ended(pid: int) -> Iterator[asyncio.Event]:
-    """An event that is set when the process ends."""
-    loop, event, descriptor = asyncio.get_running_loop(), asyncio.Event(), os.pidfd_open(pid)
-    loop.add_reader(descriptor, event.set)
-    try:
-        yield event
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+def start_server(socket: Path, log_path: Path) -> "subprocess.Popen[bytes]":
+    """`nodeserve start` as a process; bars until it is ready."""
+    console.print(f"[bold]$ nodeserve start --layout {LAYOUT} --socket {socket}[/bold]")
+    with start_report() as report:
+        return start_process(EngineConfig(layout=LAYOUT, socket=str(socket)), log_path, report)
 
 
 def leftovers(socket: Path, pids: list[int]) -> list[str]:
@@ -185,11 +170,8 @@ def panel(number: int, answer: Answer, width: int, max_lines: int | None) -> Pan
 
 def report(answers: list[Answer], wall_s: float) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="what each request went through", title_justify="left")
-    for heading in (
-        *("request", "prompt", "tokens", "TTFT ms", "TPOT ms"),
-        *("prefilled by", "decoded by", "handoff KiB", "handoff ms"),
-    ):
-        table.add_column(heading, justify="right")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for number, answer in enumerate(answers, 1):
         table.add_row(str(number), *row(answer.last))
     console.print(table)
@@ -199,7 +181,8 @@ def report(answers: list[Answer], wall_s: float) -> None:
     console.print(
         f"{len(answers)} requests at once: {sum(usage.prompt_tokens for usage in usages)} tokens"
         f" read, {written} written in {wall_s:.2f} s ({written / wall_s:.0f} tokens/s),"
-        f" {moved / 2**20:.1f} MiB of KV pages handed over"
+        f" {moved / 2**20:.1f} MiB of KV pages handed over",
+        soft_wrap=True,
     )
 
 
@@ -211,47 +194,51 @@ def row(last: Chunk) -> list[str]:
         str(usage.completion_tokens),
         f"{1e3 * latency.ttft_s:.0f}",
         f"{1e3 * latency.tpot_s:.1f}" if latency.tpot_s is not None else "-",
-        f"worker {timings.prefill_worker}",
-        f"worker {timings.decode_worker}",
+        str(timings.prefill_worker),
+        str(timings.decode_worker),
         f"{timings.handoff_bytes / 1024:.0f}",
         f"{1e3 * timings.handoff_s:.2f}",
     ]
 
 
-async def demonstrate(socket: Path) -> tuple[list[int], dict[str, Any]]:
-    """Ask, show, stop. Whatever happens, the server is told to stop."""
+async def demonstrate(socket: Path) -> list[int]:
+    """Ask, show, stop; the pids of the server and its workers."""
     answers = [Answer(prompt) for prompt in PROMPTS]
     async with AsyncClient(socket) as client:
-        pids, server = await processes(client), await client.server()
-        try:
-            began_s = time.perf_counter()
-            await ask_all(client, answers)
-            report(answers, time.perf_counter() - began_s)
-        finally:
-            await stop_server(client, pids)
-    return pids, server
+        stats = await client.stats()
+        began_s = time.perf_counter()
+        await ask_all(client, answers)
+        report(answers, time.perf_counter() - began_s)
+        await client.stop_server()
+    return [stats["pid"], *(worker["pid"] for worker in stats["workers"])]
+
+
+def run(folder: Path) -> list[str]:
+    """The demo; what it left behind."""
+    socket = folder / "nodeserve.sock"
+    process = start_server(socket, folder / "nodeserve.log")
+    try:
+        pids = asyncio.run(demonstrate(socket))
+    finally:
+        process.terminate()  # it has already been told to stop, unless something went wrong
+        process.wait(STOP_TIMEOUT_S)
+    return leftovers(socket, pids)
 
 
 def main() -> int:
     began_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="nodeserve-demo-") as folder:
-        socket = Path(folder) / "nodeserve.sock"
-        start_server(socket)
-        problem: BaseException | None = None
         try:
-            pids, server = asyncio.run(demonstrate(socket))
-        except* NodeServeError as group:
-            problem = group.exceptions[0]
-        if problem is not None:
-            console.print(f"Error: {problem}", style="red")
+            left = run(Path(folder))
+        except click.ClickException as problem:
+            console.print(f"Error: {problem.message}", style="red", markup=False)
             return 1
-        left = leftovers(socket, pids)
     if left:
         console.print(f"left behind: {', '.join(left)}", style="red")
         return 1
     console.print(
-        f"stopped {server['model']} ({server['layout']}): no process, socket or shared memory is"
-        f" left. {time.perf_counter() - began_s:.1f} s in all."
+        "stopped: no process, socket or shared memory is left."
+        f" {time.perf_counter() - began_s:.1f} s in all."
     )
     return 0
 

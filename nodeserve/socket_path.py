@@ -28,7 +28,7 @@ def socket_path(
     folder = Path(environ.get("TMPDIR") or "/tmp").absolute() / f"nodeserve-{os.getuid()}"
     path = _checked(folder / FILE_NAME)
     if create:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        _make_private(folder)
     _refuse_foreign(folder)
     return path
 
@@ -41,6 +41,18 @@ def _checked(path: Path) -> Path:
             " choose a shorter one with --socket or NODESERVE_SOCKET"
         )
     return path
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass  # ours or not: looked at next
+    except OSError as problem:
+        raise ConfigError(
+            f"cannot make {folder} for the socket ({problem.strerror}): choose another place with"
+            " --socket or NODESERVE_SOCKET"
+        ) from None
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -94,10 +94,11 @@ class BarPainter:
         if self._progress is None:
             self._progress = _bars()
             self._progress.start()
+        values: dict[str, Any] = {"total": event.total, "phase": event.message}
         if event.worker not in self._bars:
-            self._bars[event.worker] = self._progress.add_task(f"worker {event.worker}")
-        values: dict[str, Any] = {"completed": event.done, "total": event.total}
-        self._progress.update(self._bars[event.worker], phase=event.message, **values)
+            name = f"worker {event.worker}"
+            self._bars[event.worker] = self._progress.add_task(name, **values)
+        self._progress.update(self._bars[event.worker], completed=event.done, **values)
 
     def close(self) -> None:
         if self._progress is not None:

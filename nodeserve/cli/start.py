@@ -86,24 +86,32 @@ def event_writer(events_fd: int | None) -> Callable[[StartEvent], None]:
 
 
 def run_detached(config: EngineConfig) -> None:
-    """Start a server in a session of its own, watch its start, leave it when it is ready."""
+    """Start a server in a session of its own and leave it when it is ready."""
     assert config.socket is not None
     log_path = Path(config.socket).with_suffix(".log")
-    with open_log(log_path) as log, start_report() as report:
-        process, events = spawn(config, log)
-        try:
-            ready = watch(events, report)
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
-    if not ready:
-        code = process.wait()
-        raise click.ClickException(
-            f"the server ended with code {code} before it was ready; the end of {log_path}:\n"
-            + tail(log_path)
-        )
+    with start_report() as report:
+        process = start_process(config, log_path, report)
     click.echo(f"{config.socket} pid {process.pid} log {log_path}")
+
+
+def start_process(
+    config: EngineConfig, log_path: Path, report: StartReport
+) -> "subprocess.Popen[bytes]":
+    """A server that is ready, as a process. When that fails or is interrupted none is left."""
+    with open_log(log_path) as log:
+        process, events = spawn(config, log)
+    try:
+        if watch(events, report):
+            return process
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    code = process.wait()
+    raise click.ClickException(
+        f"the server ended with code {code} before it was ready; the end of {log_path}:\n"
+        + tail(log_path)
+    )
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ class Tagged(Generic[Message]):
         """The message in `data`; ProtocolError says what is wrong with anything else."""
         try:
             parts = msgpack.unpackb(data, strict_map_key=False, use_list=True)
-        except (ValueError, msgpack.UnpackException, RecursionError) as problem:
+        except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as problem:
+            # TypeError: a map or an array as the key of a map.
             raise ProtocolError(f"not a msgpack message: {problem}") from None
         if type(parts) is not list or not parts or type(parts[0]) is not int:
             raise ProtocolError("a message is an array that starts with its tag")

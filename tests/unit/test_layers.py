@@ -1,0 +1,117 @@
+"""Imports point down, files stay small: read off the syntax trees, lazy imports count."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "nodeserve"
+MAX_LINES = 400
+LONGER = {  # path: why it is one file
+    "nodeserve/coordinator/coordinator.py": "one owner of all request state",
+}
+
+BASE = {
+    *("errors", "types", "layout", "config", "metrics", "log"),
+    *("gguf", "checkpoint", "socket_path"),
+}
+MAY_IMPORT = {
+    **{name: BASE for name in BASE},
+    "wire": BASE | {"_host"},
+    "policy": BASE,
+    "text": BASE,
+    "model": BASE | {"_host"},
+    "worker": BASE | {"wire", "policy", "model", "_host"},
+    "coordinator": BASE | {"wire", "policy"},
+    "client": BASE | {"wire", "text"},
+    "cli": BASE | {"wire", "coordinator", "client"},
+    "__main__": {"cli"},
+    "__init__": {"client"},  # lazily, for `from nodeserve import Client`
+}
+MAY_NOT_USE = {
+    "policy": {"torch", "asyncio", "time", "os", "socket"},
+    "wire": {"torch", "asyncio"},
+    "worker": {"asyncio"},
+    **{name: {"torch"} for name in (*BASE, "text", "client", "coordinator", "cli")},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+ALL_FILES = [
+    path
+    for folder in ("nodeserve", "tests", "bench", "csrc")
+    for suffix in ("py", "cpp", "h", "pyi")
+    for path in sorted((ROOT / folder).rglob(f"*.{suffix}"))
+]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(path: Path) -> tuple[set[str], set[str]]:
+    """First names below nodeserve ("__init__" for its own names), and foreign packages."""
+    ours, theirs = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            if top == "nodeserve":
+                ours.update(rest[:1] or ["__init__"])
+            else:
+                theirs.add(top)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    ours, theirs = imported(path)
+    ours.discard("__version__")
+    assert ours <= MAY_IMPORT[here] | {here}
+    assert not theirs & MAY_NOT_USE.get(here, set())
+
+
+def base_imports() -> dict[str, set[str]]:
+    return {name: imported(PACKAGE / f"{name}.py")[0] - {"__version__"} for name in BASE}
+
+
+def test_base_has_no_cycle() -> None:
+    left = base_imports()
+    while left:
+        free = {name for name, needs in left.items() if not needs & set(left)}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
+def test_files_stay_small(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES or name_of(path) in LONGER, f"{lines} lines"
+
+
+def test_exceptions_to_the_length_are_needed() -> None:
+    for name in LONGER:
+        assert len((ROOT / name).read_text().splitlines()) > MAX_LINES
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        ("from nodeserve import Client, AsyncClient", "torch nodeserve._host uvloop tokenizers"),
+        ("import nodeserve.cli", "torch nodeserve._host uvloop tokenizers rich numpy"),
+        ("import nodeserve.coordinator.server", "torch tokenizers"),
+    ],
+)
+def test_an_import_loads_no_more_than_it_needs(statement: str, forbidden: str) -> None:
+    script = f"{statement}; import sys; print(*sorted(set({forbidden.split()}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
