@@ -224,7 +224,7 @@ class CpuOps:
             config.num_kv_heads,
             config.head_dim,
             config.head_dim**-0.5,
-            config.sliding_window or config.max_position,
+            config.window_of(layer) or config.max_position,
             kept[0].data_ptr(),
             kept[1].data_ptr(),
             kept[0].size(0),
