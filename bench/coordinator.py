@@ -11,6 +11,7 @@ coordinator's own CPU time (what one core of it can stream once the others keep 
 import argparse
 import asyncio
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
@@ -100,9 +101,8 @@ async def drive(path: str, load: Load) -> dict[str, float]:
     began = time.perf_counter()
     clients = []
     for _ in range(load.connections):
-        done: asyncio.Future[int] = loop.create_future()
-        _, client = await loop.create_unix_connection(lambda d=done: Client(load, d), path)
-        clients.append(client)
+        make = functools.partial(Client, load, loop.create_future())
+        clients.append((await loop.create_unix_connection(make, path))[1])
     tokens = sum(await asyncio.gather(*(client.done for client in clients)))
     wall_s = time.perf_counter() - began
     expected = load.connections * load.requests * load.max_tokens

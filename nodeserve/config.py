@@ -45,6 +45,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, itself included; None: all."""
+        return self.sliding_window if layer >= self.first_window_layer else None
+
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token takes over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * dtype_bytes

@@ -86,7 +86,7 @@ void prepare(StepPlan& plan, Engine& engine, const OwnedPages& owned, int num_he
             "num_heads must be a multiple of num_kv_heads");
     const StepArrays arrays{at<int32_t>(positions), at<int32_t>(query_starts), at<int32_t>(context_lens),
                             at<int32_t>(block_table), num_tokens, num_seqs, max_blocks};
-    plan.prepare(owned.pages, arrays, num_heads, engine.team.size());
+    plan.prepare(owned.pages, arrays, num_heads, engine.num_chunks());
 }
 
 // Whole blocks between two pools; runs of neighbours are one copy. Checks all before it moves any.

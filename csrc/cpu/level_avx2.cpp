@@ -1,11 +1,12 @@
 // Kernels for machines with AVX2 and FMA.
-#ifdef __x86_64__
+#include "cpu/params.h"
+
+#if NS_X86_LEVELS
 #include <cmath>
 #include <cstring>
 #include <utility>
 #include <immintrin.h>
 
-#include "cpu/params.h"
 #include "cpu/scalar.h"
 
 #pragma GCC target("avx2,fma,f16c")

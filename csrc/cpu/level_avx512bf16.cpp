@@ -1,11 +1,12 @@
 // Kernels for machines with AVX-512 and its bfloat16 dot product.
-#ifdef __x86_64__
+#include "cpu/params.h"
+
+#if NS_X86_LEVELS
 #include <cmath>
 #include <cstring>
 #include <utility>
 #include <immintrin.h>
 
-#include "cpu/params.h"
 #include "cpu/scalar.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")

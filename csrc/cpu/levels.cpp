@@ -4,7 +4,7 @@
 
 namespace nodeserve::cpu {
 
-#ifdef __x86_64__
+#if NS_X86_LEVELS
 namespace avx512bf16 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
@@ -13,7 +13,7 @@ namespace generic { extern const Kernels kernels; }
 
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> found;
-#ifdef __x86_64__
+#if NS_X86_LEVELS
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -105,7 +105,7 @@ void Attention::check(const StepPlan& plan, int layer) const {
     require(pages.num_kv_heads == params_.num_kv_heads && pages.head_dim == params_.head_dim &&
                 pages.dtype == dtype_,
             "plan was prepared for pages of another shape");
-    require(static_cast<int>(plan.item_splits().size()) == engine_->team.size() + 1,
+    require(static_cast<int>(plan.item_splits().size()) == engine_->num_chunks() + 1,
             "plan was prepared for another number of threads");
     require(layer >= 0 && layer < pages.num_layers, "layer is outside the pages");
     require(plan.max_position() < max_position_, "plan: a position is beyond the rotary table");
@@ -117,11 +117,11 @@ void Attention::store(const StepPlan& plan, int layer, const float* qkv, void* q
     const StoreCall call{&params_, &plan.view(), layer, qkv, query};
     const int64_t num_tokens = plan.view().num_tokens;
     const int64_t row = (params_.num_heads + 2 * params_.num_kv_heads) * params_.head_dim;
-    engine_->run(num_tokens * row >= kWorthSharing, [&](int member) {
-        if (member < 0) return engine_->kernels.store(dtype_, call, 0, num_tokens);
-        const auto& splits = plan.token_splits();
-        const size_t at = static_cast<size_t>(member);
-        engine_->kernels.store(dtype_, call, splits[at], splits[at + 1]);
+    if (num_tokens * row < kWorthSharing)
+        return engine_->run(1, [&](int, int) { engine_->kernels.store(dtype_, call, 0, num_tokens); });
+    engine_->run(engine_->num_chunks(), [&](int, int chunk) {
+        const auto* const splits = plan.token_splits().data() + chunk;
+        engine_->kernels.store(dtype_, call, splits[0], splits[1]);
     });
 }
 
@@ -129,11 +129,11 @@ void Attention::attend(const StepPlan& plan, int layer, const void* query, void*
     check(plan, layer);
     require(query != nullptr && out != nullptr, "query and out must not be null");
     const size_t num_bytes = scratch_bytes(params_.num_heads / params_.num_kv_heads, params_.head_dim);
-    engine_->run(true, [&](int member) {
-        const size_t at = static_cast<size_t>(member);
+    engine_->run(engine_->num_chunks(), [&](int member, int chunk) {
         const AttendCall call{&params_, &plan.view(), layer, query, out,
                               engine_->scratch(member, num_bytes)};
-        engine_->kernels.attend(dtype_, call, plan.item_splits()[at], plan.item_splits()[at + 1]);
+        const auto* const splits = plan.item_splits().data() + chunk;
+        engine_->kernels.attend(dtype_, call, splits[0], splits[1]);
     });
 }
 

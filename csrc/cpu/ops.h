@@ -22,25 +22,28 @@ class Engine {
     const Kernels& kernels;
     int64_t busy_ns = 0;  // inside run(), by the calling thread's clock
 
+    // body(member, chunk) for each chunk.
     template <class F>
-    void run(bool on_all, const F& body) {
+    void run(int num_chunks, const F& body) {
         const int64_t start = now_ns();
-        if (on_all) team.run(body);
-        else body(-1);
+        team.run(num_chunks, body);
         busy_ns += now_ns() - start;
     }
-    // body(first, last) on each member's equal share of [0, count).
+    // body(first, last) on equal parts of [0, count); in one part if it is not worth sharing.
     template <class F>
-    void share(int64_t count, bool on_all, const F& body) {
-        const int64_t members = team.size();
-        run(on_all, [&](int member) {
-            if (member < 0) return body(int64_t{0}, count);
-            body(count * member / members, count * (member + 1) / members);
+    void share(int64_t count, bool worth_sharing, const F& body) {
+        const int64_t most = worth_sharing ? num_chunks() : 1;
+        const int64_t chunks = count < most ? (count > 0 ? count : 1) : most;
+        run(static_cast<int>(chunks), [&](int, int chunk) {
+            body(count * chunk / chunks, count * (chunk + 1) / chunks);
         });
     }
+    // Into how many parts work is cut: a few per member, so that a late one can do less.
+    int num_chunks() const { return team.size() == 1 ? 1 : kChunksPerMember * team.size(); }
     char* scratch(int member, size_t num_bytes);
 
   private:
+    static constexpr int kChunksPerMember = 4;
     static int64_t now_ns();
     std::vector<std::vector<char>> scratch_;
 };

@@ -8,6 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// A sanitizer takes minutes over the wide kernels; they share their source with the generic ones.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define NS_X86_LEVELS 1
+#else
+#define NS_X86_LEVELS 0
+#endif
+
 namespace nodeserve::cpu {
 
 // Weights and KV pages are of this type. Activations are bfloat16 for BF16, else float.

@@ -57,19 +57,19 @@ void StepPlan::make_units(const StepArrays& a, int group) {
     }
 }
 
-void StepPlan::split(int num_threads) {
+void StepPlan::split(int num_chunks) {
     const int64_t heads = view_.pages.num_kv_heads;
     const int64_t num_items = static_cast<int64_t>(units_.size()) * heads;
     const int64_t num_tokens = view_.num_tokens;
     item_splits_.assign(1, 0);
     token_splits_.assign(1, 0);
-    for (int t = 1; t < num_threads; ++t) {
-        const int64_t target = costs_.back() * t / num_threads;
+    for (int c = 1; c < num_chunks; ++c) {
+        const int64_t target = costs_.back() * c / num_chunks;
         const auto unit = std::lower_bound(costs_.begin(), costs_.end(), target) - costs_.begin();
         const int64_t before = unit ? costs_[static_cast<size_t>(unit - 1)] : 0;
         const int64_t inside = (target - before) * heads / (costs_[static_cast<size_t>(unit)] - before);
         item_splits_.push_back(std::min(num_items, unit * heads + inside));
-        int64_t token = num_tokens * t / num_threads;
+        int64_t token = num_tokens * c / num_chunks;
         while (token < num_tokens && positions_[static_cast<size_t>(token)] % kGroup != 0 &&
                token > 0 && sequences_[static_cast<size_t>(token)] == sequences_[static_cast<size_t>(token - 1)])
             ++token;
@@ -79,7 +79,7 @@ void StepPlan::split(int num_threads) {
     token_splits_.push_back(num_tokens);
 }
 
-void StepPlan::prepare(const Pages& pages, const StepArrays& arrays, int num_heads, int num_threads) {
+void StepPlan::prepare(const Pages& pages, const StepArrays& arrays, int num_heads, int num_chunks) {
     check(pages, arrays);
     view_.pages = pages;
     view_.num_tokens = static_cast<int32_t>(arrays.num_tokens);
@@ -92,7 +92,7 @@ void StepPlan::prepare(const Pages& pages, const StepArrays& arrays, int num_hea
     view_.block_table = table_.data();
     view_.units = units_.data();
     view_.num_units = static_cast<int32_t>(units_.size());
-    split(num_threads);
+    split(num_chunks);
 }
 
 }  // namespace nodeserve::cpu

@@ -20,21 +20,21 @@ class StepPlan {
   public:
     // Throws std::invalid_argument, naming the array, for anything a kernel could not trust. Copies
     // what it needs: the arrays may go afterwards.
-    void prepare(const Pages& pages, const StepArrays& arrays, int num_heads, int num_threads);
+    void prepare(const Pages& pages, const StepArrays& arrays, int num_heads, int num_chunks);
 
     const StepView& view() const { return view_; }
     int max_position() const { return max_position_; }
 
-    // First item of each thread's share of attention; the last entry is the number of items.
+    // First item of each chunk of attention; the last entry is the number of items.
     const std::vector<int64_t>& item_splits() const { return item_splits_; }
-    // The same for tokens; a group of 16 tokens of one sequence is never cut.
+    // The same for tokens. A group of 16 tokens of one sequence is never cut (see store.inl).
     const std::vector<int64_t>& token_splits() const { return token_splits_; }
 
   private:
     void check(const Pages& pages, const StepArrays& arrays);
     void place_tokens(const StepArrays& arrays);
     void make_units(const StepArrays& arrays, int group);
-    void split(int num_threads);
+    void split(int num_chunks);
 
     StepView view_{};
     int max_position_ = 0;

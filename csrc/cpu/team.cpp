@@ -61,32 +61,42 @@ Team::Team(int num_threads, std::vector<int> cpus) : num_threads_(num_threads) {
 }
 
 void Team::join() {
-    stop_ = true;
+    stop_.store(true, std::memory_order_relaxed);
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();
     for (auto& thread : threads_) thread.join();
     threads_.clear();
 }
 
-void Team::run_all(Body body, void* context) {
+void Team::run_all(Body body, void* context, int num_chunks) {
     body_ = body;
     context_ = context;
-    running_.store(static_cast<uint32_t>(num_threads_ - 1), std::memory_order_relaxed);
-    epoch_.fetch_add(1, std::memory_order_release);
+    left_.store(static_cast<uint32_t>(num_chunks), std::memory_order_relaxed);
+    const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    claim_.store(uint64_t{epoch} << 32 | static_cast<uint64_t>(num_chunks) << 16, std::memory_order_release);
+    epoch_.store(epoch, std::memory_order_release);
     epoch_.notify_all();  // no system call unless a member sleeps
-    body(context, 0);
-    for (uint32_t left = running_.load(std::memory_order_acquire); left != 0;)
-        left = await_change(running_, left);
+    work(0);
+    for (uint32_t left = left_.load(std::memory_order_acquire); left != 0;)
+        left = await_change(left_, left);
+}
+
+void Team::work(int member) {
+    for (;;) {
+        const uint64_t claim = claim_.fetch_add(1, std::memory_order_acquire);
+        const int chunk = static_cast<int>(claim & 0xffff), num_chunks = static_cast<int>(claim >> 16 & 0xffff);
+        if (chunk >= num_chunks) return;
+        body_(context_, member, chunk);
+        if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) left_.notify_one();
+    }
 }
 
 void Team::serve(int member) {
     uint32_t seen = 0;
     for (;;) {
-        await_change(epoch_, seen);
-        ++seen;  // the caller waits for us, so epochs come one by one
-        if (stop_) return;
-        body_(context_, member);
-        if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+        seen = await_change(epoch_, seen);
+        if (stop_.load(std::memory_order_relaxed)) return;
+        work(member);
     }
 }
 

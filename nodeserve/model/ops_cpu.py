@@ -3,6 +3,7 @@
 A call passes two addresses and a row count; everything else was bound when the model was built.
 """
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,38 +46,57 @@ class Arena:
     def _new_map(self, num_bytes: int) -> mmap.mmap:
         size = -(-max(num_bytes, _ARENA_BYTES) // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         new = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        new.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            new.madvise(mmap.MADV_HUGEPAGE)
         return new
 
 
 class Bound:
-    """A native function of (x, out, rows) and the tensors whose addresses it holds."""
+    """A native function of (x, out, rows) and the tensors whose addresses it holds.
 
-    __slots__ = ("_kept", "_native")
+    Steps of one size pass the same tensors again, so their addresses are asked for once: with
+    caches full of weights, each trip into torch costs a microsecond.
+    """
+
+    __slots__ = ("_arguments", "_kept", "_native", "_out", "_x")
 
     def __init__(self, native: Any, *kept: torch.Tensor | None) -> None:
         self._native = native
         self._kept = kept
+        self._x: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
+        self._arguments = (0, 0, 0)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        self._native(x.data_ptr(), out.data_ptr(), x.size(0))
+        if x is not self._x or out is not self._out:
+            self._x, self._out = x, out
+            self._arguments = (x.data_ptr(), out.data_ptr(), x.size(0))
+        self._native(*self._arguments)
 
 
 class CpuAttention:
     """One layer's view of the native attention."""
 
-    __slots__ = ("_kept", "_layer", "_native")
+    __slots__ = ("_addresses", "_kept", "_layer", "_native", "_tensors")
 
     def __init__(self, native: _host.CpuAttention, layer: int, *kept: torch.Tensor) -> None:
         self._native = native
         self._layer = layer
         self._kept = kept
+        self._tensors: tuple[torch.Tensor | None, ...] = (None, None, None)
+        self._addresses = (0, 0, 0)
 
     def store(self, step: _host.CpuPlan, qkv: torch.Tensor, query: torch.Tensor) -> None:
-        self._native.store(step, self._layer, qkv.data_ptr(), query.data_ptr())
+        if qkv is not self._tensors[0] or query is not self._tensors[1]:
+            self._tensors = (qkv, query, None)
+            self._addresses = (qkv.data_ptr(), query.data_ptr(), 0)
+        self._native.store(step, self._layer, self._addresses[0], self._addresses[1])
 
     def attend(self, step: _host.CpuPlan, query: torch.Tensor, out: torch.Tensor) -> None:
-        self._native.attend(step, self._layer, query.data_ptr(), out.data_ptr())
+        if query is not self._tensors[1] or out is not self._tensors[2]:
+            self._tensors = (self._tensors[0], query, out)
+            self._addresses = (self._addresses[0], query.data_ptr(), out.data_ptr())
+        self._native.attend(step, self._layer, self._addresses[1], self._addresses[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +224,7 @@ class CpuOps:
             config.num_kv_heads,
             config.head_dim,
             config.head_dim**-0.5,
-            config.sliding_window or config.max_position,
+            config.window_of(layer) or config.max_position,
             kept[0].data_ptr(),
             kept[1].data_ptr(),
             kept[0].size(0),

@@ -99,7 +99,7 @@ class TorchAttention:
         scores = torch.einsum("thd,hcd->htc", rows, keys) * config.head_dim**-0.5
         row = torch.arange(context - rows.size(0), context, device=rows.device)[:, None]
         distance = row - torch.arange(context, device=rows.device)
-        window = config.sliding_window or context
+        window = config.window_of(self._layer) or context
         scores.masked_fill_((distance < 0) | (distance >= window), -torch.inf)
         return torch.einsum("htc,hcd->thd", scores.softmax(-1), values)
 

@@ -28,7 +28,11 @@ def frequencies(config: ModelConfig) -> torch.Tensor:
         return plain / scaling.factor
     if scaling.kind == "llama3":
         return _llama3(plain, scaling)
-    raise ModelError(f"rope scaling {scaling.kind!r} is not supported; supported: linear, llama3")
+    if scaling.kind == "factors":
+        return plain / torch.tensor(scaling.frequency_factors, dtype=torch.float64)
+    raise ModelError(
+        f"rope scaling {scaling.kind!r} is not supported; supported: linear, llama3, factors"
+    )
 
 
 def tables(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -302,7 +303,7 @@ async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(
     ],
 )
 def test_a_start_that_cannot_work_says_why(
-    nodes: Nodes, settings: dict[str, object], word: str
+    nodes: Nodes, settings: dict[str, Any], word: str
 ) -> None:
     node = nodes.spawn(**{"layout": "1m", **settings})
     _, words = node.process.communicate(timeout=20)
