@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nodeserve import AsyncClient
+from nodeserve.cli.launch import start_process
 from nodeserve.cli.progress import start_report
-from nodeserve.cli.start import start_process
 from nodeserve.client import Chunk
 from nodeserve.config import EngineConfig
 

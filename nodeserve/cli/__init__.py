@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from nodeserve import __version__
+from nodeserve.cli.launch import start
 from nodeserve.cli.show import status, stop
-from nodeserve.cli.start import start
 from nodeserve.cli.talk import chat, complete
 from nodeserve.errors import NodeServeError
 from nodeserve.wire.messages import PROTOCOL_VERSION

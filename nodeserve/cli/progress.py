@@ -104,6 +104,7 @@ class BarPainter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            self._bars.clear()
 
 
 def _bars() -> "Progress":

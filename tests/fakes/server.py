@@ -113,21 +113,13 @@ class FakeServer:
     ) -> None:
         self.path = path
         self.script = script
-        self.welcome = welcome or Welcome(
-            PROTOCOL_VERSION,
-            {
-                "model": "fake",
-                "tokenizer": tokenizer,
-                "max_model_len": 512,
-                "vocab_size": VOCAB_SIZE,
-                "eos_token_ids": [262],
-                "max_frame_bytes": max_frame_bytes,
-                "pid": 4_000_000,
-                "layout": "1p1d",
-                "block_size": 16,
-                "version": "0",
-            },
-        )
+        self.about = {
+            **{"model": "fake", "layout": "1p1d", "pid": 4_000_000, "version": "0"},
+            **{"tokenizer": tokenizer, "vocab_size": VOCAB_SIZE, "eos_token_ids": [262]},
+            **{"max_model_len": 512, "block_size": 16, "max_frame_bytes": max_frame_bytes},
+        }
+        self.welcome = welcome or Welcome(PROTOCOL_VERSION, self.about)
+        self.leaves_socket = False
         self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
         self.received: list[ToServer] = []
         self.peers: list[Peer] = []
@@ -191,7 +183,8 @@ class FakeServer:
             case GetStats():
                 peer.send(Stats(self.stats))
             case Stop():
-                self.path.unlink()
+                if not self.leaves_socket:
+                    self.path.unlink()
                 peer.send(Goodbye("shutting_down", "the server was stopped"))
                 peer.close()
         async with self._news:

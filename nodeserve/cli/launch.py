@@ -73,14 +73,12 @@ def event_writer(events_fd: int | None) -> Callable[[StartEvent], None]:
     """Sends events to the process that started us; the pipe is closed when we are ready."""
     assert events_fd is not None
     os.set_inheritable(events_fd, False)
-    pipe = os.fdopen(events_fd, "w")
 
     def write(event: StartEvent) -> None:
         with contextlib.suppress(BrokenPipeError):  # nobody watches any more: go on
-            pipe.write(json.dumps(asdict(event)) + "\n")
-            pipe.flush()
-            if event.phase == "ready":
-                pipe.close()
+            os.write(events_fd, json.dumps(asdict(event)).encode() + b"\n")
+        if event.phase == "ready":
+            os.close(events_fd)
 
     return write
 
