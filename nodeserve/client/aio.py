@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 from nodeserve.client.answer import Answer, merge
 from nodeserve.client.connection import Arrival, Connection, Mailbox, connect
 from nodeserve.client.results import Chunk, Completion, join
-from nodeserve.errors import InvalidRequest, NodeServeError
+from nodeserve.errors import Cancelled, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
 from nodeserve.types import check_sampling, sampling_from, sampling_to
@@ -65,6 +65,7 @@ class Call:
         """Leave the request; the server frees all it holds. Harmless after the end."""
         self._ended = True
         self._connection.forget(self._request_id)
+        self._mailbox.put(Cancelled("the request was left"))  # for a chunk() still waiting
 
     async def _end(self) -> list[Any]:
         while isinstance((events := await self._mailbox.take())[-1], Arrival):

@@ -5,6 +5,7 @@ is interrupted while it waits (Ctrl-C) cancels what it waited for.
 """
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 from collections.abc import Coroutine, Generator, Sequence
@@ -17,6 +18,7 @@ from nodeserve.errors import ConnectionLost
 from nodeserve.text import Tokenizer
 
 Result = TypeVar("Result")
+CLOSE_TIMEOUT_S = 0.5
 
 
 class Client:
@@ -152,6 +154,8 @@ class Client:
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise ConnectionLost("the client was closed") from None
         except BaseException:
             future.cancel()
             raise
@@ -170,9 +174,12 @@ class Client:
 
 
 async def _wind_down(client: AsyncClient) -> None:
-    """Close the connection and let everything that waited for it see that."""
+    """Close the connection, let what waited for it see that, cancel what waits for other things."""
     await client.aclose()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
-        await asyncio.wait(others)
+        _, late = await asyncio.wait(others, timeout=CLOSE_TIMEOUT_S)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_default_executor()

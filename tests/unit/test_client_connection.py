@@ -10,6 +10,7 @@ import pytest
 
 from nodeserve import AsyncClient
 from nodeserve.errors import (
+    Cancelled,
     ConnectionLost,
     NodeServeError,
     ProtocolError,
@@ -105,6 +106,20 @@ async def test_cancelling_a_whole_completion_aborts_it(
     task = asyncio.create_task(client.generate([1]))
     await cancelled(task, server.until_received(Submit))
     await server.until_received(Abort)
+
+
+async def test_aborting_a_call_ends_who_waits_for_it(
+    server: FakeServer, client: AsyncClient
+) -> None:
+    server.script = endless
+    call = await client.start([1], detokenize=False)
+    assert (await call.chunk()) is not None
+    waiting = asyncio.create_task(call.chunk())
+    await client.stats()
+    call.abort()
+    with pytest.raises(Cancelled):
+        await waiting
+    assert await call.chunk() is None
 
 
 async def test_a_finished_request_is_not_aborted(server: FakeServer, client: AsyncClient) -> None:

@@ -110,6 +110,25 @@ async def test_closing_ends_what_other_threads_wait_for(server: FakeServer) -> N
     client.close()
 
 
+async def test_closing_does_not_wait_for_a_connection_being_made(tmp_path: Path) -> None:
+    """A close once hung for good when something was left waiting in the client's loop."""
+    connected, release = asyncio.Event(), asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        await release.wait()
+        writer.close()
+
+    async with await asyncio.start_unix_server(silent, str(tmp_path / "s")):
+        client = Client(tmp_path / "s", connect_timeout_s=3600)
+        waiting = asyncio.create_task(asyncio.to_thread(client.health))
+        await connected.wait()
+        await asyncio.to_thread(client.close)
+        with pytest.raises(ConnectionLost, match="client was closed"):
+            await waiting
+        release.set()
+
+
 async def test_errors_are_raised_where_the_call_was_made(server: FakeServer) -> None:
     def use() -> None:
         with Client(server.path) as client:
