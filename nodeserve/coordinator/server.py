@@ -130,7 +130,7 @@ class Server:
             max_model_len=self.plan.max_model_len,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=self.plan.max_num_batched_tokens,
             max_num_queued_reqs=config.max_num_queued_reqs,
         )
         return Coordinator(links, limits, time.monotonic, self.wake_flush)
