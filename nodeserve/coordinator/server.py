@@ -22,7 +22,8 @@ from nodeserve import __version__
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig
-from nodeserve.coordinator.coordinator import Coordinator, Limits
+from nodeserve.coordinator.admission import Limits
+from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, bound_socket
 from nodeserve.coordinator.placement import Plan, resolve
