@@ -67,7 +67,7 @@ class EngineConfig:
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory
     max_num_seqs: int = 64  # sequences in one decode step
-    max_num_batched_tokens: int = 512  # tokens in one step: the prefill chunk
+    max_num_batched_tokens: int | None = None  # tokens in one step; None: what fills the device
     max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None

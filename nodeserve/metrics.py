@@ -1,6 +1,7 @@
 """Counters and sliding rates, without a clock of their own."""
 
 from collections import deque
+from dataclasses import dataclass, field
 
 
 class Rate:
@@ -30,3 +31,24 @@ class Rate:
     def _forget(self, second: int) -> None:
         while self._buckets and self._buckets[0][0] <= second - self.window_s:
             self._buckets.popleft()
+
+
+@dataclass(slots=True)
+class Totals:
+    """How requests ended, since the start; `rejected` ones were never accepted."""
+
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    finish_rate: Rate = field(default_factory=Rate)
+
+    def count(self, reason: str, now_s: float) -> None:
+        """Count an End by its reason."""
+        if reason == "cancelled":
+            self.cancelled += 1
+        elif reason == "error":
+            self.failed += 1
+        else:
+            self.finished += 1
+            self.finish_rate.add(1, now_s)

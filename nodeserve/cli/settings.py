@@ -31,7 +31,7 @@ ENGINE_HELP = {
     "block_size": "Tokens in a KV block.",
     "kv_memory": "KV pages of each worker, such as 512MiB or 2GB. [default: from free memory]",
     "max_num_seqs": "Sequences in one decode step.",
-    "max_num_batched_tokens": "Tokens in one step: the prefill chunk.",
+    "max_num_batched_tokens": "Tokens in one step: the prefill chunk. [default: 128 on CPUs]",
     "max_num_queued_reqs": "Requests that may wait before prefill; more are refused.",
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",

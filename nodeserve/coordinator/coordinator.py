@@ -9,21 +9,19 @@ worker's hands is in that worker's `requests`; pages pinned on a worker are rele
 reads them.
 """
 
-import os
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from nodeserve.coordinator.admission import Limits, admit
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.queue import WaitingQueue
-from nodeserve.coordinator.request import Request, Stamps
+from nodeserve.coordinator.request import Request
 from nodeserve.coordinator.streams import Stream, end_of, refusal
-from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, PromptTooLong, ShuttingDown
-from nodeserve.metrics import Rate
+from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, ShuttingDown
+from nodeserve.metrics import Totals
 from nodeserve.policy.decode_allocation import pick_decode
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.prefill_allocation import pick_prefill
-from nodeserve.types import Role, check_sampling, sampling_from
+from nodeserve.types import Role
 from nodeserve.wire.messages import (
     FINISH_REASONS,
     Cancel,
@@ -43,28 +41,6 @@ from nodeserve.wire.messages import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the coordinator holds a request to; resolved at start."""
-
-    vocab_size: int
-    max_model_len: int  # tokens
-    block_size: int  # tokens
-    max_num_seqs: int  # per worker
-    max_num_batched_tokens: int
-    max_num_queued_reqs: int
-
-
-@dataclass(slots=True)
-class Totals:
-    """How requests ended, since the start."""
-
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    rejected: int = 0
-
-
 class Coordinator:
     """See the module's head. `now` is a monotonic clock; `wake_flush` asks for one `flush`."""
 
@@ -82,7 +58,6 @@ class Coordinator:
         self.waiting = WaitingQueue()
         self.parked = WaitingQueue()  # prefilled, pages pinned, no decode room yet
         self.totals = Totals()
-        self.finish_rate = Rate()
         self.closing = False
         self.on_idle: Callable[[], None] = lambda: None  # no request is left
         self._now = now
@@ -96,7 +71,7 @@ class Coordinator:
     def submit(self, stream: Stream, message: Submit) -> None:
         """Accept a request, or end it at once with the error that says why not."""
         try:
-            request = self._admit(stream, message)
+            request = self._accept(stream, message)
         except NodeServeError as error:
             self.totals.rejected += 1
             stream.send(refusal(message.request_id, error.code, str(error)))
@@ -132,35 +107,14 @@ class Coordinator:
         for stream in moved:
             stream.flush()
 
-    def _admit(self, stream: Stream, message: Submit) -> Request:
-        limits = self.limits
+    def _accept(self, stream: Stream, message: Submit) -> Request:
         if self.closing:
             raise ShuttingDown("the server is stopping and takes no new requests")
         if message.request_id in stream.requests:
             raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
-        if len(self.waiting) >= limits.max_num_queued_reqs:
+        if len(self.waiting) >= self.limits.max_num_queued_reqs:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
-        tokens = check_tokens(message.token_ids, limits)
-        sampling = sampling_from(message.sampling)
-        check_sampling(sampling, limits.vocab_size)
-        check_slo(message.slo)
-        values = dict(message.sampling)
-        if not sampling.greedy and sampling.seed is None:
-            # Drawn here, once, so that a request that is put back goes on as it began.
-            values["seed"] = int.from_bytes(os.urandom(7), "little")
-        request = Request(
-            request_id=self._next_id,
-            client_id=message.request_id,
-            stream=stream,
-            tokens=tokens,
-            num_prompt_tokens=len(tokens),
-            sampling=values,
-            slo=message.slo,
-            priority=message.priority,
-            stamps=Stamps(self._now()),
-            num_sent=len(tokens),
-            wants_logprobs=sampling.logprobs is not None,
-        )
+        request = admit(message, self._next_id, stream, self.limits, self._now())
         self._next_id += 1
         return request
 
@@ -403,7 +357,7 @@ class Coordinator:
         self.parked.remove(request)
         holders = self._holders(request, event)
         request.on(event)
-        self._count(reason)
+        self.totals.count(reason, self._now())
         request.stream.end(request, end_of(request, reason, self._now(), code, message))
         if request.phase is Phase.DONE:
             self._forget(request)
@@ -441,41 +395,3 @@ class Coordinator:
         del self.requests[request.request_id]
         if not self.requests:
             self.on_idle()
-
-    def _count(self, reason: str) -> None:
-        totals = self.totals
-        if reason == "cancelled":
-            totals.cancelled += 1
-        elif reason == "error":
-            totals.failed += 1
-        else:
-            totals.finished += 1
-            self.finish_rate.add(1, self._now())
-
-
-def check_tokens(data: bytes, limits: Limits) -> "array[int]":
-    """The prompt's ids, or the error that names what is wrong with them."""
-    if len(data) % 4:
-        raise InvalidRequest(f"token_ids must be int32s: {len(data)} bytes is no multiple of 4")
-    tokens = unpack_ids(data)
-    if not tokens:
-        raise InvalidRequest("the prompt is empty: give at least one token")
-    if len(tokens) >= limits.max_model_len:
-        raise PromptTooLong(
-            f"the prompt has {len(tokens)} tokens; at most {limits.max_model_len - 1} fit the"
-            f" context of {limits.max_model_len} with one new token"
-        )
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= limits.vocab_size:
-        wrong = low if low < 0 else high
-        raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limits.vocab_size}")
-    return tokens
-
-
-def check_slo(slo: dict[str, object] | None) -> None:
-    """An slo has positive numbers under the two known names."""
-    for name, value in (slo or {}).items():
-        if name not in ("ttft_ms", "tpot_ms"):
-            raise InvalidRequest(f"unknown slo field {name!r}; known fields: ttft_ms, tpot_ms")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise InvalidRequest(f"slo {name} must be a positive number, got {value!r}")

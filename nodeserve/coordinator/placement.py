@@ -16,6 +16,9 @@ from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import Role
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# A CPU core computes at its full rate from about 64 rows on, so a larger prefill step only makes
+# the first of its prompts wait for the last (bench/LOG.md has the numbers).
+CPU_BATCHED_TOKENS = 128
 MAX_AUTO_KV_BYTES = 1 << 30  # per CPU worker: 46k tokens of the demo model
 SHM = "/dev/shm"
 
@@ -37,6 +40,7 @@ class Plan:
     layout: Layout
     places: tuple[Place, ...]
     max_model_len: int
+    max_num_batched_tokens: int
     kv_memory: int
     notes: tuple[str, ...]  # what a person should know, one line each
 
@@ -51,6 +55,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
         check_devices(layout, len(parse_gpus(config.gpus)))
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     places, notes = share_cores(layout.roles, cpus)
+    budget = choose_budget(config)
     max_model_len = choose_context(config, checkpoint)
     token_bytes = checkpoint.config.kv_bytes_per_token(DTYPE_BYTES[dtype])
     block_bytes = token_bytes * config.block_size
@@ -63,21 +68,16 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
         layout=str(layout),
         served_model_name=config.served_model_name or checkpoint.served_name,
     )
-    return Plan(resolved, layout, places, max_model_len, kv_memory, notes)
+    return Plan(resolved, layout, places, max_model_len, budget, kv_memory, notes)
 
 
 def check_numbers(config: EngineConfig) -> None:
     """Ranges of the plain settings, by their option's name."""
-    for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+    for name in ("max_num_seqs", "max_num_queued_reqs"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
     if config.block_size < 16 or config.block_size % 16:
         raise ConfigError(f"--block-size must be a multiple of 16, got {config.block_size}")
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise ConfigError(
-            f"--max-num-batched-tokens ({config.max_num_batched_tokens}) is below --max-num-seqs"
-            f" ({config.max_num_seqs}): every running sequence needs one token a step"
-        )
     if config.dtype != "auto" and config.dtype not in DTYPE_BYTES:
         raise ConfigError(f"--dtype {config.dtype}: use auto, {', '.join(DTYPE_BYTES)}")
 
@@ -132,6 +132,19 @@ def choose_context(config: EngineConfig, checkpoint: Checkpoint) -> int:
     if not 2 <= asked <= trained:
         raise ConfigError(
             f"--max-model-len {asked}: use 2 to {trained}, the context that the model was made for"
+        )
+    return asked
+
+
+def choose_budget(config: EngineConfig) -> int:
+    """Tokens in one step: every running sequence needs one."""
+    asked = config.max_num_batched_tokens
+    if asked is None:
+        return max(CPU_BATCHED_TOKENS, config.max_num_seqs)
+    if asked < config.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens ({asked}) is below --max-num-seqs ({config.max_num_seqs}):"
+            " every running sequence needs one token a step"
         )
     return asked
 

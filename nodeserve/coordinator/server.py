@@ -22,7 +22,8 @@ from nodeserve import __version__
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig
-from nodeserve.coordinator.coordinator import Coordinator, Limits
+from nodeserve.coordinator.admission import Limits
+from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, bound_socket
 from nodeserve.coordinator.placement import Plan, resolve
@@ -130,7 +131,7 @@ class Server:
             max_model_len=self.plan.max_model_len,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=self.plan.max_num_batched_tokens,
             max_num_queued_reqs=config.max_num_queued_reqs,
         )
         return Coordinator(links, limits, time.monotonic, self.wake_flush)

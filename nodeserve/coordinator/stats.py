@@ -53,7 +53,7 @@ def node_stats(coordinator: Coordinator, now_s: float) -> dict[str, Any]:
         "rates": {
             "prompt_tokens_per_s": sum(x.counters.prompt_rate.per_s(now_s) for x in links),
             "output_tokens_per_s": sum(x.counters.token_rate.per_s(now_s) for x in links),
-            "requests_per_s": coordinator.finish_rate.per_s(now_s),
+            "requests_per_s": coordinator.totals.finish_rate.per_s(now_s),
         },
         "workers": [worker_stats(link, now_s) for link in links],
     }

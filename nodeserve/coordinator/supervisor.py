@@ -136,7 +136,7 @@ class Supervisor:
             block_size=config.block_size,
             kv_memory=self._plan.kv_memory,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=self._plan.max_num_batched_tokens,
             cpus=place.cpus,
             num_threads=place.num_threads,
             parent_pid=os.getpid(),

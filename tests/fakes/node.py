@@ -10,7 +10,8 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
-from nodeserve.coordinator.coordinator import Coordinator, Limits
+from nodeserve.coordinator.admission import Limits
+from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.streams import Stream
 from nodeserve.policy.blocks import blocks_for

@@ -42,7 +42,7 @@ def test_auto_is_resolved_to_numbers() -> None:
     plan = resolve(EngineConfig(layout="1p1d", max_model_len=512), CHECKPOINT)
     assert plan.config.dtype == "bfloat16" and plan.config.device == "cpu"
     assert plan.config.served_model_name == "tiny" and plan.config.layout == "1p1d"
-    assert plan.max_model_len == 512
+    assert plan.max_model_len == 512 and plan.max_num_batched_tokens == 128
     assert plan.kv_memory >= MODEL.kv_bytes_per_token(2) * 512
     assert [place.role for place in plan.places] == [P, D]
 
