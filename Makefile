@@ -44,7 +44,7 @@ check: venv
 	$(MAKE) bench-smoke
 
 test: check
-	$(BIN)/python -m pytest -q tests/reference tests/e2e tests/gpu
+	$(BIN)/python -m pytest -q tests/reference tests/e2e
 
 format: venv
 	$(BIN)/ruff format .

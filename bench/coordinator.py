@@ -112,7 +112,7 @@ async def drive(path: str, load: Load) -> dict[str, float]:
 
 
 async def stop_server(path: str) -> None:
-    """Ask, and read to the end: a peer that hangs up before the Welcome is not listened to."""
+    """Ask, and read to the end: a peer that hangs up before the Hello is not listened to."""
     reader, writer = await asyncio.open_unix_connection(path)
     writer.write(frame(TO_SERVER.encode(Stop(False))))
     await reader.read()

@@ -54,6 +54,8 @@ def resolve(model: str | None = None) -> Checkpoint:
     if model is None:
         return _open(_embedded_file(), EMBEDDED_NAME)
     path = Path(model).expanduser()
+    if path.exists():
+        path = path.resolve()  # clients read the tokenizer from wherever they are
     if path.is_file() and path.suffix == ".gguf":
         return _open(path, path.stem)
     if path.is_dir():
@@ -103,7 +105,7 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         reason = "the hub cannot be reached and the model is not in the local cache"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
     raise ModelError(
         f"cannot get {name} from the hub: {reason}. Check the name and the network "
         "(gated models need `hf auth login`), or give a folder or a .gguf file"

@@ -91,7 +91,7 @@ class WorkerSpec:
     num_threads: int
     parent_pid: int  # the coordinator's; the worker dies with it
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
-    channel: dict[str, int | str]  # the rings and doorbells: wire.ring's WorkerEnd.open
+    channel: dict[str, int | str]  # the rings and doorbells: what wire.channel's WorkerEnd takes
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

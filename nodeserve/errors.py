@@ -54,12 +54,6 @@ class Overloaded(NodeServeError):
     code, http_status = "overloaded", 503
 
 
-class SlowReader(NodeServeError):
-    """The client left more unread bytes than its backlog allows; its connection was closed."""
-
-    code, http_status = "slow_reader", 408
-
-
 class Cancelled(NodeServeError):
     """The request was cancelled before it finished."""
 

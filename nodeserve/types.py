@@ -1,5 +1,6 @@
 """The words that every part shares: what a request asks for and what it gets back."""
 
+import reprlib
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -8,6 +9,8 @@ from nodeserve.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MAX_LISTED = 1024  # entries of logit_bias and of stop_token_ids
+LEAST_TEMPERATURE = 1e-5  # below it the most likely token is taken, as vLLM does
 
 
 class Role(Enum):
@@ -43,7 +46,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def shapes_logits(self) -> bool:
@@ -61,7 +64,7 @@ _FLOAT_RANGES = {  # field: (lowest, highest, lowest itself excluded)
     "temperature": (0.0, 100.0, False),
     "top_p": (0.0, 1.0, True),
     "min_p": (0.0, 1.0, False),
-    "repetition_penalty": (0.0, 100.0, True),
+    "repetition_penalty": (0.01, 100.0, False),
     "presence_penalty": (-2.0, 2.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
 }
@@ -73,26 +76,38 @@ _INT_RANGES = {
 SAMPLING_FIELDS = frozenset(f.name for f in fields(Sampling))
 
 
+def shown(value: object) -> str:
+    """A client's value for an error message: short, whatever its size and depth."""
+    return reprlib.repr(value)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]
-        raise InvalidRequest(f"{name} must be an integer from {low} to {high}, got {value!r}")
+        raise InvalidRequest(f"{name} must be an integer from {low} to {high}, got {shown(value)}")
+
+
+def check_priority(priority: object) -> None:
+    """A priority is a 32-bit integer; InvalidRequest otherwise."""
+    _check_int("priority", priority, -(2**31), 2**31 - 1)
 
 
 def _check_float(name: str, value: object, low: float, high: float, open_low: bool) -> None:
     number = isinstance(value, float) or _is_int(value)
     if not number or not low <= value <= high:  # type: ignore[operator]  # NaN is in no range
-        raise InvalidRequest(f"{name} must be a number from {low} to {high}, got {value!r}")
+        raise InvalidRequest(f"{name} must be a number from {low} to {high}, got {shown(value)}")
     if open_low and value == low:
-        raise InvalidRequest(f"{name} must be above {low}, got {value!r}")
+        raise InvalidRequest(f"{name} must be above {low}, got {shown(value)}")
 
 
 def _check_bias(bias: object, vocab_size: int) -> None:
     if not isinstance(bias, dict):
-        raise InvalidRequest(f"logit_bias must map token ids to numbers, got {bias!r}")
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, got {shown(bias)}")
+    if len(bias) > MAX_LISTED:
+        raise InvalidRequest(f"logit_bias has {len(bias)} entries; at most {MAX_LISTED} are taken")
     for token_id, value in bias.items():
         _check_int("logit_bias token id", token_id, 0, vocab_size - 1)
         _check_float("logit_bias value", value, -100.0, 100.0, False)
@@ -113,8 +128,12 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     if sampling.logprobs is not None:
         _check_int("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
     if not isinstance(sampling.ignore_eos, bool):
-        raise InvalidRequest(f"ignore_eos must be true or false, got {sampling.ignore_eos!r}")
+        raise InvalidRequest(f"ignore_eos must be true or false, got {shown(sampling.ignore_eos)}")
     _check_bias(sampling.logit_bias, vocab_size)
+    if len(sampling.stop_token_ids) > MAX_LISTED:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(sampling.stop_token_ids)} entries; at most {MAX_LISTED}"
+        )
     for token_id in sampling.stop_token_ids:
         _check_int("stop_token_ids", token_id, 0, vocab_size - 1)
 
@@ -124,10 +143,10 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
     unknown = sorted(map(str, set(values) - SAMPLING_FIELDS))
     if unknown:
         known = ", ".join(sorted(SAMPLING_FIELDS))
-        raise InvalidRequest(f"unknown sampling field {unknown[0]!r}; known fields: {known}")
+        raise InvalidRequest(f"unknown sampling field {shown(unknown[0])}; known fields: {known}")
     stops = values.get("stop_token_ids", ())
     if not isinstance(stops, list | tuple):
-        raise InvalidRequest(f"stop_token_ids must be a list of token ids, got {stops!r}")
+        raise InvalidRequest(f"stop_token_ids must be a list of token ids, got {shown(stops)}")
     return Sampling(**{**values, "stop_token_ids": tuple(stops)})
 
 

@@ -116,7 +116,8 @@ def start_process(
 def open_log(path: Path) -> Iterator[int]:
     """The log file for this start, readable by its owner only."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        # Appended to: the log may belong to a server that still runs here and refuses this one.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     except OSError as problem:
         raise click.ClickException(f"cannot write {path}: {problem.strerror}") from None
     try:

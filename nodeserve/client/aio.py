@@ -19,7 +19,7 @@ from nodeserve.client.results import Chunk, Completion, join
 from nodeserve.errors import Cancelled, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
-from nodeserve.types import check_sampling, sampling_from, sampling_to
+from nodeserve.types import check_priority, check_sampling, sampling_from, sampling_to
 from nodeserve.wire.messages import End, pack_ids
 
 Message = Mapping[str, Any]
@@ -170,6 +170,7 @@ class AsyncClient:
         `detokenize=False` with a prompt of token ids needs no tokenizer and leaves `text` empty.
         """
         settings = sampling_from(sampling)
+        check_priority(priority)
         stops = StopStrings(stop) if stop else None
         if stops is not None and not detokenize:
             raise InvalidRequest("stop strings need detokenize=True; use stop_token_ids without")

@@ -29,13 +29,13 @@ from nodeserve.wire.messages import (
     End,
     GetStats,
     Goodbye,
+    Hello,
     Stats,
     Stop,
     Submit,
     ToClient,
     Tokens,
     ToServer,
-    Welcome,
 )
 
 MAX_INCOMING_BYTES = 64 << 20
@@ -188,15 +188,15 @@ class Connection(asyncio.Protocol):
                 self._on_stats(message)
             case Goodbye():
                 self._fail(from_code(message.code, message.message))
-            case Welcome():
-                raise ProtocolError("the server sent a second Welcome")
+            case Hello():
+                raise ProtocolError("the server sent a second Hello")
 
     def _on_welcome(self, message: ToClient) -> None:
         if isinstance(message, Goodbye):
             raise from_code(message.code, message.message)
-        if not isinstance(message, Welcome):
+        if not isinstance(message, Hello):
             raise ProtocolError(
-                f"the server's first message is {type(message).__name__}, not Welcome"
+                f"the server's first message is {type(message).__name__}, not Hello"
             )
         if message.version != PROTOCOL_VERSION:
             raise ProtocolError(
@@ -253,7 +253,7 @@ def encoded(request: Submit) -> bytes:
 
 
 async def connect(path: Path, timeout_s: float) -> Connection:
-    """A connection whose Welcome has come; ConnectionLost when nobody answers."""
+    """A connection whose Hello has come; ConnectionLost when nobody answers."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nodeserve.coordinator.request import Request, Stamps
 from nodeserve.coordinator.streams import Stream
 from nodeserve.errors import InvalidRequest, PromptTooLong
-from nodeserve.types import check_sampling, sampling_from
+from nodeserve.types import check_priority, check_sampling, sampling_from, shown
 from nodeserve.wire.messages import Submit, unpack_ids
 
 
@@ -31,6 +31,7 @@ def admit(
     sampling = sampling_from(message.sampling)
     check_sampling(sampling, limits.vocab_size)
     check_slo(message.slo)
+    check_priority(message.priority)
     values = dict(message.sampling)
     if not sampling.greedy and sampling.seed is None:
         # Drawn here, once, so that a request that is put back goes on as it began.
@@ -73,6 +74,6 @@ def check_slo(slo: dict[str, object] | None) -> None:
     """An slo has positive numbers under the two known names."""
     for name, value in (slo or {}).items():
         if name not in ("ttft_ms", "tpot_ms"):
-            raise InvalidRequest(f"unknown slo field {name!r}; known fields: ttft_ms, tpot_ms")
+            raise InvalidRequest(f"unknown slo field {shown(name)}; known fields: ttft_ms, tpot_ms")
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise InvalidRequest(f"slo {name} must be a positive number, got {value!r}")
+            raise InvalidRequest(f"slo {name} must be a positive number, got {shown(value)}")

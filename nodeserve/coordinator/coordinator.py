@@ -16,7 +16,7 @@ from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.queue import WaitingQueue
 from nodeserve.coordinator.request import Request
 from nodeserve.coordinator.streams import Stream, end_of, refusal
-from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, ShuttingDown
+from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, ShuttingDown, WorkerLost
 from nodeserve.metrics import Totals
 from nodeserve.policy.decode_allocation import pick_decode
 from nodeserve.policy.lifecycle import Event, Phase
@@ -29,16 +29,15 @@ from nodeserve.wire.messages import (
     FromWorker,
     KvPulled,
     KvRefused,
-    Prefill,
-    PullKv,
     ReleaseKv,
     RequestFailed,
     StepDone,
     Submit,
-    pack_ids,
     unpack_ids,
     unpack_request_ids,
 )
+
+MAX_LOSSES = 2  # workers that may end under one request before it ends too
 
 
 class Coordinator:
@@ -144,15 +143,7 @@ class Coordinator:
         link.owe_prefill(request.request_id, len(request.tokens))
         request.holder = request.prefill_worker = link.index
         request.on(Event.ADMITTED)
-        link.send(
-            Prefill(
-                request.request_id,
-                pack_ids(request.tokens),
-                request.num_prompt_tokens,
-                request.sampling,
-                link.role is Role.PREFILL,
-            )
-        )
+        link.send(request.prefill_message(handoff=link.role is Role.PREFILL))
         return True
 
     def _start_pull(self, request: Request) -> bool:
@@ -168,18 +159,9 @@ class Coordinator:
         link = self.links[picked.instance]
         link.promise(request.request_id, num_blocks)
         request.holder = link.index
-        request.stamps.pull_sent = self._now()
+        request.handoff_wait_s += self._now() - request.stamps.parked
         request.on(Event.PULLING)
-        link.send(
-            PullKv(
-                request.request_id,
-                request.source,
-                request.source_blocks,
-                pack_ids(request.tokens),
-                request.num_prompt_tokens,
-                request.sampling,
-            )
-        )
+        link.send(request.pull_message())
         return True
 
     # ---- workers
@@ -277,6 +259,10 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             return
         request.source, request.source_blocks = link.index, block_ids
+        self._park(request)
+
+    def _park(self, request: Request) -> None:
+        request.stamps.parked = self._now()
         self.parked.push(request)
 
     def _on_preempted(self, link: WorkerLink, request_id: int) -> None:
@@ -319,7 +305,7 @@ class Coordinator:
         """A pull did not happen: the pages still wait at their source, if that lives."""
         request.holder = request.source
         if self.links[request.source].alive:
-            self.parked.push(request)
+            self._park(request)
         else:
             request.on(Event.WORKER_LOST)
             self._put_back(request)
@@ -339,10 +325,19 @@ class Coordinator:
                 request.on(Event.KV_REFUSED)
                 self._park_again(request)
             elif request.holder == link.index and request.phase is not Phase.DRAINING:
-                self.parked.remove(request)
-                request.on(Event.WORKER_LOST)
-                self._put_back(request)
+                self._lose_holder(request)
         self.dispatch()
+
+    def _lose_holder(self, request: Request) -> None:
+        """Again from the window; but whoever saw several workers die may be why they did."""
+        self.parked.remove(request)
+        request.num_losses += request.phase is not Phase.PARKED
+        if request.num_losses > MAX_LOSSES:
+            words = f"{request.num_losses} workers ended while they computed this request"
+            self._end(request, Event.FAILED, "error", WorkerLost.code, words)
+        else:
+            request.on(Event.WORKER_LOST)
+            self._put_back(request)
 
     # ---- ends
 
@@ -362,9 +357,10 @@ class Coordinator:
         if request.phase is Phase.DONE:
             self._forget(request)
             return
-        request.waiting_for = holders
-        for index in holders:
+        request.waiting_for = {index for index in holders if self.links[index].alive}
+        for index in request.waiting_for:
             self.links[index].send(Cancel(request.request_id))
+        self._finish_draining(request)
 
     def _holders(self, request: Request, event: Event) -> set[int]:
         """Workers to be cancelled now. A source is asked only after its reader has let go."""
@@ -383,6 +379,9 @@ class Coordinator:
             request.waiting_for.add(request.source)
             self.links[request.source].send(Cancel(request_id))
             request.source = -1
+        self._finish_draining(request)
+
+    def _finish_draining(self, request: Request) -> None:
         if not request.waiting_for:
             request.on(Event.RELEASED)
             self._forget(request)

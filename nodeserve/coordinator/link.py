@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
+from nodeserve.errors import NodeServeError, RingError
 from nodeserve.metrics import Rate
 from nodeserve.policy.decode_allocation import DecodeLoad
 from nodeserve.policy.prefill_allocation import PrefillLoad
@@ -44,7 +45,6 @@ class WorkerLink:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.info: Ready | None = None
         self.load = Load(0, 0, 0, 0, 0)
-        self.attached: set[int] = set()
         self.counters = Counters()
         self.stderr_tail: deque[str] = deque(maxlen=NUM_STDERR_LINES)
         self.rung = asyncio.Event()
@@ -68,8 +68,18 @@ class WorkerLink:
 
     def send(self, message: ToWorker) -> None:
         """Queue a record; never blocks, never loses. A lost worker gets nothing."""
-        if self.state != "lost":
+        if self.state == "lost":
+            return
+        try:
             self.channel.inbox.post(TO_WORKER.encode(message))
+        except RingError as error:
+            self.give_up(error)
+
+    def give_up(self, error: NodeServeError) -> None:
+        """Its rings cannot be trusted any more: end it, and its end is handled as any other."""
+        self.stderr_tail.append(str(error))
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
 
     def promise(self, request_id: int, num_blocks: int) -> None:
         """Count blocks that the worker will take but has not reported yet."""

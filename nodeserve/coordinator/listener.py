@@ -22,11 +22,11 @@ from nodeserve.wire.messages import (
     TO_SERVER,
     Abort,
     GetStats,
+    Hello,
     Stats,
     Stop,
     Submit,
     ToServer,
-    Welcome,
 )
 
 BACKLOG_CONNECTIONS = 1024
@@ -65,7 +65,10 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as problem:
         raise ConfigError(f"no folder {folder} for the socket: {problem.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another server is starting in {folder}: try again") from None
         yield
     finally:
         os.close(descriptor)
@@ -79,11 +82,16 @@ def _refuse_live(path: Path) -> None:
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path} exists and is no socket: remove it or use --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.0)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
             return
+        except BlockingIOError:
+            pass  # alive, with a full backlog
+        except OSError as problem:
+            raise ConfigError(f"cannot use {path}: {problem.strerror}; use --socket") from None
     raise ConfigError(
         f"a server is already running on {path}: stop it with `nodeserve stop`, or use --socket"
     )
@@ -95,7 +103,7 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         coordinator: Coordinator,
-        welcome: Welcome,
+        welcome: Hello,
         stats: Callable[[], Stats],
         stop: Callable[[bool], None],
         limits: tuple[int, int],
@@ -127,6 +135,8 @@ class Connection(asyncio.Protocol):
             return
         try:
             for payload in self._reader.feed(data):
+                if self.stream.closed:  # one of its own messages ended it
+                    return
                 self._on_message(TO_SERVER.decode(payload))
         except NodeServeError as error:
             self._coordinator.drop_stream(self.stream, error)

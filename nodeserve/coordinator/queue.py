@@ -4,6 +4,8 @@ import heapq
 
 from nodeserve.coordinator.request import Request
 
+MAX_STALE = 64  # entries of removed requests that are kept, beyond as many as really wait
+
 
 class WaitingQueue:
     """A heap with lazy removal: every operation is O(log n) amortised."""
@@ -39,3 +41,6 @@ class WaitingQueue:
     def remove(self, request: Request) -> None:
         """Take a request out if it waits here."""
         self._here.discard(request.request_id)
+        if len(self._heap) > 2 * len(self._here) + MAX_STALE:
+            self._heap = [entry for entry in self._heap if entry[1] in self._here]
+            heapq.heapify(self._heap)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.types import Timings
+from nodeserve.wire.messages import Prefill, PullKv, pack_ids
 
 if TYPE_CHECKING:
     from nodeserve.coordinator.streams import Stream
@@ -19,7 +20,7 @@ class Stamps:
     arrived: float
     started: float | None = None
     first_token: float | None = None
-    pull_sent: float | None = None
+    parked: float = 0.0  # the last time its pages became ready
     last_token: float | None = None
 
 
@@ -52,9 +53,11 @@ class Request:
     waiting_for: set[int] = field(default_factory=set)  # workers that owe a Dropped
     prefill_worker: int = -1
     decode_worker: int = -1
+    handoff_wait_s: float = 0.0
     handoff_s: float = 0.0
     handoff_bytes: int = 0
     num_preemptions: int = 0
+    num_losses: int = 0  # workers that ended while they computed it
 
     def on(self, event: Event) -> None:
         """The one place where a phase changes."""
@@ -68,6 +71,20 @@ class Request:
         """Blocks for all its tokens and the one that comes next."""
         return blocks_for(len(self.tokens) + 1, block_size)
 
+    def prefill_message(self, *, handoff: bool) -> Prefill:
+        ids = pack_ids(self.tokens)
+        return Prefill(self.request_id, ids, self.num_prompt_tokens, self.sampling, handoff)
+
+    def pull_message(self) -> PullKv:
+        return PullKv(
+            self.request_id,
+            self.source,
+            self.source_blocks,
+            pack_ids(self.tokens),
+            self.num_prompt_tokens,
+            self.sampling,
+        )
+
     def usage(self) -> dict[str, int]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
@@ -79,11 +96,10 @@ class Request:
         stamps = self.stamps
         started = stamps.started if stamps.started is not None else now_s
         first = stamps.first_token
-        pull = stamps.pull_sent
         return Timings(
             queue_s=started - stamps.arrived,
             prefill_s=(first - started) if first is not None else 0.0,
-            handoff_wait_s=(pull - first) if first is not None and pull is not None else 0.0,
+            handoff_wait_s=self.handoff_wait_s,
             handoff_s=self.handoff_s,
             handoff_bytes=self.handoff_bytes,
             decode_s=(stamps.last_token or first) - first if first is not None else 0.0,

@@ -12,7 +12,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,14 @@ from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, boun
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
-from nodeserve.errors import NodeServeError, ShuttingDown, WorkerLost, from_code
+from nodeserve.errors import (
+    NodeServeError,
+    ProtocolError,
+    RingError,
+    ShuttingDown,
+    WorkerLost,
+    from_code,
+)
 from nodeserve.log import logger
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
@@ -38,12 +44,12 @@ from nodeserve.wire.messages import (
     PROTOCOL_VERSION,
     Failed,
     FromWorker,
+    Hello,
     Loading,
     Mapped,
     PagesAttached,
     Ready,
     Stats,
-    Welcome,
 )
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
@@ -52,14 +58,6 @@ MIN_FRAME_LIMIT_BYTES = 4 << 20
 MAX_BACKLOG_BYTES = 8 << 20
 
 OnEvent = Callable[[StartEvent], None]
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequest:
-    """Why and how the node stops."""
-
-    drain: bool = False
-    error: NodeServeError | None = None
 
 
 def serve(config: EngineConfig, on_event: OnEvent, command: Sequence[str] = WORKER_COMMAND) -> int:
@@ -87,12 +85,16 @@ class Server:
         self._on_event = on_event
         self._command = command
         self._flush_is_due = False
+        self.error: NodeServeError | None = None  # why it stops, unless it was asked to
+        self.leaving = False  # from here on a worker that ends is no news
 
     async def run(self) -> int:
         """The whole life. Typed errors of the start-up leave as exceptions."""
         sweep_stale()
         self.loop = asyncio.get_running_loop()
-        self.stopping: asyncio.Future[StopRequest] = self.loop.create_future()
+        self.stopping: asyncio.Future[bool] = self.loop.create_future()  # True: drain first
+        self.wound_down = asyncio.Event()  # a drain need not wait any longer
+        self.attached = asyncio.Event()  # every puller has mapped every pool it may read
         self.listen_signals()
         assert self.plan.config.socket is not None
         with (
@@ -110,17 +112,17 @@ class Server:
                     self.connection, sock=listener, backlog=BACKLOG_CONNECTIONS
                 )
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
-                request = await self.stopping
+                drain = await self.stopping
                 server.close()
-                await self.wind_down(request)
+                await self.wind_down(drain)
             finally:
-                self.stop()  # from here on a worker that ends is no news
+                self.leaving = True
                 await supervisor.stop()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        if request.error is not None:
-            logger.error("stopped: %s", request.error)
+        if self.error is not None:
+            logger.error("stopped: %s", self.error)
             return 1
         return 0
 
@@ -148,23 +150,24 @@ class Server:
             tasks.append(self.guarded(self.pump(link), f"pump:{link.index}"))
             tasks.append(self.guarded(self.watch(link), f"watch:{link.index}"))
         await self.or_stopped(asyncio.gather(*(link.ready for link in links)))
-        self.supervisor.attach_pages()
+        if self.supervisor.attach_pages():
+            await self.or_stopped(asyncio.ensure_future(self.attached.wait()))
         self._on_event(StartEvent("pages", None, 1, 1))
 
-    async def or_stopped(self, ready: "asyncio.Future[list[Ready]]") -> None:
+    async def or_stopped(self, work: "asyncio.Future[Any]") -> None:
         """Wait for the workers, a signal to stop, or the deadline, whichever comes first."""
-        either: set[asyncio.Future[Any]] = {ready, self.stopping}
+        work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         done, _ = await asyncio.wait(
-            either, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            {work, self.stopping}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
         )
-        if ready in done:
-            ready.result()
+        if work in done:
+            work.result()
             return
-        ready.cancel()
+        work.cancel()
         if not done:
             late = [str(link.index) for link in self.supervisor.links if not link.alive]
             raise WorkerLost(f"workers {', '.join(late)} were not ready in {START_TIMEOUT_S:.0f} s")
-        raise self.stopping.result().error or ShuttingDown("stopped while starting")
+        raise self.error or ShuttingDown("stopped while starting")
 
     def guarded(self, work: "asyncio._CoroutineLike[None]", name: str) -> asyncio.Task[None]:
         """A background task whose crash stops the node loudly."""
@@ -187,8 +190,13 @@ class Server:
             self.receive(link)
 
     def receive(self, link: WorkerLink) -> None:
-        for record in link.channel.receive():
-            self.on_record(link, FROM_WORKER.decode(record))
+        try:
+            messages = [FROM_WORKER.decode(record) for record in link.channel.receive()]
+        except (RingError, ProtocolError) as error:
+            link.give_up(error)
+            return
+        for message in messages:
+            self.on_record(link, message)
 
     def on_record(self, link: WorkerLink, message: FromWorker) -> None:
         if link.alive:
@@ -199,7 +207,9 @@ class Server:
     def on_running(self, link: WorkerLink, message: FromWorker) -> None:
         match message:
             case PagesAttached():
-                link.attached.add(message.worker)
+                self.supervisor.num_unattached -= 1
+                if self.supervisor.num_unattached == 0:
+                    self.attached.set()
             case Failed():
                 link.stderr_tail.append(message.message)
             case _:
@@ -217,9 +227,11 @@ class Server:
             case Ready():
                 link.info, link.state = message, "ready"
                 link.report([0, 0, 0, message.num_blocks, 0])
-                link.ready.set_result(message)
+                if not link.ready.done():
+                    link.ready.set_result(message)
             case Failed():
-                link.ready.set_exception(from_code(message.code, message.message))
+                if not link.ready.done():
+                    link.ready.set_exception(from_code(message.code, message.message))
 
     async def watch(self, link: WorkerLink) -> None:
         """Act on a worker's end: nobody else may wait for it."""
@@ -228,7 +240,7 @@ class Server:
         self.receive(link)
         if not link.ready.done():
             link.ready.set_exception(error)
-        if self.stopping.done() or not link.alive:
+        if self.leaving or not link.alive:
             link.state = "lost"
             return
         logger.error("%s", error)
@@ -262,7 +274,7 @@ class Server:
     def max_frame_bytes(self) -> int:
         return max(MIN_FRAME_LIMIT_BYTES, 8 * self.plan.max_model_len)
 
-    def welcome(self) -> Welcome:
+    def welcome(self) -> Hello:
         config, model = self.plan.config, self.checkpoint.config
         server = {
             "model": config.served_model_name,
@@ -277,7 +289,7 @@ class Server:
             "pid": os.getpid(),
             "version": __version__,
         }
-        return Welcome(PROTOCOL_VERSION, server)
+        return Hello(PROTOCOL_VERSION, server)
 
     def stats(self) -> Stats:
         now = time.monotonic()
@@ -299,26 +311,27 @@ class Server:
             self.loop.add_signal_handler(number, self.on_signal)
 
     def on_signal(self) -> None:
-        """The first signal stops in order; a second one does not wait for running requests."""
-        if self.stopping.done():
-            self.coordinator.end_all(ShuttingDown("the server was told to stop at once"))
+        """A signal does not wait for running requests, also when a drain is under way."""
         self.stop()
 
     def stop(self, *, drain: bool = False, error: NodeServeError | None = None) -> None:
+        """Begin to stop; a later call without `drain`, or with an error, cuts a drain short."""
         self.coordinator.closing = True
+        self.error = self.error or error
         if not self.stopping.done():
-            self.stopping.set_result(StopRequest(drain, error))
+            self.stopping.set_result(drain)
+        elif not drain:
+            self.wound_down.set()
 
-    async def wind_down(self, request: StopRequest) -> None:
+    async def wind_down(self, drain: bool) -> None:
         """Finish or end what runs, then say goodbye on every connection."""
         coordinator = self.coordinator
-        if request.drain and coordinator.requests:
-            idle = asyncio.Event()
-            coordinator.on_idle = idle.set
+        if drain and coordinator.requests:
+            coordinator.on_idle = self.wound_down.set
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                    await idle.wait()
-        reason = request.error or ShuttingDown("the server was stopped")
+                    await self.wound_down.wait()
+        reason = self.error or ShuttingDown("the server was stopped")
         coordinator.end_all(reason)
         coordinator.flush()
         for stream in list(coordinator.streams):

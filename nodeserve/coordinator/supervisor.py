@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 
 import posix_ipc
@@ -27,11 +27,18 @@ from nodeserve.wire.messages import AttachPages, Shutdown
 WORKER_COMMAND = (sys.executable, "-m", "nodeserve.worker")
 MIN_RING_BYTES = 1 << 20
 EXIT_GRACE_S = 5.0
+READ_BYTES = 1 << 16
+MAX_LINE_BYTES = 2000
 
 
-def ring_bytes(max_model_len: int) -> int:
-    """A power of two with room for several of the largest records (a full context's ids)."""
-    return max(MIN_RING_BYTES, 1 << (16 * max_model_len).bit_length())
+def ring_bytes(max_model_len: int, max_num_seqs: int) -> int:
+    """Room for several of the largest records, so that no accepted request can be too large.
+
+    To a worker: a full context's ids with the largest sampling (32 KiB). From a worker: a step of
+    `max_num_seqs` tokens, each with its logprobs (under 512 bytes).
+    """
+    largest = max(4 * max_model_len + (32 << 10), 512 * max_num_seqs)
+    return max(MIN_RING_BYTES, 1 << (4 * largest).bit_length())
 
 
 def make_pages_fd(node_id: str, index: int) -> int:
@@ -47,6 +54,7 @@ class Supervisor:
 
     def __init__(self, plan: Plan, model: str, node_id: str, command: Sequence[str]) -> None:
         self.links: list[WorkerLink] = []
+        self.num_unattached = 0  # AttachPages without an answer yet
         self._plan = plan
         self._model = model
         self._node_id = node_id
@@ -56,7 +64,7 @@ class Supervisor:
     def __enter__(self) -> "Supervisor":
         for index, place in enumerate(self._plan.places):
             channel = self._stack.enter_context(
-                CoordinatorEnd(self._node_id, f"w{index}", ring_bytes(self._plan.max_model_len))
+                CoordinatorEnd(self._node_id, f"w{index}", self._ring_bytes())
             )
             pages_fd = make_pages_fd(self._node_id, index)
             self._stack.callback(os.close, pages_fd)
@@ -84,20 +92,21 @@ class Supervisor:
     async def watch(self, link: WorkerLink) -> str:
         """Wait for a worker's end, keeping what it writes; says how it ended."""
         assert link.process is not None and link.process.stderr is not None
-        async for line in link.process.stderr:
-            text = line.decode(errors="replace").rstrip()
+        async for text in short_lines(link.process.stderr):
             link.stderr_tail.append(text)
             logger.warning("worker %d: %s", link.index, text)
         return describe_exit(await link.process.wait())
 
-    def attach_pages(self) -> None:
-        """Let every worker that decodes map every prefill worker's pool."""
+    def attach_pages(self) -> int:
+        """Let every worker that decodes map every prefill worker's pool; how many maps that is."""
         for reader in self.links:
             for owner in self.links:
                 if reader.decodes and owner.role is Role.PREFILL:
                     assert owner.info is not None
                     num_bytes = owner.info.num_blocks * owner.info.block_bytes
                     reader.send(AttachPages(owner.index, owner.pages_fd, num_bytes))
+                    self.num_unattached += 1
+        return self.num_unattached
 
     async def stop(self) -> None:
         """The ladder: ask, terminate, kill. Returns when no child is left."""
@@ -144,10 +153,25 @@ class Supervisor:
             channel=asdict(link.channel.spec),
         )
 
+    def _ring_bytes(self) -> int:
+        return ring_bytes(self._plan.max_model_len, self._plan.config.max_num_seqs)
+
     def _environment(self, link: WorkerLink) -> dict[str, str]:
         """OpenMP reads its thread count when torch is loaded, before any code of ours can say."""
         threads = str(self._plan.places[link.index].num_threads)
         return {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+async def short_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of any length, cut to something that fits a log."""
+    rest = b""
+    while data := await stream.read(READ_BYTES):
+        *lines, rest = (rest + data).split(b"\n")
+        rest = rest[:MAX_LINE_BYTES]
+        for line in lines:
+            yield line[:MAX_LINE_BYTES].decode(errors="replace").rstrip()
+    if rest:
+        yield rest.decode(errors="replace").rstrip()
 
 
 def describe_exit(code: int) -> str:

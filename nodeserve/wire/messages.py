@@ -5,7 +5,7 @@ ids (`pack_ids`, `pack_request_ids`). Request ids are the coordinator's own on t
 client's own on its socket. Sampling travels as the mapping of `types.sampling_to`.
 
 Rings (coordinator <-> worker) need no version, both ends are one commit. The socket opens with a
-`Welcome` that carries one; docs/protocol.md describes that side for other languages.
+`Hello` that carries one; docs/protocol.md describes that side for other languages.
 """
 
 import sys
@@ -112,7 +112,7 @@ class PagesAttached(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a worker holds now, and what its last step did. Never travels alone."""
+    """What a worker holds now. Never travels alone."""
 
     num_running: int  # sequences that decode
     num_waiting: int  # sequences whose prefill has not finished
@@ -234,7 +234,7 @@ TO_SERVER: Tagged[ToServer] = Tagged(ToServer)
 # ---- coordinator -> client
 
 
-class Welcome(NamedTuple):
+class Hello(NamedTuple):
     """First frame on a connection."""
 
     version: int
@@ -274,13 +274,17 @@ class Stats(NamedTuple):
 
 
 class Goodbye(NamedTuple):
-    """The server closes this connection; no frame follows. ProtocolError, or shutting down."""
+    """The server closes this connection, and no frame follows.
+
+    Its client broke the protocol, or the server stops: asked to (`shutting_down`), or because of
+    the error that `code` names.
+    """
 
     code: str
     message: str
 
 
-ToClient = Welcome | Tokens | End | Stats | Goodbye
+ToClient = Hello | Tokens | End | Stats | Goodbye
 TO_CLIENT: Tagged[ToClient] = Tagged(ToClient)
 
 

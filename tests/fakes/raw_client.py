@@ -14,12 +14,12 @@ from nodeserve.wire.messages import (
     End,
     GetStats,
     Goodbye,
+    Hello,
     Stats,
     Submit,
     ToClient,
     Tokens,
     ToServer,
-    Welcome,
     pack_ids,
     unpack_ids,
 )
@@ -38,7 +38,7 @@ class RawClient:
     @classmethod
     async def connect(cls, path: Path) -> "RawClient":
         client = cls(*await asyncio.open_unix_connection(str(path)))
-        assert isinstance(await client.read(), Welcome)
+        assert isinstance(await client.read(), Hello)
         return client
 
     def send(self, message: ToServer) -> None:

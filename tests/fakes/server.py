@@ -22,13 +22,13 @@ from nodeserve.wire.messages import (
     End,
     GetStats,
     Goodbye,
+    Hello,
     Stats,
     Stop,
     Submit,
     ToClient,
     Tokens,
     ToServer,
-    Welcome,
     pack_ids,
     unpack_ids,
 )
@@ -118,7 +118,7 @@ class FakeServer:
             **{"tokenizer": tokenizer, "vocab_size": VOCAB_SIZE, "eos_token_ids": [262]},
             **{"max_model_len": 512, "block_size": 16, "max_frame_bytes": max_frame_bytes},
         }
-        self.welcome = welcome or Welcome(PROTOCOL_VERSION, self.about)
+        self.welcome = welcome or Hello(PROTOCOL_VERSION, self.about)
         self.leaves_socket = False
         self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
         self.received: list[ToServer] = []

@@ -226,6 +226,74 @@ async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(
     assert node.wait() == 0
 
 
+async def test_a_drain_ends_when_its_role_dies(nodes: Nodes, connect: Connect) -> None:
+    """A worker's end during a drain was taken for part of the stop, and the drain waited on."""
+    node = nodes.start(layout="1p1d", fake={"step_s": 0.01})
+    client = await connect(node)
+    client.submit(1, [3], max_tokens=LONG)
+    await client.read_until(lambda: 1 in client.tokens)
+    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
+    client.send(Stop(True))
+    os.kill(pids["decode"], signal.SIGKILL)
+    await client.read_to_end()
+    assert [end.code for end in client.ends[1]] == ["worker_lost"]
+    assert node.wait() == 1
+
+
+async def test_a_signal_cuts_a_drain_short(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="1p1d", fake={"step_s": 0.05})
+    client = await connect(node)
+    client.submit(1, [3], max_tokens=LONG)
+    await client.read_until(lambda: 1 in client.tokens)
+    client.send(Stop(True))
+    await client.stats()
+    node.process.send_signal(signal.SIGTERM)
+    await client.read_to_end()
+    assert [end.code for end in client.ends[1]] == ["shutting_down"]
+    assert node.wait() == 0
+
+
+async def test_a_signal_while_starting_stops_without_a_traceback(nodes: Nodes) -> None:
+    node = nodes.spawn(layout="1p1d", fake={"load_s": 1.0})
+    while not node.socket.exists():  # bound first of all; the signal handlers are there before it
+        assert node.process.poll() is None
+    node.process.send_signal(signal.SIGINT)
+    _, words = node.process.communicate(timeout=20)
+    assert node.process.returncode == 1
+    assert "stopped while starting" in words and "Traceback" not in words
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "long list of stops": {"stop_token_ids": [5] * 1_000_000},
+    "long bias": {"logit_bias": {i: 1.0 for i in range(97)} | {0: [0] * 100_000}},
+    "deep nesting": {"max_tokens": nested(500)},
+    "large value": {"temperature": b"x" * 4_000_000},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_hostile_value_ends_its_own_request_only(
+    nodes: Nodes, connect: Connect, name: str
+) -> None:
+    node = nodes.start(layout="1p1d")
+    client = await connect(node)
+    client.submit(1, [3], max_tokens=50)
+    client.submit(2, [3], **HOSTILE[name])
+    client.submit(3, [4], max_tokens=5)
+    await client.finish(1, 2, 3)
+    assert client.ends[2][0].code == "invalid_request"
+    assert len(client.ends[2][0].message) < 500
+    assert client.tokens[1] == expected_stream([3], 50)
+    assert client.tokens[3] == expected_stream([4], 5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_stops_in_order(
     nodes: Nodes, connect: Connect, number: signal.Signals

@@ -214,6 +214,13 @@ def test_folders_with_something_missing_say_what(tmp_path: Path) -> None:
 # -- names --------------------------------------------------------------------------------------
 
 
+def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients got the path as it was typed and looked for the tokenizer in their own folder."""
+    folder(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny").path == tmp_path / "tiny"
+
+
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model at /nowhere/x.gguf"):
         resolve("/nowhere/x.gguf")

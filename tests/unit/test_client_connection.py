@@ -23,11 +23,11 @@ from nodeserve.wire.messages import (
     Abort,
     GetStats,
     Goodbye,
+    Hello,
     Stats,
     Stop,
     Submit,
     Tokens,
-    Welcome,
 )
 from tests.fakes.server import VOCAB_SIZE, FakeServer, Peer, answer, endless, tokens_for
 
@@ -207,7 +207,7 @@ async def test_a_server_that_is_still_loading_is_waited_for_in_vain(tmp_path: Pa
 @pytest.mark.parametrize(
     ("welcome", "error", "words"),
     [
-        (Welcome(PROTOCOL_VERSION + 1, {}), ProtocolError, "version 2, this client 1"),
+        (Hello(PROTOCOL_VERSION + 1, {}), ProtocolError, "version 2, this client 1"),
         (Stats({}), ProtocolError, "first message is Stats"),
         (Goodbye("shutting_down", "bye"), ShuttingDown, "bye"),
     ],
@@ -231,7 +231,7 @@ async def test_a_wrong_first_message_is_named(
         frame(TO_CLIENT.encode(Tokens([[0, b"abc", None]]))),
         frame(TO_CLIENT.encode(Tokens(["x"]))),
         frame(TO_CLIENT.encode(Stats({}))),
-        frame(TO_CLIENT.encode(Welcome(PROTOCOL_VERSION, {}))),
+        frame(TO_CLIENT.encode(Hello(PROTOCOL_VERSION, {}))),
     ],
 )
 async def test_a_server_that_breaks_the_protocol_is_left(

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from nodeserve.errors import ShuttingDown
+from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role
-from nodeserve.wire.messages import Submit, pack_ids
+from nodeserve.wire.messages import RequestFailed, Submit, pack_ids
 from tests.fakes.node import FakeNode, expected_stream
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -183,3 +184,45 @@ async def test_a_stopping_server_refuses_and_ends_what_runs() -> None:
     for request_id in range(10):
         assert [end.code for end in client.ends[request_id]] == ["shutting_down"]
     node.check_nothing_held()
+
+
+async def test_a_request_that_outlives_two_workers_is_not_given_a_third() -> None:
+    node, rng = FakeNode([M, M, M, M]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 1, [5], 200)
+    for _ in range(3):
+        while not (holders := [w for w in node.workers if not w.lost and w.held]):
+            node.act(rng)
+        node.lose(holders[0])
+    node.run_to_idle(rng)
+    assert [end.code for end in client.ends[1]] == ["worker_lost"]
+    assert sum(worker.lost for worker in node.workers) == 3
+    node.check_nothing_held()
+
+
+async def test_a_pull_that_fails_after_its_source_died_is_not_kept() -> None:
+    node, rng = FakeNode([P, P, D]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 1, [5], 20)
+    (request,) = node.coordinator.requests.values()
+    while request.phase is not Phase.MOVING:
+        node.act(rng)
+    node.lose(node.workers[request.source])
+    decode = node.workers[2]
+    decode.out.clear()
+    decode.link.channel.records.clear()  # type: ignore[attr-defined]
+    decode.held.clear()
+    decode.out.append(RequestFailed(request.request_id, "handoff_failed", "no such pool"))
+    node.deliver(decode)
+    assert [end.code for end in client.ends[1]] == ["handoff_failed"]
+    assert not node.coordinator.requests
+
+
+async def test_cancelled_requests_leave_the_queue() -> None:
+    node = FakeNode([M])
+    stream, _ = node.connect()
+    for request_id in range(3000):
+        node.submit(stream, request_id, [5], 200)
+        if request_id >= 100:
+            node.coordinator.abort(stream.requests[request_id])
+    assert len(node.coordinator.waiting._heap) < 500

@@ -45,7 +45,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Stop(True),
     ],
     "TO_CLIENT": [
-        m.Welcome(m.PROTOCOL_VERSION, {"model": "name"}),
+        m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
         m.Tokens([[0, IDS, None], [1, IDS, [[-0.5, IDS, IDS]]]]),
         m.End(0, "stop", None, "", {"prompt_tokens": 1}, {"queue_s": 0.5}),
         m.End(0, "error", "internal", "what happened", {}, {}),

@@ -29,7 +29,7 @@ GOOD: list[dict[str, Any]] = [
     {"min_p": 1.0},
     {"seed": 0},
     {"seed": MAX_SEED},
-    {"repetition_penalty": 1e-3},
+    {"repetition_penalty": 0.01},
     {"presence_penalty": -2, "frequency_penalty": 2},
     {"logit_bias": {0: -100, VOCAB - 1: 100.0}},
     {"stop_token_ids": [0, VOCAB - 1]},
@@ -64,6 +64,7 @@ BAD: list[tuple[str, Any]] = [
     ("seed", -1),
     ("seed", MAX_SEED + 1),
     ("seed", 0.5),
+    ("repetition_penalty", 1e-300),  # its inverse is infinite
     ("repetition_penalty", 0),
     ("repetition_penalty", math.inf),
     ("presence_penalty", 2.1),
@@ -134,3 +135,7 @@ def test_what_shapes_logits(change: dict[str, Any]) -> None:
 def test_greedy() -> None:
     assert Sampling(temperature=0).greedy
     assert not Sampling().greedy
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    assert Sampling(temperature=1e-50).greedy and not Sampling(temperature=0.01).greedy
