@@ -14,7 +14,7 @@ from collections.abc import Callable
 from nodeserve.coordinator.admission import Limits, admit
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.queue import WaitingQueue
-from nodeserve.coordinator.request import Request
+from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.streams import Stream, end_of, refusal
 from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, ShuttingDown, WorkerLost
 from nodeserve.metrics import Totals
@@ -61,7 +61,7 @@ class Coordinator:
         self.on_idle: Callable[[], None] = lambda: None  # no request is left
         self._now = now
         self._wake_flush = wake_flush
-        self._moved: dict[Stream, None] = {}
+        self._moved: dict[Reader, None] = {}
         self._next_id = 1
         self._assignments = 0
 

@@ -2,15 +2,22 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.types import Timings
-from nodeserve.wire.messages import Prefill, PullKv, pack_ids
+from nodeserve.wire.messages import End, Prefill, PullKv, pack_ids
 
-if TYPE_CHECKING:
-    from nodeserve.coordinator.streams import Stream
+
+class Reader(Protocol):
+    """Whoever a request's tokens go to: a client's connection."""
+
+    def mark(self, request: "Request") -> None: ...
+
+    def flush(self) -> None: ...
+
+    def end(self, request: "Request", end: End) -> None: ...
 
 
 @dataclass(slots=True)
@@ -35,7 +42,7 @@ class Request:
 
     request_id: int
     client_id: int
-    stream: "Stream"
+    stream: Reader
     tokens: "array[int]"
     num_prompt_tokens: int
     sampling: dict[str, Any]

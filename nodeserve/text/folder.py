@@ -8,7 +8,7 @@ import tokenizers
 
 from nodeserve.checkpoint import read_json
 from nodeserve.errors import ModelError
-from nodeserve.text.tokenizer import Vocabulary
+from nodeserve.text.vocabulary import Vocabulary
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers as pre
 
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, StringArray
-from nodeserve.text.tokenizer import SPACE, Vocabulary, check_token_id
+from nodeserve.text.vocabulary import SPACE, Vocabulary, check_token_id
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types
 

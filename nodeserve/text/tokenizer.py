@@ -7,34 +7,18 @@ a run of bytes (`Pieces`), so one piece of text decodes alike whole or in parts.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nodeserve.errors import InvalidRequest, ModelError
+from nodeserve.errors import InvalidRequest
 from nodeserve.text.chat import ChatTemplate
+from nodeserve.text.vocabulary import SPACE, Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a reader of a file format (`folder`, `gguf_vocabulary`) makes of a tokenizer."""
-
-    encoder: "tokenizers.Tokenizer"
-    byte_level: bool  # GPT-2's alphabet of bytes; else SentencePiece's spaces and <0x..> tokens
-    adds_space: bool  # encoding puts a space before the text, decoding takes it away
-    added: frozenset[int]  # tokens outside the merges: their text stands for itself
-    special: frozenset[int]  # those of them that are not text
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    chat_template: str | None = None
-    template_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...
 
 
 class Tokenizer:
@@ -198,12 +182,3 @@ def _byte_of_character() -> dict[int, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def check_token_id(token_id: object, size: int, name: str) -> int | None:
-    """A special token's id as a file gives it; None where it gives none."""
-    if token_id is None:
-        return None
-    if not isinstance(token_id, int) or not 0 <= token_id < size:
-        raise ModelError(f"{name} is {token_id!r}, not one of the {size} tokens")
-    return token_id

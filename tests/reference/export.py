@@ -11,7 +11,7 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import ModelConfig
 from nodeserve.model.loader import open_weights
 from nodeserve.text import gguf_vocabulary
-from nodeserve.text.tokenizer import Vocabulary
+from nodeserve.text.vocabulary import Vocabulary
 
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
