@@ -6,7 +6,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-.PHONY: help venv build demo check test format sanitize bench clean
+.PHONY: help venv build demo check static quick-tests test format sanitize bench clean
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-smoke
 
 help:
@@ -37,11 +37,16 @@ demo: venv
 	$(BIN)/python -m bench.demo
 
 check: venv
+	$(MAKE) --jobs=2 --output-sync=target static quick-tests
+	$(MAKE) bench-smoke
+
+static:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+quick-tests:
 	$(BIN)/python -m pytest -q tests/unit tests/process
-	$(MAKE) bench-smoke
 
 test: check
 	$(BIN)/python -m pytest -q tests/reference tests/e2e
