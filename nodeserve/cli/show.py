@@ -1,20 +1,28 @@
 """`nodeserve status` and `nodeserve stop`."""
 
+import functools
 import json
 import os
 import select
+import signal
+import socket as socketlib
+import struct
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nodeserve.cli.talk import CONNECT_TIMEOUT_S, socket_option
 from nodeserve.client import Client
+from nodeserve.errors import ConnectionLost
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 STOP_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 3.0  # a server that is ready answers in milliseconds
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 _COLUMNS = (  # heading, cell
     ("worker", "{index}"),
@@ -102,10 +110,18 @@ def show_table(table: "Table") -> None:
 )
 def stop(socket: str | None, drain: bool, timeout_s: float) -> None:
     """Stop the server and wait until its process and socket are gone."""
-    with Client(socket, connect_timeout_s=CONNECT_TIMEOUT_S) as client:
-        pid = int(client.server()["pid"])
+    with Client(socket, connect_timeout_s=ANSWER_TIMEOUT_S) as client:
+        try:
+            pid = int(client.server()["pid"])
+            ask = functools.partial(client.stop_server, drain=drain)
+        except ConnectionLost:
+            loading = listening_pid(client.socket_path)
+            if loading is None:
+                raise
+            pid = loading
+            ask = functools.partial(os.kill, pid, signal.SIGTERM)
         with closing(ProcessEnd(pid)) as end:
-            client.stop_server(drain=drain)
+            ask()
             if not end.wait(timeout_s):
                 raise click.ClickException(
                     f"the server (pid {pid}) still runs after {timeout_s:g} s: try `kill {pid}`"
@@ -113,6 +129,18 @@ def stop(socket: str | None, drain: bool, timeout_s: float) -> None:
         if client.socket_path.exists():
             raise click.ClickException(f"the server is gone but left {client.socket_path}")
     click.echo(f"stopped (pid {pid})")
+
+
+def listening_pid(path: Path) -> int | None:
+    """Who listens on a socket, whether it answers yet or still loads; None: nobody."""
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return None
+        peer = probe.getsockopt(socketlib.SOL_SOCKET, socketlib.SO_PEERCRED, _PEER.size)
+    pid: int = _PEER.unpack(peer)[0]
+    return pid
 
 
 class ProcessEnd:

@@ -112,10 +112,11 @@ class Supervisor:
         """The ladder: ask, terminate, kill. Returns when no child is left."""
         for link in self.links:
             link.send(Shutdown())
+        self._signal(signal.SIGTERM, [link for link in self.links if link.info is None])  # loading
         if not await self._all_gone(EXIT_GRACE_S):
-            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGTERM, self.links)
             if not await self._all_gone(EXIT_GRACE_S):
-                self._signal(signal.SIGKILL)
+                self._signal(signal.SIGKILL, self.links)
                 await self._all_gone(EXIT_GRACE_S)
 
     async def _all_gone(self, timeout_s: float) -> bool:
@@ -127,8 +128,9 @@ class Supervisor:
             return False
         return True
 
-    def _signal(self, number: signal.Signals) -> None:
-        for link in self.links:
+    @staticmethod
+    def _signal(number: signal.Signals, links: Sequence[WorkerLink]) -> None:
+        for link in links:
             if link.process is not None and link.process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     link.process.send_signal(number)

@@ -263,6 +263,16 @@ async def test_a_signal_while_starting_stops_without_a_traceback(nodes: Nodes) -
     assert "stopped while starting" in words and "Traceback" not in words
 
 
+def test_stop_reaches_a_server_that_still_loads(nodes: Nodes) -> None:
+    node = nodes.spawn(layout="1m", fake={"load_s": 60.0})
+    while not node.socket.exists():
+        assert node.process.poll() is None
+    command = [sys.executable, "-m", "nodeserve", "stop", "--socket", str(node.socket)]
+    stop = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (stop.returncode, stop.stdout) == (0, f"stopped (pid {node.pid})\n"), stop.stderr
+    assert node.wait() == 1 and not node.socket.exists()
+
+
 def nested(depth: int) -> object:
     value: object = 1
     for _ in range(depth):

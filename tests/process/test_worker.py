@@ -213,6 +213,7 @@ def test_ctrl_c_is_left_to_the_coordinator() -> None:
         worker.process.send_signal(signal.SIGINT)
         worker.prefill(1, PROMPT, max_tokens=3)
         worker.finish(1)
+        assert worker.process.poll() is None
 
 
 ORPHAN = """
