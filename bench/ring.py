@@ -66,22 +66,27 @@ def shared_ring(config: Config) -> Ring:
 
 
 def raw_word(config: Config) -> Samples:
-    """A stamp in shared memory, read by a process that polls: the floor of "hot"."""
+    """A stamp in shared memory, read by a process that polls: the floor of "hot".
+
+    The next is sent only when the last was taken: a watcher that is off its core misses none.
+    """
     word = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
 
     def send() -> Samples:
+        stamp = 0
         for _ in paced(config.num_hot, config.hot_gap_us):
-            word[0] = now_ns()
-        for _ in paced(1, 1000):
-            word[0] = -1
+            while word[1] != stamp:
+                pass
+            word[0] = stamp = now_ns()
         return []
 
     def watch() -> Samples:
-        samples, seen = [], 0
-        while (stamp := word[0]) >= 0:
-            if stamp != seen:
+        samples: Samples = []
+        seen = 0
+        while len(samples) < config.num_hot:
+            if (stamp := word[0]) != seen:
                 samples.append(now_ns() - stamp)
-                seen = stamp
+                word[1] = seen = stamp
         return samples
 
     return together(send, watch)[1]
