@@ -86,7 +86,8 @@ class Server:
         self._command = command
         self._flush_is_due = False
         self.error: NodeServeError | None = None  # why it stops, unless it was asked to
-        self.leaving = False  # from here on a worker that ends is no news
+        self.serving = False  # before that a worker that ends is a start that failed
+        self.leaving = False  # after that it is no news
 
     async def run(self) -> int:
         """The whole life. Typed errors of the start-up leave as exceptions."""
@@ -111,6 +112,7 @@ class Server:
                 server = await self.loop.create_unix_server(
                     self.connection, sock=listener, backlog=BACKLOG_CONNECTIONS
                 )
+                self.serving = True
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
                 drain = await self.stopping
                 server.close()
@@ -246,7 +248,8 @@ class Server:
         logger.error("%s", error)
         self.coordinator.lose(link)
         alive = [other for other in self.supervisor.links if other.alive]
-        if not (any(x.prefills for x in alive) and any(x.decodes for x in alive)):
+        covered = any(x.prefills for x in alive) and any(x.decodes for x in alive)
+        if not (self.serving and covered):
             self.stop(error=error)
 
     def wake_flush(self) -> None:

@@ -263,6 +263,16 @@ async def test_a_signal_while_starting_stops_without_a_traceback(nodes: Nodes) -
     assert "stopped while starting" in words and "Traceback" not in words
 
 
+def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
+    node = nodes.spawn(layout="2m", fake={"load_s": 60.0})
+    while len(workers := node.worker_pids()) < 2:
+        assert node.process.poll() is None
+    os.kill(workers[0], signal.SIGKILL)
+    _, words = node.process.communicate(timeout=20)
+    assert node.process.returncode == 1 and "was killed by SIGKILL" in words
+    assert not node.socket.exists() and not names_of(node.pid)
+
+
 def test_stop_reaches_a_server_that_still_loads(nodes: Nodes) -> None:
     node = nodes.spawn(layout="1m", fake={"load_s": 60.0})
     while not node.socket.exists():

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nodeserve.cli import launch, main
+from nodeserve.cli.launch import open_log
 from nodeserve.cli.progress import BarPainter, StartReport
 from nodeserve.cli.settings import (
     ENGINE_HELP,
@@ -285,3 +286,12 @@ def test_a_watcher_that_is_gone_stops_nobody(serve: FakeServe) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     assert run("start", f"--events-fd={theirs}").exit_code == 0
+
+
+def test_a_second_start_keeps_the_log_of_the_first(tmp_path: Path) -> None:
+    """A refused `start --detach` emptied the log of the server that runs."""
+    path = tmp_path / "node.log"
+    for words in (b"first\n", b"second\n"):
+        with open_log(path) as log:
+            os.write(log, words)
+    assert path.read_bytes() == b"first\nsecond\n"

@@ -285,3 +285,15 @@ async def test_tokens_before_an_error_are_delivered(
         async for chunk in client.generate([1], stream=True):
             texts.append(chunk.text)
     assert texts == ["ab"]
+
+
+@pytest.mark.parametrize("priority", [1.5, True, None, 2**31])
+async def test_a_bad_priority_costs_no_other_request(client: AsyncClient, priority: Any) -> None:
+    """It travelled, and the server closed the connection that all requests share."""
+    running = await client.start([1, 2])
+    with pytest.raises(InvalidRequest, match="priority"):
+        await client.generate([1], priority=priority)
+    chunks = []
+    while chunk := await running.chunk():
+        chunks.append(chunk)
+    assert chunks[-1].finish_reason is not None

@@ -1,8 +1,13 @@
 """What the supervisor does without a process: sizes, and lines of any length."""
 
 import asyncio
+import sys
 
-from nodeserve.coordinator.supervisor import MAX_LINE_BYTES, ring_bytes, short_lines
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.supervisor import MAX_LINE_BYTES, describe_exit, ring_bytes, short_lines
+from nodeserve.errors import RingError
+from nodeserve.types import Role
+from nodeserve.wire.messages import Shutdown
 
 
 async def test_a_long_line_is_cut_and_the_next_ones_are_whole() -> None:
@@ -19,3 +24,20 @@ def test_rings_hold_the_largest_record_several_times() -> None:
     for max_model_len, max_num_seqs in ((512, 16), (131_072, 64), (4096, 20_000)):
         room = ring_bytes(max_model_len, max_num_seqs)
         assert room >= 4 * max(4 * max_model_len + 32 * 1024, 512 * max_num_seqs)
+
+
+class DamagedChannel:
+    def __init__(self) -> None:
+        self.inbox = self
+
+    def post(self, record: bytes) -> None:
+        raise RingError("head is behind tail")
+
+
+async def test_a_worker_behind_a_damaged_ring_is_ended() -> None:
+    link = WorkerLink(0, Role.MIXED, DamagedChannel(), -1)  # type: ignore[arg-type]
+    command = (sys.executable, "-c", "import signal; signal.pause()")
+    link.process = await asyncio.create_subprocess_exec(*command)
+    link.send(Shutdown())
+    assert describe_exit(await link.process.wait()) == "was killed by SIGKILL"
+    assert list(link.stderr_tail) == ["head is behind tail"]
