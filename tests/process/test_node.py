@@ -19,6 +19,7 @@ from tests.fakes.raw_client import RawClient
 from tests.process.conftest import Connect, Nodes, RunningNode, names_of
 
 LONG = 400  # tokens: still running when the fault comes
+SLOW = {"step_s": 0.01}  # for certain, where a test depends on it
 
 
 async def settled(client: RawClient) -> dict[str, object]:
@@ -84,7 +85,7 @@ async def test_garbage_closes_its_connection_and_no_other(
 
 
 async def test_half_a_frame_and_a_hangup_leave_nothing(nodes: Nodes, connect: Connect) -> None:
-    node = nodes.start(layout="1p1d")
+    node = nodes.start(layout="1p1d", fake=SLOW)
     good, bad = [await connect(node) for _ in range(2)]
     bad.submit(1, [1], max_tokens=LONG)
     bad.writer.write(HEADER.pack(100) + b"half")
@@ -161,7 +162,7 @@ async def test_a_client_killed_mid_stream_frees_everything(nodes: Nodes, connect
 async def test_abort_ends_once_and_frees_both_sides(
     nodes: Nodes, connect: Connect, after: int
 ) -> None:
-    node = nodes.start(layout="1p1d")
+    node = nodes.start(layout="1p1d", fake=SLOW)
     client = await connect(node)
     client.submit(1, list(range(90)), max_tokens=LONG)
     await client.read_until(lambda: len(client.tokens.get(1, [])) >= after)
@@ -318,7 +319,7 @@ async def test_a_hostile_value_ends_its_own_request_only(
 async def test_a_signal_stops_in_order(
     nodes: Nodes, connect: Connect, number: signal.Signals
 ) -> None:
-    node = nodes.start(layout="1p1d")
+    node = nodes.start(layout="1p1d", fake=SLOW)
     client = await connect(node)
     client.submit(1, [3], max_tokens=LONG)
     await client.read_until(lambda: 1 in client.tokens)

@@ -109,7 +109,9 @@ def test_a_cancel_right_behind_a_pull_leaves_nothing() -> None:
 
 
 def test_a_pull_without_room_is_refused_and_works_later() -> None:
-    small = default_spec(index=1, kv_memory=16 * 128)
+    # Slow steps: the first three must still run when the fourth pull arrives.
+    slow = FakeSettings(step_s=0.1).name
+    small = default_spec(index=1, kv_memory=16 * 128, model=slow)
     with started(default_spec(), small) as [source, target]:
         target.attach(source)
         for request_id in range(4):
