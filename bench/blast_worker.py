@@ -97,7 +97,7 @@ def main() -> None:
     with WorkerEnd(ChannelSpec(**spec.channel)) as end:  # type: ignore[arg-type]
         blaster = Blaster(end)
         blaster.put(Mapped(os.getpid()))
-        blaster.put(Ready(NUM_BLOCKS, 1, 1, "none: pre-made records", 0.0))
+        blaster.put(Ready(NUM_BLOCKS, 1, 1, 0, b"", "none: pre-made records", "none", 0.0))
         while not blaster.stopped:
             for record in end.inbox.drain():
                 blaster.apply(TO_WORKER.decode(record))

@@ -31,6 +31,7 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.placement import resolve
 from nodeserve.coordinator.server import Server
+from nodeserve.gpus import Gpus
 from nodeserve.types import StartEvent
 from nodeserve.wire.frames import FrameReader, frame
 from nodeserve.wire.messages import (
@@ -134,7 +135,7 @@ def node_main(path: str, connections: int, pipe: Any, cores: tuple[int, int]) ->
         max_model_len=4096,
     )
     checkpoint = Checkpoint(Path("none"), "none", MODEL, "none")
-    plan = resolve(config, checkpoint)
+    plan = resolve(config, checkpoint, Gpus(obstacle="the workers are pretended"))
     os.sched_setaffinity(0, {cores[1]})
     spent: list[float] = []
 

@@ -66,11 +66,19 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory
-    max_num_seqs: int = 64  # sequences in one decode step
+    max_num_seqs: int | None = None  # sequences in one decode step; None: what suits the device
     max_num_batched_tokens: int | None = None  # tokens in one step; None: what fills the device
     max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None
+    load_format: str = (
+        "auto"  # auto: the checkpoint's weights; dummy: random ones from a fixed seed
+    )
+    # The rest is for GPUs only.
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, pages, activations
+    attention_backend: str = "auto"  # auto, flash-attn, torch, triton, reference
+    handoff: str = "auto"  # auto: device to device where the GPUs allow it; ipc; host
+    enforce_eager: bool = False  # no CUDA graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class WorkerSpec:
     dtype: str  # "bfloat16", "float16" or "float32"
     max_model_len: int
     block_size: int
-    kv_memory: int  # bytes
+    kv_memory: int | None  # bytes; None: what is free once the weights are there (GPUs only)
     max_num_seqs: int
     max_num_batched_tokens: int
     cpus: tuple[int, ...]  # cores to run on; the first is the step loop's
@@ -92,6 +100,13 @@ class WorkerSpec:
     parent_pid: int  # the coordinator's; the worker dies with it
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
     channel: dict[str, int | str]  # the rings and doorbells: what wire.channel's WorkerEnd takes
+    load_format: str  # "auto" or "dummy"
+    gpus: tuple[int, ...]  # numbers of the visible GPUs: ours first, then those of our peers
+    gpu_share: int  # workers on our GPU, this one included
+    gpu_memory_utilization: float
+    attention_backend: str
+    handoff: str
+    enforce_eager: bool
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -99,4 +114,5 @@ class WorkerSpec:
     @staticmethod
     def from_json(text: str) -> "WorkerSpec":
         values = json.loads(text)
-        return WorkerSpec(**{**values, "cpus": tuple(values["cpus"])})
+        tuples = {name: tuple(values[name]) for name in ("cpus", "gpus")}
+        return WorkerSpec(**{**values, **tuples})

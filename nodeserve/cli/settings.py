@@ -24,17 +24,23 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 ENGINE_HELP = {
     "model": "Folder, .gguf file or hub name; without it the embedded demo model.",
     "layout": "Instances and their roles: 1p1d, 4p4d, 8m. [default: 1p1d, on one core 1m]",
-    "gpus": "Devices, such as 0-7 or 0,2,5; one for each worker.",
+    "gpus": "GPUs, such as 0-7 or 0,2,5, one for each worker; 0,0 puts two workers on one.",
     "device": "auto, cuda or cpu.",
     "socket": "Path of the Unix socket.",
     "max_model_len": "Tokens of prompt and output together. [default: the model's own limit]",
     "block_size": "Tokens in a KV block.",
     "kv_memory": "KV pages of each worker, such as 512MiB or 2GB. [default: from free memory]",
-    "max_num_seqs": "Sequences in one decode step.",
-    "max_num_batched_tokens": "Tokens in one step: the prefill chunk. [default: 128 on CPUs]",
+    "max_num_seqs": "Sequences in one decode step. [default: 256 on GPUs, 64 on CPUs]",
+    "max_num_batched_tokens": "Tokens in one step: the prefill chunk."
+    " [default: 8192 on GPUs, 2048 with mixed workers, 128 on CPUs]",
     "max_num_queued_reqs": "Requests that may wait before prefill; more are refused.",
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
+    "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",
+    "gpu_memory_utilization": "Share of each GPU's memory for weights, KV pages and activations.",
+    "attention_backend": "auto, flash-attn, torch, triton or reference (GPUs).",
+    "handoff": "How pages leave a GPU: auto, ipc (GPU to GPU) or host (through pinned memory).",
+    "enforce_eager": "Run decode steps without CUDA graphs.",
 }
 SAMPLING_HELP = {
     "max_tokens": "Tokens to write at most.",
@@ -159,13 +165,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _value(path: Path, key: str, option: Option, value: Any) -> Any:
     if option.name == "kv_memory" and isinstance(value, str):
         return parse_bytes(value)
+    if option.kind is float and type(value) is int:
+        return float(value)
     if type(value) is not option.kind:
-        names = {int: "a whole number", str: "a string"}
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         raise ConfigError(f"{path}: {key} must be {names[option.kind]}, got {value!r}")
     return value
 
 
 def to_arguments(config: EngineConfig) -> list[str]:
     """The command line that gives the same settings again."""
-    values = ((option.flag, getattr(config, option.name)) for option in ENGINE_OPTIONS)
-    return [f"{flag}={value}" for flag, value in values if value is not None]
+    values = ((option, getattr(config, option.name)) for option in ENGINE_OPTIONS)
+    given = [(option, value) for option, value in values if value not in (None, False)]
+    return [option.flag if value is True else f"{option.flag}={value}" for option, value in given]

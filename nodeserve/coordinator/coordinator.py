@@ -28,6 +28,7 @@ from nodeserve.wire.messages import (
     Dropped,
     FromWorker,
     KvPulled,
+    KvReady,
     KvRefused,
     ReleaseKv,
     RequestFailed,
@@ -171,6 +172,8 @@ class Coordinator:
         match message:
             case StepDone():
                 self._on_step(link, message)
+            case KvReady():
+                self._on_kv_ready(link, message.request_id, message.block_ids)
             case KvPulled():
                 self._on_pulled(link, message)
             case KvRefused():

@@ -40,6 +40,7 @@ class WorkerLink:
         self.role = role
         self.channel = channel
         self.pages_fd = pages_fd
+        self.gpu: int | None = None  # its number, for people
         self.state = "starting"
         self.process: asyncio.subprocess.Process | None = None
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()

@@ -7,10 +7,12 @@ with nothing to clean up.
 import os
 import shutil
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig
 from nodeserve.errors import ConfigError
+from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import Role
@@ -19,8 +21,20 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core computes at its full rate from about 64 rows on, so a larger prefill step only makes
 # the first of its prompts wait for the last (bench/LOG.md has the numbers).
 CPU_BATCHED_TOKENS = 128
+# A GPU reaches its full rate with some thousand rows. Where a step also carries decodes, they wait
+# for it: a smaller one bounds the gap between their tokens.
+GPU_BATCHED_TOKENS, GPU_MIXED_BATCHED_TOKENS = 8192, 2048
+CPU_NUM_SEQS, GPU_NUM_SEQS = 64, 256
 MAX_AUTO_KV_BYTES = 1 << 30  # per CPU worker: 46k tokens of the demo model
 SHM = "/dev/shm"
+CHOICES = {
+    "device": ("auto", "cuda", "cpu"),
+    "dtype": ("auto", *DTYPE_BYTES),
+    "load_format": ("auto", "dummy"),
+    "attention_backend": ("auto", "flash-attn", "torch", "triton", "reference"),
+    "handoff": ("auto", "ipc", "host"),
+}
+GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +44,14 @@ class Place:
     role: Role
     cpus: tuple[int, ...]
     num_threads: int
+    gpus: tuple[int, ...] = ()  # its own, then those it may read from; none: a CPU worker
+    gpu_share: int = 1  # workers on its own GPU
+
+
+class Placed(NamedTuple):
+    layout: Layout
+    places: tuple[Place, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,60 +62,130 @@ class Plan:
     layout: Layout
     places: tuple[Place, ...]
     max_model_len: int
+    max_num_seqs: int
     max_num_batched_tokens: int
-    kv_memory: int
+    kv_memory: int | None  # bytes for each worker; None: each GPU worker sees what is left
     notes: tuple[str, ...]  # what a person should know, one line each
 
 
-def resolve(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
+def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     """Check the settings against the machine and the model; ConfigError says what to change."""
     check_numbers(config)
-    check_device(config)
-    cpus = tuple(sorted(os.sched_getaffinity(0)))
-    layout = choose_layout(config.layout, len(cpus))
-    if config.gpus is not None:
-        check_devices(layout, len(parse_gpus(config.gpus)))
+    check_names(config)
+    check_device(config, gpus)
+    on_gpus = config.device != "cpu" and gpus.usable
+    layout, places, notes = place_on_gpus(config, gpus) if on_gpus else place_on_cpus(config, gpus)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    places, notes = share_cores(layout.roles, cpus)
-    budget = choose_budget(config)
+    max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
     max_model_len = choose_context(config, checkpoint)
     token_bytes = checkpoint.config.kv_bytes_per_token(DTYPE_BYTES[dtype])
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
-    kv_memory = choose_kv_memory(config.kv_memory, least, len(places))
+    check_kv_memory(config.kv_memory, least)
     resolved = replace(
         config,
-        device="cpu",
+        device="cuda" if on_gpus else "cpu",
         dtype=dtype,
         layout=str(layout),
         served_model_name=config.served_model_name or checkpoint.served_name,
     )
-    return Plan(resolved, layout, places, max_model_len, budget, kv_memory, notes)
+    return Plan(
+        config=resolved,
+        layout=layout,
+        places=places,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=choose_budget(config, max_num_seqs, fills_step(layout, on_gpus)),
+        kv_memory=config.kv_memory
+        if on_gpus
+        else choose_kv_memory(config.kv_memory, least, len(places)),
+        notes=notes,
+    )
 
 
 def check_numbers(config: EngineConfig) -> None:
     """Ranges of the plain settings, by their option's name."""
     for name in ("max_num_seqs", "max_num_queued_reqs"):
-        if getattr(config, name) < 1:
+        value = getattr(config, name)
+        if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
     if config.block_size < 16 or config.block_size % 16:
         raise ConfigError(f"--block-size must be a multiple of 16, got {config.block_size}")
-    if config.dtype != "auto" and config.dtype not in DTYPE_BYTES:
-        raise ConfigError(f"--dtype {config.dtype}: use auto, {', '.join(DTYPE_BYTES)}")
+    if not 0.0 < config.gpu_memory_utilization <= 1.0:
+        raise ConfigError(
+            f"--gpu-memory-utilization {config.gpu_memory_utilization:g}: use a share above 0, at"
+            " most 1, such as 0.9"
+        )
 
 
-def check_device(config: EngineConfig) -> None:
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {config.device}: use auto, cpu or cuda")
-    if config.device == "cuda":
-        raise ConfigError("this version has CPU workers only: use --device cpu")
+def check_names(config: EngineConfig) -> None:
+    """Settings that are one of a few words."""
+    for name, words in CHOICES.items():
+        value = getattr(config, name)
+        if value not in words:
+            *rest, last = words
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value}: use {', '.join(rest)} or {last}"
+            )
+
+
+def check_device(config: EngineConfig, gpus: Gpus) -> None:
     if config.device == "cpu" and config.gpus is not None:
         raise ConfigError("--gpus and --device cpu contradict each other: leave one out")
+    if config.device == "cuda" and not gpus.usable:
+        raise ConfigError(f"--device cuda: {gpus.obstacle}; `nodeserve doctor` says more")
 
 
-def choose_layout(text: str | None, num_cpus: int) -> Layout:
-    """The layout asked for, or 1p1d where two cores can run it; only single-worker instances."""
-    layout = parse_layout(text if text is not None else ("1p1d" if num_cpus > 1 else "1m"))
+def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:
+    """A worker on each GPU asked for, or on as many as the layout needs."""
+    here = tuple(gpu.index for gpu in gpus.found)
+    asked = here if config.gpus is None else parse_gpus(config.gpus)
+    if unknown := sorted(set(asked) - set(here)):
+        raise ConfigError(
+            f"--gpus {config.gpus}: no GPU {unknown[0]} here, the driver lists"
+            f" {', '.join(map(str, here))}"
+        )
+    layout = choose_layout(config.layout, len(asked))
+    if config.gpus is None:
+        asked = asked[: layout.num_workers]
+    check_devices(layout, len(asked))
+    num_threads = max(1, len(os.sched_getaffinity(0)) // len(asked))
+    others = tuple(dict.fromkeys(asked))
+    places = tuple(
+        Place(
+            role,
+            cpus=(),
+            num_threads=num_threads,
+            gpus=(own, *(gpu for gpu in others if gpu != own)),
+            gpu_share=asked.count(own),
+        )
+        for role, own in zip(layout.roles, asked, strict=True)
+    )
+    return Placed(layout, places, ())
+
+
+def place_on_cpus(config: EngineConfig, gpus: Gpus) -> Placed:
+    """A worker on each share of the cores; says so where somebody may expect GPUs."""
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
+    layout = choose_layout(config.layout, min(2, len(cpus)))
+    notes = []
+    if config.gpus is not None:
+        check_devices(layout, len(parse_gpus(config.gpus)))
+        notes.append(f"CPU workers stand in for --gpus {config.gpus}: {gpus.obstacle}")
+    elif gpus.found and config.device == "auto":
+        notes.append(f"GPUs are here but not used: {gpus.obstacle}")
+    default = EngineConfig()
+    if idle := [name for name in GPU_SETTINGS if getattr(config, name) != getattr(default, name)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        notes.append(f"no effect on CPU workers: {names}")
+    places, more = share_cores(layout.roles, cpus)
+    return Placed(layout, places, (*notes, *more))
+
+
+def choose_layout(text: str | None, num_devices: int) -> Layout:
+    """The layout asked for, or half the devices for each phase; only single-worker instances."""
+    split = f"{num_devices // 2}p{num_devices - num_devices // 2}d" if num_devices > 1 else "1m"
+    layout = parse_layout(split if text is None else text)
     if any(group.shape != Shape() for group in layout.groups):
         plain = ",".join(str(replace(group, shape=Shape())) for group in layout.groups)
         raise ConfigError(
@@ -136,29 +228,39 @@ def choose_context(config: EngineConfig, checkpoint: Checkpoint) -> int:
     return asked
 
 
-def choose_budget(config: EngineConfig) -> int:
+def fills_step(layout: Layout, on_gpus: bool) -> int:
+    """Tokens that make a step efficient."""
+    if not on_gpus:
+        return CPU_BATCHED_TOKENS
+    return GPU_MIXED_BATCHED_TOKENS if Role.MIXED in layout.roles else GPU_BATCHED_TOKENS
+
+
+def choose_budget(config: EngineConfig, max_num_seqs: int, default: int) -> int:
     """Tokens in one step: every running sequence needs one."""
     asked = config.max_num_batched_tokens
     if asked is None:
-        return max(CPU_BATCHED_TOKENS, config.max_num_seqs)
-    if asked < config.max_num_seqs:
+        return max(default, max_num_seqs)
+    if asked < max_num_seqs:
         raise ConfigError(
-            f"--max-num-batched-tokens ({asked}) is below --max-num-seqs ({config.max_num_seqs}):"
+            f"--max-num-batched-tokens ({asked}) is below --max-num-seqs ({max_num_seqs}):"
             " every running sequence needs one token a step"
         )
     return asked
 
 
+def check_kv_memory(asked: int | None, least: int) -> None:
+    if asked is not None and asked < least:
+        raise ConfigError(
+            f"--kv-memory {asked} is below the {least} bytes that one sequence of the full"
+            " context takes: raise it or lower --max-model-len"
+        )
+
+
 def choose_kv_memory(asked: int | None, least: int, num_workers: int) -> int:
-    """Bytes of pages for each worker: what was asked for, or a fair part of what is free."""
+    """Bytes of pages for each CPU worker: what was asked for, or a fair part of what is free."""
     free = min(_available_bytes(), shutil.disk_usage(SHM).free)
     hint = "lower --max-model-len or --kv-memory, or free memory"
     if asked is not None:
-        if asked < least:
-            raise ConfigError(
-                f"--kv-memory {asked} is below the {least} bytes that one sequence of the full"
-                " context takes: raise it or lower --max-model-len"
-            )
         if asked * num_workers > free:
             raise ConfigError(
                 f"--kv-memory {asked} for {num_workers} workers is more than the {free} bytes free"

@@ -26,7 +26,7 @@ from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, bound_socket
 from nodeserve.coordinator.placement import Plan, resolve
-from nodeserve.coordinator.stats import node_stats
+from nodeserve.coordinator.stats import how_they_run, node_stats
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
 from nodeserve.errors import (
     NodeServeError,
@@ -36,6 +36,7 @@ from nodeserve.errors import (
     WorkerLost,
     from_code,
 )
+from nodeserve.gpus import find_gpus
 from nodeserve.log import logger
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
@@ -64,7 +65,7 @@ def serve(config: EngineConfig, on_event: OnEvent, command: Sequence[str] = WORK
     """Run a node until it is stopped; 0 after a stop that was asked for, 1 after a failure."""
     on_event(StartEvent("model", None, 0, 1, config.model or "embedded demo model"))
     checkpoint = resolve_checkpoint(config.model)
-    plan = resolve(config, checkpoint)
+    plan = resolve(config, checkpoint, find_gpus())
     on_event(StartEvent("model", None, 1, 1, plan.config.served_model_name or ""))
     for note in plan.notes:
         on_event(StartEvent("note", None, 0, 0, note))
@@ -134,7 +135,7 @@ class Server:
             vocab_size=self.checkpoint.config.vocab_size,
             max_model_len=self.plan.max_model_len,
             block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=self.plan.max_num_seqs,
             max_num_batched_tokens=self.plan.max_num_batched_tokens,
             max_num_queued_reqs=config.max_num_queued_reqs,
         )
@@ -155,6 +156,8 @@ class Server:
         if self.supervisor.attach_pages():
             await self.or_stopped(asyncio.ensure_future(self.attached.wait()))
         self._on_event(StartEvent("pages", None, 1, 1))
+        for note in how_they_run(links):
+            self._on_event(StartEvent("note", None, 0, 0, note))
 
     async def or_stopped(self, work: "asyncio.Future[Any]") -> None:
         """Wait for the workers, a signal to stop, or the deadline, whichever comes first."""

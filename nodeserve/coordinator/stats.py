@@ -1,9 +1,11 @@
 """The node's state as plain numbers, for `status` and for clients."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
+from nodeserve.types import Role
 
 
 def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
@@ -27,8 +29,23 @@ def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
         "handoffs": counters.handoffs,
         "handoff_bytes": counters.handoff_bytes,
         "threads": info.num_threads if info else 0,
+        "gpu": link.gpu,
         "kernels": info.kernels if info else "",
+        "handoff": info.handoff if info else "",
     }
+
+
+def how_they_run(links: Sequence[WorkerLink]) -> list[str]:
+    """A line for each kind of worker: its kernels, and how its pages reach others."""
+    kinds: dict[str, list[str]] = {}
+    alone = not any(link.role is Role.PREFILL for link in links)
+    for link in links:
+        if link.info is not None:
+            handoff = "" if alone else f"; handoff: {link.info.handoff}"
+            kinds.setdefault(f"kernels: {link.info.kernels}{handoff}", []).append(str(link.index))
+    if len(kinds) == 1:
+        return list(kinds)
+    return [f"worker {', '.join(indices)}: {kind}" for kind, indices in kinds.items()]
 
 
 def request_stats(coordinator: Coordinator) -> dict[str, int]:

@@ -17,7 +17,7 @@ import posix_ipc
 
 from nodeserve.config import WorkerSpec
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.placement import Plan
+from nodeserve.coordinator.placement import Place, Plan
 from nodeserve.errors import WorkerLost
 from nodeserve.log import logger
 from nodeserve.types import Role
@@ -68,7 +68,9 @@ class Supervisor:
             )
             pages_fd = make_pages_fd(self._node_id, index)
             self._stack.callback(os.close, pages_fd)
-            self.links.append(WorkerLink(index, place.role, channel, pages_fd))
+            link = WorkerLink(index, place.role, channel, pages_fd)
+            link.gpu = place.gpus[0] if place.gpus else None
+            self.links.append(link)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -86,7 +88,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                env=self._environment(link),
+                env={**os.environ, **worker_environment(self._plan.places[link.index])},
             )
 
     async def watch(self, link: WorkerLink) -> str:
@@ -103,8 +105,12 @@ class Supervisor:
             for owner in self.links:
                 if reader.decodes and owner.role is Role.PREFILL:
                     assert owner.info is not None
-                    num_bytes = owner.info.num_blocks * owner.info.block_bytes
-                    reader.send(AttachPages(owner.index, owner.pages_fd, num_bytes))
+                    info = owner.info
+                    reader.send(
+                        AttachPages(
+                            owner.index, owner.pages_fd, info.pages_bytes, info.pages_handle
+                        )
+                    )
                     self.num_unattached += 1
         return self.num_unattached
 
@@ -146,22 +152,37 @@ class Supervisor:
             max_model_len=self._plan.max_model_len,
             block_size=config.block_size,
             kv_memory=self._plan.kv_memory,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=self._plan.max_num_seqs,
             max_num_batched_tokens=self._plan.max_num_batched_tokens,
             cpus=place.cpus,
             num_threads=place.num_threads,
             parent_pid=os.getpid(),
             pages_fd=link.pages_fd,
             channel=asdict(link.channel.spec),
+            load_format=config.load_format,
+            gpus=place.gpus,
+            gpu_share=place.gpu_share,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            attention_backend=config.attention_backend,
+            handoff=config.handoff,
+            enforce_eager=config.enforce_eager,
         )
 
     def _ring_bytes(self) -> int:
-        return ring_bytes(self._plan.max_model_len, self._plan.config.max_num_seqs)
+        return ring_bytes(self._plan.max_model_len, self._plan.max_num_seqs)
 
-    def _environment(self, link: WorkerLink) -> dict[str, str]:
-        """OpenMP reads its thread count when torch is loaded, before any code of ours can say."""
-        threads = str(self._plan.places[link.index].num_threads)
-        return {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+
+def worker_environment(place: Place) -> dict[str, str]:
+    """What libraries read when they are loaded, before any code of ours can say it.
+
+    A GPU worker sees its own GPU as number 0, and after it those it may have to read from: so no
+    code can take another's by default, and peer access can still be asked for.
+    """
+    settings = {"OMP_NUM_THREADS": str(place.num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if place.gpus:
+        settings["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver's tools number them
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
+    return settings
 
 
 async def short_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

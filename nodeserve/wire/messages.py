@@ -21,11 +21,16 @@ PROTOCOL_VERSION = 1
 
 
 class AttachPages(NamedTuple):
-    """Map a peer's page pool: the worker inherited its file descriptor. Answer: PagesAttached."""
+    """Map a peer's page pool. Answer: PagesAttached.
+
+    With a `handle` it is device memory behind a CUDA IPC handle; without, shared memory whose
+    descriptor the worker inherited.
+    """
 
     worker: int
     fd: int
     num_bytes: int
+    handle: bytes
 
 
 class Prefill(NamedTuple):
@@ -101,7 +106,10 @@ class Ready(NamedTuple):
     num_blocks: int
     block_bytes: int
     num_threads: int
+    pages_bytes: int  # what a peer maps to pull from here
+    pages_handle: bytes  # for AttachPages
     kernels: str  # which attention and matrix kernels run, for the start log and `status`
+    handoff: str  # how pages leave this worker, likewise
     load_s: float
 
 
@@ -140,6 +148,17 @@ class StepDone(NamedTuple):
     load: list[int]
     step_s: float
     num_prefill_tokens: int
+
+
+class KvReady(NamedTuple):
+    """The pages of a request whose first token a StepDone brought can be pulled now.
+
+    Sent where that takes longer than the step: pages that peers cannot read are first copied to
+    memory that they can. Else the StepDone itself says so, in `kv_ready`.
+    """
+
+    request_id: int
+    block_ids: bytes
 
 
 class KvPulled(NamedTuple):
@@ -185,6 +204,7 @@ FromWorker = (
     | Ready
     | PagesAttached
     | StepDone
+    | KvReady
     | KvPulled
     | KvRefused
     | Dropped

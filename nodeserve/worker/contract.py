@@ -30,10 +30,44 @@ class Sampled(NamedTuple):
     logprobs: list[Logprobs] | None
 
 
-class Executor(Protocol):
-    """Computes one batch: writes its KV into the worker's pages and chooses tokens."""
+class Flight(Protocol):
+    """A launched step, on its way."""
 
-    def run(self, batch: Batch) -> Sampled: ...
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+
+    def result(self) -> Sampled:
+        """Wait for the step's tokens. Called once, in the order of the launches."""
+
+
+class Computed:
+    """A step that was over when its launch returned."""
+
+    def __init__(self, sampled: Sampled) -> None:
+        self._sampled = sampled
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Sampled:
+        return self._sampled
+
+
+class Executor(Protocol):
+    """Computes batches: writes their KV into the worker's pages and chooses tokens."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a batch may be launched before the tokens of the one before are known.
+
+        Works with a `feed` then take their input token from the earlier step, on the device.
+        """
+
+    def launch(self, batch: Batch) -> Flight:
+        """Begin a step; steps run in the order of their launches. May compute at once."""
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever a launched step has ended."""
 
 
 class Ticket(NamedTuple):
@@ -53,19 +87,34 @@ class Landed(NamedTuple):
     seconds: float
 
 
+class Offered(NamedTuple):
+    """A finished request's pages that peers may read from now on, by the ids they must use."""
+
+    request_id: int
+    block_ids: bytes  # int32
+
+
 class Transfer(Protocol):
-    """Moves pages from peers' pools into ours.
+    """Moves pages from peers' pools into ours, and lets peers read ours.
 
     A copy may outlive `begin`; its pages on both sides must stay as they are until it is in a
     `poll`'s answer or `cancel` returned.
     """
 
-    def attach(self, worker: int, fd: int, num_bytes: int) -> None: ...
+    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
+        """Map a peer's pool: by `handle` if there is one, else the memory behind `fd`."""
+
+    def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
+        """Let peers read these computed blocks: the ids to tell them, or None when `poll` will
+        tell. Our own blocks stay as they are until `withdraw`."""
+
+    def withdraw(self, request_id: int) -> None:
+        """The peer has the offered pages, or nobody wants them any more."""
 
     def begin(self, ticket: Ticket) -> None:
         """HandoffFailed when the peer is unknown or a block is not in its pool."""
 
-    def poll(self) -> list[Landed]: ...
+    def poll(self) -> "list[Landed | Offered]": ...
 
     def cancel(self, request_id: int) -> None:
         """When this returns, no page is read or written for this request any more."""
@@ -82,8 +131,11 @@ class Device:
     transfer: Transfer
     num_blocks: int
     block_bytes: int
+    pages_bytes: int  # what a peer maps to pull from here
+    pages_handle: bytes  # how: a CUDA IPC handle, or empty for the memory behind pages_fd
     num_threads: int
-    kernels: str
+    kernels: str  # for the start log and `status`
+    handoff: str  # how pages leave this worker, likewise
     eos_token_ids: frozenset[int]
 
 

@@ -15,7 +15,7 @@ from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.executor import ModelExecutor
-from nodeserve.worker.handoff import HostTransfer
+from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.pages import make_pool, num_blocks_in
 
@@ -37,6 +37,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         cpus=spec.cpus,
     )
     layout = kv.layout_of(found.config, spec.block_size, dtype)
+    assert spec.kv_memory is not None, "resolved for CPU workers"
     num_blocks = num_blocks_in(spec.kv_memory, layout.block_bytes, max_blocks)
     progress("pages", 0, 1)
     pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
@@ -53,8 +54,11 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         transfer=HostTransfer(pool, layout.block_bytes),
         num_blocks=num_blocks,
         block_bytes=layout.block_bytes,
+        pages_bytes=num_blocks * layout.block_bytes,
+        pages_handle=b"",
         num_threads=spec.num_threads,
         kernels=describe(ops),
+        handoff=SHARED_MEMORY,
         eos_token_ids=frozenset(found.config.eos_token_ids),
     )
 

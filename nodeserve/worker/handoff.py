@@ -15,9 +15,10 @@ from collections import deque
 from nodeserve import _host
 from nodeserve.errors import HandoffFailed
 from nodeserve.wire.messages import unpack_ids
-from nodeserve.worker.contract import Landed, Ticket
+from nodeserve.worker.contract import Landed, Offered, Ticket
 from nodeserve.worker.pages import map_peer
 
+SHARED_MEMORY = "shared memory"
 BYTES_PER_POLL = 64 << 20  # about 4 ms: what running sequences may wait for a newcomer's pages
 
 
@@ -34,12 +35,19 @@ class HostTransfer:
     def busy(self) -> bool:
         return bool(self._queue)
 
-    def attach(self, worker: int, fd: int, num_bytes: int) -> None:
+    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Map a peer's pool; again after the peer was restarted. `fd` stays open for that."""
+        assert not handle, "pages of a GPU cannot be read by a CPU worker"
         peer = map_peer(fd, num_bytes)
         if old := self._peers.get(worker):
             old.close()
         self._peers[worker] = peer
+
+    def offer(self, request_id: int, block_ids: bytes) -> bytes:
+        return block_ids  # our pool is shared memory: peers read it as it is
+
+    def withdraw(self, request_id: int) -> None:
+        pass
 
     def begin(self, ticket: Ticket) -> None:
         peer = self._peers.get(ticket.source)
@@ -58,12 +66,13 @@ class HostTransfer:
             )
         self._queue.append(ticket)
 
-    def poll(self) -> list[Landed]:
-        landed: list[Landed] = []
+    def poll(self) -> list[Landed | Offered]:
+        landed: list[Landed | Offered] = []
         budget = BYTES_PER_POLL
         while self._queue and budget > 0:
-            landed.append(self._copy(self._queue.popleft()))
-            budget -= landed[-1].num_bytes
+            copied = self._copy(self._queue.popleft())
+            landed.append(copied)
+            budget -= copied.num_bytes
         return landed
 
     def cancel(self, request_id: int) -> None:

@@ -56,7 +56,10 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
             device.num_blocks,
             device.block_bytes,
             device.num_threads,
+            device.pages_bytes,
+            device.pages_handle,
             device.kernels,
+            device.handoff,
             time.perf_counter() - began,
         )
     )

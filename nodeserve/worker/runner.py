@@ -18,6 +18,7 @@ from nodeserve.wire.messages import (
     Dropped,
     FromWorker,
     KvPulled,
+    KvReady,
     KvRefused,
     PagesAttached,
     Prefill,
@@ -31,7 +32,7 @@ from nodeserve.wire.messages import (
     pack_request_ids,
     unpack_ids,
 )
-from nodeserve.worker.contract import Executor, Landed, Sampled, Ticket, Transfer
+from nodeserve.worker.contract import Executor, Landed, Offered, Sampled, Ticket, Transfer
 
 IDLE_WAIT_S = 1.0  # bounds the heartbeat's age, nothing else
 
@@ -79,16 +80,17 @@ class Runner:
         self.link.beat()
         for message in self.link.drain():
             self._take[type(message)](message)
-        for landed in self.transfer.poll():
-            self._join(landed)
+        for moved in self.transfer.poll():
+            self._on_moved(moved)
         batch = self.scheduler.next_batch()
         if batch is None:
             self._idle()
             return
         began = time.perf_counter()
-        sampled = self.executor.run(batch)
+        sampled = self.executor.launch(batch).result()
         outcome = self.scheduler.commit(batch, sampled.token_ids)
-        self.link.put(self._report(batch, sampled, outcome, time.perf_counter() - began))
+        kv_ready = self._offer(outcome)
+        self.link.put(self._report(batch, sampled, outcome, kv_ready, time.perf_counter() - began))
 
     def _idle(self) -> None:
         if not self.transfer.busy and not self.stopped:
@@ -116,11 +118,15 @@ class Runner:
             self.scheduler.cancel(message.request_id)
             self._fail(message.request_id, problem)
 
-    def _join(self, landed: Landed) -> None:
-        self.scheduler.finish_pull(landed.request_id)
-        self.link.put(KvPulled(*landed))
+    def _on_moved(self, moved: Landed | Offered) -> None:
+        if isinstance(moved, Offered):
+            self.link.put(KvReady(*moved))
+            return
+        self.scheduler.finish_pull(moved.request_id)
+        self.link.put(KvPulled(*moved))
 
     def _release(self, message: ReleaseKv) -> None:
+        self.transfer.withdraw(message.request_id)
         self.scheduler.release(message.request_id)
         self.link.put(Dropped(message.request_id, self.scheduler.load()))
 
@@ -130,7 +136,7 @@ class Runner:
         self.link.put(Dropped(message.request_id, self.scheduler.load()))
 
     def _attach(self, message: AttachPages) -> None:
-        self.transfer.attach(message.worker, message.fd, message.num_bytes)
+        self.transfer.attach(*message)
         self.link.put(PagesAttached(message.worker))
 
     def _shutdown(self, message: Shutdown) -> None:
@@ -141,14 +147,29 @@ class Runner:
 
     # ---- answers
 
-    def _report(self, batch: Batch, sampled: Sampled, outcome: Outcome, seconds: float) -> StepDone:
+    def _offer(self, outcome: Outcome) -> list[list[object]]:
+        """Prefilled requests whose pages peers may read at once; the others follow by KvReady."""
+        offers = (
+            (request_id, self.transfer.offer(request_id, pack_ids(block_ids)))
+            for request_id, block_ids in outcome.kv_ready
+        )
+        return [[request_id, ids] for request_id, ids in offers if ids is not None]
+
+    def _report(
+        self,
+        batch: Batch,
+        sampled: Sampled,
+        outcome: Outcome,
+        kv_ready: list[list[object]],
+        seconds: float,
+    ) -> StepDone:
         logprobs = [list(row) for row in sampled.logprobs] if sampled.logprobs else None
         return StepDone(
             request_ids=pack_request_ids(outcome.request_ids),
             token_ids=pack_ids(outcome.token_ids),
             finish=bytes(outcome.finish),
             logprobs=logprobs,
-            kv_ready=[[request_id, pack_ids(ids)] for request_id, ids in outcome.kv_ready],
+            kv_ready=kv_ready,
             started=pack_request_ids(batch.started),
             preempted=pack_request_ids(batch.preempted),
             load=self.scheduler.load(),

@@ -59,6 +59,13 @@ def default_spec(**changes: Any) -> WorkerSpec:
         parent_pid=os.getpid(),
         pages_fd=-1,
         channel={},
+        load_format="auto",
+        gpus=(),
+        gpu_share=1,
+        gpu_memory_utilization=0.9,
+        attention_backend="auto",
+        handoff="auto",
+        enforce_eager=False,
     )
     return replace(spec, **changes)
 
@@ -98,9 +105,8 @@ class WorkerProcess:
         )
 
     def attach(self, source: "WorkerProcess") -> None:
-        ready = source.ready
-        num_bytes = ready.num_blocks * ready.block_bytes
-        self.send(AttachPages(source.spec.index, source.spec.pages_fd, num_bytes))
+        ready, spec = source.ready, source.spec
+        self.send(AttachPages(spec.index, spec.pages_fd, ready.pages_bytes, ready.pages_handle))
 
     @property
     def ready(self) -> Ready:

@@ -12,12 +12,13 @@ import signal
 import struct
 import time
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, fields
 
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.wire.messages import pack_floats, pack_ids
-from nodeserve.worker.contract import Logprobs, Sampled
+from nodeserve.worker.contract import Computed, Logprobs, Sampled
 
 VOCAB_SIZE = 997
 PREFIX = "fake:"
@@ -96,7 +97,14 @@ class FakeExecutor:
         self._block_bytes = settings.block_bytes_for(block_size)
         self._misbehaves = settings.only_worker in (None, index)
 
-    def run(self, batch: Batch) -> Sampled:
+    @property
+    def overlaps(self) -> bool:
+        return False
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        pass
+
+    def launch(self, batch: Batch) -> Computed:
         began = time.perf_counter()
         self._maybe_die()
         self.num_steps += 1
@@ -107,7 +115,7 @@ class FakeExecutor:
         token_ids = [choose(sequence) for sequence in batch.sampled]
         sampled = Sampled(token_ids, _logprobs(batch, token_ids))
         self._take_time(batch, began)
-        return sampled
+        return Computed(sampled)
 
     def _maybe_die(self) -> None:
         if self._misbehaves and self.num_steps == self.settings.crash_at_step:

@@ -230,7 +230,7 @@ class FakeNode:
         self.workers = [FakeWorker(link, num_blocks) for link in links]
         for link in links:
             link.state = "ready"
-            link.info = Ready(num_blocks, 100, 1, "fake", 0.0)
+            link.info = Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0)
             link.report([0, 0, 0, num_blocks, 0])
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:

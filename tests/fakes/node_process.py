@@ -17,9 +17,11 @@ from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.placement import resolve
 from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
+from nodeserve.gpus import Gpus
 from nodeserve.types import StartEvent
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
+NO_GPUS = Gpus(obstacle="a test has none")
 VOCAB = 97
 MODEL = ModelConfig("llama", VOCAB, 8, 8, 1, 1, 1, 8, 512, 1e-5, 1e4)
 
@@ -38,7 +40,7 @@ def main() -> None:
     checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            server = Server(resolve(config, checkpoint), checkpoint, on_event, FAKE_WORKER)
+            server = Server(resolve(config, checkpoint, NO_GPUS), checkpoint, on_event, FAKE_WORKER)
             code = runner.run(server.run())
         except NodeServeError as error:
             sys.stderr.write(f"{error.code}: {error}\n")

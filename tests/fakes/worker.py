@@ -10,7 +10,7 @@ from nodeserve.config import WorkerSpec
 from nodeserve.errors import ModelError
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.worker.contract import Device, Progress
-from nodeserve.worker.handoff import HostTransfer
+from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.process import main
 from tests.fakes.model import FakeExecutor, FakeSettings
@@ -25,6 +25,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         time.sleep(settings.load_s)
     progress("weights", 1, 1)
     block_bytes = settings.block_bytes_for(spec.block_size)
+    assert spec.kv_memory is not None
     num_blocks = num_blocks_in(
         spec.kv_memory, block_bytes, blocks_for(spec.max_model_len, spec.block_size)
     )
@@ -35,8 +36,11 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         transfer=HostTransfer(pool, block_bytes),
         num_blocks=num_blocks,
         block_bytes=block_bytes,
+        pages_bytes=num_blocks * block_bytes,
+        pages_handle=b"",
         num_threads=spec.num_threads,
         kernels="fake",
+        handoff=SHARED_MEMORY,
         eos_token_ids=frozenset(settings.eos_token_ids),
     )
 

@@ -384,7 +384,7 @@ async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(
     [
         ({"layout": "4p"}, "nobody for decode"),
         ({"layout": "1p:tp2,1d"}, "not supported yet"),
-        ({"device": "cuda"}, "CPU workers only"),
+        ({"device": "cuda"}, "--device cuda: a test has none"),
         ({"block_size": 10}, "multiple of 16"),
         ({"kv_memory": 1000}, "--kv-memory 1000 is below"),
         ({"max_model_len": 100_000}, "--max-model-len 100000"),

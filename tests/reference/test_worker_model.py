@@ -78,7 +78,7 @@ class Worker:
         batch = self.scheduler.next_batch()
         if batch is None:
             return False
-        outcome = self.scheduler.commit(batch, self.executor.run(batch).token_ids)
+        outcome = self.scheduler.commit(batch, self.executor.launch(batch).result().token_ids)
         self.preempted.extend(batch.preempted)
         self.pinned.update(outcome.kv_ready)
         for row, request_id in enumerate(outcome.request_ids):

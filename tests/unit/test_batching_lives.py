@@ -38,7 +38,7 @@ class Side:
         batch = self.scheduler.next_batch()
         if batch is None:
             return None
-        outcome = self.scheduler.commit(batch, self.executor.run(batch).token_ids)
+        outcome = self.scheduler.commit(batch, self.executor.launch(batch).result().token_ids)
         self.scheduler.check()
         return batch, outcome
 

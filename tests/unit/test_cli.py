@@ -135,9 +135,8 @@ def test_sizes_that_are_none(text: str) -> None:
 
 
 def test_settings_survive_being_written_as_a_command_line(serve: FakeServe) -> None:
-    values: dict[str, Any] = {
-        option.name: 48 if option.kind is int else "-x y" for option in ENGINE_OPTIONS
-    }
+    of_kind: dict[type, Any] = {int: 48, float: 0.5, bool: True, str: "-x y"}
+    values = {option.name: of_kind[option.kind] for option in ENGINE_OPTIONS}
     config = EngineConfig(**{**values, "socket": "/a b.sock"})
     assert run("start", *to_arguments(config)).exit_code == 0
     assert serve.config == config
@@ -163,7 +162,7 @@ def test_a_file_gives_settings_and_the_command_line_wins(serve: FakeServe, tmp_p
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("layuot = '1p1d'", "unknown key 'layuot'; known keys: block-size"),
+        ("layuot = '1p1d'", "unknown key 'layuot'; known keys: attention-backend"),
         ("block_size = 16", "unknown key 'block_size'"),
         ("block-size = '16'", "block-size must be a whole number, got '16'"),
         ("block-size = true", "block-size must be a whole number"),

@@ -15,7 +15,7 @@ IDS = m.pack_ids([1, 2, 70_000])
 LOAD = [1, 2, 3, 4, 5]
 SAMPLES: dict[str, list[Any]] = {
     "TO_WORKER": [
-        m.AttachPages(1, 7, 1 << 40),
+        m.AttachPages(1, 7, 1 << 40, b"handle"),
         m.Prefill(2**40, IDS, 3, {"temperature": 0.5, "logit_bias": {5: 1.0}}, True),
         m.PullKv(1, 0, IDS, IDS, 2, {}),
         m.ReleaseKv(9),
@@ -25,12 +25,13 @@ SAMPLES: dict[str, list[Any]] = {
     "FROM_WORKER": [
         m.Mapped(4242),
         m.Loading("weights", 3, 272),
-        m.Ready(2912, 737_280, 4, "native", 1.25),
+        m.Ready(2912, 737_280, 4, 1 << 31, b"", "native", "shared memory", 1.25),
         m.PagesAttached(1),
         m.StepDone(
             m.pack_request_ids([7]), m.pack_ids([5]), b"\x01", None, [], b"", b"", LOAD, 0.01, 0
         ),
         m.StepDone(b"", b"", b"", [[0, -0.5, IDS, b""]], [[7, IDS]], b"", b"", LOAD, 0.01, 512),
+        m.KvReady(7, IDS),
         m.KvPulled(7, 1 << 20, 0.002),
         m.KvRefused(7, LOAD),
         m.Dropped(7, LOAD),

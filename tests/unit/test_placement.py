@@ -8,19 +8,28 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.placement import choose_layout, resolve, share_cores
 from nodeserve.errors import ConfigError
+from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import Role
 
 M, P, D = Role.MIXED, Role.PREFILL, Role.DECODE
 MODEL = ModelConfig("llama", 100, 64, 128, 2, 4, 2, 16, 1024, 1e-5, 1e4)
 CHECKPOINT = Checkpoint(Path("x"), "gguf", MODEL, "tiny")
+NONE = Gpus(obstacle="no NVIDIA driver answers")
+
+
+def gpus(count: int, obstacle: str | None = None) -> Gpus:
+    return Gpus(tuple(Gpu(i, "H200", 141 << 30, 140 << 30) for i in range(count)), obstacle)
+
 
 REFUSED = {
     "block size": (EngineConfig(block_size=24), "--block-size must be a multiple of 16"),
     "no sequences": (EngineConfig(max_num_seqs=0), "--max-num-seqs must be at least 1"),
     "small budget": (EngineConfig(max_num_batched_tokens=8), "below --max-num-seqs"),
     "dtype": (EngineConfig(dtype="int8"), "--dtype int8: use auto, bfloat16"),
-    "device": (EngineConfig(device="tpu"), "--device tpu"),
-    "cuda": (EngineConfig(device="cuda"), "use --device cpu"),
+    "device": (EngineConfig(device="tpu"), "--device tpu: use auto, cuda or cpu"),
+    "attention": (EngineConfig(attention_backend="fa"), "--attention-backend fa: use auto, flash-"),
+    "utilization": (EngineConfig(gpu_memory_utilization=90.0), "such as 0.9"),
+    "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
     "gpus on cpu": (EngineConfig(device="cpu", gpus="0-1"), "contradict"),
     "gpus and layout": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
     "shape": (EngineConfig(layout="1p:tp2,2d"), "for example 1p,2d"),
@@ -34,16 +43,17 @@ REFUSED = {
 def test_what_cannot_work_is_refused_by_name(name: str) -> None:
     config, words = REFUSED[name]
     with pytest.raises(ConfigError) as caught:
-        resolve(config, CHECKPOINT)
+        resolve(config, CHECKPOINT, NONE)
     assert words in str(caught.value)
 
 
 def test_auto_is_resolved_to_numbers() -> None:
-    plan = resolve(EngineConfig(layout="1p1d", max_model_len=512), CHECKPOINT)
+    plan = resolve(EngineConfig(layout="1p1d", max_model_len=512), CHECKPOINT, NONE)
     assert plan.config.dtype == "bfloat16" and plan.config.device == "cpu"
     assert plan.config.served_model_name == "tiny" and plan.config.layout == "1p1d"
     assert plan.max_model_len == 512 and plan.max_num_batched_tokens == 128
-    assert plan.kv_memory >= MODEL.kv_bytes_per_token(2) * 512
+    assert plan.max_num_seqs == 64
+    assert plan.kv_memory is not None and plan.kv_memory >= MODEL.kv_bytes_per_token(2) * 512
     assert [place.role for place in plan.places] == [P, D]
 
 
@@ -63,3 +73,61 @@ def test_more_workers_than_cores_take_turns_and_say_so() -> None:
     assert [place.cpus for place in places] == [(4,), (6,), (4,)]
     assert all(place.num_threads == 1 for place in places)
     assert "3 workers share 2 cores" in note
+
+
+# ---- GPUs
+
+
+def test_a_node_of_gpus_is_used_whole() -> None:
+    plan = resolve(EngineConfig(), CHECKPOINT, gpus(8))
+    assert plan.config.device == "cuda" and plan.config.layout == "4p4d" and not plan.notes
+    assert [place.gpus[0] for place in plan.places] == list(range(8))
+    assert plan.places[3].gpus == (3, 0, 1, 2, 4, 5, 6, 7)
+    assert plan.kv_memory is None and plan.places[0].cpus == ()
+    assert (plan.max_num_seqs, plan.max_num_batched_tokens) == (256, 8192)
+
+
+def test_mixed_workers_take_smaller_steps() -> None:
+    plan = resolve(EngineConfig(layout="2m"), CHECKPOINT, gpus(8))
+    assert plan.max_num_batched_tokens == 2048
+    assert [place.gpus for place in plan.places] == [(0, 1), (1, 0)]
+
+
+def test_workers_may_share_a_gpu() -> None:
+    plan = resolve(EngineConfig(gpus="2,2", layout="1p1d"), CHECKPOINT, gpus(4))
+    assert [(place.gpus, place.gpu_share) for place in plan.places] == [((2,), 2), ((2,), 2)]
+
+
+GPU_REFUSED = {
+    "not there": (EngineConfig(gpus="0-7", layout="4p4d"), "no GPU 4 here, the driver lists 0, 1"),
+    "too few": (EngineConfig(layout="4p4d"), "4 missing"),
+    "left over": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
+    "pages too small": (EngineConfig(kv_memory=4096), "--kv-memory 4096 is below"),
+}
+
+
+@pytest.mark.parametrize("name", GPU_REFUSED)
+def test_what_the_gpus_cannot_do_is_refused(name: str) -> None:
+    config, words = GPU_REFUSED[name]
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, CHECKPOINT, gpus(4))
+    assert words in str(caught.value)
+
+
+def test_cpu_workers_stand_in_and_say_so() -> None:
+    plan = resolve(EngineConfig(gpus="0-1", layout="1p1d"), CHECKPOINT, NONE)
+    assert plan.config.device == "cpu"
+    assert "CPU workers stand in for --gpus 0-1: no NVIDIA driver answers" in plan.notes
+
+
+def test_gpus_that_cannot_be_used_are_mentioned() -> None:
+    plan = resolve(EngineConfig(layout="1m"), CHECKPOINT, gpus(2, "torch is a CPU build"))
+    assert plan.config.device == "cpu"
+    assert plan.notes == ("GPUs are here but not used: torch is a CPU build",)
+    asked_for = resolve(EngineConfig(layout="1m", device="cpu"), CHECKPOINT, gpus(2))
+    assert asked_for.config.device == "cpu" and not asked_for.notes
+
+
+def test_settings_for_gpus_say_that_they_do_nothing_on_cpus() -> None:
+    plan = resolve(EngineConfig(layout="1m", handoff="host", enforce_eager=True), CHECKPOINT, NONE)
+    assert plan.notes == ("no effect on CPU workers: --handoff, --enforce-eager",)

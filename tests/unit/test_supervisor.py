@@ -4,7 +4,14 @@ import asyncio
 import sys
 
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.supervisor import MAX_LINE_BYTES, describe_exit, ring_bytes, short_lines
+from nodeserve.coordinator.placement import Place
+from nodeserve.coordinator.supervisor import (
+    MAX_LINE_BYTES,
+    describe_exit,
+    ring_bytes,
+    short_lines,
+    worker_environment,
+)
 from nodeserve.errors import RingError
 from nodeserve.types import Role
 from nodeserve.wire.messages import Shutdown
@@ -41,3 +48,11 @@ async def test_a_worker_behind_a_damaged_ring_is_ended() -> None:
     link.send(Shutdown())
     assert describe_exit(await link.process.wait()) == "was killed by SIGKILL"
     assert list(link.stderr_tail) == ["head is behind tail"]
+
+
+def test_a_gpu_worker_sees_its_own_gpu_first() -> None:
+    from_prefill = worker_environment(Place(Role.PREFILL, (), 4, gpus=(3, 1, 2)))
+    assert from_prefill["CUDA_VISIBLE_DEVICES"] == "3,1,2"
+    assert from_prefill["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert from_prefill["OMP_NUM_THREADS"] == "4"
+    assert "CUDA_DEVICE_ORDER" not in worker_environment(Place(Role.MIXED, (0,), 1))

@@ -10,7 +10,7 @@ import pytest
 from nodeserve.errors import ConfigError, HandoffFailed
 from nodeserve.wire.messages import pack_ids
 from nodeserve.worker import handoff
-from nodeserve.worker.contract import Ticket
+from nodeserve.worker.contract import Landed, Ticket
 from nodeserve.worker.handoff import HostTransfer
 from nodeserve.worker.pages import make_pool, map_peer, num_blocks_in
 
@@ -70,7 +70,7 @@ def attached(fd: int) -> Iterator[tuple[HostTransfer, mmap.mmap]]:
         source[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = bytes([block]) * BLOCK_BYTES
     target = mmap.mmap(-1, 4 * BLOCK_BYTES)
     transfer = HostTransfer(target, BLOCK_BYTES)
-    transfer.attach(3, fd, 8 * BLOCK_BYTES)
+    transfer.attach(3, fd, 8 * BLOCK_BYTES, b"")
     yield transfer, target
 
 
@@ -83,6 +83,7 @@ def test_blocks_land_where_the_ticket_says(fd: int) -> None:
         transfer.begin(ticket(1, [7, 2], [0, 3]))
         assert transfer.busy
         [landed] = transfer.poll()
+        assert isinstance(landed, Landed)
         assert landed.request_id == 1 and landed.num_bytes == 2 * BLOCK_BYTES
         assert [target[block * BLOCK_BYTES] for block in range(4)] == [7, 0, 0, 2]
         assert not transfer.busy and transfer.poll() == []
