@@ -64,6 +64,8 @@ def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | No
         return _BIAS_STD
     if len(shape) == 1:
         return None
+    if name == "model.embed_tokens.weight" and not config.tie_embeddings:
+        return 1.0
     std = 1.0 / math.sqrt(shape[1])
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= math.sqrt(2 * config.num_layers)

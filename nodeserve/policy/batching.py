@@ -67,6 +67,12 @@ class Work(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
+    feed: int | None = None
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens before the one that this work samples, whether read yet or not."""
+        return self.start + self.num_tokens - self.sequence.num_prompt_tokens
 
 
 @dataclass(slots=True)
@@ -198,7 +204,7 @@ class Scheduler:
         outcome = Outcome([], token_ids, [], [])
         tokens = iter(token_ids)
         any_decode_ended = False
-        for sequence, _, count, samples in batch.work:
+        for sequence, _, count, samples, _ in batch.work:
             sequence.num_computed += count
             if sequence.stage is Stage.WAITING:
                 self._waiting_tokens -= count
