@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from nodeserve.config import WorkerSpec
+from nodeserve.errors import NodeServeError
 from nodeserve.policy.batching import Batch
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -94,6 +95,16 @@ class Offered(NamedTuple):
     block_ids: bytes  # int32
 
 
+class CopyFailed(NamedTuple):
+    """A pull or an offer that came to nothing: no page is read or written for it any more."""
+
+    request_id: int
+    problem: NodeServeError
+
+
+Moved = Landed | Offered | CopyFailed
+
+
 class Transfer(Protocol):
     """Moves pages from peers' pools into ours, and lets peers read ours.
 
@@ -114,7 +125,8 @@ class Transfer(Protocol):
     def begin(self, ticket: Ticket) -> None:
         """HandoffFailed when the peer is unknown or a block is not in its pool."""
 
-    def poll(self) -> "list[Landed | Offered]": ...
+    def poll(self) -> "list[Moved]":
+        """What ended since the last time."""
 
     def cancel(self, request_id: int) -> None:
         """When this returns, no page is read or written for this request any more."""

@@ -69,14 +69,14 @@ class CudaRuntime:
         self.device = torch.device("cuda", self.index)
         torch.cuda.set_device(self.device)
         # Not the default stream: that one waits for all others, and cannot be captured.
-        self._stream = torch.cuda.Stream(self.device)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)
         self._graph_memory = torch.cuda.graph_pool_handle()
 
     def submit(self, work: Work) -> Mark:
         work()
-        # Blocking: who waits for a step sleeps, and does not spin on a core for as long as it lasts.
-        mark = torch.cuda.Event(blocking=True)
+        # Blocking: who waits for a step sleeps instead of spinning on a core.
+        mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         mark.record(self._stream)
         return mark
 

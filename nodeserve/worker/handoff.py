@@ -15,7 +15,7 @@ from collections import deque
 from nodeserve import _host
 from nodeserve.errors import HandoffFailed
 from nodeserve.wire.messages import unpack_ids
-from nodeserve.worker.contract import Landed, Offered, Ticket
+from nodeserve.worker.contract import Landed, Moved, Ticket
 from nodeserve.worker.pages import map_peer
 
 SHARED_MEMORY = "shared memory"
@@ -66,8 +66,8 @@ class HostTransfer:
             )
         self._queue.append(ticket)
 
-    def poll(self) -> list[Landed | Offered]:
-        landed: list[Landed | Offered] = []
+    def poll(self) -> list[Moved]:
+        landed: list[Moved] = []
         budget = BYTES_PER_POLL
         while self._queue and budget > 0:
             copied = self._copy(self._queue.popleft())

@@ -32,7 +32,15 @@ from nodeserve.wire.messages import (
     pack_request_ids,
     unpack_ids,
 )
-from nodeserve.worker.contract import Executor, Landed, Offered, Sampled, Ticket, Transfer
+from nodeserve.worker.contract import (
+    CopyFailed,
+    Executor,
+    Moved,
+    Offered,
+    Sampled,
+    Ticket,
+    Transfer,
+)
 
 IDLE_WAIT_S = 1.0  # bounds the heartbeat's age, nothing else
 
@@ -118,7 +126,11 @@ class Runner:
             self.scheduler.cancel(message.request_id)
             self._fail(message.request_id, problem)
 
-    def _on_moved(self, moved: Landed | Offered) -> None:
+    def _on_moved(self, moved: Moved) -> None:
+        if isinstance(moved, CopyFailed):
+            self.scheduler.cancel(moved.request_id)
+            self._fail(*moved)
+            return
         if isinstance(moved, Offered):
             self.link.put(KvReady(*moved))
             return

@@ -69,7 +69,13 @@ class CudaStaging:
     """Both buffers and the device's."""
 
     def __init__(
-        self, runtime: Runtime, max_tokens: int, max_seqs: int, max_blocks: int, spare_block: int
+        self,
+        runtime: Runtime,
+        *,
+        max_tokens: int,
+        max_seqs: int,
+        max_context_len: int,
+        max_blocks: int,
     ) -> None:
         self._decodes, self._any = Fields(max_seqs, max_seqs), Fields(max_tokens, max_seqs)
         kinds = (self._decodes, self._any)
@@ -77,13 +83,10 @@ class CudaStaging:
         self._halves = [Half(runtime.pinned(size, torch.int32), kinds) for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.int32, device=runtime.device)
         self._views = {fields: fields.views(self._device) for fields in kinds}
-        self._table = torch.full(
-            (max_seqs, max_blocks), spare_block, dtype=torch.int32, device=runtime.device
-        )
-        self._spare_block = spare_block
-        self._max_blocks = max_blocks
-        self._block_tokens = 0
+        self._table = torch.zeros((max_seqs, max_blocks), dtype=torch.int32, device=runtime.device)
+        self._max_context_len = max_context_len
         self._turn = 0
+        self.spare_block = 0  # that no request owns
 
     def build(self, batch: Batch) -> Staged:
         """Any step, at its own size."""
@@ -95,7 +98,14 @@ class CudaStaging:
         table = self._write_table(half, fields, batch, num_seqs, width)
         longest = int(arrays.lens[:num_seqs].max())
         inputs = self._inputs(
-            fields, num_tokens, num_seqs, num_rows, table, batch.num_decodes, longest_query(batch), longest
+            fields,
+            num_tokens,
+            num_seqs,
+            num_rows,
+            table,
+            batch.num_decodes,
+            longest_query(batch),
+            longest,
         )
         feeds = self._views[fields][2][:num_tokens] if fed else None
         return self._staged(half, fields, num_seqs * width, inputs, feeds, None)
@@ -121,8 +131,16 @@ class CudaStaging:
 
     def decode_inputs(self, size: int) -> tuple[StepInputs, torch.Tensor]:
         """The inputs and the feed of every captured step of `size`: the same each time."""
-        longest = self._max_blocks * self._block_tokens
-        inputs = self._inputs(self._decodes, size, size, size, self._table[:size], size, 1, longest)
+        inputs = self._inputs(
+            self._decodes,
+            size,
+            size,
+            size,
+            self._table[:size],
+            num_decodes=size,
+            longest_query=1,
+            longest_context=self._max_context_len,
+        )
         return inputs, self._views[self._decodes][2][:size]
 
     def upload(self, staged: Staged) -> None:
@@ -149,7 +167,7 @@ class CudaStaging:
         end = fields.table + num_rows * width
         table = half.flat[fields.table : end].reshape(num_rows, width)
         fill_table(table[: len(batch.work)], batch.work)
-        table[len(batch.work) :] = self._spare_block
+        table[len(batch.work) :] = self.spare_block
         return self._device[fields.table : end].view(num_rows, width)
 
     def _inputs(

@@ -1,4 +1,4 @@
-"""A thread that waits for the device and then wakes the step loop, so that the loop need not ask."""
+"""A thread that waits for the device and then wakes the step loop, which need not ask."""
 
 import queue
 import threading
