@@ -13,7 +13,7 @@ from torch.nn import functional
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
-from nodeserve.model.kv import KvLayout
+from nodeserve.model.kv import KvLayout, pages_over
 from nodeserve.model.ops import AddNorm, Op
 
 
@@ -117,10 +117,7 @@ class TorchOps:
         if layout.dtype != self.dtype:
             raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
         raw = pool if isinstance(pool, torch.Tensor) else torch.frombuffer(pool, dtype=torch.uint8)
-        num_blocks = raw.numel() // layout.block_bytes
-        pages = raw[: num_blocks * layout.block_bytes].view(self.dtype)
-        shape = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        return TorchCache(pages.view(num_blocks, *shape))
+        return TorchCache(pages_over(layout, raw))
 
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         """Nothing: every operation here makes what it needs."""
