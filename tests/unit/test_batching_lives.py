@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nodeserve.policy.batching import Batch, Limits, Outcome, Scheduler, Sequence
+from nodeserve.policy.batching import Batch, Limits, Outcome, Sequence
+from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
 
