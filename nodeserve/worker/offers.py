@@ -31,7 +31,8 @@ class Offers(Protocol):
     def poll(self) -> list[Offered | CopyFailed]: ...
 
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether `poll` has an answer that nothing wakes the loop for."""
 
 
 class DirectOffers:
@@ -94,7 +95,7 @@ class HostOffers:
 
     @property
     def busy(self) -> bool:
-        return self._copies.busy or bool(self._failed)
+        return bool(self._failed)
 
     def offer(self, request_id: int, block_ids: bytes) -> None:
         offer = _Offer(request_id, unpack_ids(block_ids).tolist())

@@ -44,10 +44,6 @@ class PageCopies:
         self._under_way: deque[_Copy] = deque()
         self._spare: list[tuple[Any, Any]] = []  # pairs of timed events
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._under_way)
-
     def begin(
         self,
         request_id: int,

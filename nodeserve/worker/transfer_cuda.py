@@ -45,7 +45,7 @@ class CudaTransfer:
 
     @property
     def busy(self) -> bool:
-        return self._pulls.busy or self._offers.busy
+        return self._offers.busy
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Open a peer's pages; again after the peer was restarted. `fd` stays open for that."""
