@@ -7,6 +7,8 @@ The program that finishes a sequence's last split merges them, in the order of t
 result does not depend on who was last.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -14,7 +16,7 @@ from nodeserve.model.gpu.attention.kernel_tiles import attend_tiles
 
 
 @triton.jit
-def tiles_of(context, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
+def tiles_of(context: Any, window: Any, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr) -> Any:
     """First tile of keys that the last token of a context sees, and the tiles from there on."""
     first = context * 0
     if WINDOWED:
@@ -23,7 +25,7 @@ def tiles_of(context, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def split_tiles(num_tiles, wave, WAVES: tl.constexpr, FULL_TILES: tl.constexpr):
+def split_tiles(num_tiles: Any, wave: Any, WAVES: tl.constexpr, FULL_TILES: tl.constexpr) -> Any:
     """Tiles in a split of a step with `num_tiles`: enough splits to fill the device once, more
     (up to WAVES times) while they stay FULL_TILES long."""
     once = tl.cdiv(num_tiles, wave)
@@ -32,17 +34,17 @@ def split_tiles(num_tiles, wave, WAVES: tl.constexpr, FULL_TILES: tl.constexpr):
 
 @triton.jit
 def sequence_of(
-    item,
-    context_lens,
-    num_seqs,
-    window,
-    wave,
+    item: Any,
+    context_lens: Any,
+    num_seqs: Any,
+    window: Any,
+    wave: Any,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
     NUM_SEQS_POW2: tl.constexpr,
     WAVES: tl.constexpr,
     FULL_TILES: tl.constexpr,
-):
+) -> Any:
     """The sequence that the step's split number `item` belongs to (num_seqs or more: to none), the
     number of that sequence's first split, and the tiles in a split."""
     seqs = tl.arange(0, NUM_SEQS_POW2)
@@ -63,24 +65,24 @@ def sequence_of(
     ]
 )  # fmt: skip
 def paged_decode(
-    query,  # [num_seqs, num_kv_heads * GROUP, HEAD_DIM]
-    pages,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
-    out,  # as query
-    partials,  # float32 [items * num_kv_heads, GROUP, HEAD_DIM]: sums of weighted values
-    stats,  # float32 [items * num_kv_heads, GROUP, 2]: maximum and sum of the weights
-    arrivals,  # int32 [num_seqs * num_kv_heads]: finished splits, zero between launches
-    block_table,  # int32 [num_seqs, table_stride]
-    context_lens,  # int32 [num_seqs]
-    num_seqs,
-    table_stride,
-    block_stride,
-    value_stride,
-    head_stride,
-    query_stride,
-    out_stride,
-    scale,  # of the scores, times log2(e)
-    window,  # tokens, itself included; read if WINDOWED
-    wave,  # splits of all sequences that fill the device once, per K/V head
+    query: Any,  # [num_seqs, num_kv_heads * GROUP, HEAD_DIM]
+    pages: Any,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
+    out: Any,  # as query
+    partials: Any,  # float32 [items * num_kv_heads, GROUP, HEAD_DIM]: sums of weighted values
+    stats: Any,  # float32 [items * num_kv_heads, GROUP, 2]: maximum and sum of the weights
+    arrivals: Any,  # int32 [num_seqs * num_kv_heads]: finished splits, zero between launches
+    block_table: Any,  # int32 [num_seqs, table_stride]
+    context_lens: Any,  # int32 [num_seqs]
+    num_seqs: Any,
+    table_stride: Any,
+    block_stride: Any,
+    value_stride: Any,
+    head_stride: Any,
+    query_stride: Any,
+    out_stride: Any,
+    scale: Any,  # of the scores, times log2(e)
+    window: Any,  # tokens, itself included; read if WINDOWED
+    wave: Any,  # splits of all sequences that fill the device once, per K/V head
     WINDOWED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -94,7 +96,7 @@ def paged_decode(
     WAVES: tl.constexpr,
     FULL_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
@@ -157,18 +159,18 @@ def paged_decode(
 
 @triton.jit
 def merge_splits(
-    out_at,
-    partials,
-    stats,
-    first,  # of the sequence's splits, this head's
-    num_splits,
-    stride,  # from one split to the next
+    out_at: Any,
+    partials: Any,
+    stats: Any,
+    first: Any,  # of the sequence's splits, this head's
+    num_splits: Any,
+    stride: Any,  # from one split to the next
     GROUP: tl.constexpr,
     GROUP_POW2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MERGE: tl.constexpr,
-):
+) -> None:
     """Add up a sequence's splits for one K/V head; their loads go past the first-level cache."""
     rows = tl.arange(0, GROUP_POW2)
     dims = tl.arange(0, BLOCK_D)

@@ -6,6 +6,8 @@ beyond the diagonal. Tiles of keys that every row sees are walked without masks;
 diagonal and at the window's edge pay for them.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -13,7 +15,9 @@ from nodeserve.model.gpu.attention.kernel_tiles import attend_tiles
 
 
 @triton.jit
-def sequence_of(item, query_starts, num_seqs, BLOCK_Q: tl.constexpr, NUM_SEQS_POW2: tl.constexpr):
+def sequence_of(
+    item: Any, query_starts: Any, num_seqs: Any, BLOCK_Q: tl.constexpr, NUM_SEQS_POW2: tl.constexpr
+) -> Any:
     """The sequence that the step's tile number `item` belongs to (num_seqs or more: to none), and
     the number of that sequence's first tile."""
     seqs = tl.arange(0, NUM_SEQS_POW2)
@@ -33,21 +37,21 @@ def sequence_of(item, query_starts, num_seqs, BLOCK_Q: tl.constexpr, NUM_SEQS_PO
     ]
 )  # fmt: skip
 def paged_prefill(
-    query,  # [num_tokens, num_kv_heads * GROUP, HEAD_DIM]
-    pages,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
-    out,  # as query
-    query_starts,  # int32 [num_seqs + 1]: rows of query
-    context_lens,  # int32 [num_seqs]
-    block_table,  # int32 [num_seqs, table_stride]
-    num_seqs,
-    table_stride,
-    block_stride,
-    value_stride,
-    head_stride,
-    query_stride,
-    out_stride,
-    scale,  # of the scores, times log2(e)
-    window,  # tokens, itself included; read if WINDOWED
+    query: Any,  # [num_tokens, num_kv_heads * GROUP, HEAD_DIM]
+    pages: Any,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
+    out: Any,  # as query
+    query_starts: Any,  # int32 [num_seqs + 1]: rows of query
+    context_lens: Any,  # int32 [num_seqs]
+    block_table: Any,  # int32 [num_seqs, table_stride]
+    num_seqs: Any,
+    table_stride: Any,
+    block_stride: Any,
+    value_stride: Any,
+    head_stride: Any,
+    query_stride: Any,
+    out_stride: Any,
+    scale: Any,  # of the scores, times log2(e)
+    window: Any,  # tokens, itself included; read if WINDOWED
     WINDOWED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -57,7 +61,7 @@ def paged_prefill(
     BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     NUM_SEQS_POW2: tl.constexpr,  # >= num_seqs
     PRECISION: tl.constexpr,
-):
+) -> None:
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
