@@ -103,7 +103,7 @@ def test_queries_turn_and_pages_fill(
     """A decode, a chunk over two page boundaries, one that ends at a boundary, and pad rows."""
     spans = [(16, 17), (15, 33), (0, 16), (0, 1), (0, 1)]
     blocks = [[3, 6], [5, 1, 2], [7], [9], [-1]]
-    inputs = step_of(spans, blocks, [[0] * 64] * 5)
+    inputs = step_of(spans, blocks, [[0] * 64] * 5, 16)
     layout = kv.layout_of(config, 16, dtype)
     num_all = config.num_heads + 2 * config.num_kv_heads
     qkv = _random(inputs.positions.numel(), num_all * config.head_dim, dtype=dtype)
