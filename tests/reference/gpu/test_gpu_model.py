@@ -25,8 +25,12 @@ from tests.reference.gpu.plain import (
 SMALL = config_of()
 FAMILIES = {
     "llama": SMALL,
-    "llama-tied": replace(SMALL, tie_embeddings=True, num_kv_heads=6),
-    "llama3-scaled": replace(SMALL, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
+    "llama3-tied": replace(
+        SMALL,
+        tie_embeddings=True,
+        num_kv_heads=6,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+    ),
     "mistral": replace(SMALL, sliding_window=9, num_kv_heads=3),
     "qwen2": replace(SMALL, attention_bias=True, num_kv_heads=1, hidden_size=70),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=80),
@@ -37,8 +41,8 @@ SCRATCH = NUM_BLOCKS - 1
 BLOCK_SIZE = 4
 BLOCKS = [[6, 4], [2], [1, 5]]
 PROMPTS = [[(7 * i * i + n) % 211 for i in range(n)] for n in (6, 1, 3)]
-CASES = [*((family, torch.float32) for family in FAMILIES), ("qwen3", torch.bfloat16)]
-CASES += [("llama", torch.bfloat16), ("llama", torch.float16)]
+CASES = [(family, torch.float32) for family in FAMILIES]
+CASES += [("qwen3", torch.bfloat16), ("llama", torch.float16)]
 
 
 class Lab:
@@ -177,7 +181,7 @@ def test_tied_weights_are_on_the_device_once(device: torch.device) -> None:
             moved.append(id(weight))
             return super()._own(weight, dtype)
 
-    config, ops = FAMILIES["llama-tied"], Counting(torch.float16, device, PlainAttention())
+    config, ops = FAMILIES["llama3-tied"], Counting(torch.float16, device, PlainAttention())
     state = random_state(config)
     llama.build(config, state.__getitem__, ops)
     assert moved.count(id(state["model.embed_tokens.weight"])) == 1
