@@ -29,6 +29,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
 	CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python -c 'from nodeserve.cuda_build import cuda_build as b; \
+	  print("nodeserve._cuda:", b().reason or f"CUDA {b().toolkit}, {b().archs}")'
 	@touch $@
 
 venv build: $(VENV)/.built
@@ -69,4 +71,4 @@ bench-smoke: venv
 	  || exit 1; done
 
 clean:
-	rm -rf build dist *.egg-info nodeserve/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist *.egg-info nodeserve/*.so nodeserve/_cuda_build.json .mypy_cache .ruff_cache .pytest_cache

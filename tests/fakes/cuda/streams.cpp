@@ -189,6 +189,7 @@ cudaError_t fake_cuda::launch(dim3 grid, dim3 block, std::function<void()> threa
     FAKE_STREAM(stream, given);
     if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
     if (grid.x == 0 || block.x == 0 || block.x > 1024) return cudaErrorInvalidValue;
+    rt.last_grid = grid.x;
     std::vector<unsigned> order(grid.x);
     std::iota(order.begin(), order.end(), 0u);
     std::ranges::shuffle(order, rt.random);
