@@ -119,6 +119,25 @@ def test_every_block_of_every_generation_reaches_a_peer(cuda: Any) -> None:
         connection.send(None)
 
 
+def test_streams_that_go_on_by_themselves_meet_at_an_event(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the owner starts its work and looks after it no more."""
+    monkeypatch.setenv("NODESERVE_FAKE_CUDA_MODE", "threaded")
+    cuda.fake.reload_environment()
+    pool, stream = cuda.Pool(0, POOL_BYTES), cuda.Stream(0)
+    written = cuda.Event(0, interprocess=True)
+    with peer(pull_on_request) as (connection, _):
+        connection.send((pool.handle(), written.handle()))
+        for generation in range(1, 5):
+            cuda.fake.fill(stream.handle, pool.address, generation, POOL_BYTES)
+            written.record(stream.handle)
+            connection.send((["kernel", "batch"][generation % 2], True))
+            connection.recv()
+            assert set(connection.recv()) == {generation}
+        connection.send(None)
+
+
 def test_device_memory_has_no_name_that_could_be_left_behind(cuda: Any) -> None:
     pool, event = cuda.Pool(0, 16), cuda.Event(0, interprocess=True)
     maps = Path("/proc/self/maps").read_text().splitlines()
