@@ -4,12 +4,18 @@ import itertools
 import random
 from array import array
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.config import ModelConfig
+from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
+from nodeserve.model.loader import open_weights
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.types import Sampling
 from nodeserve.worker.contract import Sampled
@@ -19,6 +25,7 @@ from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.upload import Uploader
 from tests.fakes.gpu_runtime import FakeRuntime
 
+TINY = ModelConfig("llama", 101, 8, 8, 1, 1, 1, 8, 128, 1e-5, 1e4)
 VOCAB, BLOCK, CONTEXT = 101, 16, 128
 MAX_TOKENS, MAX_SEQS, MAX_BLOCKS = 96, 6, CONTEXT // BLOCK
 SPARE = 63
@@ -331,3 +338,23 @@ def test_tensors_arrive_whole_whatever_the_chunks(runtime: FakeRuntime, dtype: t
             arrived = upload(tensor.t() if tensor.dim() == 2 else tensor)
             assert torch.equal(arrived.t() if tensor.dim() == 2 else arrived, tensor)
         upload.close()
+
+
+def test_a_file_goes_to_the_device_in_its_own_type(runtime: FakeRuntime, tmp_path: Path) -> None:
+    """float16 and float32 in the file, bfloat16 on the device: each rounded once."""
+    tensors = {
+        "a": torch.rand(7, 5),
+        "b": torch.rand(40).half(),
+        "c": torch.rand(3, 2).bfloat16(),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = Checkpoint(tmp_path, "safetensors", TINY, "tiny")
+    upload = Uploader(runtime, chunk_bytes=64)
+    weights = open_weights(found, torch.bfloat16, upload=upload)
+    for name, tensor in tensors.items():
+        assert name in weights
+        arrived = weights(name)
+        assert arrived.dtype is torch.bfloat16 and torch.equal(arrived, tensor.bfloat16())
+    assert "d" not in weights
+    with pytest.raises(ModelError, match="no tensor d"):
+        weights("d")

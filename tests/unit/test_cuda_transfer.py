@@ -14,7 +14,6 @@ from nodeserve.errors import ConfigError, CudaError, HandoffFailed
 from nodeserve.wire.messages import pack_ids, unpack_ids
 from nodeserve.worker import transfer_setup
 from nodeserve.worker.contract import CopyFailed, Landed, Offered, Ticket
-from nodeserve.worker.transfer_cuda import CudaTransfer
 from nodeserve.worker.transfer_setup import make_transfer
 from tests.fakes.cuda import bytes_at
 from tests.fakes.harness import default_spec
@@ -53,7 +52,7 @@ def blocks_of(pool: Any) -> list[int]:
     view = np.frombuffer(bytes_at(pool.address, pool.num_bytes), np.uint8)
     rows = view.reshape(NUM_BLOCKS, -1)
     assert (rows == rows[:, :1]).all(), "a block was copied in part"
-    return rows[:, 0].tolist()
+    return [int(number) for number in rows[:, 0]]
 
 
 def spec_of(fd: int, **changes: Any) -> WorkerSpec:
