@@ -133,7 +133,7 @@ def test_captured_inputs_have_the_same_addresses_each_time(runtime: FakeRuntime)
 
 def test_the_next_step_is_written_while_the_last_one_waits(runtime: FakeRuntime) -> None:
     """Two steps are on their way at most: the third finds its buffer read."""
-    staging, seen = staging_of(runtime), []
+    staging, seen, most = staging_of(runtime), [], 0
     batches = [Batch([decode(sequence_of(n))], num_decodes=1) for n in (5, 9, 13, 21)]
     for batch in batches:
         staged = staging.build(batch)
@@ -143,7 +143,8 @@ def test_the_next_step_is_written_while_the_last_one_waits(runtime: FakeRuntime)
             seen.append(int(staged.inputs.token_ids[0]))
 
         staged.half.reader = runtime.submit(read)
-        assert runtime.queue.num_given - runtime.queue.num_done <= 2
+        most = max(most, runtime.queue.num_given - runtime.queue.num_done)
+    assert most == 2
     runtime.mark()
     assert seen == [batch.work[0].sequence.token_ids[-1] for batch in batches]
 

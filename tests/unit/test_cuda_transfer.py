@@ -191,15 +191,16 @@ def test_an_offer_can_end_at_every_moment(pair: MakePair, moment: str, how: str)
 
 def test_a_cancelled_pull_is_over_when_cancel_returns(pair: MakePair, cuda: Any) -> None:
     both = pair(4)
-    both.watch()
+    both.source.on_done(both.woken.release)
     both.source.offer(1, pack_ids([7, 8]))
     slots = both.offered(1)[1]
     both.pull(1, slots, [0, 1])
-    both.pull(2, slots, [2, 3])
+    assert blocks_of(both.target_pool)[:2] == [100, 101]
     both.target.cancel(1)
-    before = blocks_of(both.target_pool)[:2]
-    assert before == [7, 8]  # waited for: nobody writes there from now on
+    assert blocks_of(both.target_pool)[:2] == [7, 8]  # from now on nobody writes there
     both.target.cancel(99)
+    both.target.on_done(both.woken.release)
+    both.pull(2, slots, [2, 3])
     both.landed(2)
     assert blocks_of(both.target_pool)[2:4] == [7, 8]
 
