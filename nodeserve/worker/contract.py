@@ -31,7 +31,7 @@ class Sampled(NamedTuple):
 
 
 class Flight(Protocol):
-    """A launched step, on its way."""
+    """A launched step, on its way. Steps end in the order of their launches."""
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
@@ -60,14 +60,20 @@ class Executor(Protocol):
     def overlaps(self) -> bool:
         """Whether a batch may be launched before the tokens of the one before are known.
 
-        Works with a `feed` then take their input token from the earlier step, on the device.
+        Works with a `feed` then take their input token from the step launched just before, on the
+        device. At most one launched step waits behind the one that runs.
         """
 
     def launch(self, batch: Batch) -> Flight:
-        """Begin a step; steps run in the order of their launches. May compute at once."""
+        """Begin a step; steps run in the order of their launches. May compute at once.
+
+        The batch's sequences change afterwards: tokens of earlier steps are appended, blocks are
+        added, a sequence may be cancelled. Its blocks are nobody else's until the step has ended.
+        """
 
     def on_done(self, wake: Callable[[], None]) -> None:
-        """Call `wake`, from any thread, whenever a launched step has ended."""
+        """Call `wake`, from any thread, whenever a step has ended that was not over when `launch`
+        returned; its flight is `done` by then. One call too many is harmless."""
 
 
 class Ticket(NamedTuple):
@@ -98,8 +104,12 @@ class Transfer(Protocol):
     """Moves pages from peers' pools into ours, and lets peers read ours.
 
     A copy may outlive `begin`; its pages on both sides must stay as they are until it is in a
-    `poll`'s answer or `cancel` returned.
+    `poll`'s answer or `cancel` returned. All calls may come while a step runs.
     """
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever a `poll` would answer something that was not
+        there before, unless it is `busy`. One call too many is harmless."""
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Map a peer's pool: by `handle` if there is one, else the memory behind `fd`."""
@@ -120,7 +130,9 @@ class Transfer(Protocol):
         """When this returns, no page is read or written for this request any more."""
 
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether `poll` itself moves pages and is to be called again without a wait. Not for a
+        copy that another engine carries out: `on_done` tells of its end."""
 
 
 @dataclass(frozen=True, slots=True)

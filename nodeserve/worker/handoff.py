@@ -11,6 +11,7 @@ would not help: the cores a worker is pinned to are busy with the step.
 import mmap
 import time
 from collections import deque
+from collections.abc import Callable
 
 from nodeserve import _host
 from nodeserve.errors import HandoffFailed
@@ -34,6 +35,9 @@ class HostTransfer:
     @property
     def busy(self) -> bool:
         return bool(self._queue)
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        """Copies run in `poll`: nobody waits for one."""
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Map a peer's pool; again after the peer was restarted. `fd` stays open for that."""
