@@ -100,7 +100,7 @@ def workers_table(workers: list[dict[str, Any]]) -> "Table":
 
     hidden = "threads" if any(worker.get("gpu") is not None for worker in workers) else "gpu"
     columns = [column for column in _COLUMNS if column[0] != hidden]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for heading, _ in columns:
         table.add_column(heading, overflow="fold")
     for worker in workers:

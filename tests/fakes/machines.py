@@ -38,6 +38,7 @@ def cuda_software(num_devices: int) -> Software:
         torch_devices=num_devices,
         torch_archs=("sm_80", "sm_90", "sm_100", "compute_120"),
         triton="3.6.0",
+        attention="triton (flash-attn: not installed)",
         extension_devices=num_devices,
     )
 

@@ -7,7 +7,7 @@ import pytest
 
 from nodeserve.cli.doctor.facts import Facts, SharedMemory
 from nodeserve.cli.doctor.findings import OK, PROBLEM, WARNING, Finding, ranges, size
-from nodeserve.cli.doctor.judge import judge, runs_on, what_runs, works
+from nodeserve.cli.doctor.judge import judge, reason_and_advice, runs_on, what_runs, works
 from nodeserve.nvml import GpuState, Survey
 from tests.fakes.machines import changed, cpu_machine, gpu_machine
 from tests.fakes.nvml import (
@@ -170,6 +170,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"extension_obstacle": "_cuda is not built: get nvcc"}, "extension", "_cuda is not built"),
     ({"failures": {"extension": "CudaError: old"}}, "extension", "CudaError: old"),
     ({"extension_devices": 0}, "extension", "sees 0 of 1 GPUs"),
+    ({"failures": {"attention": "ConfigError: none"}}, "attention", "ConfigError: none"),
     ({"native": None, "failures": {"native": "ImportError: y"}}, "native", "ImportError: y"),
     ({"failures": {"probe": "took more than 120 s"}}, "probe", "took more than 120 s"),
 ]
@@ -188,7 +189,7 @@ def test_software_that_keeps_gpus_from_working(
 @pytest.mark.parametrize(("values", "check", "words"), BROKEN)
 def test_it_is_no_problem_where_cpus_work(values: dict[str, Any], check: str, words: str) -> None:
     """Unless CPU workers need it as well."""
-    needed = "failures" in values and check not in ("triton", "extension")
+    needed = "failures" in values and check not in ("triton", "extension", "attention")
     facts = changed(cpu_machine(), "software", **values)
     assert marks(facts) == ({check: PROBLEM} if needed else {})
 
@@ -196,6 +197,8 @@ def test_it_is_no_problem_where_cpus_work(values: dict[str, Any], check: str, wo
 def test_software_that_is_only_weaker(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = changed(gpu_machine(monkeypatch, eight_h100()), "software", extension_devices=4)
     assert marks(facts) == {"extension": WARNING}
+    slow = changed(gpu_machine(monkeypatch, one_h200()), "software", attention="reference (x)")
+    assert marks(slow) == {"attention": WARNING}
     assert marks(changed(cpu_machine(), "software", native="generic")) == {"native": WARNING}
     assert marks(changed(cpu_machine(), "software", native=None)) == {"native": WARNING}
     assert marks(changed(cpu_machine(), "software", torch=None)) == {"torch": WARNING}
@@ -302,7 +305,28 @@ def test_every_finding_that_asks_for_something_says_what() -> None:
     assert all(finding.advice for finding in wrong)
 
 
+def test_the_attention_is_named_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = gpu_machine(monkeypatch, one_h200())
+    assert one(facts, "attention").text == "attention: triton (flash-attn: not installed)"
+    assert found(cpu_machine(), "attention") == []
+
+
 # ---- words
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "expected"),
+    [
+        ("x is not built: do y", ("x is not built", "do y")),
+        (
+            "not built: no nvcc was found; install it",
+            ("not built: no nvcc was found", "install it"),
+        ),
+        ("it is so", ("it is so", "")),
+    ],
+)
+def test_an_obstacle_has_two_halves(obstacle: str, expected: tuple[str, str]) -> None:
+    assert reason_and_advice(obstacle) == expected
 
 
 @pytest.mark.parametrize(
