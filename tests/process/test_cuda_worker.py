@@ -38,6 +38,7 @@ from nodeserve.worker.inputs import Staging
 from tests.fakes.cuda import load_fake_cuda
 from tests.fakes.cuda_worker import PLAIN_PARTS
 from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
+from tests.process.conftest import Connect, Nodes
 
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 CONFIG = {
@@ -268,3 +269,36 @@ def test_a_killed_peer_costs_only_its_own_requests(
 def _ended(message: FromWorker, request_id: int) -> bool:
     """Whether a pull ended, one way or the other."""
     return isinstance(message, KvPulled | RequestFailed) and message.request_id == request_id
+
+
+async def test_a_node_of_gpu_workers_serves_clients(
+    model: str,
+    expected: dict[int, list[int]],
+    nodes: Nodes,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1p1d on one GPU: the server places, starts and attaches its workers, and streams."""
+    monkeypatch.setenv(PLAIN_PARTS, "1")
+    monkeypatch.setenv("NODESERVE_FAKE_CUDA_DEVICES", "4")
+    node = nodes.start(
+        gpu_model=model,
+        load_format="dummy",
+        layout="1p1d",
+        gpus="2,2",
+        dtype="float32",
+        attention_backend="reference",
+        max_model_len=CONTEXT,
+        max_num_seqs=4,
+        max_num_batched_tokens=20,
+        kv_memory=24 * BLOCK_BYTES,
+    )
+    client = await connect(node)
+    for request_id, prompt in PROMPTS.items():
+        client.submit(request_id, prompt, **SAMPLING[request_id])
+    await client.finish(*PROMPTS)
+    assert client.tokens == expected
+    assert [worker["handoff"] for worker in (await client.stats())["workers"]] == [
+        "CUDA IPC",
+        "pulls only",
+    ]

@@ -337,3 +337,18 @@ def test_a_foreign_handle_is_refused(cuda: Any, fd: int) -> None:
     transfer, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES)
     with pytest.raises(HandoffFailed, match="another version"):
         transfer.attach(0, fd, 4096, b"x" * 64)
+
+
+def test_pages_that_cannot_be_opened_end_the_worker_with_advice(cuda: Any, fd: int) -> None:
+    edge: Any = Edge(cuda)
+    pool = numbered(cuda)
+    owner, _ = make_transfer(spec_of(fd), edge, pool, BLOCK_BYTES)
+    reader, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES)
+    with pytest.raises(ConfigError, match=r"worker 0 cannot be opened .*--handoff host"):
+        reader.attach(0, fd, owner.pages_bytes, owner.pages_handle)  # not in one process
+    os.ftruncate(fd, 4096)
+    cuda.fake.fail("cudaHostRegister")
+    with pytest.raises(ConfigError, match=r"worker 0 cannot be opened .*cudaHostRegister"):
+        reader.attach(0, fd, 4096, b"")
+    with pytest.raises(ConfigError, match="8192 were announced"):
+        reader.attach(0, fd, 8192, b"")
