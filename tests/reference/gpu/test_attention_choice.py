@@ -1,6 +1,8 @@
 """Which attention kernels a model gets: the table, and the trial on the device."""
 
 import dataclasses
+import importlib
+import subprocess
 import sys
 from typing import Any
 
@@ -131,6 +133,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> FlashAttnModule:
     versions = {"flash-attn": "2.8.3", "triton": "3.6.0"}
     monkeypatch.setattr(probe, "_installed", versions.get)
     monkeypatch.setattr(probe, "_torch_varlen", lambda: varlen_attn)
+    monkeypatch.setattr(probe, "varlen_parameters_of_torch", lambda: VARLEN)
     return module
 
 
@@ -217,3 +220,17 @@ def test_this_machine_is_described() -> None:
     assert name
     assert error < TOLERANCE[HEADS.dtype]
     assert {kind for phase in Phase for kind in choice.ORDER[phase]} == set(Kind)
+
+
+def test_torchs_parameters_are_read_without_loading_its_compiler() -> None:
+    script = (
+        "import sys; from nodeserve.model.gpu.attention.probe import varlen_parameters_of_torch;"
+        "print(*sorted(varlen_parameters_of_torch()), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    *found, loaded = done.stdout.split()
+    assert loaded == "False"
+    installed = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    assert frozenset(found) == varlen_parameters(installed)

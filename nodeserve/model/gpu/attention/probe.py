@@ -1,8 +1,10 @@
 """Makes a model's attention backend: the best candidate that is right on this very device."""
 
+import ast
 import importlib
 import importlib.metadata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,7 @@ from nodeserve.config import ModelConfig
 from nodeserve.model.gpu.attention import choice
 from nodeserve.model.gpu.attention.case import TOLERANCE, make_case
 from nodeserve.model.gpu.attention.choice import Facts, Kind, Phase, Refusal
-from nodeserve.model.gpu.attention.libraries import (
-    FlashAttn,
-    Library,
-    TorchVarlen,
-    varlen_parameters,
-)
+from nodeserve.model.gpu.attention.libraries import FlashAttn, Library, TorchVarlen
 from nodeserve.model.gpu.attention.library_parts import GatheredLibrary, PagedLibrary
 from nodeserve.model.gpu.attention.paged import PagedAttention
 from nodeserve.model.gpu.attention.parts import Heads, Part
@@ -53,24 +50,35 @@ def _installed(distribution: str) -> str | None:
 
 
 def _torch_varlen() -> Any:
-    """torch's varlen_attn, or None where this torch has none."""
-    try:
-        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return None
+    """torch's varlen_attn."""
+    return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+
+def varlen_parameters_of_torch() -> frozenset[str]:
+    """What the installed torch's varlen_attn takes; empty where it has none.
+
+    Read, not imported: the module loads torch's compiler, three seconds that most workers need not
+    wait for.
+    """
+    path = Path(torch.__file__).with_name("nn") / "attention" / "varlen.py"
+    if not path.is_file():
+        return frozenset()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "varlen_attn":
+            return frozenset(arg.arg for arg in (*node.args.args, *node.args.kwonlyargs))
+    return frozenset()
 
 
 def facts_of(heads: Heads, windows: frozenset[int | None], device: torch.device) -> Facts:
     """What is installed and what the device can do. Loads no library but torch."""
     cuda = device.type == "cuda"
-    function = _torch_varlen()
     return Facts(
         heads,
         windows,
         torch.cuda.get_device_capability(device) if cuda else CPU_CAPABILITY,
         _installed("flash-attn"),
         torch.__version__,
-        frozenset() if function is None else varlen_parameters(function),
+        varlen_parameters_of_torch(),
         _installed("triton"),
     )
 
