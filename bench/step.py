@@ -198,6 +198,9 @@ def inputs_of(num_seqs: int, num_new: int, context: int) -> StepInputs:
         context_lens=torch.full((num_seqs,), context, dtype=torch.int32),
         block_table=int32(range(num_seqs * width)).view(num_seqs, width),
         logit_rows=int32(ends) - 1,
+        num_decodes=num_seqs if num_new == 1 else 0,
+        max_query_len=num_new,
+        max_context_len=context,
     )
 
 

@@ -51,12 +51,15 @@ class Sampling:
     @property
     def shapes_logits(self) -> bool:
         """True when penalties, bias or a minimum length change the logits before the choice."""
+        return self.needs_tokens or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def needs_tokens(self) -> bool:
+        """True when the next choice depends on which tokens came before: any penalty does."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
-            or bool(self.logit_bias)
-            or self.min_tokens > 0
         )
 
 

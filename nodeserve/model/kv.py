@@ -27,6 +27,15 @@ def layout_of(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLay
     return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
 
 
+def pages_over(layout: KvLayout, pool: torch.Tensor) -> torch.Tensor:
+    """The whole blocks of `pool` [num_bytes] uint8 as torch and GPUs keep them:
+    [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+    num_blocks = pool.numel() // layout.block_bytes
+    pages = pool[: num_blocks * layout.block_bytes].view(layout.dtype)
+    shape = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    return pages.view(num_blocks, *shape)
+
+
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block of the pool."""
     return layout_of(config, block_size, dtype).block_bytes

@@ -1,13 +1,17 @@
 """Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3: one decoder, driven by its ModelConfig.
 
-    hidden = embed(token_ids)
-    per layer:  hidden += out_proj(attention(rotate(qkv(norm(hidden)))))
-                hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))
-    logits = head(norm(hidden))
+    hidden = embed(token_ids);  normed = norm(hidden)
+    per layer:  hidden += out_proj(attention(rotate(qkv(normed))));     normed = norm(hidden)
+                hidden += down(silu(gate(normed)) * up(normed));        normed = norm(hidden)
+    logits = head(normed)
+
+Each half layer ends with the norm that comes next, so that a device can fuse the two; a layer's
+last is the next layer's input norm, and the last layer's is the model's own.
 
 Shapes: hidden [num_tokens, hidden_size] float32, the residual stream; everything that enters a
 linear is `act` (see ops). Written against `Ops`: knows no device, no page and no weight format.
-After the last attention only the rows whose logits are wanted go on.
+After the last attention only the rows whose logits are wanted go on. A step reads no tensor on
+the host, and after `reserve` it allocates nothing: what a CUDA graph asks for.
 """
 
 from collections.abc import Callable
@@ -32,7 +36,7 @@ class Buffers(NamedTuple):
 
     hidden: torch.Tensor  # [rows, hidden_size] float32
     normed: torch.Tensor  # [rows, hidden_size] act
-    qkv: torch.Tensor  # [rows, (num_heads + 2 * num_kv_heads) * head_dim] float32
+    qkv: torch.Tensor  # [rows, (num_heads + 2 * num_kv_heads) * head_dim] Ops.qkv_dtype
     query: torch.Tensor  # [rows, num_heads * head_dim] act
     attended: torch.Tensor  # [rows, num_heads * head_dim] act
     gated: torch.Tensor  # [rows, intermediate_size] act
@@ -40,7 +44,7 @@ class Buffers(NamedTuple):
 
 
 class Workspace:
-    """Buffers for any number of rows, kept between steps and only ever grown."""
+    """Buffers for any number of rows, kept between steps and grown until they are reserved."""
 
     def __init__(self, config: ModelConfig, ops: Ops, with_logits: bool) -> None:
         heads = config.num_heads * config.head_dim
@@ -49,7 +53,7 @@ class Workspace:
         self._columns = [
             (config.hidden_size, f32),
             (config.hidden_size, act),
-            (qkv, f32),
+            (qkv, ops.qkv_dtype),
             (heads, act),
             (heads, act),
             (config.intermediate_size, act),
@@ -58,7 +62,14 @@ class Workspace:
         self._device = ops.device
         self._whole: list[torch.Tensor] = []
         self._capacity = 0
+        self._fixed = False
         self._views: dict[int, Buffers] = {}
+
+    def reserve(self, max_rows: int) -> None:
+        """Room for `max_rows`, for good: captured graphs hold these addresses."""
+        if max_rows > self._capacity:
+            self._grow(max_rows)
+        self._fixed = True
 
     def rows(self, num_rows: int) -> Buffers:
         views = self._views.get(num_rows)
@@ -70,6 +81,7 @@ class Workspace:
         return views
 
     def _grow(self, num_rows: int) -> None:
+        assert not self._fixed, f"{num_rows} rows, reserved are {self._capacity}"
         self._capacity = max(num_rows, 2 * self._capacity)
         self._views.clear()
         self._whole = [
@@ -88,6 +100,7 @@ class Layer:
         weights: Weights,
         ops: Ops,
         tables: tuple[torch.Tensor, torch.Tensor],
+        next_norm: torch.Tensor,
     ) -> None:
         def get(name: str) -> torch.Tensor:
             return weights(f"model.layers.{index}.{name}")
@@ -98,25 +111,23 @@ class Layer:
         norms = None
         if config.qk_norm:
             norms = (get("self_attn.q_norm.weight"), get("self_attn.k_norm.weight"))
-        self.input_norm = ops.rms_norm(get("input_layernorm.weight"), config.norm_eps)
         self.qkv = ops.linear(qkv("weight"), qkv("bias") if config.attention_bias else None)
         self.attention = ops.attention(config, index, tables, norms)
-        self.out_proj = ops.linear_add(get("self_attn.o_proj.weight"))
-        self.post_norm = ops.rms_norm(get("post_attention_layernorm.weight"), config.norm_eps)
+        self.out_proj = ops.linear_add_norm(
+            get("self_attn.o_proj.weight"), get("post_attention_layernorm.weight"), config.norm_eps
+        )
         self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
-        self.down = ops.linear_add(get("mlp.down_proj.weight"))
+        self.down = ops.linear_add_norm(get("mlp.down_proj.weight"), next_norm, config.norm_eps)
 
     def attend(self, work: Buffers, step: Any) -> None:
-        self.input_norm(work.hidden, work.normed)
         self.qkv(work.normed, work.qkv)
         self.attention.store(step, work.qkv, work.query)
         self.attention.attend(step, work.query, work.attended)
 
     def finish(self, work: Buffers) -> None:
-        self.out_proj(work.attended, work.hidden)
-        self.post_norm(work.hidden, work.normed)
+        self.out_proj(work.attended, work.hidden, work.normed)
         self.gated(work.normed, work.gated)
-        self.down(work.gated, work.hidden)
+        self.down(work.gated, work.hidden, work.normed)
 
 
 class Llama:
@@ -131,13 +142,23 @@ class Llama:
         total = config.num_layers + 1
         table = weights("model.embed_tokens.weight")
         self.embed = ops.embedding(table)
-        self.norm = ops.rms_norm(weights("model.norm.weight"), config.norm_eps)
         self.head = ops.linear(table if config.tie_embeddings else weights("lm_head.weight"))
+        norms = [f"model.layers.{index}.input_layernorm" for index in range(config.num_layers)]
+        self.first_norm = ops.rms_norm(weights(f"{norms[0]}.weight"), config.norm_eps)
         progress(1, total)
         self.layers = []
-        for index in range(config.num_layers):
-            self.layers.append(Layer(config, index, weights, ops, tables))
+        for index, next_norm in enumerate([*norms[1:], "model.norm"]):
+            next_weight = weights(f"{next_norm}.weight")
+            self.layers.append(Layer(config, index, weights, ops, tables, next_weight))
             progress(index + 2, total)
+
+    def reserve(
+        self, max_tokens: int, max_logit_rows: int, max_seqs: int, max_context_len: int
+    ) -> None:
+        """Memory for steps up to these sizes; a larger one is refused from now on."""
+        self._work.reserve(max_tokens)
+        self._tail.reserve(max_logit_rows)
+        self._ops.reserve(max_tokens, max_seqs, max_context_len)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
@@ -145,6 +166,7 @@ class Llama:
         step = self._ops.begin(inputs, cache)
         work = self._work.rows(inputs.token_ids.numel())
         self.embed(inputs.token_ids, work.hidden)
+        self.first_norm(work.hidden, work.normed)
         for layer in self.layers[:-1]:
             layer.attend(work, step)
             layer.finish(work)
@@ -158,7 +180,6 @@ class Llama:
         torch.index_select(work.hidden, 0, rows, out=tail.hidden)
         torch.index_select(work.attended, 0, rows, out=tail.attended)
         self.layers[-1].finish(tail)
-        self.norm(tail.hidden, tail.normed)
         self.head(tail.normed, tail.logits)
         return tail.logits
 

@@ -2,6 +2,9 @@
 
 Every operation writes into a tensor that it is given, so a step allocates nothing. `act` is
 `Ops.act_dtype`, the type that goes into linears; the residual stream is always float32.
+
+What ends a half layer and the norm that begins the next one are one operation, `linear_add_norm`: a
+GPU then reads and writes the residual stream once for both.
 """
 
 from typing import Any, Protocol
@@ -14,9 +17,15 @@ from nodeserve.model.kv import KvLayout
 
 
 class Op(Protocol):
-    """A function of rows: reads x [rows, ...], writes (or adds to) out [rows, ...]."""
+    """A function of rows: reads x [rows, ...], writes out [rows, ...]."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
+class AddNorm(Protocol):
+    """Reads x [rows, k] act, adds to hidden [rows, n] float32, writes normed [rows, n] act."""
+
+    def __call__(self, x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None: ...
 
 
 class Attention(Protocol):
@@ -25,7 +34,7 @@ class Attention(Protocol):
     def store(self, step: Any, qkv: torch.Tensor, query: torch.Tensor) -> None:
         """Normalise (if the model does) and rotate q and k, write k and v to their pages.
 
-        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] float32
+        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] of Ops.qkv_dtype
         query [num_tokens, num_heads * head_dim] act, written
         """
 
@@ -38,10 +47,14 @@ class Ops(Protocol):
 
     dtype: torch.dtype  # of weights and pages
     act_dtype: torch.dtype
+    qkv_dtype: torch.dtype  # what the qkv linear writes and `Attention.store` reads
     device: torch.device
 
     def cache(self, layout: KvLayout, pool: Any) -> Any:
         """Pages over `pool`, a writable zeroed buffer (mmap, memoryview or uint8 tensor)."""
+
+    def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
+        """Scratch for steps up to these sizes; afterwards no operation makes any."""
 
     def begin(self, inputs: StepInputs, cache: Any) -> Any:
         """What all layers of a step share. Valid until the next begin."""
@@ -53,10 +66,12 @@ class Ops(Protocol):
         """x [rows, hidden] float32 -> out [rows, hidden] act"""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Op:
-        """weight [n, k]: x [rows, k] act -> out [rows, n] float32"""
+        """weight [n, k]: x [rows, k] act -> out [rows, n] float32 or qkv_dtype"""
 
-    def linear_add(self, weight: torch.Tensor) -> Op:
-        """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
+    def linear_add_norm(
+        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> AddNorm:
+        """weight [n, k]: hidden += x weight^T; normed = rms_norm(hidden) * norm_weight"""
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""

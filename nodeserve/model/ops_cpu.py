@@ -74,6 +74,20 @@ class Bound:
         self._native(*self._arguments)
 
 
+class AddNorm:
+    """Two native functions in a row: into the residual stream, and its norm out of it."""
+
+    __slots__ = ("_add", "_norm")
+
+    def __init__(self, add: Bound, norm: Bound) -> None:
+        self._add = add
+        self._norm = norm
+
+    def __call__(self, x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        self._add(x, hidden)
+        self._norm(hidden, normed)
+
+
 class CpuAttention:
     """One layer's view of the native attention."""
 
@@ -126,6 +140,7 @@ class CpuOps:
     """
 
     device = torch.device("cpu")
+    qkv_dtype = torch.float32
 
     def __init__(
         self,
@@ -158,6 +173,9 @@ class CpuOps:
             )
         )
 
+    def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
+        """Nothing: the kernels' scratch is their threads' own."""
+
     def begin(self, inputs: StepInputs, cache: CpuCache) -> _host.CpuPlan:
         num_seqs, max_blocks = inputs.block_table.shape
         self._plan.prepare(
@@ -188,7 +206,13 @@ class CpuOps:
         return self._linear(weight, "store_f32", bias)
 
     def linear_add(self, weight: torch.Tensor) -> Bound:
+        """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
         return self._linear(weight, "add_f32")
+
+    def linear_add_norm(
+        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> AddNorm:
+        return AddNorm(self.linear_add(weight), self.rms_norm(norm_weight, eps))
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Bound:
         return self._linear(torch.cat([gate, up]), "silu_mul")

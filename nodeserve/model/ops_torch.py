@@ -13,8 +13,8 @@ from torch.nn import functional
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
-from nodeserve.model.kv import KvLayout
-from nodeserve.model.ops import Op
+from nodeserve.model.kv import KvLayout, pages_over
+from nodeserve.model.ops import AddNorm, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +110,17 @@ class TorchOps:
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.dtype = dtype
         self.act_dtype = dtype
+        self.qkv_dtype = torch.float32
         self.device = torch.device(device)
 
     def cache(self, layout: KvLayout, pool: Any) -> TorchCache:
         if layout.dtype != self.dtype:
             raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
         raw = pool if isinstance(pool, torch.Tensor) else torch.frombuffer(pool, dtype=torch.uint8)
-        num_blocks = raw.numel() // layout.block_bytes
-        pages = raw[: num_blocks * layout.block_bytes].view(self.dtype)
-        shape = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        return TorchCache(pages.view(num_blocks, *shape))
+        return TorchCache(pages_over(layout, raw))
+
+    def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
+        """Nothing: every operation here makes what it needs."""
 
     def begin(self, inputs: StepInputs, cache: TorchCache) -> TorchStep:
         starts, contexts = inputs.query_starts.tolist(), inputs.context_lens.tolist()
@@ -162,11 +163,15 @@ class TorchOps:
 
         return op
 
-    def linear_add(self, weight: torch.Tensor) -> Op:
+    def linear_add_norm(
+        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> AddNorm:
         matrix = self._own(weight, self.dtype)
+        norm = self.rms_norm(norm_weight, eps)
 
-        def op(x: torch.Tensor, out: torch.Tensor) -> None:
-            out.add_(functional.linear(x, matrix))
+        def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+            hidden.add_(functional.linear(x, matrix))
+            norm(hidden, normed)
 
         return op
 

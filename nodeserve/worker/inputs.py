@@ -40,6 +40,9 @@ class Staging:
             context_lens=self._lens[:num_seqs],
             block_table=self._block_table(batch),
             logit_rows=self._rows[: len(rows)],
+            num_decodes=batch.num_decodes,
+            max_query_len=max(work.num_tokens for work in batch.work),
+            max_context_len=int(self._np_lens[:num_seqs].max()),
         )
 
     def _decodes(self, batch: Batch) -> int:

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from nodeserve.policy.batching import Sequence
-from nodeserve.types import Sampling
 
 Tokens = NDArray[np.int64]
 Counts = NDArray[np.float32]
@@ -29,7 +28,7 @@ class Choice:
         self.plain = sampling.greedy and not sampling.shapes_logits and sampling.logprobs is None
         seed = sampling.seed
         self.seed: int = int.from_bytes(os.urandom(8), "little") if seed is None else seed
-        self.penalised = _penalises(sampling)
+        self.penalised = sampling.needs_tokens
         self._places: dict[int, int] = {}  # token id -> place in the two lists
         self._tokens = array("q")
         self._counts = array("f")  # times in the output
@@ -50,14 +49,6 @@ class Choice:
                 self._counts[place] += 1.0
         self._num_seen = len(sequence.token_ids)
         return np.array(self._tokens), np.array(self._counts)
-
-
-def _penalises(sampling: Sampling) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    )
 
 
 def shape_logits(logits: torch.Tensor, sequences: list[Sequence], choices: list[Choice]) -> None:

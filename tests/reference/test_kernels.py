@@ -179,6 +179,9 @@ class Sequences:
             context_lens=int32([last for _, last in spans.values()]),
             block_table=table,
             logit_rows=int32([]),
+            num_decodes=0,
+            max_query_len=max(counts),
+            max_context_len=max(last for _, last in spans.values()),
         )
 
     def run(

@@ -108,6 +108,9 @@ def _whole_prompts(prompts: list[list[int]], first_block: int = 0) -> StepInputs
         context_lens=lens,
         block_table=table,
         logit_rows=torch.arange(int(starts[-1]), dtype=torch.int32),
+        num_decodes=0,
+        max_query_len=int(lens.max()),
+        max_context_len=int(lens.max()),
     )
 
 
@@ -172,6 +175,9 @@ def _in_steps(
             context_lens=torch.tensor([b for _, b in spans.values()], dtype=torch.int32),
             block_table=whole.block_table[list(spans)],
             logit_rows=torch.arange(len(rows), dtype=torch.int32),
+            num_decodes=0,
+            max_query_len=max(b - a for a, b in spans.values()),
+            max_context_len=max(b for _, b in spans.values()),
         )
         logits[rows] = model.forward(inputs, cache)
     return list(torch.split(logits, list(PROMPT_LENS)))

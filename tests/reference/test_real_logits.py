@@ -83,6 +83,9 @@ def ours(checkpoint: Checkpoint, prompt: list[int], dtype: torch.dtype) -> torch
         context_lens=torch.tensor([count], dtype=torch.int32),
         block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
         logit_rows=row,
+        num_decodes=0,
+        max_query_len=count,
+        max_context_len=count,
     )
     return model.forward(inputs, cache).clone()
 
