@@ -108,6 +108,24 @@ class LifecycleError(NodeServeError):
     code = "lifecycle"
 
 
+class BadArgument(NodeServeError, ValueError):
+    """A value handed to the CUDA extension cannot be right; the message begins with its name."""
+
+    code = "bad_argument"
+
+
+class CudaError(NodeServeError, RuntimeError):
+    """A call of the CUDA runtime failed; the message has file, line and CUDA's own words."""
+
+    code = "cuda"
+
+    def __init__(self, message: str, number: int = 0, name: str = "") -> None:
+        """`number` and `name` are CUDA's: 2 and cudaErrorMemoryAllocation."""
+        super().__init__(message)
+        self.number = number
+        self.name = name
+
+
 def _subclasses(cls: type[NodeServeError]) -> list[type[NodeServeError]]:
     return [cls, *(sub for child in cls.__subclasses__() for sub in _subclasses(child))]
 

@@ -15,7 +15,7 @@ LONGER: dict[str, str] = {}  # path: why it is one file
 
 BASE = {
     *("errors", "types", "layout", "config", "metrics", "log"),
-    *("gguf", "checkpoint", "gpus", "socket_path"),
+    *("gguf", "checkpoint", "gpus", "socket_path", "cuda_build"),
 }
 MAY_IMPORT = {
     **{name: BASE for name in BASE},
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "policy": BASE,
     "text": BASE,
     "model": BASE | {"_host"},
-    "worker": BASE | {"wire", "policy", "model", "_host"},
+    "worker": BASE | {"wire", "policy", "model", "_cuda", "_host"},
     "coordinator": BASE | {"wire", "policy"},
     "client": BASE | {"wire", "text"},
     "cli": BASE | {"wire", "coordinator", "client"},
@@ -40,7 +40,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALL_FILES = [
     path
     for folder in ("nodeserve", "tests", "bench", "csrc")
-    for suffix in ("py", "cpp", "h", "pyi")
+    for suffix in ("py", "cpp", "cu", "h", "pyi")
     for path in sorted((ROOT / folder).rglob(f"*.{suffix}"))
 ]
 
