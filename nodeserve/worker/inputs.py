@@ -57,7 +57,7 @@ class Staging:
 
     def _prefills(self, batch: Batch, at: int) -> int:
         for place in range(batch.num_decodes, len(batch.work)):
-            sequence, start, num_tokens, _ = batch.work[place]
+            sequence, start, num_tokens, _, _ = batch.work[place]
             end = at + num_tokens
             token_ids = np.frombuffer(sequence.token_ids, np.int32)
             self._np_token_ids[at:end] = token_ids[start : start + num_tokens]

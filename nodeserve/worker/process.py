@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import ConfigError, NodeServeError
-from nodeserve.policy.batching import Limits, Scheduler
+from nodeserve.policy.batching import Limits
+from nodeserve.policy.scheduler import Scheduler
 from nodeserve.wire.messages import Failed, Loading, Mapped, Ready
 from nodeserve.worker.contract import Device, Load, Progress
 from nodeserve.worker.link import RingLink

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from nodeserve.errors import NodeServeError
-from nodeserve.policy.batching import Batch, Outcome, Scheduler, Sequence
+from nodeserve.policy.batching import Batch, Outcome, Sequence
+from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import sampling_from
 from nodeserve.wire.messages import (
     AttachPages,

@@ -61,6 +61,7 @@ class FakeSettings:
     fail_at_step: int | None = None  # raise
     only_worker: int | None = None
     instant: bool = False
+    overlaps: bool = False  # a device with a thread of its own: see tests/fakes/late_model.py
     max_blocks: int = 4096  # the pool's size where kv_memory would give more
     block_bytes: int = 0  # more than a block's tokens take, to have pages of a real model's size
 
@@ -111,9 +112,10 @@ class FakeExecutor:
         choose = self._count_up if self.settings.instant else self._choose
         if not self.settings.instant:
             for work in batch.work:
+                assert work.feed is None, "a step of its own has all its tokens at hand"
                 self._compute(work)
         token_ids = [choose(sequence) for sequence in batch.sampled]
-        sampled = Sampled(token_ids, _logprobs(batch, token_ids))
+        sampled = Sampled(token_ids, logprobs_of(batch, token_ids))
         self._take_time(batch, began)
         return Computed(sampled)
 
@@ -133,24 +135,31 @@ class FakeExecutor:
     def _compute(self, work: Work) -> None:
         sequence = work.sequence
         for position in range(work.start, work.start + work.num_tokens):
-            block_id = sequence.block_ids[position // self._block_size]
-            offset = block_id * self._block_bytes + position % self._block_size * ENTRY_BYTES
-            _ENTRY.pack_into(self._pages, offset, sequence.token_ids[position], position)
+            self._write(sequence.block_ids, position, sequence.token_ids[position])
 
     def _choose(self, sequence: Sequence) -> int:
-        kv: array[int] = array("i")
-        for block_id in sequence.block_ids:
-            start = block_id * self._block_bytes
-            kv.frombytes(self._pages[start : start + self._block_size * ENTRY_BYTES])
-        kv = kv[: 2 * len(sequence.token_ids)]
-        total = sum((at + 1) * token for token, at in zip(kv[::2], kv[1::2], strict=True))
-        return total % self.settings.vocab_size
+        return self._next_of(sequence.block_ids, len(sequence.token_ids))
 
     def _count_up(self, sequence: Sequence) -> int:
         return (sequence.token_ids[-1] + 1) % self.settings.vocab_size
 
+    def _write(self, block_ids: "array[int]", position: int, token_id: int) -> None:
+        block_id = block_ids[position // self._block_size]
+        offset = block_id * self._block_bytes + position % self._block_size * ENTRY_BYTES
+        _ENTRY.pack_into(self._pages, offset, token_id, position)
 
-def _logprobs(batch: Batch, token_ids: list[int]) -> list[Logprobs] | None:
+    def _next_of(self, block_ids: "array[int]", num_tokens: int) -> int:
+        kv: array[int] = array("i")
+        for block_id in block_ids:
+            start = block_id * self._block_bytes
+            kv.frombytes(self._pages[start : start + self._block_size * ENTRY_BYTES])
+        kv = kv[: 2 * num_tokens]
+        total = sum((at + 1) * token for token, at in zip(kv[::2], kv[1::2], strict=True))
+        return total % self.settings.vocab_size
+
+
+def logprobs_of(batch: Batch, token_ids: list[int]) -> list[Logprobs] | None:
+    """What a step says of those that asked: derived from the token, so a swapped row shows."""
     rows = []
     for row, sequence in enumerate(batch.sampled):
         count = sequence.sampling.logprobs

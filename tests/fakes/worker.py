@@ -13,6 +13,7 @@ from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.process import main
+from tests.fakes.late_model import ThreadedExecutor
 from tests.fakes.model import FakeExecutor, FakeSettings
 
 
@@ -31,8 +32,9 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     )
     num_blocks = min(num_blocks, settings.max_blocks)
     pool = make_pool(spec.pages_fd, num_blocks * block_bytes)
+    executor = ThreadedExecutor if settings.overlaps else FakeExecutor
     return Device(
-        executor=FakeExecutor(settings, pool, spec.block_size, spec.index),
+        executor=executor(settings, pool, spec.block_size, spec.index),
         transfer=HostTransfer(pool, block_bytes),
         num_blocks=num_blocks,
         block_bytes=block_bytes,

@@ -18,7 +18,8 @@ from nodeserve.checkpoint import resolve
 from nodeserve.model import backend, kv, llama
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
-from nodeserve.policy.batching import Limits, Scheduler, Sequence
+from nodeserve.policy.batching import Limits, Sequence
+from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling
 from nodeserve.worker.executor import ModelExecutor
 from nodeserve.worker.inputs import Staging

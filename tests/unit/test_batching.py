@@ -13,10 +13,10 @@ from nodeserve.policy.batching import (
     STOP,
     Limits,
     Outcome,
-    Scheduler,
     Sequence,
     Stage,
 )
+from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling
 
 BLOCK = 16
