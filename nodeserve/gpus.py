@@ -3,6 +3,12 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from nodeserve import nvml
+
+MIN_CAPABILITY = (8, 0)  # the oldest GPUs that our kernels are compiled for
+MIN_DRIVER_CUDA = (12, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +19,7 @@ class Gpu:
     name: str
     total_bytes: int
     free_bytes: int
+    capability: tuple[int, int] | None = None  # CUDA's compute capability; None: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +37,54 @@ class Gpus:
 def find_gpus() -> Gpus:
     """Asks the driver, then looks whether torch and our own extension can use what is there."""
     found, obstacle = _listed()
-    return Gpus(found, obstacle or _torch_obstacle() or _extension_obstacle())
+    return Gpus(found, obstacle or _torch_obstacle() or extension_obstacle())
 
 
 def _listed() -> tuple[tuple[Gpu, ...], str | None]:
-    import pynvml  # here and not above: a machine without a GPU need not load it
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as problem:
-        return (), f"no NVIDIA driver answers ({problem})"
-    try:
-        found = tuple(_described(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError as problem:
-        return (), f"the NVIDIA driver cannot list its GPUs ({problem})"
-    finally:
-        pynvml.nvmlShutdown()
-    return found, None if found else "the NVIDIA driver sees no GPU"
+        with nvml.opened() as pynvml:
+            cuda = nvml.cuda_version(pynvml)
+            count = pynvml.nvmlDeviceGetCount()
+            found = tuple(_described(pynvml, index) for index in range(count))
+    except nvml.NvmlFailed as problem:
+        return (), str(problem)
+    if not found:
+        return (), "the NVIDIA driver sees no GPU"
+    return found, driver_obstacle(cuda) or capability_obstacle(found)
 
 
-def _described(pynvml: "object", index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
-    name = pynvml.nvmlDeviceGetName(handle)  # type: ignore[attr-defined]
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)  # type: ignore[attr-defined]
-    return Gpu(index, str(name), int(memory.total), int(memory.free))
+def _described(pynvml: Any, index: int) -> Gpu:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    capability = nvml.told(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    return Gpu(index, name, int(memory.total), int(memory.free), capability)
+
+
+def driver_obstacle(cuda: tuple[int, int] | None) -> str | None:
+    """The driver must run the CUDA that our extension is built with."""
+    if cuda is None or cuda >= MIN_DRIVER_CUDA:
+        return None
+    return (
+        f"the NVIDIA driver runs CUDA {_dotted(cuda)} at most: install one for CUDA"
+        f" {_dotted(MIN_DRIVER_CUDA)} or newer"
+    )
+
+
+def capability_obstacle(found: tuple[Gpu, ...]) -> str | None:
+    """Only where no GPU is new enough: beside a new one an old one is left to `--gpus`."""
+    if any(gpu.capability is None or gpu.capability >= MIN_CAPABILITY for gpu in found):
+        return None
+    gpu = found[0]
+    assert gpu.capability is not None
+    return (
+        f"GPU {gpu.index} ({gpu.name}) has compute capability {_dotted(gpu.capability)}, the"
+        f" kernels need {_dotted(MIN_CAPABILITY)} or newer"
+    )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def _torch_obstacle() -> str | None:
@@ -67,7 +98,8 @@ def _torch_obstacle() -> str | None:
     return None
 
 
-def _extension_obstacle() -> str | None:
+def extension_obstacle() -> str | None:
+    """Why our CUDA extension cannot be imported at all; None: it is there."""
     if importlib.util.find_spec("nodeserve._cuda") is None:
         return "nodeserve._cuda is not built: install with the CUDA toolkit's nvcc on the PATH"
     return None

@@ -15,7 +15,7 @@ LONGER: dict[str, str] = {}  # path: why it is one file
 
 BASE = {
     *("errors", "types", "layout", "config", "metrics", "log"),
-    *("gguf", "checkpoint", "gpus", "socket_path", "cuda_build"),
+    *("gguf", "checkpoint", "gpus", "nvml", "socket_path", "cuda_build"),
 }
 MAY_IMPORT = {
     **{name: BASE for name in BASE},
