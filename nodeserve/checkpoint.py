@@ -41,15 +41,17 @@ class Checkpoint:
     """A model that is there: where, in which format, and its shape."""
 
     path: Path  # of the .gguf file, or of the folder
-    kind: str  # "gguf" or "safetensors"
+    kind: str  # "gguf", "safetensors", or "config": a shape without weights
     config: ModelConfig
     served_name: str
 
 
-def resolve(model: str | None = None) -> Checkpoint:
+def resolve(model: str | None = None, load_format: str = "auto") -> Checkpoint:
     """The checkpoint that `model` names; None is the embedded default.
 
-    A name is a .gguf file, a folder, or else a model of the hub ("organisation/model").
+    A name is a .gguf file, a folder, or else a model of the hub ("organisation/model"). With
+    load_format "dummy" a folder needs no more than its config.json: without a tokenizer, clients
+    send token ids.
     """
     if model is None:
         return _open(_embedded_file(), EMBEDDED_NAME)
@@ -59,7 +61,9 @@ def resolve(model: str | None = None) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         return _open(path, path.stem)
     if path.is_dir():
-        return _open(path, path.resolve().name)
+        if load_format == "dummy" and not has_all_files(path):
+            return Checkpoint(path, "config", folder_config(path), path.name)
+        return _open(path, path.name)
     if path.exists():
         raise ModelError(f"{model} is neither a .gguf file nor a folder")
     if _HUB_NAME.fullmatch(model) and path.suffix != ".gguf":
@@ -68,6 +72,11 @@ def resolve(model: str | None = None) -> Checkpoint:
         f"no model at {model}: give a .gguf file, a folder with config.json and *.safetensors, "
         "or a hub name (organisation/model)"
     )
+
+
+def has_all_files(folder: Path) -> bool:
+    """Whether a folder has weights and a tokenizer beside its config.json."""
+    return any(folder.glob("*.safetensors")) and (folder / "tokenizer.json").is_file()
 
 
 def _open(path: Path, served_name: str) -> Checkpoint:

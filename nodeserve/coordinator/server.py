@@ -64,7 +64,7 @@ OnEvent = Callable[[StartEvent], None]
 def serve(config: EngineConfig, on_event: OnEvent, command: Sequence[str] = WORKER_COMMAND) -> int:
     """Run a node until it is stopped; 0 after a stop that was asked for, 1 after a failure."""
     on_event(StartEvent("model", None, 0, 1, config.model or "embedded demo model"))
-    checkpoint = resolve_checkpoint(config.model)
+    checkpoint = resolve_checkpoint(config.model, config.load_format)
     plan = resolve(config, checkpoint, find_gpus())
     on_event(StartEvent("model", None, 1, 1, plan.config.served_model_name or ""))
     for note in plan.notes:

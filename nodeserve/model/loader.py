@@ -1,13 +1,16 @@
 """Reads a checkpoint's weights by the names that the hub gives them, whatever the file format.
 
 `open_weights(checkpoint, dtype)` reads nothing yet; each `weights(name)` reads one tensor. Files
-stay mapped, so what is never asked for is never read.
+stay mapped, so what is never asked for is never read; workers of one node share the pages that the
+system keeps of them. For another device, tensors go there as they are in the file and become
+`dtype` there.
 """
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +19,16 @@ from nodeserve.checkpoint import Checkpoint, read_json
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile
 from nodeserve.model.dequantise import dequantise
+from nodeserve.model.dummy import DummyWeights
+
+
+class Upload(Protocol):
+    """Takes tensors to a device."""
+
+    device: torch.device
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a CPU tensor on the device; the tensor may go when this returns."""
 
 
 class Weights(ABC):
@@ -31,17 +44,35 @@ class Weights(ABC):
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
 
-    def __call__(self, name: str) -> torch.Tensor:
-        """The whole tensor called `name`, on the CPU."""
+    def as_stored(self, name: str) -> torch.Tensor:
+        """The whole tensor called `name`, on the CPU, in the file's own type if torch has it."""
         if name not in self:
             raise ModelError(f"{self.where} has no tensor {name}")
         return self._read(name)
 
+    def __call__(self, name: str) -> torch.Tensor:
+        """The whole tensor called `name`, on the CPU."""
+        return self.as_stored(name).to(self.dtype)
 
-def open_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
-    if checkpoint.kind == "gguf":
-        return GgufWeights(checkpoint, dtype)
-    return SafetensorsWeights(checkpoint, dtype)
+
+def open_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    load_format: str = "auto",
+    upload: Upload | None = None,
+) -> Callable[[str], torch.Tensor]:
+    """Tensors of `dtype` by hub name, on the CPU or where `upload` puts them.
+
+    Random ones with load_format "dummy", made where they stay.
+    """
+    if load_format == "dummy":
+        device = torch.device("cpu") if upload is None else upload.device
+        return DummyWeights(checkpoint.config, dtype, device)
+    kind = GgufWeights if checkpoint.kind == "gguf" else SafetensorsWeights
+    weights = kind(checkpoint, dtype)
+    if upload is None:
+        return weights
+    return lambda name: upload(weights.as_stored(name)).to(dtype)
 
 
 # -- safetensors --------------------------------------------------------------------------------
@@ -61,7 +92,7 @@ class SafetensorsWeights(Weights):
             tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{self._places[name]}: cannot read {name}: {error}") from None
-        return tensor.to(self.dtype)
+        return tensor
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:

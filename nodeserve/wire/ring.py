@@ -6,7 +6,8 @@ The ring itself, with its invariants, is C++ (csrc/ring/ring.h). Here is who rin
   room in the ring that I fill. So a ring is a hint; whoever wakes looks at both rings again.
 - A doorbell is rung only after the other end announced that it sleeps or waits, and once for each
   announcement. Announcing is followed by one more look: that order is what loses no wake-up.
-- A ring that comes too late (its sleeper timed out) only causes one turn too many.
+- A ring that comes too late (its sleeper timed out) only causes one turn too many. So a worker's
+  own threads ring its doorbell as well, for reasons that no ring knows of (`wake`).
 - No end ever waits for a peer that died: waits are bounded by the caller's timeout, and the death
   itself is seen by whoever owns the process.
 """
@@ -189,14 +190,25 @@ class BlockingReceiver(Receiver):
     def __init__(self, ring: Ring, peer: Doorbell, own: SemaphoreDoorbell) -> None:
         super().__init__(ring, peer)
         self._own = own
+        self._woken = False
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Sleep until there may be records (True) or the time is over (False)."""
-        if not self._ring.arm_consumer():
-            return True
-        rang = self._own.wait(timeout_s)
-        self._ring.disarm_consumer()
+        """Sleep until there may be records or `wake` was called (True), or the time is over
+        (False)."""
+        rang = self._woken or not self._ring.arm_consumer()
+        if not rang:
+            rang = self._own.wait(timeout_s)
+            self._ring.disarm_consumer()
+        self._woken = False
         return rang
+
+    def wake(self) -> None:
+        """End the wait that is under way, or else the next one; from any thread.
+
+        The bell alone could be lost: a `put` that waits for room sleeps on it too.
+        """
+        self._woken = True  # before the bell: who hears it, or comes too late for it, sees this
+        self._own.ring()
 
 
 @final

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from nodeserve.config import WorkerSpec
+from nodeserve.errors import NodeServeError
 from nodeserve.policy.batching import Batch
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -31,7 +32,7 @@ class Sampled(NamedTuple):
 
 
 class Flight(Protocol):
-    """A launched step, on its way."""
+    """A launched step, on its way. Steps end in the order of their launches."""
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
@@ -60,14 +61,20 @@ class Executor(Protocol):
     def overlaps(self) -> bool:
         """Whether a batch may be launched before the tokens of the one before are known.
 
-        Works with a `feed` then take their input token from the earlier step, on the device.
+        Works with a `feed` then take their input token from the step launched just before, on the
+        device. At most one launched step waits behind the one that runs.
         """
 
     def launch(self, batch: Batch) -> Flight:
-        """Begin a step; steps run in the order of their launches. May compute at once."""
+        """Begin a step; steps run in the order of their launches. May compute at once.
+
+        The batch's sequences change afterwards: tokens of earlier steps are appended, blocks are
+        added, a sequence may be cancelled. Its blocks are nobody else's until the step has ended.
+        """
 
     def on_done(self, wake: Callable[[], None]) -> None:
-        """Call `wake`, from any thread, whenever a launched step has ended."""
+        """Call `wake`, from any thread, whenever a step has ended that was not over when `launch`
+        returned; its flight is `done` by then. One call too many is harmless."""
 
 
 class Ticket(NamedTuple):
@@ -94,12 +101,26 @@ class Offered(NamedTuple):
     block_ids: bytes  # int32
 
 
+class CopyFailed(NamedTuple):
+    """A pull or an offer that came to nothing: no page is read or written for it any more."""
+
+    request_id: int
+    problem: NodeServeError
+
+
+Moved = Landed | Offered | CopyFailed
+
+
 class Transfer(Protocol):
     """Moves pages from peers' pools into ours, and lets peers read ours.
 
     A copy may outlive `begin`; its pages on both sides must stay as they are until it is in a
-    `poll`'s answer or `cancel` returned.
+    `poll`'s answer or `cancel` returned. All calls may come while a step runs.
     """
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever a `poll` would answer something that was not
+        there before, unless it is `busy`. One call too many is harmless."""
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Map a peer's pool: by `handle` if there is one, else the memory behind `fd`."""
@@ -114,13 +135,16 @@ class Transfer(Protocol):
     def begin(self, ticket: Ticket) -> None:
         """HandoffFailed when the peer is unknown or a block is not in its pool."""
 
-    def poll(self) -> "list[Landed | Offered]": ...
+    def poll(self) -> "list[Moved]":
+        """What ended since the last time."""
 
     def cancel(self, request_id: int) -> None:
         """When this returns, no page is read or written for this request any more."""
 
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether `poll` itself moves pages and is to be called again without a wait. Not for a
+        copy that another engine carries out: `on_done` tells of its end."""
 
 
 @dataclass(frozen=True, slots=True)

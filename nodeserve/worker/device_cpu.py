@@ -25,7 +25,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def load(spec: WorkerSpec, progress: Progress) -> Device:
     if spec.dtype not in DTYPES:
         raise ConfigError(f"dtype {spec.dtype!r}: use {', '.join(DTYPES)}")
-    found = checkpoint.resolve(spec.model)
+    found = checkpoint.resolve(spec.model, spec.load_format)
     dtype, max_blocks = DTYPES[spec.dtype], blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
@@ -42,7 +42,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     progress("pages", 0, 1)
     pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
     progress("pages", 1, 1)
-    weights = open_weights(found, dtype)
+    weights = open_weights(found, dtype, spec.load_format)
     model = llama.build(found.config, weights, ops, partial(progress, "weights"))
     staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
     executor = ModelExecutor(model, ops.cache(layout, pool), staging)

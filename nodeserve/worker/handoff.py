@@ -11,11 +11,12 @@ would not help: the cores a worker is pinned to are busy with the step.
 import mmap
 import time
 from collections import deque
+from collections.abc import Callable
 
 from nodeserve import _host
 from nodeserve.errors import HandoffFailed
 from nodeserve.wire.messages import unpack_ids
-from nodeserve.worker.contract import Landed, Offered, Ticket
+from nodeserve.worker.contract import Landed, Moved, Ticket
 from nodeserve.worker.pages import map_peer
 
 SHARED_MEMORY = "shared memory"
@@ -34,6 +35,9 @@ class HostTransfer:
     @property
     def busy(self) -> bool:
         return bool(self._queue)
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        """Copies run in `poll`: nobody waits for one."""
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Map a peer's pool; again after the peer was restarted. `fd` stays open for that."""
@@ -66,8 +70,8 @@ class HostTransfer:
             )
         self._queue.append(ticket)
 
-    def poll(self) -> list[Landed | Offered]:
-        landed: list[Landed | Offered] = []
+    def poll(self) -> list[Moved]:
+        landed: list[Moved] = []
         budget = BYTES_PER_POLL
         while self._queue and budget > 0:
             copied = self._copy(self._queue.popleft())

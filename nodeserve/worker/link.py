@@ -21,6 +21,9 @@ class RingLink:
     def wait(self, timeout_s: float) -> None:
         self._inbox.wait(timeout_s)
 
+    def wake(self) -> None:
+        self._inbox.wake()
+
     def put(self, message: FromWorker) -> None:
         record = FROM_WORKER.encode(message)
         while not self._outbox.put(record, timeout_s=1.0):

@@ -1,16 +1,26 @@
 """The step loop of one worker: the same for every role and device.
 
-Always true: all records of a step are in the ring before the next step begins, and one StepDone
-tells everything a step did. Each message is answered before the next one is looked at, so an answer
-never describes a state that a later message made.
+A turn takes in what has come (messages, landed pages, the end of a step), begins what can begin and
+sleeps until something else comes. So a message is taken in the middle of a running step, and a copy
+that it asks for runs beside it. Where the device overlaps, the next step is launched behind the
+running one, as late as the pacer finds safe; where launching is computing, a turn is a step.
+
+Always true: steps are told in the order of their launches, and one StepDone tells everything a step
+did, also when nobody is left who wants its tokens: it carries the load, which changed. Each message
+is answered before the next one is looked at, so an answer never describes a state that a later
+message made.
 """
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nodeserve.errors import NodeServeError
 from nodeserve.policy.batching import Batch, Outcome, Sequence
+from nodeserve.policy.pacing import Pacer
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import sampling_from
 from nodeserve.wire.messages import (
@@ -33,7 +43,16 @@ from nodeserve.wire.messages import (
     pack_request_ids,
     unpack_ids,
 )
-from nodeserve.worker.contract import Executor, Landed, Offered, Sampled, Ticket, Transfer
+from nodeserve.worker.contract import (
+    CopyFailed,
+    Executor,
+    Flight,
+    Logprobs,
+    Moved,
+    Offered,
+    Ticket,
+    Transfer,
+)
 
 IDLE_WAIT_S = 1.0  # bounds the heartbeat's age, nothing else
 
@@ -44,7 +63,11 @@ class Link(Protocol):
     def drain(self) -> list[ToWorker]: ...
 
     def wait(self, timeout_s: float) -> None:
-        """Return when there is a message, or after `timeout_s`."""
+        """Return when there is a message, after a `wake` since the last return, or after
+        `timeout_s`."""
+
+    def wake(self) -> None:
+        """End the wait that is under way, or else the next one; from any thread."""
 
     def put(self, message: FromWorker) -> None:
         """Blocks while the ring is full: a slow coordinator slows us, and loses nothing."""
@@ -52,17 +75,37 @@ class Link(Protocol):
     def beat(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way."""
+
+    batch: Batch
+    flight: Flight
+    launched_s: float
+
+
 class Runner:
-    """Carries out what the scheduler decides."""
+    """Carries out what the scheduler decides. `clock` is monotonic, in seconds."""
 
     def __init__(
-        self, link: Link, scheduler: Scheduler, executor: Executor, transfer: Transfer
+        self,
+        link: Link,
+        scheduler: Scheduler,
+        executor: Executor,
+        transfer: Transfer,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
         self.executor = executor
         self.transfer = transfer
         self.stopped = False
+        self._clock = clock
+        self._pacer = Pacer()
+        self._launched: deque[Launched] = deque()  # not told yet; the first runs, at most one waits
+        self._ended_s = 0.0  # when the last step ended
+        executor.on_done(link.wake)
+        transfer.on_done(link.wake)
         self._take: dict[type, Callable[[Any], None]] = {
             Prefill: self._prefill,
             PullKv: self._pull,
@@ -73,29 +116,66 @@ class Runner:
         }
 
     def run(self) -> None:
-        """Step until told to stop."""
+        """Turn until told to stop; then no step writes to the pages any more."""
         while not self.stopped:
-            self.step()
+            self.turn()
+        for launched in self._launched:
+            launched.flight.result()
 
-    def step(self) -> None:
+    def turn(self) -> None:
+        """What has come, then what can begin; sleeps if nothing can."""
         self.link.beat()
         for message in self.link.drain():
             self._take[type(message)](message)
         for moved in self.transfer.poll():
             self._on_moved(moved)
-        batch = self.scheduler.next_batch()
-        if batch is None:
-            self._idle()
-            return
-        began = time.perf_counter()
-        sampled = self.executor.launch(batch).result()
-        outcome = self.scheduler.commit(batch, sampled.token_ids)
-        kv_ready = self._offer(outcome)
-        self.link.put(self._report(batch, sampled, outcome, kv_ready, time.perf_counter() - began))
+        self._land()
+        wait_s = self._begin()
+        if wait_s > 0.0 and not self.transfer.busy and not self.stopped:
+            self.link.wait(wait_s)
 
-    def _idle(self) -> None:
-        if not self.transfer.busy and not self.stopped:
-            self.link.wait(IDLE_WAIT_S)
+    # ---- steps
+
+    def _begin(self) -> float:
+        """Launch a step if it is time and there is one; else how long to wait for what comes."""
+        now_s = self._clock()
+        due_s = self._due_s()
+        if now_s < due_s:
+            return min(due_s - now_s, IDLE_WAIT_S)
+        batch = self.scheduler.next_batch(ahead=bool(self._launched))
+        if batch is None:
+            return IDLE_WAIT_S
+        self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
+        if not batch.num_prefill_tokens:
+            self._pacer.launched(self._clock() - now_s)
+        self._land()  # if launching was computing
+        return 0.0
+
+    def _due_s(self) -> float:
+        """When the next step may be planned."""
+        if not self._launched:
+            return -math.inf
+        if len(self._launched) > 1 or not self.executor.overlaps:
+            return math.inf
+        running = self._launched[0]
+        began_s = max(running.launched_s, self._ended_s)
+        return self._pacer.due_s(began_s, running.batch.num_decodes)
+
+    def _land(self) -> None:
+        """Tell of the steps that are over."""
+        while self._launched and self._launched[0].flight.done():
+            self._tell(self._launched.popleft(), self._clock())
+
+    def _tell(self, step: Launched, ended_s: float) -> None:
+        seconds = ended_s - max(step.launched_s, self._ended_s)
+        self._ended_s = ended_s
+        if not step.batch.num_prefill_tokens:
+            self._pacer.ended(step.batch.num_decodes, seconds)
+        sampled = step.flight.result()
+        outcome = self.scheduler.commit(step.batch, sampled.token_ids)
+        kv_ready = self._offer(outcome)
+        logprobs = _told(sampled.logprobs, outcome.kept)
+        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, seconds))
 
     # ---- messages
 
@@ -119,7 +199,11 @@ class Runner:
             self.scheduler.cancel(message.request_id)
             self._fail(message.request_id, problem)
 
-    def _on_moved(self, moved: Landed | Offered) -> None:
+    def _on_moved(self, moved: Moved) -> None:
+        if isinstance(moved, CopyFailed):
+            self.scheduler.cancel(moved.request_id)
+            self._fail(*moved)
+            return
         if isinstance(moved, Offered):
             self.link.put(KvReady(*moved))
             return
@@ -159,12 +243,11 @@ class Runner:
     def _report(
         self,
         batch: Batch,
-        sampled: Sampled,
         outcome: Outcome,
+        logprobs: list[list[object]] | None,
         kv_ready: list[list[object]],
         seconds: float,
     ) -> StepDone:
-        logprobs = [list(row) for row in sampled.logprobs] if sampled.logprobs else None
         return StepDone(
             request_ids=pack_request_ids(outcome.request_ids),
             token_ids=pack_ids(outcome.token_ids),
@@ -175,8 +258,16 @@ class Runner:
             preempted=pack_request_ids(batch.preempted),
             load=self.scheduler.load(),
             step_s=seconds,
-            num_prefill_tokens=batch.num_prefill_tokens,
+            num_prefill_tokens=outcome.num_prefill_tokens,
         )
+
+
+def _told(logprobs: list[Logprobs] | None, kept: list[int]) -> list[list[object]] | None:
+    """With the places that the step's tokens have once those of sequences gone are dropped."""
+    if not logprobs:
+        return None
+    rows = {place: row for row, place in enumerate(kept)}
+    return [[rows[place], *entry] for place, *entry in logprobs if place in rows] or None
 
 
 def _sequence(message: Prefill | PullKv, handoff: bool) -> Sequence:

@@ -77,6 +77,12 @@ def test_imports_point_down(path: Path) -> None:
     assert not theirs & MAY_NOT_USE.get(here, set())
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_gpu_files_need_triton(path: Path) -> None:
+    if "model/gpu" not in path.relative_to(PACKAGE).as_posix():
+        assert "triton" not in imported(path)[1]
+
+
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -120,6 +126,7 @@ def test_exceptions_to_the_length_are_needed() -> None:
         ("from nodeserve import Client, AsyncClient", "torch nodeserve._host uvloop tokenizers"),
         ("import nodeserve.cli", "torch nodeserve._host uvloop tokenizers rich numpy"),
         ("import nodeserve.coordinator.server", "torch tokenizers"),
+        ("import nodeserve.worker.device_cpu", "triton nodeserve.model.gpu"),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(statement: str, forbidden: str) -> None:

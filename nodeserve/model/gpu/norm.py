@@ -1,7 +1,5 @@
 """RMS norm of the residual stream, alone or with the addition that comes before it."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -9,11 +7,11 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    delta: Any,  # [rows, WIDTH] act
-    hidden: Any,  # [rows, WIDTH] float32
-    weight: Any,  # [WIDTH] float32
-    normed: Any,  # [rows, WIDTH] act, written
-    eps: Any,
+    delta: tl.tensor,  # [rows, WIDTH] act
+    hidden: tl.tensor,  # [rows, WIDTH] float32
+    weight: tl.tensor,  # [WIDTH] float32
+    normed: tl.tensor,  # [rows, WIDTH] act, written
+    eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,  # hidden += delta first

@@ -1,7 +1,5 @@
 """Embedding rows, the gated activation, and the tokens that never left the device."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -11,9 +9,9 @@ TILE = 1024
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids"])
 def embedding_kernel(
-    token_ids: Any,  # [rows] int32
-    table: Any,  # [VOCAB, WIDTH] act
-    out: Any,  # [rows, WIDTH] float32, written
+    token_ids: tl.tensor,  # [rows] int32
+    table: tl.tensor,  # [VOCAB, WIDTH] act
+    out: tl.tensor,  # [rows, WIDTH] float32, written
     VOCAB: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -29,8 +27,8 @@ def embedding_kernel(
 
 @triton.jit
 def silu_mul_kernel(
-    gate_up: Any,  # [rows, 2 * WIDTH] act
-    out: Any,  # [rows, WIDTH] act, written
+    gate_up: tl.tensor,  # [rows, 2 * WIDTH] act
+    out: tl.tensor,  # [rows, WIDTH] act, written
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -49,10 +47,10 @@ def silu_mul_kernel(
     do_not_specialize_on_alignment=["token_ids", "feed", "sampled"],
 )
 def feed_kernel(
-    token_ids: Any,  # [num_tokens] int32, written where fed
-    feed: Any,  # [num_tokens] int32
-    sampled: Any,  # [rows] int32
-    num_tokens: Any,
+    token_ids: tl.tensor,  # [num_tokens] int32, written where fed
+    feed: tl.tensor,  # [num_tokens] int32
+    sampled: tl.tensor,  # [rows] int32
+    num_tokens: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)

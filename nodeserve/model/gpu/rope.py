@@ -5,8 +5,6 @@ checkpoints want it. Pages of a layer are a view [num_blocks, 2, num_kv_heads, b
 of the pool, contiguous but for the stride from block to block.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,11 +18,11 @@ _PAIRS = 1024  # that a program turns
     do_not_specialize_on_alignment=["query_starts", "positions", "block_table", "slots"],
 )
 def slots_kernel(
-    query_starts: Any,  # [num_seqs + 1] int32
-    positions: Any,  # [num_tokens] int32
-    block_table: Any,  # [num_seqs, width] int32
-    slots: Any,  # [num_tokens] int32, written
-    width: Any,
+    query_starts: tl.tensor,  # [num_seqs + 1] int32
+    positions: tl.tensor,  # [num_tokens] int32
+    block_table: tl.tensor,  # [num_seqs, width] int32
+    slots: tl.tensor,  # [num_tokens] int32, written
+    width: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -39,17 +37,17 @@ def slots_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def rope_store_kernel(
-    qkv: Any,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM]
-    positions: Any,  # [num_tokens] int32
-    slots: Any,  # [num_tokens] int32; below 0: K and V go nowhere
-    cos: Any,  # [max_position, HEAD_DIM / 2] float32
-    sin: Any,
-    q_norm: Any,  # [HEAD_DIM] float32
-    k_norm: Any,
-    query: Any,  # [num_tokens, NUM_HEADS * HEAD_DIM] act, written
-    pages: Any,  # [num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM] act, written
-    block_stride: Any,  # values from one block to the next
-    eps: Any,
+    qkv: tl.tensor,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM]
+    positions: tl.tensor,  # [num_tokens] int32
+    slots: tl.tensor,  # [num_tokens] int32; below 0: K and V go nowhere
+    cos: tl.tensor,  # [max_position, HEAD_DIM / 2] float32
+    sin: tl.tensor,
+    q_norm: tl.tensor,  # [HEAD_DIM] float32
+    k_norm: tl.tensor,
+    query: tl.tensor,  # [num_tokens, NUM_HEADS * HEAD_DIM] act, written
+    pages: tl.tensor,  # [num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM] act, written
+    block_stride: tl.tensor,  # values from one block to the next
+    eps: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

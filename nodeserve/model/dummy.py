@@ -1,0 +1,126 @@
+"""Random weights for a model's shape: `--load-format dummy`, for benchmarks and tests.
+
+A value is a hash of the tensor's name and its own place in it, in integers that every device wraps
+the same way, and then one product of two floats: so the bits are the same in every process and on
+every device, and nothing is read. 8 billion values are some tens of passes over memory.
+
+The scales keep a deep model sane: every linear keeps the size of what it reads, what joins the
+residual stream shrinks with the depth, and logits have a spread of about one.
+"""
+
+import hashlib
+import math
+
+import torch
+
+from nodeserve.config import ModelConfig
+from nodeserve.errors import ModelError
+
+CHUNK = 1 << 24  # values made at once: 64 MiB of integers
+_UNIFORM_STD = 1.0 / math.sqrt(3.0)  # of the interval [-1, 1)
+_BIAS_STD = 0.02
+
+
+def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """The shape of the tensor that the hub calls `name`; None if the model has none."""
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    whole = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_embeddings:
+        whole["lm_head.weight"] = (vocab, hidden)
+    if name in whole:
+        return whole[name]
+    part = _part_of_layer(config, name)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (heads, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, heads),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config.attention_bias:
+        rows = {"q": heads, "k": kv, "v": kv}
+        layer |= {f"self_attn.{one}_proj.bias": (rows[one],) for one in rows}
+    if config.qk_norm:
+        layer |= {f"self_attn.{one}_norm.weight": (config.head_dim,) for one in "qk"}
+    return layer.get(part)
+
+
+def _part_of_layer(config: ModelConfig, name: str) -> str:
+    """What follows "model.layers.N." for a layer that exists, else nothing."""
+    prefix, _, rest = name.partition("model.layers.")
+    number, _, part = rest.partition(".")
+    known = not prefix and number.isdecimal() and int(number) < config.num_layers
+    return part if known else ""
+
+
+def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | None:
+    """Spread of a tensor's values; None for one that is all ones."""
+    if name.endswith(".bias"):
+        return _BIAS_STD
+    if len(shape) == 1:
+        return None
+    if name == "model.embed_tokens.weight" and not config.tie_embeddings:
+        return 1.0
+    std = 1.0 / math.sqrt(shape[1])
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.num_layers)
+    return std
+
+
+def random_tensor(
+    name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Uniform values with mean 0; the same bits for the same name, shape and std everywhere."""
+    values = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    seeds = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    scale = std / _UNIFORM_STD / 2.0**31
+    for first in range(0, values.numel(), CHUNK):
+        part = values[first : first + CHUNK]
+        places = torch.arange(first, first + part.numel(), dtype=torch.int32, device=device)
+        part.copy_(_mixed(places, seeds).to(torch.float32).mul_(scale))
+    return values.view(shape)
+
+
+def _mixed(places: torch.Tensor, seeds: tuple[int, int]) -> torch.Tensor:
+    """A hash of each int32 in all of its 32 bits, in place: multiply and fold, again and again."""
+    places.mul_(_signed(0x9E3779B1)).add_(_signed(seeds[0]))
+    places.bitwise_xor_(places.bitwise_right_shift(15)).add_(_signed(seeds[1]))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
+        folded = places.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1)
+        places.bitwise_xor_(folded).mul_(_signed(factor))
+    return places
+
+
+def _signed(bits: int) -> int:
+    """The int32 with these 32 bits."""
+    return bits - (1 << 32) if bits >= 1 << 31 else bits
+
+
+class DummyWeights:
+    """What model.loader.Weights is for files: tensors by hub name, made when asked for."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._device = torch.device(device)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and shape_of(self._config, name) is not None
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The whole tensor called `name`, on the device."""
+        shape = shape_of(self._config, name)
+        if shape is None:
+            raise ModelError(f"a {self._config.architecture} of this shape has no tensor {name}")
+        std = std_of(self._config, name, shape)
+        if std is None:
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        return random_tensor(name, shape, std, self._dtype, self._device)

@@ -1,0 +1,224 @@
+"""Launches steps on a GPU and leaves them there: nothing in `launch` waits for the device.
+
+A step is one copy of inputs, the forward pass, the choice of tokens, and their copy to pinned
+memory. Steps of decodes alone replay a captured graph of the next larger size. The tokens chosen
+stay on the device as well, where the step behind takes its inputs from (`Work.feed`), so it may be
+launched before anybody has read them.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+
+from nodeserve.log import logger
+from nodeserve.model.inputs import StepInputs
+from nodeserve.policy.batching import Batch, Sequence, Work
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.types import Sampling
+from nodeserve.worker.contract import Sampled
+from nodeserve.worker.gpu_runtime import Mark, Runtime
+from nodeserve.worker.sizing import bucket_for
+from nodeserve.worker.staging_cuda import CudaStaging, Staged
+from nodeserve.worker.watcher import Watcher
+
+
+class Model(Protocol):
+    """A decoder whose step reads no tensor on the host."""
+
+    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor: ...
+
+
+class Launched(Protocol):
+    """Tokens on their way."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[rows] int32 on the device"""
+
+    def result(self) -> Sampled:
+        """Once the submitted work is over."""
+
+
+class Sampler(Protocol):
+    def launch(self, logits: torch.Tensor, work: list[Work]) -> Launched:
+        """Choose a token for each row of logits [rows, vocab_size] float32; may write over them."""
+
+
+FeedTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""feed_tokens(token_ids, feed, sampled): token_ids[i] = sampled[feed[i]] where feed[i] >= 0"""
+
+
+class CudaFlight:
+    """A step on the device."""
+
+    __slots__ = ("launched", "mark")
+
+    def __init__(self) -> None:
+        self.mark: Mark | None = None
+        self.launched: Launched | None = None
+
+    def done(self) -> bool:
+        assert self.mark is not None
+        return self.mark.query()
+
+    def result(self) -> Sampled:
+        assert self.mark is not None
+        self.mark.synchronize()
+        return Sampled([], None) if self.launched is None else self.launched.result()
+
+
+class CudaExecutor:
+    """A model on a GPU, and what is between the scheduler and it."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: Model,
+        staging: CudaStaging,
+        sampler: Sampler,
+        feed_tokens: FeedTokens,
+        max_num_seqs: int,
+    ) -> None:
+        self._runtime = runtime
+        self._model = model
+        self._staging = staging
+        self._sampler = sampler
+        self._feed_tokens = feed_tokens
+        self._cache: Any = None
+        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=runtime.device)
+        self._graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
+        self._sizes: tuple[int, ...] = ()
+        self._watcher = Watcher("steps", runtime.thread_begins)
+
+    @property
+    def overlaps(self) -> bool:
+        return True
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Sizes of the captured steps, rising."""
+        return self._sizes
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        self._watcher.start(wake)
+
+    def use(self, cache: Any, spare_block: int) -> None:
+        """The pages to work in from now on; what was captured goes with the old ones."""
+        self._graphs.clear()
+        self._sizes = ()
+        self._cache = cache
+        self._staging.spare_block = spare_block
+
+    # ---- steps
+
+    def launch(self, batch: Batch) -> CudaFlight:
+        size = None
+        if batch.num_decodes == len(batch.work):
+            size = bucket_for(batch.num_decodes, self._sizes)
+        staging, flight = self._staging, CudaFlight()
+        staged = staging.build(batch) if size is None else staging.build_decodes(batch, size)
+        sampling = [work for work in batch.work if work.samples]
+
+        def step() -> None:
+            staging.upload(staged)
+            logits = self._eager(staged) if size is None else self._replay(size)
+            if sampling:
+                flight.launched = self._sampler.launch(logits[: len(sampling)], sampling)
+                self._sampled[: len(sampling)].copy_(flight.launched.tokens)
+
+        flight.mark = staged.half.reader = self._runtime.submit(step)
+        self._watcher.watch(flight.mark)
+        return flight
+
+    def _eager(self, staged: Staged) -> torch.Tensor:
+        if staged.feed is not None:
+            self._feed_tokens(staged.inputs.token_ids, staged.feed, self._sampled)
+        return self._model.forward(staged.inputs, self._cache)
+
+    def _replay(self, size: int) -> torch.Tensor:
+        replay, logits = self._graphs[size]
+        replay()
+        return logits
+
+    # ---- graphs
+
+    def capture(self, sizes: Iterable[int], progress: Callable[[int, int], None]) -> None:
+        """Record decode steps of these sizes, largest first: smaller ones then fit its memory."""
+        falling = sorted(sizes, reverse=True)
+        for done, size in enumerate(falling):
+            progress(done, len(falling))
+            try:
+                self._capture(size)
+            except RuntimeError as problem:
+                reason = str(problem).strip().partition("\n")[0]
+                logger.warning(
+                    "no graph for %d sequences, such steps take a larger one or none: %s",
+                    size,
+                    reason,
+                )
+        self._sizes = tuple(sorted(self._graphs))
+        progress(len(falling), len(falling))
+
+    def _capture(self, size: int) -> None:
+        inputs, feed = self._staging.decode_inputs(size)
+        found: list[torch.Tensor] = []
+
+        def step() -> None:
+            self._feed_tokens(inputs.token_ids, feed, self._sampled)
+            found[:] = [self._model.forward(inputs, self._cache)]
+
+        # Once for real: kernels are compiled and libraries make their workspaces outside a capture.
+        staged = self._staging.build_decodes(idle_decodes(size, self._staging.spare_block), size)
+
+        def first() -> None:
+            self._staging.upload(staged)
+            step()
+
+        self._runtime.submit(first).synchronize()
+        replay = self._runtime.capture(step)
+        self._graphs[size] = (replay, found[0])
+
+    # ---- warm-up
+
+    def warm_up(
+        self, max_tokens: int, max_seqs: int, max_context_len: int, block_size: int
+    ) -> None:
+        """The largest prefill and the largest decode, whose memory is then known.
+
+        In the spare block alone: every table points there, and nobody reads what comes out.
+        """
+        block = self._staging.spare_block
+        for batch in (
+            idle_prefills(max_tokens, max_seqs, max_context_len, block, block_size),
+            idle_decodes(max_seqs, block, drawn=True),
+            idle_decodes(1, block),
+        ):
+            self.launch(batch).result()
+
+
+def idle_decodes(count: int, block: int, drawn: bool = False) -> Batch:
+    """Decodes of sequences that nobody asked for, each with one token at place 0."""
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=0) if drawn else Sampling(temperature=0.0)
+    work = []
+    for index in range(count):
+        sequence = Sequence(-1 - index, array("i", [0]), 1, sampling)
+        sequence.block_ids.append(block)
+        work.append(Work(sequence, 0, 1, True))
+    return Batch(work, num_decodes=count)
+
+
+def idle_prefills(
+    max_tokens: int, max_seqs: int, max_context_len: int, block: int, block_size: int
+) -> Batch:
+    """Prompts that nobody sent, as many tokens as a step takes."""
+    work: list[Work] = []
+    left = max_tokens
+    while left and len(work) < max_seqs:
+        count = min(left, max_context_len - 1)
+        sequence = Sequence(-1 - len(work), array("i", [0] * count), count, Sampling(temperature=0))
+        sequence.block_ids.extend([block] * blocks_for(count, block_size))
+        work.append(Work(sequence, 0, count, True))
+        left -= count
+    return Batch(work, num_prefill_tokens=max_tokens - left)

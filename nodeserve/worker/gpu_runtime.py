@@ -1,0 +1,133 @@
+"""The edge to torch and CUDA: all that a GPU worker asks of them, in one small interface.
+
+Executor, staging, pool and transfer are written against `Runtime`, so tests run them on a machine
+without a GPU. Work that is submitted runs in order, later than the call that submits it: nobody may
+read its results, or write over its inputs, before its `Mark` is done.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from nodeserve.errors import ConfigError
+from nodeserve.worker.sizing import CONTEXT_BYTES, GpuMemory
+
+Work = Callable[[], None]
+
+
+class Mark(Protocol):
+    """A point in the submitted work."""
+
+    def query(self) -> bool:
+        """Whether everything before it is over."""
+
+    def synchronize(self) -> None:
+        """Wait until it is. From any thread."""
+
+
+class Runtime(Protocol):
+    """One GPU as its worker sees it."""
+
+    device: torch.device
+    index: int  # among the visible GPUs: ours is the first
+    cuda: Any  # nodeserve._cuda
+
+    def submit(self, work: Work) -> Mark:
+        """Run `work` behind all that was submitted before."""
+
+    def capture(self, work: Work) -> Work:
+        """`work`, recorded: call the result inside a submitted work to run it again.
+
+        RuntimeError when it does something that cannot be recorded.
+        """
+
+    def pinned(self, num_values: int, dtype: torch.dtype) -> torch.Tensor:
+        """[num_values] zeros in host memory that the device reads and writes by itself."""
+
+    def view(self, address: int, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 on the device: memory of ours that torch did not allocate."""
+
+    def memory(self) -> GpuMemory:
+        """Once what was submitted is over and what was dropped is given back."""
+
+    def thread_begins(self) -> None:
+        """Called first in every thread that uses marks or CUDA objects."""
+
+
+class CudaRuntime:
+    """The real one."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.cuda = _extension()
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "torch sees no GPU here: check the driver and that torch is a CUDA build"
+                " (`nodeserve doctor`), or use --device cpu"
+            )
+        self.device = torch.device("cuda", self.index)
+        torch.cuda.set_device(self.device)
+        # Not the default stream: that one waits for all others, and cannot be captured.
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._stream)
+        self._graph_memory = torch.cuda.graph_pool_handle()
+
+    def submit(self, work: Work) -> Mark:
+        work()
+        # Blocking: who waits for a step sleeps instead of spinning on a core.
+        mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        mark.record(self._stream)
+        return mark
+
+    def capture(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        # Not torch.cuda.graph(): it collects garbage before each capture, half a second for 35.
+        # thread_local: another thread of ours may wait for an event meanwhile.
+        graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        replay: Work = graph.replay
+        return replay
+
+    def pinned(self, num_values: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(num_values, dtype=dtype, pin_memory=True)
+
+    def view(self, address: int, num_bytes: int) -> torch.Tensor:
+        return torch.as_tensor(_Memory(address, num_bytes), device=self.device)
+
+    def memory(self) -> GpuMemory:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return GpuMemory(total, free, torch.cuda.memory_reserved(self.device) + CONTEXT_BYTES)
+
+    def thread_begins(self) -> None:
+        torch.cuda.set_device(self.device)
+
+
+class _Memory:
+    """Device memory in the words that torch takes over."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _extension() -> Any:
+    try:
+        from nodeserve import _cuda
+    except ImportError as problem:
+        raise ConfigError(
+            f"nodeserve._cuda cannot be loaded ({problem}): install with the CUDA toolkit's nvcc on"
+            " the PATH, or use --device cpu"
+        ) from None
+    return _cuda

@@ -1,0 +1,130 @@
+"""Copies of whole blocks on a stream of their own: begun, watched, timed, and waited for."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nodeserve.errors import HandoffFailed
+from nodeserve.worker.contract import CopyFailed, Landed
+from nodeserve.worker.watcher import Watcher
+
+
+class Blocks(NamedTuple):
+    """Memory in which blocks lie one after the other."""
+
+    address: int
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Copy:
+    request_id: int
+    num_bytes: int
+    began: Any  # timed events
+    ended: Any
+
+
+class PageCopies:
+    """Copies that end in the order of their beginnings; several may be under way.
+
+    An error of CUDA fails the request alone as long as the stream still works afterwards; else it
+    goes through, and the worker with it.
+    """
+
+    def __init__(self, cuda: Any, device: int, block_bytes: int, watcher: Watcher) -> None:
+        self._cuda = cuda
+        self._device = device
+        self._block_bytes = block_bytes
+        self._watcher = watcher
+        self._runs = np.array([[0, 0, block_bytes]], np.int64)
+        self._stream = cuda.Stream(device)
+        self._under_way: deque[_Copy] = deque()
+        self._spare: list[tuple[Any, Any]] = []  # pairs of timed events
+
+    def begin(
+        self,
+        request_id: int,
+        target: Blocks,
+        source: Blocks,
+        target_ids: Sequence[int],
+        source_ids: Sequence[int],
+        after: Any | None = None,
+    ) -> None:
+        """Copy block source_ids[i] to target_ids[i], behind the event `after`.
+
+        HandoffFailed if it cannot be begun: then nothing is written any more.
+        """
+        pairs = np.array([target_ids, source_ids], np.int32).T.copy()
+        try:
+            began, ended = self._spare.pop() if self._spare else self._new_events()
+            self._launch(pairs, target, source, after, began, ended)
+        except self._cuda.CudaError as problem:
+            self.settle()
+            raise HandoffFailed(f"the pages cannot be copied: {problem}") from None
+        num_bytes = len(pairs) * self._block_bytes
+        self._under_way.append(_Copy(request_id, num_bytes, began, ended))
+
+    def poll(self) -> list[Landed | CopyFailed]:
+        """The copies that ended since the last time."""
+        over: list[Landed | CopyFailed] = []
+        while self._under_way:
+            copy = self._under_way[0]
+            try:
+                if not copy.ended.done():
+                    break
+                seconds = copy.ended.elapsed_ms(copy.began) / 1e3
+            except self._cuda.CudaError as problem:
+                self.settle()
+                failure = HandoffFailed(f"copying the pages failed: {problem}")
+                over.append(CopyFailed(copy.request_id, failure))
+            else:
+                over.append(Landed(copy.request_id, copy.num_bytes, seconds))
+                self._spare.append((copy.began, copy.ended))
+            self._under_way.popleft()
+        return over
+
+    def drop(self, request_id: int) -> None:
+        """Wait for a request's copy, if there is one, and forget it."""
+        for copy in self._under_way:
+            if copy.request_id == request_id:
+                try:
+                    copy.ended.synchronize()
+                except self._cuda.CudaError:
+                    self.settle()
+                self._under_way.remove(copy)
+                return
+
+    def settle(self) -> None:
+        """Wait for all copies. CudaError if the device does not work any more."""
+        self._stream.synchronize()
+
+    def _new_events(self) -> tuple[Any, Any]:
+        event = self._cuda.Event
+        return event(self._device, timed=True), event(self._device, timed=True)
+
+    def _launch(
+        self, pairs: Any, target: Blocks, source: Blocks, after: Any | None, began: Any, ended: Any
+    ) -> None:
+        stream = self._stream.handle
+        if after is not None:
+            after.make_wait(stream)
+        began.record(stream)
+        self._cuda.copy_pages(
+            target.address,
+            target.num_bytes,
+            source.address,
+            source.num_bytes,
+            pairs,
+            self._runs,
+            target_stride=self._block_bytes,
+            source_stride=self._block_bytes,
+            stream=stream,
+        )
+        ended.record(stream)
+        # One of the watcher's own: these two may serve another copy while it still waits.
+        signal = self._cuda.Event(self._device)
+        signal.record(stream)
+        self._watcher.watch(signal)

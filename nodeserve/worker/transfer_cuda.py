@@ -1,0 +1,92 @@
+"""Handoff between GPUs: pulls from peers beside the steps, and our own pages offered to peers.
+
+A pull is one launch on a copy stream. It does not wait for our steps: the scheduler gives out a
+block only when no launched step writes to it any more, and runs the request once the pages are
+here. It does wait, on the device, for the peer's word that the pages are complete.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from nodeserve.errors import HandoffFailed
+from nodeserve.wire.messages import unpack_ids
+from nodeserve.worker.contract import Moved, Ticket
+from nodeserve.worker.offers import Offers
+from nodeserve.worker.page_copies import Blocks, PageCopies
+from nodeserve.worker.peers import Peer, open_device_pages, open_host_pages
+from nodeserve.worker.watcher import Watcher
+
+
+class CudaTransfer:
+    """What `contract.Transfer` asks for."""
+
+    def __init__(
+        self,
+        cuda: Any,
+        device: int,
+        pool: Blocks,
+        block_bytes: int,
+        pulls: PageCopies,
+        offers: Offers,
+        watcher: Watcher,
+    ) -> None:
+        self._cuda = cuda
+        self._device = device
+        self._pool = pool
+        self._block_bytes = block_bytes
+        self._pulls = pulls
+        self._offers = offers
+        self._watcher = watcher
+        self._peers: dict[int, Peer] = {}
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever `poll` may have news."""
+        self._watcher.start(wake)
+
+    @property
+    def busy(self) -> bool:
+        return self._offers.busy
+
+    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
+        """Open a peer's pages; again after the peer was restarted. `fd` stays open for that."""
+        if old := self._peers.pop(worker, None):
+            self._pulls.settle()
+            old.close()
+        if handle:
+            self._peers[worker] = open_device_pages(self._cuda, self._device, handle, num_bytes)
+        else:
+            self._peers[worker] = open_host_pages(self._cuda, self._device, fd, num_bytes)
+
+    def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
+        return self._offers.offer(request_id, block_ids)
+
+    def withdraw(self, request_id: int) -> None:
+        self._offers.withdraw(request_id)
+
+    def begin(self, ticket: Ticket) -> None:
+        peer = self._peers.get(ticket.source)
+        if peer is None:
+            raise HandoffFailed(f"the pages of worker {ticket.source} are not attached here")
+        source_ids, target_ids = unpack_ids(ticket.source_ids), unpack_ids(ticket.target_ids)
+        num_blocks = peer.num_bytes // self._block_bytes
+        if not source_ids or min(source_ids) < 0 or max(source_ids) >= num_blocks:
+            raise HandoffFailed(
+                f"worker {ticket.source} has blocks 0 to {num_blocks - 1}, asked for"
+                f" {source_ids.tolist()}"
+            )
+        if len(source_ids) != len(target_ids):
+            raise HandoffFailed(
+                f"the KV of the request takes {len(target_ids)} blocks, worker {ticket.source}"
+                f" offers {len(source_ids)}"
+            )
+        source = Blocks(peer.address, peer.num_bytes)
+        self._pulls.begin(
+            ticket.request_id, self._pool, source, target_ids, source_ids, after=peer.written
+        )
+
+    def poll(self) -> list[Moved]:
+        return [*self._pulls.poll(), *self._offers.poll()]
+
+    def cancel(self, request_id: int) -> None:
+        self._pulls.drop(request_id)
+        self._offers.withdraw(request_id)

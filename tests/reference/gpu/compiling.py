@@ -1,0 +1,105 @@
+"""Compiles kernels for GPUs that are not there, and prints what the assembler says of each.
+
+Run as a program, without TRITON_INTERPRET: what is interpreted in this process cannot be compiled.
+One JSON line per kernel, variant and architecture.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nodeserve.model.gpu import norm, pointwise, rope
+
+ARCHITECTURES = (80, 90, 100)
+ACTS = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way to call a kernel: its arguments' types, and the values that are compiled in."""
+
+    kernel: Any
+    types: dict[str, str]
+    values: dict[str, Any]
+    num_warps: int = 4
+
+    def compile(self, arch: int) -> dict[str, Any]:
+        names = self.kernel.arg_names
+        signature = {name: self.types.get(name, "constexpr") for name in names}
+        assert set(names) == set(self.types) | set(self.values), names
+        aligned = {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if signature[name].startswith("*")
+        }
+        source = ASTSource(self.kernel, signature, constexprs=self.values, attrs=aligned)
+        made = triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": self.num_warps}
+        )
+        return {
+            "kernel": self.kernel.__name__,
+            "variant": str({**self.types, **self.values}),
+            "arch": arch,
+            "shared_bytes": made.metadata.shared,
+            **usage_of(made.asm["cubin"]),
+        }
+
+
+def usage_of(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack per thread; a stack means that registers were spilled."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(sys.argv[1]) / "kernel.cubin"
+    path.write_bytes(cubin)
+    told = subprocess.run(
+        [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return {"registers": int(numbers["REG"]), "stack_bytes": int(numbers["STACK"])}
+
+
+def cases() -> list[Case]:
+    found = []
+    for act in ACTS:
+        for width, add in ((4096, True), (576, False)):
+            types = {"delta": f"*{act}" if add else "*fp32", "hidden": "*fp32"}
+            types |= {"weight": "*fp32", "normed": f"*{act}", "eps": "fp32"}
+            block = triton.next_power_of_2(width)
+            values = {"WIDTH": width, "BLOCK": block, "ADD": add}
+            found.append(Case(norm.rms_norm_kernel, types, values, min(block // 256, 16)))
+        types = {"gate_up": f"*{act}", "out": f"*{act}"}
+        found.append(Case(pointwise.silu_mul_kernel, types, {"WIDTH": 14336, "TILE": 1024}))
+        types = {"token_ids": "*i32", "table": f"*{act}", "out": "*fp32"}
+        values = {"VOCAB": 128256, "WIDTH": 4096, "TILE": 1024}
+        found.append(Case(pointwise.embedding_kernel, types, values))
+        found.append(_rope_store(act, 128, qk_norm=False))
+    found += [_rope_store("bf16", head_dim, qk_norm=True) for head_dim in (64, 80, 128, 256)]
+    types = {"token_ids": "*i32", "feed": "*i32", "sampled": "*i32", "num_tokens": "i32"}
+    found.append(Case(pointwise.feed_kernel, types, {"TILE": 1024}))
+    types = {"query_starts": "*i32", "positions": "*i32", "block_table": "*i32", "slots": "*i32"}
+    values = {"BLOCK_SIZE": 16, "TILE": 512}
+    found.append(Case(rope.slots_kernel, types | {"width": "i32"}, values))
+    return found
+
+
+def _rope_store(act: str, head_dim: int, qk_norm: bool) -> Case:
+    types = {"qkv": f"*{act}", "positions": "*i32", "slots": "*i32", "cos": "*fp32"}
+    types |= {"sin": "*fp32", "q_norm": "*fp32", "k_norm": "*fp32", "query": f"*{act}"}
+    types |= {"pages": f"*{act}", "block_stride": "i32", "eps": "fp32"}
+    half = triton.next_power_of_2(head_dim // 2)
+    values = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16}
+    values |= {"QK_NORM": qk_norm, "HEADS": 1024 // half, "HALF": half}
+    return Case(rope.rope_store_kernel, types, values)
+
+
+if __name__ == "__main__":
+    for case in cases():  # the folder for what lies between is the argument
+        for arch in ARCHITECTURES:
+            print(json.dumps(case.compile(arch)), flush=True)
