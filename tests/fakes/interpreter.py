@@ -1,14 +1,8 @@
-"""Triton's kernels on CPU tensors. Import this before anything that imports a kernel."""
+"""Repairs of Triton's interpreter, which runs the GPU kernels in tests without a GPU."""
 
-import os
 from typing import Any
 
 import numpy
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 

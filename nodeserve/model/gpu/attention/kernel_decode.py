@@ -7,8 +7,6 @@ The program that finishes a sequence's last split merges them, in the order of t
 result does not depend on who was last.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -16,7 +14,9 @@ from nodeserve.model.gpu.attention.kernel_tiles import attend_tiles
 
 
 @triton.jit
-def tiles_of(context: Any, window: Any, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr) -> Any:
+def tiles_of(
+    context: tl.tensor, window: tl.tensor, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr
+) -> tl.tensor:
     """First tile of keys that the last token of a context sees, and the tiles from there on."""
     first = context * 0
     if WINDOWED:
@@ -25,7 +25,9 @@ def tiles_of(context: Any, window: Any, BLOCK_N: tl.constexpr, WINDOWED: tl.cons
 
 
 @triton.jit
-def split_tiles(num_tiles: Any, wave: Any, WAVES: tl.constexpr, FULL_TILES: tl.constexpr) -> Any:
+def split_tiles(
+    num_tiles: tl.tensor, wave: tl.tensor, WAVES: tl.constexpr, FULL_TILES: tl.constexpr
+) -> tl.tensor:
     """Tiles in a split of a step with `num_tiles`: enough splits to fill the device once, more
     (up to WAVES times) while they stay FULL_TILES long."""
     once = tl.cdiv(num_tiles, wave)
@@ -34,17 +36,17 @@ def split_tiles(num_tiles: Any, wave: Any, WAVES: tl.constexpr, FULL_TILES: tl.c
 
 @triton.jit
 def sequence_of(
-    item: Any,
-    context_lens: Any,
-    num_seqs: Any,
-    window: Any,
-    wave: Any,
+    item: tl.tensor,
+    context_lens: tl.tensor,
+    num_seqs: tl.tensor,
+    window: tl.tensor,
+    wave: tl.tensor,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
     NUM_SEQS_POW2: tl.constexpr,
     WAVES: tl.constexpr,
     FULL_TILES: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The sequence that the step's split number `item` belongs to (num_seqs or more: to none), the
     number of that sequence's first split, and the tiles in a split."""
     seqs = tl.arange(0, NUM_SEQS_POW2)
@@ -65,24 +67,24 @@ def sequence_of(
     ]
 )  # fmt: skip
 def paged_decode(
-    query: Any,  # [num_seqs, num_kv_heads * GROUP, HEAD_DIM]
-    pages: Any,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
-    out: Any,  # as query
-    partials: Any,  # float32 [items * num_kv_heads, GROUP, HEAD_DIM]: sums of weighted values
-    stats: Any,  # float32 [items * num_kv_heads, GROUP, 2]: maximum and sum of the weights
-    arrivals: Any,  # int32 [num_seqs * num_kv_heads]: finished splits, zero between launches
-    block_table: Any,  # int32 [num_seqs, table_stride]
-    context_lens: Any,  # int32 [num_seqs]
-    num_seqs: Any,
-    table_stride: Any,
-    block_stride: Any,
-    value_stride: Any,
-    head_stride: Any,
-    query_stride: Any,
-    out_stride: Any,
-    scale: Any,  # of the scores, times log2(e)
-    window: Any,  # tokens, itself included; read if WINDOWED
-    wave: Any,  # splits of all sequences that fill the device once, per K/V head
+    query: tl.tensor,  # [num_seqs, num_kv_heads * GROUP, HEAD_DIM]
+    pages: tl.tensor,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
+    out: tl.tensor,  # as query
+    partials: tl.tensor,  # float32 [items * num_kv_heads, GROUP, HEAD_DIM]: sums of weighted values
+    stats: tl.tensor,  # float32 [items * num_kv_heads, GROUP, 2]: maximum and sum of the weights
+    arrivals: tl.tensor,  # int32 [num_seqs * num_kv_heads]: finished splits, zero between launches
+    block_table: tl.tensor,  # int32 [num_seqs, table_stride]
+    context_lens: tl.tensor,  # int32 [num_seqs]
+    num_seqs: tl.tensor,
+    table_stride: tl.tensor,
+    block_stride: tl.tensor,
+    value_stride: tl.tensor,
+    head_stride: tl.tensor,
+    query_stride: tl.tensor,
+    out_stride: tl.tensor,
+    scale: tl.tensor,  # of the scores, times log2(e)
+    window: tl.tensor,  # tokens, itself included; read if WINDOWED
+    wave: tl.tensor,  # splits of all sequences that fill the device once, per K/V head
     WINDOWED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -159,12 +161,12 @@ def paged_decode(
 
 @triton.jit
 def merge_splits(
-    out_at: Any,
-    partials: Any,
-    stats: Any,
-    first: Any,  # of the sequence's splits, this head's
-    num_splits: Any,
-    stride: Any,  # from one split to the next
+    out_at: tl.tensor,
+    partials: tl.tensor,
+    stats: tl.tensor,
+    first: tl.tensor,  # of the sequence's splits, this head's
+    num_splits: tl.tensor,
+    stride: tl.tensor,  # from one split to the next
     GROUP: tl.constexpr,
     GROUP_POW2: tl.constexpr,
     HEAD_DIM: tl.constexpr,

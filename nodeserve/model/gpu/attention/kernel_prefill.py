@@ -6,8 +6,6 @@ beyond the diagonal. Tiles of keys that every row sees are walked without masks;
 diagonal and at the window's edge pay for them.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -16,8 +14,12 @@ from nodeserve.model.gpu.attention.kernel_tiles import attend_tiles
 
 @triton.jit
 def sequence_of(
-    item: Any, query_starts: Any, num_seqs: Any, BLOCK_Q: tl.constexpr, NUM_SEQS_POW2: tl.constexpr
-) -> Any:
+    item: tl.tensor,
+    query_starts: tl.tensor,
+    num_seqs: tl.tensor,
+    BLOCK_Q: tl.constexpr,
+    NUM_SEQS_POW2: tl.constexpr,
+) -> tl.tensor:
     """The sequence that the step's tile number `item` belongs to (num_seqs or more: to none), and
     the number of that sequence's first tile."""
     seqs = tl.arange(0, NUM_SEQS_POW2)
@@ -37,21 +39,21 @@ def sequence_of(
     ]
 )  # fmt: skip
 def paged_prefill(
-    query: Any,  # [num_tokens, num_kv_heads * GROUP, HEAD_DIM]
-    pages: Any,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
-    out: Any,  # as query
-    query_starts: Any,  # int32 [num_seqs + 1]: rows of query
-    context_lens: Any,  # int32 [num_seqs]
-    block_table: Any,  # int32 [num_seqs, table_stride]
-    num_seqs: Any,
-    table_stride: Any,
-    block_stride: Any,
-    value_stride: Any,
-    head_stride: Any,
-    query_stride: Any,
-    out_stride: Any,
-    scale: Any,  # of the scores, times log2(e)
-    window: Any,  # tokens, itself included; read if WINDOWED
+    query: tl.tensor,  # [num_tokens, num_kv_heads * GROUP, HEAD_DIM]
+    pages: tl.tensor,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM], strided
+    out: tl.tensor,  # as query
+    query_starts: tl.tensor,  # int32 [num_seqs + 1]: rows of query
+    context_lens: tl.tensor,  # int32 [num_seqs]
+    block_table: tl.tensor,  # int32 [num_seqs, table_stride]
+    num_seqs: tl.tensor,
+    table_stride: tl.tensor,
+    block_stride: tl.tensor,
+    value_stride: tl.tensor,
+    head_stride: tl.tensor,
+    query_stride: tl.tensor,
+    out_stride: tl.tensor,
+    scale: tl.tensor,  # of the scores, times log2(e)
+    window: tl.tensor,  # tokens, itself included; read if WINDOWED
     WINDOWED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,

@@ -4,27 +4,25 @@ Page numbers are loads that the loads of K and V wait for. The compiler pipeline
 nothing here waits: see `tiles.py` for how far ahead.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def attend_tiles(
-    q: Any,
-    highest: Any,
-    total: Any,
-    values: Any,
-    begin: Any,  # first key, a multiple of BLOCK_N
-    end: Any,  # past the last key
-    last_seen: Any,  # [BLOCK_M] the key at each row's own position
-    head_pages: Any,
-    table: Any,
-    block_stride: Any,
-    value_stride: Any,
-    scale: Any,
-    window: Any,
+    q: tl.tensor,
+    highest: tl.tensor,
+    total: tl.tensor,
+    values: tl.tensor,
+    begin: tl.tensor,  # first key, a multiple of BLOCK_N
+    end: tl.tensor,  # past the last key
+    last_seen: tl.tensor,  # [BLOCK_M] the key at each row's own position
+    head_pages: tl.tensor,
+    table: tl.tensor,
+    block_stride: tl.tensor,
+    value_stride: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -32,7 +30,7 @@ def attend_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Take the keys from `begin` to `end` into the running softmax."""
     dims = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):

@@ -1,0 +1,42 @@
+"""Every row of the tile tables compiles and fits the chip. No GPU is needed for that."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from nodeserve.model.gpu.attention import tiles
+
+# Bytes of memory on the chip that one program may have. The table for compute capability 8.0 also
+# serves 8.6, 8.9 and 12.0, which have the least.
+LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SM_BYTES, SM_REGISTERS = 228 * 1024, 65536
+RESERVED_BYTES = 1024  # of each program
+
+
+@pytest.mark.parametrize("arch", LIMITS)
+def test_kernels_compile_and_fit(arch: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.reference.gpu.compile_attention", str(arch)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    lines: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == (21 if arch == 90 else 9)
+    for line in lines:
+        assert line["shared"] <= LIMITS[arch], line
+        if "float32" not in line["name"]:
+            assert line["stack"] == 0, line  # nothing spilled
+            assert line["asynchronous"] > 0, line  # pages are on their way while others are used
+        if line["name"].startswith("decode"):
+            assert line["ordered"], line
+            if arch == 90 and "float32" not in line["name"]:
+                programs = tiles.DECODE[128, 2].programs_per_sm
+                assert programs * (line["shared"] + RESERVED_BYTES) <= SM_BYTES, line
+                assert programs * line["threads"] * line["registers"] <= SM_REGISTERS, line
