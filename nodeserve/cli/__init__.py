@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from nodeserve import __version__
+from nodeserve.cli.doctor.command import doctor
 from nodeserve.cli.launch import start
 from nodeserve.cli.show import status, stop
 from nodeserve.cli.talk import chat, complete
@@ -33,5 +34,5 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop):
+for command in (start, complete, chat, status, stop, doctor):
     main.add_command(command)

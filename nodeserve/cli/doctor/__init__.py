@@ -1,0 +1,1 @@
+"""`nodeserve doctor`: facts are collected, judged by rules, and shown, each apart from the rest."""
