@@ -10,7 +10,6 @@ import ctypes
 import mmap
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from bench.gpu.lines import check
 from bench.gpu.memory import settle, stream_of, view
 from bench.gpu.peers import Made, Owner, owner
 from bench.gpu.shards import POISON, Rank, Whole, ranks_of, values
-from nodeserve.policy.copy_plan import Shard, runs
+from nodeserve.policy.copy_plan import CopyRun, PageGeometry, PageShard, pulls, shards
 
 DEGREES = ((1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 8), (1, 8), (16, 4), (4, 16))
 METHODS = ("kernel", "batch", "auto")
@@ -59,21 +58,23 @@ class Reader:
 
     def pull_all(self, peer: Owner, degrees: tuple[int, int], generation: int) -> str:
         """Every rank of the target from all source ranks that hold some of its heads."""
-        sources, targets = (ranks_of(self.whole, degree) for degree in degrees)
+        sources = ranks_of(self.whole, degrees[0])
         made = peer.make(self.whole, sources, self.num_blocks, generation)
         problems = [
-            self.pull(made, sources, target, generation, method)
-            for target in targets
+            self.pull(made, degrees, place, generation, method)
+            for place in range(degrees[1])
             for method in METHODS
         ]
         peer.close()
         return next(filter(None, problems), "")
 
     def pull(
-        self, made: Made, sources: list[Rank], target: Rank, generation: int, method: str
+        self, made: Made, degrees: tuple[int, int], place: int, generation: int, method: str
     ) -> str:
-        pairs = self.pairs()
-        pool = self.cuda.Pool(0, self.num_blocks * target.block_bytes(self.whole))
+        """One rank of the target, as its worker would do it."""
+        target, rank = page_shards(self.whole, degrees[1])[place], ranks_of(self.whole, degrees[1])
+        sources, pairs = page_shards(self.whole, degrees[0]), self.pairs()
+        pool = self.cuda.Pool(0, self.num_blocks * target.block_bytes)
         held = view(pool.address, pool.num_bytes, self.bed.device).view(torch.int16)
         held.fill_(POISON)
         settle(self.bed.device)
@@ -81,39 +82,27 @@ class Reader:
         event = self.cuda.Event.open(0, made.event)
         event.make_wait(stream.handle)
         peers = []
-        for rank, exported in pulled_from(self.whole, sources, target):
-            peer = self.cuda.PeerPool(0, made.pools[exported].handle, made.pools[exported].num_bytes)
-            peers.append(peer)
-            self.copy(pool, target, peer, rank, pairs, method, stream.handle)
+        for pull in pulls(target, sources, first=place):
+            exported, source = made.pools[pull.source_index], sources[pull.source_index]
+            peers.append(self.cuda.PeerPool(0, exported.handle, exported.num_bytes))
+            self.cuda.copy_pages(
+                pool.address,
+                pool.num_bytes,
+                peers[-1].address,
+                peers[-1].num_bytes,
+                pairs.numpy(),
+                as_array(pull.runs).numpy(),
+                target_stride=target.block_bytes,
+                source_stride=source.block_bytes,
+                stream=stream.handle,
+                method=method,
+            )
         stream.synchronize()
-        problem = self.compare(held, pairs, target, generation)
+        problem = self.compare(held, pairs, rank[place], generation)
         del held
         for one in (event, stream, *peers, pool):
             one.close()
-        return f"{method}: {problem}" if problem else ""
-
-    def copy(
-        self,
-        pool: Any,
-        target: Rank,
-        peer: Any,
-        source: Rank,
-        pairs: torch.Tensor,
-        method: str,
-        stream: int,
-    ) -> None:
-        self.cuda.copy_pages(
-            pool.address,
-            pool.num_bytes,
-            peer.address,
-            peer.num_bytes,
-            pairs.numpy(),
-            plan_runs(self.whole, source, target).numpy(),
-            target_stride=target.block_bytes(self.whole),
-            source_stride=source.block_bytes(self.whole),
-            stream=stream,
-            method=method,
-        )
+        return f"rank {place} by {method}: {problem}" if problem else ""
 
     def pairs(self) -> torch.Tensor:
         """[n, 2] int32: about two thirds of the blocks, to other places."""
@@ -140,27 +129,17 @@ def difference(held: torch.Tensor, wanted: torch.Tensor) -> str:
     return f"{len(wrong)} of {len(wanted)} blocks are wrong, first {wrong[:5]}" if wrong else ""
 
 
-def pulled_from(whole: Whole, sources: list[Rank], target: Rank) -> list[tuple[Rank, int]]:
-    """Source ranks that together hold the target's heads, none of them twice, and their places."""
-    found: list[tuple[Rank, int]] = []
-    covered: set[int] = set()
-    for place, source in enumerate(sources):
-        heads = set(range(source.first_head, source.first_head + source.num_heads))
-        heads &= set(range(target.first_head, target.first_head + target.num_heads))
-        if heads - covered:
-            covered |= heads
-            found.append((source, place))
-    return found
+def page_shards(whole: Whole, degree: int) -> tuple[PageShard, ...]:
+    """The ranks of an instance in the copy plan's words."""
+    geometry = PageGeometry(
+        whole.num_layers, whole.num_heads, whole.block_size, whole.head_dim, value_bytes=2
+    )
+    return shards(geometry, tp=degree)
 
 
-def shard_of(whole: Whole, rank: Rank) -> Shard:
-    raise NotImplementedError
-
-
-def plan_runs(whole: Whole, source: Rank, target: Rank) -> torch.Tensor:
-    """[m, 3] int64: what of a source block goes where in a target block."""
-    found = runs(shard_of(whole, source), shard_of(whole, target))
-    return torch.tensor([list(run) for run in found], dtype=torch.int64)
+def as_array(runs: tuple[CopyRun, ...]) -> torch.Tensor:
+    """[m, 3] int64, as `copy_pages` takes them."""
+    return torch.tensor([[r.target, r.source, r.num_bytes] for r in runs], dtype=torch.int64)
 
 
 def through_host(bed: Bed, whole: Whole, num_blocks: int) -> str:
