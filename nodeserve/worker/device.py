@@ -6,13 +6,15 @@ from nodeserve.worker.contract import Device, Progress
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
-    if spec.device != "cpu":
-        raise ConfigError(
-            f"device {spec.device!r} is not supported yet: this version has CPU workers, use"
-            " --device cpu"
-        )
+    if spec.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device {spec.device!r}: use cpu or cuda")
     progress("torch", 0, 1)
     # Here and not above: it takes most of a second, and by now the coordinator knows we live.
+    if spec.device == "cuda":
+        from nodeserve.worker import device_cuda
+
+        progress("torch", 1, 1)
+        return device_cuda.load(spec, progress)
     from nodeserve.worker import device_cpu
 
     progress("torch", 1, 1)

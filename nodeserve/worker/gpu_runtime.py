@@ -36,6 +36,9 @@ class Runtime(Protocol):
     def submit(self, work: Work) -> Mark:
         """Run `work` behind all that was submitted before."""
 
+    def mark(self) -> Mark:
+        """Behind all that the device was given so far."""
+
     def capture(self, work: Work) -> Work:
         """`work`, recorded: call the result inside a submitted work to run it again.
 
@@ -45,11 +48,14 @@ class Runtime(Protocol):
     def pinned(self, num_values: int, dtype: torch.dtype) -> torch.Tensor:
         """[num_values] zeros in host memory that the device reads and writes by itself."""
 
-    def view(self, address: int, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8 on the device: memory of ours that torch did not allocate."""
+    def view(self, pool: Any) -> torch.Tensor:
+        """[num_bytes] uint8 on the device over a _cuda.Pool, which lives as long as the view."""
+
+    def trim(self) -> None:
+        """Give back memory that was dropped, so that `memory` counts what later steps take."""
 
     def memory(self) -> GpuMemory:
-        """Once what was submitted is over and what was dropped is given back."""
+        """Once what was submitted is over."""
 
     def thread_begins(self) -> None:
         """Called first in every thread that uses marks or CUDA objects."""
@@ -74,7 +80,11 @@ class CudaRuntime:
         self._graph_memory = torch.cuda.graph_pool_handle()
 
     def submit(self, work: Work) -> Mark:
-        work()
+        with torch.inference_mode():
+            work()
+        return self.mark()
+
+    def mark(self) -> Mark:
         # Blocking: who waits for a step sleeps instead of spinning on a core.
         mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         mark.record(self._stream)
@@ -96,12 +106,15 @@ class CudaRuntime:
     def pinned(self, num_values: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(num_values, dtype=dtype, pin_memory=True)
 
-    def view(self, address: int, num_bytes: int) -> torch.Tensor:
-        return torch.as_tensor(_Memory(address, num_bytes), device=self.device)
+    def view(self, pool: Any) -> torch.Tensor:
+        return torch.as_tensor(_Memory(pool), device=self.device)
+
+    def trim(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
 
     def memory(self) -> GpuMemory:
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         return GpuMemory(total, free, torch.cuda.memory_reserved(self.device) + CONTEXT_BYTES)
 
@@ -110,13 +123,14 @@ class CudaRuntime:
 
 
 class _Memory:
-    """Device memory in the words that torch takes over."""
+    """A pool in the words that torch takes memory over with; the tensor keeps this, and this it."""
 
-    def __init__(self, address: int, num_bytes: int) -> None:
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
         self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
+            "shape": (pool.num_bytes,),
             "typestr": "|u1",
-            "data": (address, False),
+            "data": (pool.address, False),
             "strides": None,
             "version": 3,
         }

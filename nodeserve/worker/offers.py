@@ -35,6 +35,23 @@ class Offers(Protocol):
         """Whether `poll` has an answer that nothing wakes the loop for."""
 
 
+class NoOffers:
+    """Nobody pulls from this worker."""
+
+    pages_bytes = 0
+    pages_handle = b""
+    busy = False
+
+    def offer(self, request_id: int, block_ids: bytes) -> bytes:
+        raise HandoffFailed("this worker was not started for prefill: its pages have no way out")
+
+    def withdraw(self, request_id: int) -> None:
+        pass
+
+    def poll(self) -> list[Offered | CopyFailed]:
+        return []
+
+
 class DirectOffers:
     """Peers read our pool.
 
@@ -42,7 +59,7 @@ class DirectOffers:
     on the compute stream it would make them wait for the steps that came after as well.
     """
 
-    def __init__(self, written: Any, stream: int, pages_bytes: int, pages_handle: bytes) -> None:
+    def __init__(self, written: Any, stream: Any, pages_bytes: int, pages_handle: bytes) -> None:
         self._written = written
         self._stream = stream
         self.pages_bytes = pages_bytes
@@ -53,7 +70,7 @@ class DirectOffers:
         return False
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes:
-        self._written.record(self._stream)
+        self._written.record(self._stream.handle)
         return block_ids
 
     def withdraw(self, request_id: int) -> None:
@@ -80,8 +97,17 @@ class _Offer:
 class HostOffers:
     """Peers read slots of shared memory."""
 
-    def __init__(self, copies: PageCopies, pool: Blocks, segment: Blocks, num_slots: int) -> None:
-        """pool: our pages on the device; segment: pinned memory with room for `num_slots` blocks"""
+    def __init__(
+        self,
+        copies: PageCopies,
+        pool: Blocks,
+        segment: Blocks,
+        num_slots: int,
+        keep: object = None,
+    ) -> None:
+        """pool: our pages on the device; segment: pinned memory with room for `num_slots` blocks;
+        keep: what must live as long as the segment is used"""
+        self._keep = keep
         self._copies = copies
         self._pool = pool
         self._segment = segment

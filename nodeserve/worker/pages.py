@@ -37,7 +37,7 @@ def num_blocks_in(kv_memory: int, block_bytes: int, least: int) -> int:
 
 def make_pool(fd: int, num_bytes: int) -> mmap.mmap:
     """Size, reserve and map the segment behind `fd`. Zeroed when it is new."""
-    if num_bytes > (free := _free_bytes(fd)):  # asked first: reserving what is there takes seconds
+    if num_bytes > (free := free_bytes(fd)):  # asked first: reserving what is there takes seconds
         raise ConfigError(_no_room(num_bytes, free))
     try:
         os.ftruncate(fd, num_bytes)
@@ -46,13 +46,13 @@ def make_pool(fd: int, num_bytes: int) -> mmap.mmap:
         if problem.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
         os.ftruncate(fd, 0)  # give back what was reserved before somebody took the rest
-        raise ConfigError(_no_room(num_bytes, _free_bytes(fd))) from None
+        raise ConfigError(_no_room(num_bytes, free_bytes(fd))) from None
     pool = mmap.mmap(fd, num_bytes)
     _warm(pool, _MADV_POPULATE_WRITE)
     return pool
 
 
-def _free_bytes(fd: int) -> float:
+def free_bytes(fd: int) -> float:
     """Room for `fd` in its file system, with what it has already."""
     room = os.fstatvfs(fd)
     if not room.f_blocks:  # a tmpfs without a limit

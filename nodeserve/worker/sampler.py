@@ -62,11 +62,13 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
         return Sampled(most_likely(logits), None)
     asking = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
     raw = torch.log_softmax(_rows(logits, asking), -1) if asking else None
-    shape_logits(logits, sequences, choices)
+    shape_logits(logits, sequences, choices, [one.num_output for one in sequences])
     token_ids = _choose(logits, sequences, choices)
     if raw is None:
         return Sampled(token_ids, None)
-    return Sampled(token_ids, _logprobs(raw, asking, sequences, token_ids))
+    chosen = torch.tensor([token_ids[row] for row in asking])
+    counts = [sequences[row].sampling.logprobs or 0 for row in asking]
+    return Sampled(token_ids, told(asking, counts, *ranked(raw, chosen, max(counts))))
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -221,15 +223,28 @@ def _last_positive(values: torch.Tensor) -> torch.Tensor:
     return places.masked_fill(values <= 0, 0).amax(-1, keepdim=True)
 
 
-def _logprobs(
-    raw: torch.Tensor, asking: list[int], sequences: list[Sequence], token_ids: list[int]
+def ranked(
+    raw: torch.Tensor, chosen: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each asking row: the chosen token's logprob, and the `most` highest and their tokens.
+
+    raw [num_asking, vocab_size] logprobs, chosen [num_asking] token ids; nothing leaves the device.
+    """
+    own = raw.gather(1, chosen.long().unsqueeze(1)).squeeze(1)
+    values, ids = torch.topk(raw, min(most, raw.size(-1)))
+    return own, values, ids
+
+
+def told(
+    asking: list[int],
+    counts: list[int],
+    own: torch.Tensor,
+    values: torch.Tensor,
+    ids: torch.Tensor,
 ) -> list[Logprobs]:
-    chosen = torch.tensor([token_ids[row] for row in asking]).unsqueeze(1)
-    own = raw.gather(1, chosen).squeeze(1).tolist()
-    counts = [sequences[row].sampling.logprobs or 0 for row in asking]
-    top = torch.topk(raw, min(max(counts), raw.size(-1)))
-    values, ids = top.values.tolist(), top.indices.tolist()
+    """What `ranked` found, `counts` of it, as it travels; the tensors are on the CPU by now."""
+    found = zip(asking, counts, own.tolist(), values.tolist(), ids.tolist(), strict=True)
     return [
-        Logprobs(row, own[i], pack_ids(ids[i][:count]), pack_floats(values[i][:count]))
-        for i, (row, count) in enumerate(zip(asking, counts, strict=True))
+        Logprobs(row, logprob, pack_ids(top_ids[:count]), pack_floats(top_values[:count]))
+        for row, count, logprob, top_values, top_ids in found
     ]

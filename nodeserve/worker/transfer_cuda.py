@@ -38,6 +38,8 @@ class CudaTransfer:
         self._offers = offers
         self._watcher = watcher
         self._peers: dict[int, Peer] = {}
+        self.pages_bytes = offers.pages_bytes  # what a peer maps
+        self.pages_handle = offers.pages_handle
 
     def on_done(self, wake: Callable[[], None]) -> None:
         """Call `wake`, from any thread, whenever `poll` may have news."""

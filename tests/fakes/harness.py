@@ -7,7 +7,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from nodeserve.wire.messages import (
     AttachPages,
     FromWorker,
     KvPulled,
+    KvReady,
     Mapped,
     Prefill,
     PullKv,
@@ -153,6 +154,8 @@ class WorkerProcess:
             self._unread.append(message)
             if isinstance(message, StepDone):
                 self._book(message)
+            elif isinstance(message, KvReady):
+                self.pinned[message.request_id] = message.block_ids
         return bool(watched)
 
     def _book(self, step: StepDone) -> None:
@@ -174,6 +177,7 @@ def started(
     ring_bytes: int = 1 << 20,
     pass_fds: Sequence[int] = (),
     wait_ready: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[list[WorkerProcess]]:
     """Worker processes that know each other's page pools; killed at the end if they still live."""
     with contextlib.ExitStack() as stack:
@@ -185,6 +189,7 @@ def started(
             process = subprocess.Popen(
                 [*command, "--spec", spec.to_json()],
                 pass_fds=(*channel.inherited_fds, *pages, *pass_fds),
+                env={**os.environ, **(environment or {})},
             )
             stack.callback(_end, process)
             workers.append(WorkerProcess(spec, channel, process))

@@ -228,7 +228,7 @@ def test_shaped_logits_equal_the_reference(values: dict[str, Any]) -> None:
     for token in (9, 9, 44, 5, 1200):
         logits = random_logits(2, seed=token)
         shaped = logits.clone()
-        shape_logits(shaped, [other, request], choices)
+        shape_logits(shaped, [other, request], choices, [other.num_output, request.num_output])
         assert torch.equal(shaped[0], logits[0])
         torch.testing.assert_close(shaped[1], reference_shaped(logits[1], request))
         request.token_ids.append(token)

@@ -5,6 +5,7 @@ import secrets
 import select
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,29 @@ def test_extra_rings_cost_one_turn(ends: Ends) -> None:
         bell.ring()
     assert worker.inbox.wait(None)
     assert not worker.inbox.wait(0.0)
+
+
+def test_a_wake_from_another_thread_ends_the_wait(ends: Ends) -> None:
+    _, worker = ends
+    threads = [threading.Thread(target=worker.inbox.wake) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert worker.inbox.wait(None) is True
+    for thread in threads:
+        thread.join()
+    worker.inbox.wait(0)  # they came in any order
+    worker.inbox.wait(0)
+    assert worker.inbox.wait(0) is False
+
+
+def test_a_wake_is_kept_for_the_next_wait_when_a_put_took_its_ring(ends: Ends) -> None:
+    _, worker = ends
+    while worker.outbox.try_put(b"x" * 8):
+        pass
+    worker.inbox.wake()
+    assert worker.outbox.put(b"x" * 8, timeout_s=0.01) is False
+    assert worker.inbox.wait(None) is True
+    assert worker.inbox.wait(0) is False
 
 
 def test_a_worker_that_finds_no_room_gives_up_in_time_and_loses_nothing(ends: Ends) -> None:

@@ -132,6 +132,20 @@ def test_what_shapes_logits(change: dict[str, Any]) -> None:
     assert replace(Sampling(), **change).shapes_logits
 
 
+@pytest.mark.parametrize(
+    ("change", "needs"),
+    [
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -0.5}, True),
+        ({"frequency_penalty": 0.5}, True),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"min_tokens": 1, "top_k": 3, "seed": 1, "logprobs": 2}, False),
+    ],
+)
+def test_only_penalties_need_the_tokens_before(change: dict[str, Any], needs: bool) -> None:
+    assert replace(Sampling(), **change).needs_tokens is needs
+
+
 def test_greedy() -> None:
     assert Sampling(temperature=0).greedy
     assert not Sampling().greedy

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nodeserve.model.gpu import norm, pointwise, rope
+from nodeserve.model.gpu import norm, pointwise, rope, sampling
 
 ARCHITECTURES = (80, 90, 100)
 ACTS = ("bf16", "fp16", "fp32")
@@ -86,6 +86,10 @@ def cases() -> list[Case]:
     types = {"query_starts": "*i32", "positions": "*i32", "block_table": "*i32", "slots": "*i32"}
     values = {"BLOCK_SIZE": 16, "TILE": 512}
     found.append(Case(rope.slots_kernel, types | {"width": "i32"}, values))
+    for draw in (False, True):
+        types = {"logits": "*fp32", "parameters": "*fp64" if draw else "*i32", "tokens": "*i32"}
+        values = {"VOCAB": 128256, "TILE": 8192, "NUM_TILES": 16, "DRAW": draw, "PARAMETERS": 5}
+        found.append(Case(sampling.choose_kernel, types, values, 16))
     return found
 
 

@@ -1,14 +1,15 @@
-"""Attention of plain torch behind the GPU's signature, and made-up models and steps."""
+"""Attention of plain torch behind the GPU's signature, made-up models and steps, two spies."""
 
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nodeserve.config import ModelConfig
 from nodeserve.model.gpu.step import GpuStep
 from nodeserve.model.inputs import StepInputs
-
-BLOCK_SIZE = 16
 
 
 def config_of(num_heads: int = 6, num_kv_heads: int = 2, **rest: object) -> ModelConfig:
@@ -98,7 +99,7 @@ def step_of(
     spans: list[tuple[int, int]],
     blocks: list[list[int]],
     token_ids: list[list[int]],
-    block_size: int = BLOCK_SIZE,
+    block_size: int,
 ) -> StepInputs:
     """Per sequence: its tokens [first, last) of this step, its blocks, and all its token ids."""
 
@@ -122,3 +123,22 @@ def step_of(
         max_query_len=max(counts),
         max_context_len=max(last for _, last in spans),
     )
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the torch operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Silent:
+    """A kernel that is launched and computes nothing: Triton's interpreter copies with torch."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None

@@ -1,0 +1,141 @@
+"""The CUDA device: weights, kernels, graphs and pages on one GPU, handoff from GPU to GPU.
+
+In this order, as each needs what came before: weights, buffers of the largest step, a warm-up that
+shows what a step really takes, pages from what is left, graphs over those pages.
+"""
+
+from functools import partial
+
+import torch
+
+from nodeserve import checkpoint
+from nodeserve.config import WorkerSpec
+from nodeserve.errors import ConfigError
+from nodeserve.model import kv, llama
+from nodeserve.model.loader import open_weights
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.executor_cuda import CudaExecutor
+from nodeserve.worker.gpu_model import GpuParts, make_parts
+from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
+from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
+from nodeserve.worker.staging_cuda import CudaStaging
+from nodeserve.worker.transfer_setup import make_transfer
+from nodeserve.worker.upload import Uploader
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load(spec: WorkerSpec, progress: Progress, runtime: Runtime | None = None) -> Device:
+    """A warm GPU worker. Tests bring another runtime; the rest is the same."""
+    if spec.dtype not in DTYPES:
+        raise ConfigError(f"dtype {spec.dtype!r}: use {', '.join(DTYPES)}")
+    torch.set_num_threads(spec.num_threads)  # they fill the buffers that weights go through
+    runtime = CudaRuntime() if runtime is None else runtime
+    found = checkpoint.resolve(spec.model, spec.load_format)
+    parts = make_parts(spec, found.config, DTYPES[spec.dtype], runtime)
+    model = _load_model(spec, found, parts, runtime, progress)
+    torch.set_num_threads(1)  # the step loop's own tensors are small
+
+    layout = kv.layout_of(found.config, spec.block_size, DTYPES[spec.dtype])
+    executor = _make_executor(spec, model, parts, runtime)
+    sizes = _sizes(spec)
+    progress("warm-up", 0, 1)
+    wanted = _wanted(spec, layout.block_bytes, len(sizes))
+    _measure(spec, executor, parts, layout, runtime)
+    num_blocks = num_blocks_for(runtime.memory(), wanted)
+    progress("warm-up", 1, 1)
+
+    progress("pages", 0, 1)
+    pool = runtime.cuda.Pool(runtime.index, (num_blocks + 1) * layout.block_bytes)
+    executor.use(parts.ops.cache(layout, runtime.view(pool)), spare_block=num_blocks)
+    transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes)
+    progress("pages", 1, 1)
+    executor.capture(sizes, partial(progress, "graphs"))
+    return Device(
+        executor=executor,
+        transfer=transfer,
+        num_blocks=num_blocks,
+        block_bytes=layout.block_bytes,
+        pages_bytes=transfer.pages_bytes,
+        pages_handle=transfer.pages_handle,
+        num_threads=spec.num_threads,
+        kernels=_describe(spec, parts, executor),
+        handoff=route.description,
+        eos_token_ids=frozenset(found.config.eos_token_ids),
+    )
+
+
+def _load_model(
+    spec: WorkerSpec,
+    found: checkpoint.Checkpoint,
+    parts: GpuParts,
+    runtime: Runtime,
+    progress: Progress,
+) -> llama.Llama:
+    upload = Uploader(runtime)
+    weights = open_weights(found, DTYPES[spec.dtype], spec.load_format, upload)
+    model = llama.build(found.config, weights, parts.ops, partial(progress, "weights"))
+    upload.close()
+    model.reserve(
+        spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_num_seqs, spec.max_model_len
+    )
+    return model
+
+
+def _make_executor(
+    spec: WorkerSpec, model: llama.Llama, parts: GpuParts, runtime: Runtime
+) -> CudaExecutor:
+    staging = CudaStaging(
+        runtime,
+        max_tokens=spec.max_num_batched_tokens,
+        max_seqs=spec.max_num_seqs,
+        max_context_len=spec.max_model_len,
+        max_blocks=blocks_for(spec.max_model_len, spec.block_size),
+    )
+    return CudaExecutor(
+        runtime, model, staging, parts.sampler, parts.feed_tokens, spec.max_num_seqs
+    )
+
+
+def _sizes(spec: WorkerSpec) -> tuple[int, ...]:
+    """Steps to capture: none where nothing decodes."""
+    if spec.enforce_eager or spec.role == "prefill":
+        return ()
+    return graph_sizes(spec.max_num_seqs)
+
+
+def _wanted(spec: WorkerSpec, block_bytes: int, num_graphs: int) -> Wanted:
+    return Wanted(
+        block_bytes=block_bytes,
+        least_blocks=blocks_for(spec.max_model_len, spec.block_size),
+        block_size=spec.block_size,
+        num_graphs=num_graphs,
+        share=spec.gpu_share,
+        utilization=spec.gpu_memory_utilization,
+        kv_memory=spec.kv_memory,
+    )
+
+
+def _measure(
+    spec: WorkerSpec,
+    executor: CudaExecutor,
+    parts: GpuParts,
+    layout: kv.KvLayout,
+    runtime: Runtime,
+) -> None:
+    """Run the largest steps in a pool of one block, which goes again."""
+    runtime.trim()
+    pages = torch.zeros(layout.block_bytes, dtype=torch.uint8, device=runtime.device)
+    executor.use(parts.ops.cache(layout, pages), spare_block=0)
+    executor.warm_up(
+        spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_model_len, spec.block_size
+    )
+
+
+def _describe(spec: WorkerSpec, parts: GpuParts, executor: CudaExecutor) -> str:
+    if spec.role == "prefill":
+        return parts.description
+    if not executor.graph_sizes:
+        return f"{parts.description}, no CUDA graphs"
+    return f"{parts.description}, CUDA graphs to {executor.graph_sizes[-1]}"
