@@ -24,21 +24,21 @@ STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 3.0  # a server that is ready answers in milliseconds
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
-_COLUMNS = (  # heading, cell
-    ("worker", "{index}"),
+_COLUMNS = (  # heading, cell: 80 columns hold all of them
+    ("id", "{index}"),
     ("role", "{role}"),
+    ("gpu", "{gpu}"),
     ("state", "{state}"),
     ("pid", "{pid}"),
-    ("running", "{running}"),
-    ("waiting", "{waiting}"),
-    ("pinned", "{pinned}"),
-    ("free blocks", "{free_blocks}/{num_blocks}"),
+    ("run", "{running}"),
+    ("wait", "{waiting}"),
+    ("pin", "{pinned}"),
+    ("free\nblocks", "{free_blocks}/{num_blocks}"),
     ("steps", "{steps}"),
-    ("step ms", "{step_ms:.1f}"),
+    ("step\nms", "{step_ms:.1f}"),
     ("tokens", "{tokens}"),
-    ("handoffs", "{handoffs}"),
+    ("hand-\noffs", "{handoffs}"),
     ("threads", "{threads}"),
-    ("kernels", "{kernels}"),
 )
 
 
@@ -58,7 +58,7 @@ def status(socket: str | None, as_json: bool) -> None:
 
 
 def summary(stats: dict[str, Any], path: str) -> list[str]:
-    """The node in three lines."""
+    """The node in a few lines."""
     requests, rates = stats["requests"], stats["rates"]
     return [
         f"{stats['model']}  {stats['layout']}  pid {stats['pid']}"
@@ -67,7 +67,24 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
         f"rates     {rates['prompt_tokens_per_s']:.1f} prompt tokens/s"
         f"  {rates['output_tokens_per_s']:.1f} output tokens/s"
         f"  {rates['requests_per_s']:.2f} requests/s",
+        *how_they_run(stats["workers"]),
     ]
+
+
+def how_they_run(workers: list[dict[str, Any]]) -> list[str]:
+    """Kernels, and how pages travel where they do; too long for cells, and mostly alike."""
+    told = ["kernels"]
+    if any(worker["role"] == "prefill" for worker in workers):
+        told.append("handoff")
+    lines = []
+    for name in told:
+        kinds: dict[str, list[str]] = {}
+        for worker in workers:
+            kinds.setdefault(worker.get(name) or "", []).append(str(worker["index"]))
+        for words, indices in kinds.items():
+            whose = f" (worker {', '.join(indices)})" if len(kinds) > 1 else ""
+            lines += [f"{name:<10}{words}{whose}"] if words else []
+    return lines
 
 
 def _duration(seconds: float) -> str:
@@ -77,14 +94,17 @@ def _duration(seconds: float) -> str:
 
 
 def workers_table(workers: list[dict[str, Any]]) -> "Table":
+    """A row for each worker, with its GPU or its threads."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading, _ in _COLUMNS:
+    hidden = "threads" if any(worker.get("gpu") is not None for worker in workers) else "gpu"
+    columns = [column for column in _COLUMNS if column[0] != hidden]
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for heading, _ in columns:
         table.add_column(heading, overflow="fold")
     for worker in workers:
-        table.add_row(*(cell.format(**worker) for _, cell in _COLUMNS))
+        table.add_row(*(cell.format(**worker) for _, cell in columns))
     return table
 
 

@@ -126,6 +126,36 @@ async def test_status_shows_node_and_workers(server: FakeServer) -> None:
     ]
 
 
+async def test_status_names_gpus_kernels_and_handoffs_where_there_are_any(
+    server: FakeServer,
+) -> None:
+    graphs = {"kernels": "triton attention", "handoff": "CUDA IPC", "free_blocks": 54321}
+    workers: list[dict[str, Any]] = [
+        {**WORKER, **graphs, "gpu": 0, "num_blocks": 54321, "pid": 1234567},
+        {**WORKER, **graphs, "gpu": 1, "index": 1, "role": "decode", "kernels": "reference"},
+    ]
+    server.stats = {**STATS, "workers": workers}
+    lines = (await run(server, "status")).stdout.splitlines()
+    assert lines[3:6] == [
+        "kernels   triton attention (worker 0)",
+        "kernels   reference (worker 1)",
+        "handoff   CUDA IPC",
+    ]
+    assert [line.split()[:3] for line in lines if "ready" in line] == [
+        ["0", "prefill", "0"],
+        ["1", "decode", "1"],
+    ]
+    assert all(len(line.rstrip()) <= 80 for line in lines[3:]), "folded on a small terminal"
+
+
+async def test_status_of_mixed_workers_without_gpus_says_neither(server: FakeServer) -> None:
+    worker = {**WORKER, "role": "mixed", "gpu": None, "handoff": "shared memory"}
+    server.stats = {**STATS, "layout": "1m", "workers": [worker]}
+    words = (await run(server, "status")).stdout
+    assert "gpu" not in words and "handoff " not in words
+    assert "kernels   native" in words.splitlines()
+
+
 async def test_status_as_json(server: FakeServer) -> None:
     server.stats = STATS
     result = await run(server, "status", "--json")

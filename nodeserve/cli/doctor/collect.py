@@ -106,6 +106,7 @@ def software(
         torch_devices=torch.get("num_devices", 0),
         torch_archs=tuple(torch.get("archs", ())),
         triton=answers.get("triton", {}).get("version"),
+        attention=answers.get("attention", {}).get("backend"),
         extension_obstacle=extension_obstacle(),
         extension_devices=answers.get("extension", {}).get("num_devices"),
         failures=failures,

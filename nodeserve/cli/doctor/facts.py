@@ -42,6 +42,7 @@ class Software:
     torch_devices: int = 0
     torch_archs: tuple[str, ...] = ()  # "sm_90", "compute_90"; empty without a GPU
     triton: str | None = None
+    attention: str | None = None  # what a common model's attention would run with on GPU 0
     extension_obstacle: str | None = None  # why nodeserve._cuda cannot be there at all
     extension_devices: int | None = None  # GPUs that it sees
     failures: dict[str, str] = field(default_factory=dict)  # part: how loading it failed

@@ -44,6 +44,7 @@ def judge_software(facts: Facts) -> Iterator[Finding]:
     yield from _torch_kernels(facts)
     yield _triton(facts)
     yield _extension(facts)
+    yield from _attention(facts)
 
 
 def _software(check: str, mark: str, text: str, advice: str = "") -> Finding:
@@ -128,7 +129,7 @@ def _triton(facts: Facts) -> Finding:
 def _extension(facts: Facts) -> Finding:
     software, wanted = facts.software, wants_gpus(facts)
     if software.extension_obstacle is not None:
-        missing, _, advice = software.extension_obstacle.partition(": ")
+        missing, advice = reason_and_advice(software.extension_obstacle)
         text = missing + _if(not wanted, ": only CUDA workers need it")
         mark = PROBLEM if wanted else OK
         return _software("extension", mark, text, _if(wanted, advice))
@@ -142,6 +143,28 @@ def _extension(facts: Facts) -> Finding:
         mark = WARNING if count else PROBLEM
         return _software("extension", mark, text, "look at CUDA_VISIBLE_DEVICES")
     return _software("extension", OK, text)
+
+
+def _attention(facts: Facts) -> Iterator[Finding]:
+    """Only where there is a GPU to choose for."""
+    software = facts.software
+    if problem := software.failures.get("attention"):
+        mark = PROBLEM if wants_gpus(facts) else OK
+        advice = _if(mark == PROBLEM, "choose another with --attention-backend")
+        yield _software("attention", mark, f"attention cannot be chosen: {problem}", advice)
+    elif software.attention is not None:
+        text = f"attention: {software.attention}"
+        if software.attention.startswith("reference") and wants_gpus(facts):
+            advice = "install triton: the reference is slow"
+            yield _software("attention", WARNING, text, advice)
+        else:
+            yield _software("attention", OK, text)
+
+
+def reason_and_advice(obstacle: str) -> tuple[str, str]:
+    """An obstacle in its two halves: what is the case; (or :) what to do."""
+    reason, _, advice = obstacle.partition("; " if "; " in obstacle else ": ")
+    return reason, advice
 
 
 def _if(condition: bool, text: str) -> str:
@@ -214,7 +237,7 @@ def _start(check: str, mark: str, text: str, advice: str = "") -> Finding:
 
 def _model(facts: Facts) -> Finding:
     if facts.outlook.demo_model is None:
-        text, _, advice = str(facts.outlook.demo_model_obstacle).partition(": ")
+        text, advice = reason_and_advice(str(facts.outlook.demo_model_obstacle))
         return _start("demo-model", WARNING, text, advice)
     return _start("demo-model", OK, f"demo model: {facts.outlook.demo_model}")
 

@@ -27,7 +27,6 @@ from nodeserve.cli.show import ProcessEnd
 from nodeserve.client import Client
 from nodeserve.config import EngineConfig
 from nodeserve.errors import NodeServeError
-from nodeserve.wire.channel import sweep_stale
 
 LAYOUTS = ("1m", "1p1d")
 LAYOUT_TIMEOUT_S = (
@@ -239,7 +238,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
             except subprocess.TimeoutExpired:
                 _kill_session(process)
                 process.wait()
-                sweep_stale()
+                sweep()
         process.wait()
 
 
@@ -260,7 +259,15 @@ def leftovers(socket: Path, pid: int, workers: Sequence[int]) -> list[str]:
     if socket.exists():
         found.append(f"socket {socket}")
         socket.unlink()
-    return found + [name for name in sweep_stale() if f"nodeserve-{pid}-" in name]
+    return found + [name for name in sweep() if f"nodeserve-{pid}-" in name]
+
+
+def sweep() -> list[str]:
+    """Names in shared memory of servers that are gone, removed."""
+    # Here and not above: it loads our extension, which the doctor must be able to do without.
+    from nodeserve.wire.channel import sweep_stale
+
+    return sweep_stale()
 
 
 @contextlib.contextmanager
