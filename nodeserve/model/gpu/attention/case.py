@@ -1,8 +1,8 @@
 """Random steps over random pages: a backend is tried on them before it serves, and in tests.
 
-A case is built to be noticed: what lies in the pages past a context is NaN, so a kernel that reads
-one token too many says so; and a few values of every context are so large that a kernel that leaves
-one of them out is far off, however long the context.
+A case is built to be noticed: what lies in the pages past a context is a trap (NaN, if not said
+otherwise), so a kernel that reads one token too many says so; and a few values of every context are
+so large that a kernel that leaves one of them out is far off, however long the context.
 """
 
 from collections.abc import Sequence
@@ -65,14 +65,15 @@ def make_case(
     *,
     seed: int = 0,
     num_layers: int = 2,
+    trap: float = torch.nan,
 ) -> Case:
     """A step of sequences given as (tokens of this step, context). Leading sequences of one token
-    are its decodes; a context of 0 is a padding row's."""
+    are its decodes; a context of 0 is a padding row's. `trap` fills the pages past the contexts."""
     generator = torch.Generator(device).manual_seed(seed)
     counts = [-(-context // heads.block_size) for _, context in lengths]
     num_blocks = sum(counts) + 1
     shape = (num_blocks, num_layers, 2, heads.num_kv_heads, heads.block_size, heads.head_dim)
-    pool = torch.full(shape, torch.nan, dtype=heads.dtype, device=device)
+    pool = torch.full(shape, trap, dtype=heads.dtype, device=device)
     pages = pool[:, num_layers - 1]
     order = torch.randperm(num_blocks, generator=generator, device=device)
     blocks = torch.split(order, [*counts, 1])

@@ -11,6 +11,7 @@ class PagedAttention:
 
     def __init__(self, decode: Part, prefill: Part, name: str) -> None:
         self.name = name
+        self.capturable = decode.capturable  # whether CUDA graphs may hold a step of decodes
         self._decode = decode
         self._prefill = prefill
         self._planned: GpuStep | None = None

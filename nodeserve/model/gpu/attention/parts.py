@@ -43,9 +43,10 @@ class Segment:
 
 
 class Part(Protocol):
-    """Attention for one kind of segment. `layer` geometry as in `AttentionBackend.attend`."""
+    """Attention for segments of one kind."""
 
     name: str  # for logs
+    capturable: bool  # by a CUDA graph: launches follow from host ints alone
 
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         """Make scratch, so that `run` allocates nothing up to these sizes; it never shrinks."""
@@ -58,7 +59,10 @@ class Part(Protocol):
         out: torch.Tensor,
         window: int | None,
     ) -> None:
-        """query, out [the segment's tokens, num_heads, head_dim]; pages as in `attend`"""
+        """query, out [the segment's tokens, num_heads, head_dim]
+
+        pages and window are as in `AttentionBackend.attend`.
+        """
 
 
 def decodes_of(step: GpuStep) -> Segment | None:

@@ -12,6 +12,7 @@ class ReferenceAttention:
     """A part for decodes and prefills of any shape."""
 
     name = "reference"
+    capturable = False
 
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         pass  # needs no scratch

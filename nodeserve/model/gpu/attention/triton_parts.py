@@ -89,6 +89,7 @@ class TritonDecode:
     """Split decode attention. Its grid depends on host ints only, so it can be captured."""
 
     name = "triton"
+    capturable = True
 
     def __init__(self, heads: Heads, device: torch.device, num_sms: int) -> None:
         self._heads = heads
@@ -155,6 +156,7 @@ class TritonPrefill:
     """Causal attention of prompt chunks over their pages."""
 
     name = "triton"
+    capturable = True
 
     def __init__(self, heads: Heads, table: Table) -> None:
         self._heads = heads
