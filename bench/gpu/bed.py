@@ -63,6 +63,10 @@ class Bed:
         """A size for the card, and one that a CPU gets through in a moment."""
         return rehearsed if self.rehearsal else real
 
+    def aim(self, share: float) -> float | None:
+        """What must be reached on the card; a rehearsal has numbers and no aims."""
+        return None if self.rehearsal else share
+
     def ceiling(self, name: str) -> float:
         """A number of the section `ceilings`; NoCeiling when there is none to divide by."""
         if name not in self.known:

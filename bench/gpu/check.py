@@ -68,10 +68,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def environment(site: Path) -> dict[str, str]:
+def environment(site: Path, rehearse: bool) -> dict[str, str]:
     """What the sections' processes need on top of ours: this tree, and the wheels brought along."""
     paths = [str(ROOT), str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    found = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # Triton reads it when it is first imported: kernels are interpreted.
+    return {**found, "TRITON_INTERPRET": "1"} if rehearse else found
 
 
 def run(options: argparse.Namespace, sections: tuple[Section, ...]) -> int:
@@ -95,7 +97,7 @@ def run(options: argparse.Namespace, sections: tuple[Section, ...]) -> int:
         for problem in install(WHEELS, site):
             report.say(f"brought along in vain: {problem}")
         more = ("--rehearse",) if options.rehearse else ()
-        task = Task(options.out, more, environment(site))
+        task = Task(options.out, more, environment(site, options.rehearse))
         left_s = options.budget - (time.monotonic() - began_s)
         Runs(task, left_s, report.on_result).run(sections)
     return report.close()

@@ -52,6 +52,11 @@ def check(name: str, passed: bool, note: str = "", **numbers: Any) -> Line:
     return Line(name, verdict(passed), note=note, numbers=numbers)
 
 
+def unrehearsed(name: str) -> Line:
+    """A check that makes no sense without a GPU: not passed, and not the rehearsal's fault."""
+    return Line(name, NOT_REACHED, note="only on a GPU")
+
+
 def share(
     name: str,
     value: float,

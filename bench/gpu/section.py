@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from bench.gpu.bed import Bed
 from bench.gpu.lines import Sheet
 
@@ -21,6 +23,8 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     known = json.load(sys.stdin)
+    if options.rehearse:
+        torch.set_num_threads(1)  # sections run side by side on whatever cores there are
     began_s = time.perf_counter()
     sheet = Sheet(options.sheet)
     section = importlib.import_module(f"bench.gpu.sections.{options.name}")

@@ -26,4 +26,4 @@ class Load:
 
 
 def load_for(bed: Bed) -> Load:
-    return Load(256, 512, 128) if not bed.rehearsal else Load(6, 24, 8)
+    return Load(256, 512, 128) if not bed.rehearsal else Load(3, 12, 4)

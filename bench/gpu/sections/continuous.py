@@ -25,7 +25,9 @@ def run(bed: Bed) -> None:
     load = load_for(bed)
     model = build(bed.model, bed.dtype, bed.device)
     prompts = load.prompts(bed.model.vocab_size)
-    generate(bed, model, prompts[: max(2, len(prompts) // 16)], load)  # compiles, captures, allocates
+    generate(
+        bed, model, prompts[: max(2, len(prompts) // 16)], load
+    )  # compiles, captures, allocates
     began_s = time.perf_counter()
     lengths = generate(bed, model, prompts, load)
     seconds = time.perf_counter() - began_s
@@ -57,10 +59,9 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """A model of this shape with random weights, made on the device."""
     from transformers import AutoModelForCausalLM
 
+    make: Any = AutoModelForCausalLM.from_config
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            transformers_config(config), dtype=dtype, attn_implementation="sdpa"
-        )
+        model = make(transformers_config(config), dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()
 
 
@@ -98,7 +99,8 @@ def generate(bed: Bed, model: Any, prompts: list[list[int]], load: Load) -> list
     room = {"num_blocks": 8, "max_batch_tokens": 256}  # or it takes nine tenths of the host's
     wanted |= room if bed.rehearsal else {"max_memory_percent": MEMORY_SHARE}
     config = ContinuousBatchingConfig(**{k: v for k, v in wanted.items() if k in known})
-    generation = GenerationConfig(
+    make: Any = GenerationConfig
+    generation = make(
         max_new_tokens=load.num_output, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     more = {"persistent_manager": True, "progress_bar": False, "warmup": not bed.rehearsal}

@@ -20,7 +20,7 @@ from nodeserve.worker.contract import Device
 
 # Natural log. float32: sums in another order; bfloat16: an activation rounded the other way.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
-NUM_TOKENS, NUM_TOP = 6, 20
+NUM_TOKENS, NUM_TOP = 5, 20
 
 
 def run(bed: Bed) -> None:
@@ -31,12 +31,12 @@ def run(bed: Bed) -> None:
 
 
 def compare(bed: Bed, model: str, dtype: str) -> list[Line]:
-    max_num_seqs = bed.pick(64, 4)
+    max_num_seqs = bed.pick(64, 2)
     spec = bed.spec(
         model,
         dtype=dtype,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=bed.pick(4096, 128),
+        max_num_batched_tokens=bed.pick(4096, 64),
         max_model_len=256,
         kv_memory=bed.pick(2 << 30, 4 << 20),
     )
@@ -120,5 +120,7 @@ def gap_of(row: Any, token_id: int) -> float:
     """How much less likely a token is than the chosen one; infinite if it is not near the top."""
     chosen, ids, logprobs = row
     count = len(ids) // 4
-    top = dict(zip(struct.unpack(f"<{count}i", ids), struct.unpack(f"<{count}f", logprobs), strict=True))
+    top = dict(
+        zip(struct.unpack(f"<{count}i", ids), struct.unpack(f"<{count}f", logprobs), strict=True)
+    )
     return float(chosen - top[token_id]) if token_id in top else float("inf")

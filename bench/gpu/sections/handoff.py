@@ -72,7 +72,7 @@ class Pulls:
                 num_bytes / seconds / 1e9,
                 "GB/s",
                 plain_s / seconds,
-                AIM if method == "auto" else None,
+                self.bed.aim(AIM) if method == "auto" else None,
                 f"{num_bytes / 1e6:.0f} MB in {1e3 * seconds:.3f} ms,"
                 f" a plain copy {1e3 * plain_s:.3f} ms",
                 num_bytes=num_bytes,
@@ -119,7 +119,7 @@ class Pulls:
             times.append(last.elapsed_ms(first) / 1e3)
             first.close()
             last.close()
-        return statistics.median(times[2:])
+        return float(statistics.median(times[2:]))
 
     def host(self, num_tokens: int, count: int) -> None:
         """Out to pinned memory and in again; in a handoff two workers do one half each."""

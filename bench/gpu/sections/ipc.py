@@ -16,7 +16,7 @@ import torch
 from bench.gpu.bed import Bed
 from bench.gpu.extension import extension
 from bench.gpu.lines import check
-from bench.gpu.memory import settle, stream_of, view
+from bench.gpu.memory import settle, view
 from bench.gpu.peers import Made, Owner, owner
 from bench.gpu.shards import POISON, Rank, Whole, ranks_of, values
 from nodeserve.policy.copy_plan import CopyRun, PageGeometry, PageShard, pulls, shards
@@ -112,9 +112,7 @@ class Reader:
         )
         return torch.tensor(list(zip(targets, sources, strict=True)), dtype=torch.int32)
 
-    def compare(
-        self, held: torch.Tensor, pairs: torch.Tensor, rank: Rank, generation: int
-    ) -> str:
+    def compare(self, held: torch.Tensor, pairs: torch.Tensor, rank: Rank, generation: int) -> str:
         """The whole pool against what it must hold now."""
         device, order = self.bed.device, pairs.long()
         wanted_blocks = values(self.whole, rank, order[:, 1], generation, device)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bench.gpu.bed import Bed
-from bench.gpu.lines import Line, check
+from bench.gpu.lines import Line, check, unrehearsed
 
 PROGRAM = (sys.executable, "-m", "bench.gpu.copies")
 DONE = re.compile(r"^copied (\d+) bytes in (\d+) launches$", re.MULTILINE)
@@ -28,7 +28,13 @@ def run(bed: Bed) -> None:
     bed.sheet.add(check("copies of every kind, without the tool", passed, last(alone.stderr)))
     sanitizer = None if bed.rehearsal else find()
     for tool in TOOLS:
-        bed.sheet.add(missing(tool, bed) if sanitizer is None else watched(sanitizer, tool))
+        name = f"compute-sanitizer {tool} over the copies"
+        if bed.rehearsal:
+            bed.sheet.add(unrehearsed(name))
+        elif sanitizer is None:
+            bed.sheet.add(check(name, False, "not installed"))
+        else:
+            bed.sheet.add(watched(name, sanitizer, tool))
 
 
 def find() -> Path | None:
@@ -44,14 +50,8 @@ def find() -> Path | None:
     return None
 
 
-def missing(tool: str, bed: Bed) -> Line:
-    note = "there is nothing to watch in a rehearsal" if bed.rehearsal else "not installed"
-    return check(f"compute-sanitizer {tool} over the copies", False, note)
-
-
-def watched(sanitizer: Path, tool: str) -> Line:
+def watched(name: str, sanitizer: Path, tool: str) -> Line:
     """Passed: the program says what it copied, and the tool that it watched and found nothing."""
-    name = f"compute-sanitizer {tool} over the copies"
     try:
         done = subprocess.run(
             [sanitizer, "--tool", tool, "--error-exitcode", "9", *PROGRAM],

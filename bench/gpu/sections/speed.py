@@ -11,8 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.floors import causal_pairs, step_bytes, step_flops
@@ -21,6 +20,7 @@ from bench.gpu.drive import Room, decode_s, prefill_s
 from bench.gpu.lines import Line, at_most, check, share
 from bench.gpu.local import LocalWorker
 from bench.gpu.measure import busy_and_gaps
+from bench.gpu.memory import settle
 from bench.gpu.shapes import write_config
 from bench.gpu.workload import Load, load_for
 from nodeserve.worker.contract import Device
@@ -35,9 +35,9 @@ def run(bed: Bed) -> None:
     with tempfile.TemporaryDirectory(prefix="nodeserve-speed-") as folder:
         spec = bed.spec(
             str(write_config(bed.model, Path(folder))),
-            max_model_len=bed.pick(9216, 512),
+            max_model_len=bed.pick(9216, 128),
             max_num_seqs=bed.pick(256, 4),
-            max_num_batched_tokens=bed.pick(8192, 256),
+            max_num_batched_tokens=bed.pick(8192, 64),
             kv_memory=bed.pick(None, 4 << 20),
         )
         began_s = time.perf_counter()
@@ -48,10 +48,10 @@ def run(bed: Bed) -> None:
     bed.sheet.keep(kernels=device.kernels, load_s=load_s, kv_bytes=kv_bytes)
     bed.sheet.add(Line("the model is loaded and warm", "info", load_s, "s", note=device.kernels))
     fill_pages(bed, device)
-    for context in bed.pick(CONTEXTS, (64,)):
+    for context in bed.pick(CONTEXTS, (24,)):
         for count in bed.pick(BATCHES, (1, 4)):
             bed.sheet.add(decode_line(bed, device, room, count, context))
-    for num_tokens in bed.pick(PROMPTS, (64, 256)):
+    for num_tokens in bed.pick(PROMPTS, (16, 40)):
         bed.sheet.add(prefill_line(bed, device, room, num_tokens))
     worker = LocalWorker(device, spec)
     bed.sheet.add(*pauses(bed, worker))
@@ -61,15 +61,15 @@ def run(bed: Bed) -> None:
 def fill_pages(bed: Bed, device: Device) -> None:
     """Numbers where a run has zeros: the card is faster on zeros than on any model's pages."""
     cache = getattr(device.executor, "_cache", None)
-    filled = cache is not None and cache.pages.numel() > 0
-    if filled:
-        for layer in cache.layers:
-            layer.normal_()
-    bed.sheet.add(check("pages are filled with random numbers before steps are timed", filled))
+    for layer in cache.layers if cache is not None else ():
+        layer.normal_()
+    settle(bed.device)
+    filled = cache is not None and bool((cache.pages[-1] != 0).any())
+    bed.sheet.add(check("pages hold random numbers before steps are timed", filled))
 
 
 def decode_line(bed: Bed, device: Device, room: Room, count: int, context: int) -> Line:
-    num_steps = bed.pick(24, 4)
+    num_steps = bed.pick(24, 2)
     name = f"decode step, {count} x {context}"
     if not room.holds(count, context + num_steps + 8):
         # Not a check that was left out: the aim is for what fits.
@@ -81,7 +81,7 @@ def decode_line(bed: Bed, device: Device, room: Room, count: int, context: int) 
     floor_s = num_bytes / bed.ceiling("bandwidth_gb_s") / 1e9
     flops = step_flops(bed.model, count, count, visible)
     flops_s = flops / bed.ceiling("gemm_tflop_s") / 1e12
-    least = DECODE_AIM if count <= DECODE_AIM_TO else None
+    least = bed.aim(DECODE_AIM) if count <= DECODE_AIM_TO else None
     return share(
         name,
         1e3 * seconds,
@@ -106,7 +106,7 @@ def prefill_line(bed: Bed, device: Device, room: Room, num_tokens: int) -> Line:
         1e3 * seconds,
         "ms",
         floor_s / seconds,
-        PREFILL_AIM if num_tokens >= PREFILL_AIM_FROM else None,
+        bed.aim(PREFILL_AIM) if num_tokens >= PREFILL_AIM_FROM else None,
         f"floor {1e3 * floor_s:.2f} ms, {flops / seconds / 1e12:.0f} TFLOP/s",
         flops=flops,
         seconds=seconds,
@@ -118,7 +118,7 @@ def prefill_line(bed: Bed, device: Device, room: Room, num_tokens: int) -> Line:
 
 def pauses(bed: Bed, worker: LocalWorker) -> list[Line]:
     """Between a step's last kernel and the next one's first, in a steady batch."""
-    count, context = bed.pick((GAP_BATCH, 1024), (4, 32))
+    count, context = bed.pick((GAP_BATCH, 1024), (2, 8))
     num_steps = bed.pick(GAP_STEPS, 6)
     ids = range(1_000_000, 1_000_000 + count)
     for one in ids:
@@ -142,7 +142,7 @@ def pauses(bed: Bed, worker: LocalWorker) -> list[Line]:
             f"longest pause of the GPU, {name}",
             max(gaps),
             "us",
-            GAP_US if not bed.rehearsal else 1e6,
+            bed.pick(GAP_US, 1e12),
             f"of the longest of each step the median is {statistics.median(longest):.0f} us;"
             f" busy {busy_us / (busy_us + sum(gaps)):.1%}",
         ),
@@ -176,8 +176,6 @@ def throughput(bed: Bed, worker: LocalWorker, load: Load) -> Line:
     began_s = time.perf_counter()
     worker.run(*ids)
     seconds = time.perf_counter() - began_s
-    if bed.device.type == "cuda":
-        torch.cuda.synchronize()
     written = sum(len(worker.tokens[one]) for one in ids)
     assert written == load.num_requests * load.num_output, f"{written} tokens came"
     bed.sheet.keep(load_tokens_per_s=written / seconds)
