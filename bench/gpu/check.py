@@ -25,6 +25,7 @@ from bench.report import commit, emit
 from nodeserve.gpus import find_gpus
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 6.0  # of a rehearsal: a CPU that interprets kernels and has others to serve
 REHEARSED = "REHEARSAL on the CPU with a pretended CUDA runtime: proves nothing about GPUs"
 
 
@@ -61,11 +62,14 @@ class Report:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a GPU must show, in one run.")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these sections")
-    parser.add_argument("--budget", type=float, default=TOTAL_S, metavar="SECONDS")
+    parser.add_argument("--budget", type=float, default=None, metavar="SECONDS")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", metavar="FOLDER")
     parser.add_argument("--commit", default=commit(), help="where the files are no repository")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU; proves nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.patience = PATIENCE if options.rehearse else 1.0
+    options.budget = options.budget or TOTAL_S * options.patience
+    return options
 
 
 def environment(site: Path, rehearse: bool) -> dict[str, str]:
@@ -99,7 +103,7 @@ def run(options: argparse.Namespace, sections: tuple[Section, ...]) -> int:
         more = ("--rehearse",) if options.rehearse else ()
         task = Task(options.out, more, environment(site, options.rehearse))
         left_s = options.budget - (time.monotonic() - began_s)
-        Runs(task, left_s, report.on_result).run(sections)
+        Runs(task, left_s, report.on_result, options.patience).run(sections)
     return report.close()
 
 

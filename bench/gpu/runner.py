@@ -48,8 +48,16 @@ class Task:
 class Runs:
     """A run over all sections; `on_result` sees each as it ends, one at a time."""
 
-    def __init__(self, task: Task, budget_s: float, on_result: Callable[[Result], None]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        budget_s: float,
+        on_result: Callable[[Result], None],
+        patience: float = 1.0,
+    ) -> None:
+        """patience: how much slower than the target a machine may be before sections are ended."""
         self._task = task
+        self._patience = patience
         self._give_up_s = time.monotonic() + budget_s
         self._on_result = on_result
         self._known: dict[str, Any] = {}
@@ -68,10 +76,12 @@ class Runs:
             self._on_result(result)
 
     def _result(self, section: Section) -> Result:
-        limit_s = time_for(section, self._give_up_s - time.monotonic())
+        left_s = (self._give_up_s - time.monotonic()) / self._patience
+        limit_s = time_for(section, left_s)
         if limit_s is None:
             note = f"the time was used up before it; it needs {section.least_s:g} s at least"
             return Result(section, [Line(section.title, NOT_REACHED, note=note)])
+        limit_s *= self._patience
         sheet, log = (self._task.folder / f"{section.name}.{kind}" for kind in ("jsonl", "log"))
         sheet.unlink(missing_ok=True)
         with self._lock:
