@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/fakes/cuda/*/* \
+  tests/fakes/cuda/*.h)
 
 .PHONY: help venv build demo check static quick-tests test format sanitize bench clean
 .PHONY: gpu-check gpu-wheels
@@ -31,6 +32,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
 	CFLAGS=-Werror $(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python -c 'from nodeserve.cuda_build import cuda_build as b; \
+	  print("nodeserve._cuda:", b().reason or f"CUDA {b().toolkit}, {b().archs}")'
+	$(BIN)/python -m tests.fakes.cuda
 	@touch $@
 
 venv build: $(VENV)/.built
@@ -80,4 +84,4 @@ bench-smoke: venv
 	  || exit 1; done
 
 clean:
-	rm -rf build dist *.egg-info nodeserve/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist *.egg-info nodeserve/*.so nodeserve/_cuda_build.json .mypy_cache .ruff_cache .pytest_cache

@@ -77,6 +77,7 @@ CUDA_SOURCES = [
     "csrc/kv/pool.cpp",
     "csrc/kv/stream.cpp",
 ]
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 OLDEST_TOOLKIT = (12, 8)  # the first with cudaMemcpyBatchAsync
 
 
@@ -98,8 +99,7 @@ def find_nvcc() -> str:
         if not nvcc.is_file():
             raise SystemExit(f"CUDA_HOME={home!r}: there is no bin/nvcc in it")
         return str(nvcc)
-    usual = Path("/usr/local/cuda/bin/nvcc")
-    found = shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
+    found = shutil.which("nvcc") or shutil.which(USUAL_NVCC)
     if found is None:
         raise Unusable("no nvcc was found when nodeserve was built")
     return found
@@ -184,6 +184,7 @@ def build_cuda(toolkit: Toolkit, out: Path, objects_folder: Path) -> None:
         toolkit.nvcc,
         "-shared",
         "-cudart=static",
+        "-nodlink",
         hidden,
         *map(str, objects),
         "-o",

@@ -68,8 +68,9 @@ void check_sides_apart(const CopyRequest& request) {
     for (std::size_t w = 0, r = 0; w < written.size() && r < read.size();) {
         const std::uintptr_t write = writes(written[w]), write_end = write + static_cast<std::uintptr_t>(written[w].num_bytes);
         const std::uintptr_t from = reads(read[r]), from_end = from + static_cast<std::uintptr_t>(read[r].num_bytes);
+        const std::uintptr_t block = (std::max(write, from) - target.address) / static_cast<std::uintptr_t>(target.stride);
         NS_REQUIRE(write_end <= from || from_end <= write,
-                   "pairs: block " << written[w].target / target.stride << " of the target is read by the same request");
+                   "pairs: block " << block << " of the target is read by the same request");
         (write_end < from_end ? w : r) += 1;
     }
 }

@@ -61,8 +61,9 @@ std::string Pool::handle() const {
 }
 
 void Pool::close() {
-    void* const memory = std::exchange(memory_, nullptr);
-    if (memory) NS_CUDA(cudaFree(memory));
+    if (!memory_) return;
+    const OnDevice current(device_);
+    NS_CUDA(cudaFree(std::exchange(memory_, nullptr)));
 }
 
 PeerPool::PeerPool(int device, const std::string& handle, std::int64_t num_bytes)

@@ -14,6 +14,10 @@ thread. A block of the pool is one contiguous run of `layout.block_bytes`, so a 
 `_host.copy_blocks(dst_pool, src_pool, layout.block_bytes, dst_ids, src_ids)`; both ends must use
 the same ops class. The pool must not be closed before the cache is dropped.
 
+On a GPU the operations are `gpu.ops.CudaOps(dtype, device, attention)`, the pool is a uint8 tensor
+of device memory with blocks in the order [layer, K or V, KV head, token, head_dim], and a captured
+step needs `model.reserve(...)` first. gpu/step.py says what a graph may rely on.
+
 A token's logits do not depend, to the bit, on what shares its step, on where its prompt was cut
 into chunks, or on the number of threads (native ops; `csrc/cpu/params.h` says why).
 """

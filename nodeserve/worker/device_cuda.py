@@ -93,9 +93,7 @@ def _make_executor(
         max_context_len=spec.max_model_len,
         max_blocks=blocks_for(spec.max_model_len, spec.block_size),
     )
-    return CudaExecutor(
-        runtime, model, staging, parts.sampler, parts.feed_tokens, spec.max_num_seqs
-    )
+    return CudaExecutor(runtime, model, staging, parts.sampler, parts.feed_tokens)
 
 
 def _sizes(spec: WorkerSpec) -> tuple[int, ...]:

@@ -31,19 +31,24 @@ class Model(Protocol):
 
 
 class Launched(Protocol):
-    """Tokens on their way."""
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """[rows] int32 on the device"""
+    """Tokens on their way to the host."""
 
     def result(self) -> Sampled:
         """Once the submitted work is over."""
 
 
 class Sampler(Protocol):
-    def launch(self, logits: torch.Tensor, work: list[Work]) -> Launched:
-        """Choose a token for each row of logits [rows, vocab_size] float32; may write over them."""
+    """Chooses on the device."""
+
+    tokens: torch.Tensor  # [max_num_seqs] int32: what the last launch chose, at one address
+
+    def launch(
+        self, logits: torch.Tensor, sequences: list[Sequence], places: list[int]
+    ) -> Launched:
+        """A token for each row of logits [rows, vocab_size] float32, which this may write over.
+
+        places: how many tokens each sequence has put out before this one.
+        """
 
 
 FeedTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -79,7 +84,6 @@ class CudaExecutor:
         staging: CudaStaging,
         sampler: Sampler,
         feed_tokens: FeedTokens,
-        max_num_seqs: int,
     ) -> None:
         self._runtime = runtime
         self._model = model
@@ -87,7 +91,6 @@ class CudaExecutor:
         self._sampler = sampler
         self._feed_tokens = feed_tokens
         self._cache: Any = None
-        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=runtime.device)
         self._graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
         self._sizes: tuple[int, ...] = ()
         self._watcher = Watcher("steps", runtime.thread_begins)
@@ -119,14 +122,15 @@ class CudaExecutor:
             size = bucket_for(batch.num_decodes, self._sizes)
         staging, flight = self._staging, CudaFlight()
         staged = staging.build(batch) if size is None else staging.build_decodes(batch, size)
-        sampling = [work for work in batch.work if work.samples]
+        sequences = batch.sampled
+        places = [work.num_output for work in batch.work if work.samples]
 
         def step() -> None:
             staging.upload(staged)
             logits = self._eager(staged) if size is None else self._replay(size)
-            if sampling:
-                flight.launched = self._sampler.launch(logits[: len(sampling)], sampling)
-                self._sampled[: len(sampling)].copy_(flight.launched.tokens)
+            if sequences:
+                rows = logits[: len(sequences)]
+                flight.launched = self._sampler.launch(rows, sequences, places)
 
         flight.mark = staged.half.reader = self._runtime.submit(step)
         self._watcher.watch(flight.mark)
@@ -134,7 +138,7 @@ class CudaExecutor:
 
     def _eager(self, staged: Staged) -> torch.Tensor:
         if staged.feed is not None:
-            self._feed_tokens(staged.inputs.token_ids, staged.feed, self._sampled)
+            self._feed_tokens(staged.inputs.token_ids, staged.feed, self._sampler.tokens)
         return self._model.forward(staged.inputs, self._cache)
 
     def _replay(self, size: int) -> torch.Tensor:
@@ -166,7 +170,7 @@ class CudaExecutor:
         found: list[torch.Tensor] = []
 
         def step() -> None:
-            self._feed_tokens(inputs.token_ids, feed, self._sampled)
+            self._feed_tokens(inputs.token_ids, feed, self._sampler.tokens)
             found[:] = [self._model.forward(inputs, self._cache)]
 
         # Once for real: kernels are compiled and libraries make their workspaces outside a capture.

@@ -24,9 +24,12 @@ def make_transfer(
     cuda, device = runtime.cuda, runtime.index
     watcher = Watcher("copies", runtime.thread_begins)
     own = Blocks(pool.address, pool.num_bytes)
-    copies = PageCopies(cuda, device, block_bytes, watcher)
-    offers, route = _make_offers(spec, runtime, pool, block_bytes, copies)
-    return CudaTransfer(cuda, device, own, block_bytes, copies, offers, watcher), route
+    # Pulls and offers have a stream each: they go in different directions and end apart.
+    offers, route = _make_offers(
+        spec, runtime, pool, block_bytes, PageCopies(cuda, device, block_bytes, watcher)
+    )
+    pulls = PageCopies(cuda, device, block_bytes, watcher)
+    return CudaTransfer(cuda, device, own, block_bytes, pulls, offers, watcher), route
 
 
 def _make_offers(

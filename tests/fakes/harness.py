@@ -197,7 +197,7 @@ def started(
             process = subprocess.Popen(
                 [*command, "--spec", spec.to_json()],
                 pass_fds=(*channel.inherited_fds, *pages, *pass_fds),
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **(environment or {}), **visible(spec)},
             )
             stack.callback(_end, process)
             workers.append(WorkerProcess(spec, channel, process, deadline_s))
@@ -207,6 +207,11 @@ def started(
         for worker in workers if wait_ready else ():
             worker.expect(Ready)
         yield workers
+
+
+def visible(spec: WorkerSpec) -> dict[str, str]:
+    """What the supervisor tells a GPU worker's libraries."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
 
 
 def _channel(ring_bytes: int) -> CoordinatorEnd:

@@ -4,31 +4,40 @@ The judge is a CPU worker with the same weights, in float32: every request must 
 whatever its way through one or several GPU workers.
 """
 
+import itertools
 import json
 import sys
+from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nodeserve.checkpoint import resolve
 from nodeserve.config import WorkerSpec
+from nodeserve.model import backend, kv, llama
+from nodeserve.model.loader import open_weights
+from nodeserve.policy.batching import Limits, Sequence
+from nodeserve.policy.scheduler import Scheduler
+from nodeserve.types import Sampling, sampling_to
 from nodeserve.wire.messages import (
     Cancel,
     Dropped,
-    Failed,
     KvPulled,
     PagesAttached,
-    PullKv,
+    Prefill,
     ReleaseKv,
     RequestFailed,
     Shutdown,
+    pack_ids,
 )
+from nodeserve.worker.executor import ModelExecutor
+from nodeserve.worker.inputs import Staging
 from tests.fakes.cuda import load_fake_cuda
-from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, hand_over, started
+from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
 
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
-CPU_WORKER = (sys.executable, "-m", "nodeserve.worker")
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 200,
@@ -43,12 +52,12 @@ CONFIG = {
     "rope_theta": 10000.0,
 }
 BLOCK_BYTES = 2 * 2 * 1 * 16 * 16 * 4
-CONTEXT = 96
-PROMPTS = {1: [7 * i % 191 for i in range(41)], 2: [3, 1, 4], 3: [5 * i % 97 for i in range(16)]}
+CONTEXT = 64
+PROMPTS = {1: [7 * i % 191 for i in range(25)], 2: [3, 1, 4], 3: [5 * i % 97 for i in range(8)]}
 SAMPLING: dict[int, dict[str, Any]] = {
-    1: {"max_tokens": 8},
-    2: {"max_tokens": 9, "temperature": 0.9, "seed": 5, "top_p": 0.9},
-    3: {"max_tokens": 6, "temperature": 1.0, "seed": 6, "top_k": 40, "repetition_penalty": 1.2},
+    1: {"max_tokens": 10},
+    2: {"max_tokens": 6, "temperature": 0.9, "seed": 5, "top_p": 0.9},
+    3: {"max_tokens": 5, "temperature": 1.0, "seed": 6, "top_k": 40, "repetition_penalty": 1.2},
 }
 
 
@@ -69,6 +78,7 @@ def spec_of(model: str, **changes: Any) -> WorkerSpec:
         "gpus": (0,),
         "max_model_len": CONTEXT,
         "max_num_seqs": 4,
+        "max_num_batched_tokens": 20,
         "kv_memory": 24 * BLOCK_BYTES,
     }
     return default_spec(**{**values, **changes})
@@ -76,73 +86,162 @@ def spec_of(model: str, **changes: Any) -> WorkerSpec:
 
 @pytest.fixture(scope="module")
 def expected(model: str) -> dict[int, list[int]]:
-    """Every request's tokens on the CPU."""
-    with started(spec_of(model, device="cpu", gpus=()), command=CPU_WORKER) as [worker]:
-        for request_id, prompt in PROMPTS.items():
-            worker.prefill(request_id, prompt, **SAMPLING[request_id])
-        worker.finish(*PROMPTS)
-        return worker.streams
+    """Every request's tokens by the CPU device, each request alone."""
+    found = resolve(model, "dummy")
+    ops = backend.make_ops(found.config, torch.float32)
+    weights = open_weights(found, torch.float32, "dummy")
+    layout = kv.layout_of(found.config, 16, torch.float32)
+    cache = ops.cache(layout, bytearray(24 * layout.block_bytes))
+    judge = ModelExecutor(
+        llama.build(found.config, weights, ops), cache, Staging(CONTEXT, 4, CONTEXT // 16)
+    )
+    streams = {}
+    for request_id, prompt in PROMPTS.items():
+        scheduler = Scheduler(Limits(24, 16, CONTEXT, 4, CONTEXT))
+        sampling = Sampling(**{"temperature": 0.0, **SAMPLING[request_id]})
+        sequence = Sequence(request_id, array("i", prompt), len(prompt), sampling)
+        scheduler.submit(sequence)
+        while (batch := scheduler.next_batch()) is not None:
+            scheduler.commit(batch, judge.launch(batch).result().token_ids)
+        streams[request_id] = sequence.token_ids[len(prompt) :].tolist()
+    return streams
+
+
+def finish(worker: WorkerProcess, requests: dict[int, list[int]]) -> dict[int, list[int]]:
+    """The streams of these requests, run to their ends as a coordinator would: what is preempted
+    comes back with what it has."""
+    streams: dict[int, list[int]] = {one: [] for one in requests}
+    names = {one: one for one in requests}  # the worker's name of a request
+    for one, prompt in requests.items():
+        worker.prefill(one, prompt, **SAMPLING[one])
+    while names:
+        worker.until(lambda: any(n in worker.finished or n in worker.preempted for n in names))
+        for name, one in list(names.items()):
+            if name not in worker.finished and name not in worker.preempted:
+                continue
+            streams[one] += worker.streams.pop(name, [])
+            del names[name]
+            if name in worker.finished:
+                continue
+            names[name + 100] = one
+            again = sampling_to(Sampling(**{"temperature": 0.0, **SAMPLING[one]}))
+            tokens = pack_ids([*requests[one], *streams[one]])
+            worker.send(Prefill(name + 100, tokens, len(requests[one]), again, False))
+    return streams
 
 
 def test_a_mixed_worker_gives_the_tokens_of_the_cpu(
     model: str, expected: dict[int, list[int]]
 ) -> None:
-    """Chunked prompts among decodes, drawn tokens among greedy ones, a cancel in between."""
-    with started(spec_of(model), command=GPU_WORKER) as [worker]:
+    """Chunked prompts among decodes, drawn tokens among greedy ones, a pool for about half of
+    them, and a request that is cancelled in the middle."""
+    with started(spec_of(model, kv_memory=5 * BLOCK_BYTES), command=GPU_WORKER) as [worker]:
         assert worker.ready.kernels.endswith("CUDA graphs to 4")
-        worker.prefill(9, PROMPTS[1], max_tokens=40)
-        for request_id, prompt in PROMPTS.items():
-            worker.prefill(request_id, prompt, **SAMPLING[request_id])
-        worker.until(lambda: len(worker.streams.get(9, [])) > 2)
-        worker.send(Cancel(9))
-        worker.expect(Dropped, 9)
-        worker.finish(*PROMPTS)
-        assert {one: worker.streams[one] for one in PROMPTS} == expected
-        assert worker.streams[9][:8] == expected[1][: len(worker.streams[9])]
-        assert worker.load == [0, 0, 0, 24, 0]
+        worker.prefill(9, PROMPTS[1], max_tokens=16)
+        assert finish(worker, PROMPTS) == expected
+        assert worker.preempted == [1], "the pool has room for one of the long ones"
+        worker.finish(9)
+        assert worker.streams[9][: len(expected[1])] == expected[1]
+        worker.prefill(8, PROMPTS[2], max_tokens=50)
+        worker.until(lambda: len(worker.streams.get(8, [])) > 2)
+        worker.send(Cancel(8))
+        worker.expect(Dropped, 8)
+        worker.until(lambda: worker.load == [0, 0, 0, 5, 0])  # once no launched step writes there
         worker.send(Shutdown())
         assert worker.process.wait(DEADLINE_S) == 0
 
 
-def test_a_preempted_request_continues_its_stream(
-    model: str, expected: dict[int, list[int]]
-) -> None:
-    """Two requests of 4 blocks in the end, in a pool of 6, without graphs."""
-    tight = spec_of(model, kv_memory=6 * BLOCK_BYTES, enforce_eager=True)
-    with started(tight, command=GPU_WORKER) as [worker]:
-        assert worker.ready.kernels.endswith("no CUDA graphs")
-        for request_id in (1, 9):
-            worker.prefill(request_id, PROMPTS[1], max_tokens=8)
-        worker.until(lambda: bool(worker.preempted))
-        assert worker.preempted == [9]
-        emitted = worker.streams[9]
-        worker.finish(1)
-        worker.prefill(8, [*PROMPTS[1], *emitted], max_tokens=8 - len(emitted))
-        worker.finish(8)
-        assert worker.streams[1] == emitted + worker.streams[8] == expected[1]
-
-
-@pytest.fixture(scope="module", params=["ipc", "host"])
-def pair(request: pytest.FixtureRequest, model: str) -> Iterator[list[WorkerProcess]]:
-    """Two prefill and two decode workers, each decode worker attached to both pools."""
-    peers = "all" if request.param == "ipc" else "0-2"
+@pytest.fixture(scope="module")
+def four(model: str) -> Iterator[list[WorkerProcess]]:
+    """2p2d: every GPU reads GPU 0, and nobody GPU 1, so its worker goes through host memory."""
     specs = [
         spec_of(model, index=0, role="prefill", gpus=(0, 1, 2, 3)),
         spec_of(model, index=1, role="prefill", gpus=(1, 0, 2, 3)),
         spec_of(model, index=2, role="decode", gpus=(2, 0, 1, 3)),
-        spec_of(model, index=3, role="decode", gpus=(3, 0, 1, 2)),
+        spec_of(model, index=3, role="decode", gpus=(3, 0, 1, 2), enforce_eager=True),
     ]
-    yield from _four(specs, request.param, peers)
-
-
-def _four(specs: list[WorkerSpec], kind: str, peers: str) -> Iterator[list[WorkerProcess]]:
-    environment = {"NODESERVE_FAKE_CUDA_DEVICES": "4", "NODESERVE_FAKE_CUDA_PEERS": peers}
+    environment = {
+        "NODESERVE_FAKE_CUDA_DEVICES": "4",
+        "NODESERVE_FAKE_CUDA_PEERS": "0-1,0-2,0-3,2-3",
+    }
     with started(*specs, command=GPU_WORKER, environment=environment) as workers:
-        for worker in workers[:2]:
-            said = worker.ready.handoff
-            assert ("CUDA IPC" in said) == (kind == "ipc") and ("host" in said) == (kind == "host")
         for target in workers[2:]:
             for source in workers[:2]:
                 target.attach(source)
                 assert target.expect(PagesAttached).worker == source.spec.index
         yield workers
+
+
+def test_each_prefill_worker_has_its_own_way_out(four: list[WorkerProcess]) -> None:
+    assert four[0].ready.handoff == "CUDA IPC"
+    assert four[1].ready.handoff == "pinned host memory: GPUs 2, 3 cannot read GPU 1"
+    assert four[2].ready.kernels.endswith("CUDA graphs to 4")
+    assert four[3].ready.kernels.endswith("no CUDA graphs")
+
+
+def test_moved_requests_continue_their_streams(
+    four: list[WorkerProcess], expected: dict[int, list[int]]
+) -> None:
+    """From each prefill worker to each decode worker, several pulls at once."""
+    for place, (source, target) in enumerate(itertools.product(four[:2], four[2:])):
+        for request_id, prompt in PROMPTS.items():
+            name = 10 * place + request_id
+            source.prefill(name, prompt, handoff=True, **SAMPLING[request_id])
+    for place, (source, target) in enumerate(itertools.product(four[:2], four[2:])):
+        for request_id, prompt in PROMPTS.items():
+            name = 10 * place + request_id
+            source.until(lambda s=source, n=name: n in s.pinned)
+            target.pull(source, name, prompt, **SAMPLING[request_id])
+    for place, (source, target) in enumerate(itertools.product(four[:2], four[2:])):
+        for request_id, prompt in PROMPTS.items():
+            name = 10 * place + request_id
+            pulled = target.expect(KvPulled, name)
+            assert pulled.num_bytes == -(-len(prompt) // 16) * BLOCK_BYTES
+            source.send(ReleaseKv(name))
+            source.expect(Dropped, name)
+            target.finish(name)
+            assert source.streams[name] + target.streams[name] == expected[request_id]
+    assert [worker.load for worker in four] == [[0, 0, 0, 24, 0]] * 4
+
+
+def test_cancels_on_both_sides_leave_nothing(
+    four: list[WorkerProcess], expected: dict[int, list[int]]
+) -> None:
+    """Right behind the pull, while it may be under way; and of offers that nobody pulled."""
+    for source, target in itertools.product(four[:2], four[2:]):
+        for name in (51, 52):
+            source.prefill(name, PROMPTS[1], handoff=True, max_tokens=8)
+            source.until(lambda s=source, n=name: n in s.pinned)
+        target.pull(source, 51, PROMPTS[1], max_tokens=8)
+        target.send(Cancel(51))
+        assert target.expect(Dropped, 51).load == [0, 0, 0, 24, 0]
+        source.send(Cancel(51))
+        source.send(Cancel(52))
+        source.expect(Dropped, 51)
+        assert source.expect(Dropped, 52).load == [0, 0, 0, 24, 0]
+        for worker in (source, target):
+            for name in (51, 52):
+                worker.pinned.pop(name, None)
+                worker.streams.pop(name, None)
+
+
+def test_a_killed_peer_costs_only_its_own_requests(
+    four: list[WorkerProcess], expected: dict[int, list[int]]
+) -> None:
+    """Last: it kills. A pull from a dead worker lands or fails, and the puller goes on."""
+    target = four[2]
+    for place, source in enumerate(four[:2]):
+        source.prefill(61, PROMPTS[1], handoff=True, max_tokens=8)
+        source.until(lambda s=source: 61 in s.pinned)
+        source.process.kill()
+        source.process.wait()
+        target.pull(source, 61, PROMPTS[1], max_tokens=8)
+        target.until(
+            lambda: any(
+                isinstance(one, KvPulled | RequestFailed) and one.request_id == 61
+                for one in target.said
+            )
+        )
+        target.send(Cancel(61))
+        assert target.expect(Dropped, 61).load == [0, 0, 0, 24, 0]
+        target.said.clear()

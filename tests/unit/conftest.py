@@ -1,11 +1,13 @@
-"""Fixtures that several unit tests share: a scripted server and a client of it."""
+"""Fixtures that several unit tests share: a scripted server, a client of it, a fake of CUDA."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nodeserve import AsyncClient
+from tests.fakes.cuda import load_fake_cuda
 from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
 from tests.fakes.server import FakeServer
 
@@ -24,3 +26,14 @@ async def server(tmp_path: Path) -> AsyncIterator[FakeServer]:
 async def client(server: FakeServer) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(server.path) as client:
         yield client
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`nodeserve._cuda` over two fake devices, where no work runs before somebody waits for it."""
+    module = load_fake_cuda()
+    monkeypatch.setenv("NODESERVE_FAKE_CUDA_MODE", "lazy")
+    module.fake.reload_environment()
+    yield module
+    monkeypatch.undo()
+    module.fake.reload_environment()

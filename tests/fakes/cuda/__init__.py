@@ -17,10 +17,15 @@ it through ctypes. What the runtime imitates is set by the environment, read onc
     NODESERVE_FAKE_CUDA_FAIL          function:call:number,...  fail that call once
 
 `nodeserve._cuda.fake` has what tests ask of it: `fail(function, call, number)`, `calls(function)`,
-`fill(stream, address, value, num_bytes)` (work for a stream), `last_batch()`, `num_pending()`,
-`num_allocations()`.
+`fill(stream, address, value, num_bytes)` (work for a stream), `last_batch()` (target, source, bytes
+of its copies), `last_grid()` (thread blocks), `num_pending()` (jobs), `num_allocations()`,
+`current_device()`, and `reload_environment()`, which first finishes all work.
+
+Its limits: memory is counted per process, and nobody stops a kernel that reads a device it has no
+access to.
 """
 
 from tests.fakes.cuda.build import load_fake_cuda
+from tests.fakes.cuda.memory import bytes_at
 
-__all__ = ["load_fake_cuda"]
+__all__ = ["bytes_at", "load_fake_cuda"]

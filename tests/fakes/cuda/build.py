@@ -31,7 +31,7 @@ def compile_flags() -> list[str]:
     includes = (HERE, HERE / "include", Path("csrc"))
     python = (Path(pybind11.get_include()), Path(sysconfig.get_path("include")))
     return [
-        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread"),
+        *("-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-pthread"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *(f"-I{path}" for path in includes),
         *(f"-isystem{path}" for path in python),

@@ -7,16 +7,16 @@
 
 namespace {
 
-void fail(const std::string& function, int call, int number) {
+// Looks into the runtime, or changes it, under its lock.
+template <class Use>
+auto locked(Use&& use) {
     auto& rt = fake_cuda::runtime();
-    const std::scoped_lock held(rt.lock);
-    rt.failures[function] = {call, number};
+    std::unique_lock held(rt.lock);
+    return use(rt, held);
 }
 
-int calls(const std::string& function) {
-    auto& rt = fake_cuda::runtime();
-    const std::scoped_lock held(rt.lock);
-    return rt.calls[function];
+void fail(const std::string& function, int call, int number) {
+    locked([&](auto& rt, auto&) { rt.failures[function] = {call, number}; });
 }
 
 void fill(std::uintptr_t stream, std::uintptr_t address, int value, std::size_t num_bytes) {
@@ -29,22 +29,20 @@ void fill(std::uintptr_t stream, std::uintptr_t address, int value, std::size_t 
 PYBIND11_MODULE(_cuda, module) {
     bind_kv(module);
     py::module_ fake = module.def_submodule("fake");
+    fake.def("reload_environment", [] {
+        locked([](auto& rt, auto& held) {
+            rt.drain(held);
+            rt.configure();
+        });
+    });
     fake.def("fail", &fail, py::arg("function"), py::arg("call") = 1, py::arg("number") = 1);
-    fake.def("calls", &calls, py::arg("function"));
     fake.def("fill", &fill, py::arg("stream"), py::arg("address"), py::arg("value"), py::arg("num_bytes"));
-    fake.def("last_batch", [] {
-        auto& rt = fake_cuda::runtime();
-        const std::scoped_lock held(rt.lock);
-        return rt.last_batch;
+    fake.def("calls", [](const std::string& function) {
+        return locked([&](auto& rt, auto&) { return rt.calls[function]; });
     });
-    fake.def("num_pending", [] {
-        auto& rt = fake_cuda::runtime();
-        const std::scoped_lock held(rt.lock);
-        return rt.num_pending();
-    });
-    fake.def("num_allocations", [] {
-        auto& rt = fake_cuda::runtime();
-        const std::scoped_lock held(rt.lock);
-        return rt.allocations.size();
-    });
+    fake.def("last_batch", [] { return locked([](auto& rt, auto&) { return rt.last_batch; }); });
+    fake.def("current_device", [] { return fake_cuda::current_device; });
+    fake.def("last_grid", [] { return locked([](auto& rt, auto&) { return rt.last_grid; }); });
+    fake.def("num_pending", [] { return locked([](auto& rt, auto&) { return rt.num_pending(); }); });
+    fake.def("num_allocations", [] { return locked([](auto& rt, auto&) { return rt.allocations.size(); }); });
 }

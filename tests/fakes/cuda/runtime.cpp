@@ -54,10 +54,15 @@ bool Settings::can_access(int physical, int peer) const {
     return physical == peer || all_peers || peers.contains({physical, peer});
 }
 
-Runtime::Runtime() : settings(Settings::from_environment()), random(settings.seed) {
-    for (std::size_t device = 0; device < settings.devices.size(); ++device) {
+void Runtime::configure() {
+    settings = Settings::from_environment();
+    random.seed(settings.seed);
+    calls.clear();
+    failures.clear();
+    for (int device = 0; device < static_cast<int>(settings.devices.size()); ++device) {
+        if (stream_at(nullptr, device)) continue;
         streams.push_back(std::make_unique<CUstream_st>());
-        streams.back()->device = static_cast<int>(device);
+        streams.back()->device = device;
         streams.back()->is_default = true;
     }
     for (const std::string& wanted : split(setting("NODESERVE_FAKE_CUDA_FAIL", ""), ',')) {
@@ -149,11 +154,11 @@ bool Runtime::step_any() {
 void Runtime::run_for_ever() {
     std::unique_lock held(lock);
     while (true) {
-        if (step_any()) {
+        if (!settings.lazy && step_any()) {
             changed.notify_all();
             held.unlock();  // between two jobs others may come in
             held.lock();
-        } else if (num_pending() > 0) {
+        } else if (!settings.lazy && num_pending() > 0) {
             changed.wait_for(held, kGlance);  // what it waits for is in another process
         } else {
             changed.wait(held);

@@ -93,8 +93,10 @@ struct Runtime {
     std::map<std::string, int> calls;
     std::map<std::string, Failure> failures;
     std::vector<std::tuple<std::uintptr_t, std::uintptr_t, std::size_t>> last_batch;  // target, source, bytes
+    unsigned last_grid = 0;  // thread blocks of the last launch
 
-    Runtime();
+    Runtime() { configure(); }
+    void configure();  // from the environment; counts and wanted failures begin anew
     bool covers(const void* memory, std::size_t num_bytes) const;
     std::size_t used_bytes(int device) const;
     std::size_t num_pending() const;

@@ -165,6 +165,8 @@ cudaError_t cudaMemcpyBatchAsync(void* const* targets, const void* const* source
                                  std::size_t num_attributes, cudaStream_t given) {
     FAKE_ENTER("cudaMemcpyBatchAsync");
     FAKE_STREAM(stream, given);
+    // CUDA takes a stream of another device here; we do not, so that a forgotten one shows.
+    if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
     if (stream->is_default || count == 0 || num_attributes != 1 || first_of_attributes[0] != 0) return cudaErrorInvalidValue;
     if (attributes[0].srcAccessOrder != cudaMemcpySrcAccessOrderStream) return cudaErrorInvalidValue;
     rt.last_batch.clear();
@@ -189,6 +191,7 @@ cudaError_t fake_cuda::launch(dim3 grid, dim3 block, std::function<void()> threa
     FAKE_STREAM(stream, given);
     if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
     if (grid.x == 0 || block.x == 0 || block.x > 1024) return cudaErrorInvalidValue;
+    rt.last_grid = grid.x;
     std::vector<unsigned> order(grid.x);
     std::iota(order.begin(), order.end(), 0u);
     std::ranges::shuffle(order, rt.random);

@@ -111,7 +111,8 @@ def described(found: Candidates) -> str:
 def test_the_description_says_why_better_kernels_are_not_used() -> None:
     old = facts(flash_attn=None, torch_varlen=OLDER, torch_version="2.11.0")
     assert described(choice.candidates(old, "auto")) == (
-        "triton (flash-attn: not installed; torch: varlen_attn of torch 2.11.0 takes no block table)"
+        "triton (flash-attn: not installed; "
+        "torch: varlen_attn of torch 2.11.0 takes no block table)"
     )
     assert described(choice.candidates(facts(block_size=256), "auto")) == "flash-attn"
     assert described(choice.candidates(facts(), "triton")) == "triton"

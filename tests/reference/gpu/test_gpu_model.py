@@ -35,7 +35,7 @@ FAMILIES = {
     "qwen2": replace(SMALL, attention_bias=True, num_kv_heads=1, hidden_size=70),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=80),
 }
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 NUM_BLOCKS = 12
 SCRATCH = NUM_BLOCKS - 1
 BLOCK_SIZE = 4

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -173,3 +174,17 @@ def test_a_launch_reads_nothing_on_the_host_and_keeps_its_address(
     assert not [name for name in recorder.names if any(one in name for one in waiting)]
     assert any("index_put_" in name for name in recorder.names)
     assert launched.tokens.data_ptr() == sampler.tokens.data_ptr()
+
+
+def test_weights_that_are_neighbouring_floats_are_told_apart(device: torch.device) -> None:
+    """There the search meets weights in the very middle of its range."""
+    if device.type == "cuda":
+        pytest.skip("the device's exponential is not exact to the last bit")
+    logits = torch.arange(24).mul(-(2.0**-24))
+    weights = torch.from_numpy(numpy.exp(logits.numpy()))  # as Triton's interpreter computes them
+    points = [(place + 0.5) / 24 for place in range(24)]
+    for top_k in (5, 6, 11):
+        lowest = weights.sort(descending=True).values[top_k - 1]
+        kept = (weights >= lowest).nonzero().flatten().tolist()
+        tokens = drawn(device, logits.repeat(24, 1), [Sampling(top_k=top_k)] * 24, points)
+        assert sorted(set(tokens)) == kept

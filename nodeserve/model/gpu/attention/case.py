@@ -87,10 +87,11 @@ def make_case(
     num_tokens = sum(tokens for tokens, _ in lengths)
     rows = (num_tokens, heads.num_heads, heads.head_dim)
     query = torch.randn(rows, generator=generator, device=device).to(heads.dtype)
-    return Case(query, pages, _step(heads.block_size, lengths, table))
+    return Case(query, pages, step_of(heads.block_size, lengths, table))
 
 
-def _step(block_size: int, lengths: Sequence[tuple[int, int]], table: torch.Tensor) -> GpuStep:
+def step_of(block_size: int, lengths: Sequence[tuple[int, int]], table: torch.Tensor) -> GpuStep:
+    """The step of sequences given as for `make_case`; table [num_seqs, max_blocks] int32."""
     device = table.device
     tokens = torch.tensor([n for n, _ in lengths], device=device)
     contexts = torch.tensor([context for _, context in lengths], device=device)
