@@ -86,10 +86,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def is_ordered(ptx: str) -> bool:
     """Whether a program's splits are stored before it counts, and others' read after it did."""
-    count = ptx.index("atom.global.gpu.acq_rel.add")
-    before, after = ptx[:count], ptx[count:]
-    stored = before.rindex("st.global") < before.rindex("bar.sync")
-    return stored and after.index("bar.sync") < after.index("ld.global.cg")
+    before, counted, after = ptx.partition("atom.global.gpu.acq_rel.add")
+    stored = -1 < before.rfind("st.global") < before.rfind("bar.sync")
+    return bool(counted) and stored and -1 < after.find("bar.sync") < after.find("ld.global.cg")
 
 
 def main(arch: int) -> None:

@@ -10,7 +10,7 @@ from nodeserve.model.gpu.attention import tiles
 from nodeserve.model.gpu.attention.case import TOLERANCE, Case, make_case
 from nodeserve.model.gpu.attention.paged import PagedAttention
 from nodeserve.model.gpu.attention.parts import Heads
-from nodeserve.model.gpu.attention.triton_parts import TritonDecode, TritonPrefill
+from nodeserve.model.gpu.attention.triton_parts import TritonDecode, TritonPrefill, decode_constants
 
 RAGGED = [(1, 1), (1, 16), (1, 17), (1, 150), (1, 33), (15, 15), (17, 40), (2, 130), (40, 40)]
 
@@ -100,6 +100,14 @@ def test_splits_do_not_change_the_result(num_sms: int, device: torch.device) -> 
     """However many programs the contexts are cut for; some are cut, some are not."""
     lengths = [(1, 700), (1, 31), (1, 1), (1, 260)]
     check(heads_of(), lengths, device, window=None if num_sms % 2 else 300, num_sms=num_sms)
+
+
+def test_many_splits_are_merged_in_several_rounds(device: torch.device) -> None:
+    """A program merges as many at a time as its registers hold: here 2, of up to 13."""
+    heads = heads_of(8, 1, head_dim=256)
+    constants = decode_constants(heads, tiles.decode_tiles(256, heads.dtype), 2, None)
+    assert constants["MERGE"] == 2
+    check(heads, [(1, 208), (1, 50)], device, num_sms=8)
 
 
 def test_the_counters_are_zero_after_every_step(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nodeserve.model.gpu.attention import tiles
+from tests.reference.gpu.compile_attention import is_ordered
 
 # Bytes of memory on the chip that one program may have. The table for compute capability 8.0 also
 # serves 8.6, 8.9 and 12.0, which have the least.
@@ -40,3 +41,18 @@ def test_kernels_compile_and_fit(arch: int) -> None:
                 programs = tiles.DECODE[128, 2].programs_per_sm
                 assert programs * (line["shared"] + RESERVED_BYTES) <= SM_BYTES, line
                 assert programs * line["threads"] * line["registers"] <= SM_REGISTERS, line
+
+
+def test_an_order_that_is_missing_is_noticed() -> None:
+    """Of the line that the last program to arrive depends on."""
+    store, wait, load = "st.global.b32 x", "bar.sync 0;", "ld.global.cg.b32 y"
+    count = "atom.global.gpu.acq_rel.add.u32 z"
+    assert is_ordered("\n".join([store, wait, count, wait, load]))
+    for wrong in (
+        [store, count, wait, load],
+        [wait, store, count, wait, load],
+        [store, wait, count, load],
+        [store, wait, count, load, wait],
+        [store, wait, count.replace("acq_rel", "relaxed"), wait, load],
+    ):
+        assert not is_ordered("\n".join(wrong))
