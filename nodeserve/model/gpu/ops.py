@@ -142,6 +142,7 @@ class CudaOps:
         self._backend.reserve(max_tokens, max_seqs, max_context_len)
 
     def begin(self, inputs: StepInputs, cache: GpuCache) -> GpuPass:
+        self._refuse_beyond_tables(inputs.max_context_len)
         num_tokens = inputs.positions.numel()
         self._room_for_slots(num_tokens)
         step = GpuStep(
@@ -165,6 +166,14 @@ class CudaOps:
         )
         self._backend.plan(step)
         return GpuPass(step, cache.layers)
+
+    def _refuse_beyond_tables(self, max_context_len: int) -> None:
+        """The rotation's kernel would read past the end of its tables."""
+        if self._rotary is not None and max_context_len > (end := self._rotary[1][0].size(0)):
+            raise ModelError(
+                f"a context of {max_context_len} tokens is above the model's {end} positions: "
+                "lower --max-model-len"
+            )
 
     def _room_for_slots(self, num_tokens: int) -> None:
         if num_tokens > self._slots.numel():

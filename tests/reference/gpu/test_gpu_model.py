@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nodeserve.config import ModelConfig, RopeScaling
+from nodeserve.errors import ModelError
 from nodeserve.model import kv, llama
 from nodeserve.model.gpu import norm, pointwise, rope
 from nodeserve.model.gpu.ops import CudaOps
@@ -171,6 +172,13 @@ def test_a_step_above_what_was_reserved_is_refused(device: torch.device) -> None
     lab.run(_decode_step())
     with pytest.raises(AssertionError, match="4 (rows|tokens), reserved are 3"):
         lab.run(_decode_step(1))
+
+
+def test_a_context_beyond_the_rotary_tables_is_refused(device: torch.device) -> None:
+    lab = Lab(SMALL, CudaOps(torch.float32, device, PlainAttention()))
+    beyond = replace(_decode_step(), max_context_len=SMALL.max_position + 1)
+    with pytest.raises(ModelError, match=r"1025 tokens.*1024 positions.*--max-model-len"):
+        lab.run(beyond)
 
 
 def test_tied_weights_are_on_the_device_once(device: torch.device) -> None:
