@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -172,6 +173,33 @@ def test_a_pool_whose_owner_ended_cannot_be_opened(cuda: Any) -> None:
         cuda.PeerPool(0, pool_handle, 4096)
     with pytest.raises(CudaError, match="cudaIpcOpenEventHandle: invalid resource handle"):
         cuda.Event.open(0, event_handle)
+
+
+def record_and_finish_later(cuda: Any, connection: Connection) -> None:
+    stream, event = cuda.Stream(0), cuda.Event(0, interprocess=True)
+    event.record(stream.handle)
+    connection.send(event.handle())
+    connection.recv()
+    stream.synchronize()
+    connection.recv()  # the event stays as long as the peer has it
+
+
+def test_whoever_waits_for_a_device_holds_no_other_thread_up(cuda: Any) -> None:
+    """Three threads wait for a peer's work, which only starts when the main thread says so."""
+    stream, pool = cuda.Stream(0), cuda.Pool(0, 16)
+    with peer(record_and_finish_later) as (connection, _):
+        event = cuda.Event.open(0, connection.recv())
+        event.make_wait(stream.handle)
+        calls = [event.synchronize, stream.synchronize, pool.close]
+        threads = [threading.Thread(target=call, daemon=True) for call in calls]
+        for thread in threads:
+            thread.start()
+        connection.send("finish")
+        for thread in threads:
+            thread.join()
+        assert event.done()
+        event.close()
+        connection.send("end")
 
 
 def test_without_peer_access_a_pool_opens_on_its_own_device_only(
