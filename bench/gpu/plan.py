@@ -41,6 +41,7 @@ SECTIONS = (
     Section("handoff", "handoff against a plain copy", 20, 45, 12, 5),
     Section("served", "through the server, two workers", 50, 90, 25, 6),
     Section("continuous", "beside transformers", 50, 90, 25, 7),
+    Section("attention", "attention alone", 25, 60, 15, 8),
 )
 
 

@@ -120,12 +120,14 @@ def section(name: str, wave: int, expected_s: float = 10.0) -> Section:
 def test_the_plan_fits_its_time() -> None:
     assert plan.expected_s(SECTIONS) <= 480 < plan.TOTAL_S < 600
     assert len({one.name for one in SECTIONS}) == len(SECTIONS)
+    folder = Path(plan.__file__).parent / "sections"
+    assert {one.name for one in SECTIONS} == {path.stem for path in folder.glob("[a-z]*.py")}
 
 
 def test_what_measures_runs_alone() -> None:
     waves = [[one.name for one in wave] for wave in plan.waves(SECTIONS)]
     alone = {name for wave in waves if len(wave) == 1 for name in wave}
-    assert alone == {"build", "ceilings", "speed", "handoff", "served", "continuous"}
+    assert alone == {"build", "ceilings", "speed", "handoff", "served", "continuous", "attention"}
     assert waves[:2] == [["build"], ["ceilings"]], "without these the others say little"
     assert max(map(len, waves)) <= plan.MAX_BESIDE
 
