@@ -16,7 +16,7 @@ from nodeserve.model.loader import open_weights
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.executor_cuda import CudaExecutor
-from nodeserve.worker.gpu_model import GpuParts, make_parts
+from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
 from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
 from nodeserve.worker.staging_cuda import CudaStaging
@@ -26,20 +26,25 @@ from nodeserve.worker.upload import Uploader
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load(spec: WorkerSpec, progress: Progress, runtime: Runtime | None = None) -> Device:
-    """A warm GPU worker. Tests bring another runtime; the rest is the same."""
+def load(
+    spec: WorkerSpec,
+    progress: Progress,
+    runtime: Runtime | None = None,
+    parts_of: MakeParts = make_parts,
+) -> Device:
+    """A warm GPU worker. Tests bring another runtime, and may bring slower parts."""
     if spec.dtype not in DTYPES:
         raise ConfigError(f"dtype {spec.dtype!r}: use {', '.join(DTYPES)}")
     torch.set_num_threads(spec.num_threads)  # they fill the buffers that weights go through
     runtime = CudaRuntime() if runtime is None else runtime
     found = checkpoint.resolve(spec.model, spec.load_format)
-    parts = make_parts(spec, found.config, DTYPES[spec.dtype], runtime)
+    parts = parts_of(spec, found.config, DTYPES[spec.dtype], runtime)
     model = _load_model(spec, found, parts, runtime, progress)
     torch.set_num_threads(1)  # the step loop's own tensors are small
 
     layout = kv.layout_of(found.config, spec.block_size, DTYPES[spec.dtype])
     executor = _make_executor(spec, model, parts, runtime)
-    sizes = _sizes(spec)
+    sizes = _sizes(spec) if parts.capturable else ()
     progress("warm-up", 0, 1)
     wanted = _wanted(spec, layout.block_bytes, len(sizes))
     _measure(spec, executor, parts, layout, runtime)

@@ -1,12 +1,12 @@
 """What a GPU worker's model is made of: operations, attention, sampler, for one setting."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from nodeserve.config import ModelConfig, WorkerSpec
-from nodeserve.model.gpu.attention.paged import PagedAttention
-from nodeserve.model.gpu.attention.reference import ReferenceAttention
+from nodeserve.model.gpu.attention.probe import heads_of, make_attention, windows_of
 from nodeserve.model.gpu.ops import CudaOps
 from nodeserve.model.gpu.pointwise import feed_tokens
 from nodeserve.model.ops import Ops
@@ -17,16 +17,29 @@ from nodeserve.worker.sampler_gpu import GpuSampler
 
 @dataclass(frozen=True, slots=True)
 class GpuParts:
+    """All that depends on what is installed and on what the GPU can do."""
+
     ops: Ops
     sampler: Sampler
     feed_tokens: FeedTokens
+    capturable: bool  # whether a step of decodes can be a CUDA graph
     description: str  # of the attention, for the start log and `status`
+
+
+MakeParts = Callable[[WorkerSpec, ModelConfig, torch.dtype, Runtime], GpuParts]
 
 
 def make_parts(
     spec: WorkerSpec, config: ModelConfig, dtype: torch.dtype, runtime: Runtime
 ) -> GpuParts:
-    part = ReferenceAttention()
-    attention = PagedAttention(part, part, "reference")
-    sampler = GpuSampler(runtime.device, spec.max_num_seqs)
-    return GpuParts(CudaOps(dtype, runtime.device, attention), sampler, feed_tokens, "reference")
+    """ConfigError where --attention-backend asks for what cannot be used here."""
+    heads = heads_of(config, spec.block_size, dtype)
+    attention = make_attention(heads, windows_of(config), runtime.device, spec.attention_backend)
+    return GpuParts(
+        ops=CudaOps(dtype, runtime.device, attention),
+        sampler=GpuSampler(runtime.device, spec.max_num_seqs),
+        feed_tokens=feed_tokens,
+        # A CPU has no graphs: there a capture is only a function that is called again.
+        capturable=attention.capturable or runtime.device.type == "cpu",
+        description=attention.name,
+    )

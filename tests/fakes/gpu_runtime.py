@@ -102,7 +102,7 @@ class FakeRuntime:
 
     def view(self, pool: Any) -> torch.Tensor:
         memory = (ctypes.c_ubyte * pool.num_bytes).from_address(pool.address)
-        memory.pool = pool  # type: ignore[attr-defined]  # lives as long as the view
+        memory.pool = pool  # lives as long as the view
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def trim(self) -> None:

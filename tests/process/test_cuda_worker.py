@@ -24,6 +24,7 @@ from nodeserve.types import Sampling, sampling_to
 from nodeserve.wire.messages import (
     Cancel,
     Dropped,
+    FromWorker,
     KvPulled,
     PagesAttached,
     Prefill,
@@ -35,6 +36,7 @@ from nodeserve.wire.messages import (
 from nodeserve.worker.executor import ModelExecutor
 from nodeserve.worker.inputs import Staging
 from tests.fakes.cuda import load_fake_cuda
+from tests.fakes.cuda_worker import PLAIN_PARTS
 from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
 
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
@@ -76,8 +78,9 @@ def spec_of(model: str, **changes: Any) -> WorkerSpec:
         "dtype": "float32",
         "device": "cuda",
         "gpus": (0,),
+        "attention_backend": "reference",  # interpreted kernels take seconds; they have own tests
         "max_model_len": CONTEXT,
-        "max_num_seqs": 4,
+        "max_num_seqs": 6,
         "max_num_batched_tokens": 20,
         "kv_memory": 24 * BLOCK_BYTES,
     }
@@ -136,12 +139,12 @@ def test_a_mixed_worker_gives_the_tokens_of_the_cpu(
     """Chunked prompts among decodes, drawn tokens among greedy ones, a pool for about half of
     them, and a request that is cancelled in the middle."""
     with started(spec_of(model, kv_memory=5 * BLOCK_BYTES), command=GPU_WORKER) as [worker]:
-        assert worker.ready.kernels.endswith("CUDA graphs to 4")
-        worker.prefill(9, PROMPTS[1], max_tokens=16)
+        assert worker.ready.kernels.endswith("CUDA graphs to 6")
+        worker.prefill(9, PROMPTS[1], max_tokens=10)
         assert finish(worker, PROMPTS) == expected
         assert worker.preempted == [1], "the pool has room for one of the long ones"
         worker.finish(9)
-        assert worker.streams[9][: len(expected[1])] == expected[1]
+        assert worker.streams[9] == expected[1]
         worker.prefill(8, PROMPTS[2], max_tokens=50)
         worker.until(lambda: len(worker.streams.get(8, [])) > 2)
         worker.send(Cancel(8))
@@ -163,6 +166,7 @@ def four(model: str) -> Iterator[list[WorkerProcess]]:
     environment = {
         "NODESERVE_FAKE_CUDA_DEVICES": "4",
         "NODESERVE_FAKE_CUDA_PEERS": "0-1,0-2,0-3,2-3",
+        PLAIN_PARTS: "1",
     }
     with started(*specs, command=GPU_WORKER, environment=environment) as workers:
         for target in workers[2:]:
@@ -175,7 +179,7 @@ def four(model: str) -> Iterator[list[WorkerProcess]]:
 def test_each_prefill_worker_has_its_own_way_out(four: list[WorkerProcess]) -> None:
     assert four[0].ready.handoff == "CUDA IPC"
     assert four[1].ready.handoff == "pinned host memory: GPUs 2, 3 cannot read GPU 1"
-    assert four[2].ready.kernels.endswith("CUDA graphs to 4")
+    assert four[2].ready.kernels.endswith("CUDA graphs to 6")
     assert four[3].ready.kernels.endswith("no CUDA graphs")
 
 
@@ -228,20 +232,25 @@ def test_cancels_on_both_sides_leave_nothing(
 def test_a_killed_peer_costs_only_its_own_requests(
     four: list[WorkerProcess], expected: dict[int, list[int]]
 ) -> None:
-    """Last: it kills. A pull from a dead worker lands or fails, and the puller goes on."""
+    """Last: it kills. Pages of a dead worker stay readable where they are open, or the pull fails;
+    the puller goes on in any case."""
     target = four[2]
-    for place, source in enumerate(four[:2]):
-        source.prefill(61, PROMPTS[1], handoff=True, max_tokens=8)
-        source.until(lambda s=source: 61 in s.pinned)
+    for name, source in ((61, four[0]), (62, four[1])):
+        source.prefill(name, PROMPTS[1], handoff=True, **SAMPLING[1])
+        source.until(lambda s=source, n=name: n in s.pinned)
         source.process.kill()
         source.process.wait()
-        target.pull(source, 61, PROMPTS[1], max_tokens=8)
-        target.until(
-            lambda: any(
-                isinstance(one, KvPulled | RequestFailed) and one.request_id == 61
-                for one in target.said
-            )
-        )
-        target.send(Cancel(61))
-        assert target.expect(Dropped, 61).load == [0, 0, 0, 24, 0]
-        target.said.clear()
+        target.pull(source, name, PROMPTS[1], **SAMPLING[1])
+        target.until(lambda n=name: any(_ended(one, n) for one in target.said))
+        if any(isinstance(one, KvPulled) for one in target.said if _ended(one, name)):
+            target.finish(name)
+            assert source.streams[name] + target.streams[name] == expected[1]
+        target.prefill(name + 10, PROMPTS[2], **SAMPLING[2])
+        target.finish(name + 10)
+        assert target.streams[name + 10] == expected[2]
+    assert target.load == [0, 0, 0, 24, 0]
+
+
+def _ended(message: FromWorker, request_id: int) -> bool:
+    """Whether a pull ended, one way or the other."""
+    return isinstance(message, KvPulled | RequestFailed) and message.request_id == request_id
