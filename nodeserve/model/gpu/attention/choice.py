@@ -41,9 +41,9 @@ class Kind(enum.Enum):
         return self.value.split()[0]
 
 
-# Best first. Gathering is a copy that only a prompt's many queries are worth; torch's own kernel is
-# the same as flash-attn's, and ours is as good as either over gathered keys, so that one only comes
-# when it is asked for. The reference is for machines where nothing else runs.
+# Best first, by what is known of the kernels: nobody has measured ours beside them. Gathering is a
+# copy that only a prompt's many queries are worth. torch's own over gathered keys comes when it is
+# asked for. The reference is for machines where nothing else runs.
 ORDER: dict[Phase, tuple[Kind, ...]] = {
     Phase.DECODE: (Kind.FLASH_PAGED, Kind.TORCH_PAGED, Kind.TRITON, Kind.REFERENCE),
     Phase.PREFILL: (
