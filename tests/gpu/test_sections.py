@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench.gpu.check import ROOT, environment
+from bench.gpu.check import environment
 from bench.gpu.plan import SECTIONS, TOTAL_S, Section
 from bench.gpu.runner import Result, Runs, Task
 
@@ -26,7 +26,7 @@ CHOSEN = tuple(section for section in SECTIONS if section.name != "kernels")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Result]]:
     folder = tmp_path_factory.mktemp("gpu-check")
     found: list[Result] = []
-    task = Task(folder, (), environment(ROOT / "bench" / "site", rehearse=False))
+    task = Task(folder, (), environment(folder / "site", rehearse=False))
     Runs(task, TOTAL_S, found.append).run(CHOSEN)
     yield {result.section.name: result for result in found}
 

@@ -110,9 +110,10 @@ def parted(ours: list[Answer], theirs: list[Answer], tolerance: float) -> tuple[
                 if not gap <= tolerance:
                     return worst, f"token {place} is {a} and {b}, {gap:.3g} apart"
                 break
-            worst = max(worst, abs(left_rows[place][0] - right_rows[place][0]))
-    if not worst <= tolerance:
-        return worst, f"log probabilities differ by {worst:.3g}"
+            difference = abs(left_rows[place][0] - right_rows[place][0])
+            if not difference <= tolerance:  # or NaN
+                return difference, f"log probabilities differ by {difference:.3g}"
+            worst = max(worst, difference)
     return worst, ""
 
 
