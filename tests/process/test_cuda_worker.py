@@ -187,7 +187,7 @@ def test_moved_requests_continue_their_streams(
     four: list[WorkerProcess], expected: dict[int, list[int]]
 ) -> None:
     """From each prefill worker to each decode worker, several pulls at once."""
-    for place, (source, target) in enumerate(itertools.product(four[:2], four[2:])):
+    for place, (source, _target) in enumerate(itertools.product(four[:2], four[2:])):
         for request_id, prompt in PROMPTS.items():
             name = 10 * place + request_id
             source.prefill(name, prompt, handoff=True, **SAMPLING[request_id])
@@ -218,7 +218,8 @@ def test_cancels_on_both_sides_leave_nothing(
             source.until(lambda s=source, n=name: n in s.pinned)
         target.pull(source, 51, PROMPTS[1], max_tokens=8)
         target.send(Cancel(51))
-        assert target.expect(Dropped, 51).load == [0, 0, 0, 24, 0]
+        target.expect(Dropped, 51)
+        target.until(lambda t=target: t.load == [0, 0, 0, 24, 0])  # a step may still write there
         source.send(Cancel(51))
         source.send(Cancel(52))
         source.expect(Dropped, 51)

@@ -145,7 +145,7 @@ def test_the_next_step_is_written_while_the_last_one_waits(runtime: FakeRuntime)
 
 
 class Model:
-    """Next token = (7 * token + 3 * position + block's first entry) % VOCAB, by what it is given."""
+    """Next token = (7 * token + 3 * position + block of the position) % VOCAB."""
 
     def __init__(self) -> None:
         self.logits = torch.zeros(MAX_TOKENS, VOCAB)
