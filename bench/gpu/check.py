@@ -3,7 +3,7 @@
     python -m bench.gpu.check [--only NAME ...] [--budget SECONDS] [--out FOLDER] [--rehearse]
 
 No network, under ten minutes, a table of what passed with a ratio per line, the record as JSON
-after each section, one JSON line last. The exit code is 0 only if every check passed.
+after each section, its short form as the last line. The exit code is 0 only if every check passed.
 
 --rehearse runs the same sections on the CPU with tiny shapes and a pretended CUDA runtime. It finds
 this program's own bugs and proves nothing about GPUs; every part of its output says so.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.gpu import table
 from bench.gpu.plan import TOTAL_S, Section, chosen, expected_s
-from bench.gpu.record import Heading, as_json, heading, stem, write
+from bench.gpu.record import Heading, as_json, brief, heading, stem, write
 from bench.gpu.runner import Result, Runs, Task
 from bench.gpu.wheels import WHEELS, install
 from bench.report import commit, emit
@@ -52,10 +52,12 @@ class Report:
     def close(self) -> int:
         values = as_json(self._head, self.results, complete=True)
         write(self._path, values)
+        for line in table.against(self.results):
+            self.say(line)
         self.say(f"\n{table.closing(self.results)}; {self._path}")
         if self._head.rehearsal:
             self.say(REHEARSED)
-        emit(values)
+        emit(brief(values, self._path))
         return 0 if table.succeeded(self.results) else 1
 
 

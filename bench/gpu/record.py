@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.lines import FAIL, NOT_REACHED
 from bench.gpu.runner import Result
 from bench.gpu.table import summary
 from nodeserve.gpus import Gpus
@@ -119,6 +120,21 @@ def as_json(head: Heading, results: Sequence[Result], complete: bool) -> dict[st
             }
             for result in results
         ],
+    }
+
+
+def brief(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """One line's worth of a record: where it is, what failed, every ratio."""
+    lines = [line for section in values["sections"] for line in section["lines"]]
+    heading = {name: values[name] for name in ("bench", "commit", "rehearsal", "began", "complete")}
+    return {
+        **heading,
+        "record": str(path),
+        "summary": values["summary"],
+        "against": [line["name"] for line in lines if line["state"] in (FAIL, NOT_REACHED)],
+        "ratios": {
+            line["name"]: round(line["ratio"], 3) for line in lines if line["ratio"] is not None
+        },
     }
 
 

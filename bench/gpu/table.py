@@ -31,6 +31,17 @@ def section_rows(result: Result) -> str:
     return "\n".join([heading, *map(row, result.lines)])
 
 
+def against(results: Sequence[Result]) -> list[str]:
+    """Everything that is not passed, once more, for who reads the end only."""
+    rows = [
+        f"      {MARKS[line.state]} {result.section.name}: {line.name}"
+        for result in results
+        for line in result.lines
+        if line.counts_against
+    ]
+    return ["== not passed", *rows] if rows else []
+
+
 def summary(results: Sequence[Result]) -> dict[str, int]:
     """How many lines ended in each state."""
     counts = Counter(line.state for result in results for line in result.lines)

@@ -1,12 +1,13 @@
 """Packages brought along to a machine that has no registry.
 
     python -m bench.gpu.wheels split FOLDER BYTES    cut files that are larger than BYTES into parts
-    python -m bench.gpu.wheels install TARGET        unpack all wheels that came along
+    python -m bench.gpu.wheels install TARGET        unpack what came along and is not here
 
 A large file travels as NAME.part0, NAME.part1, ..., in as many trips as it takes; `install` joins
 the parts, and says what is missing rather than unpack half a wheel.
 """
 
+import importlib.metadata
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -49,13 +50,17 @@ def whole(parts: list[Path]) -> bool:
 
 
 def install(folder: Path, target: Path) -> list[str]:
-    """Unpack every wheel below `folder` into `target`, a folder for PYTHONPATH.
+    """Unpack the wheels below `folder` into `target`, a folder for PYTHONPATH.
 
-    Returns what could not be unpacked and why; the others are there all the same.
+    What is installed already is left as it is. Returns what could not be unpacked and why; the
+    others are there all the same.
     """
     target.mkdir(parents=True, exist_ok=True)
-    problems = [unpack(wheel, target) for wheel in sorted(folder.rglob("*.whl"))]
+    wheels = [wheel for wheel in sorted(folder.rglob("*.whl")) if not installed(wheel.name)]
+    problems = [unpack(wheel, target) for wheel in wheels]
     for name, parts in sorted(parts_of(folder).items()):
+        if installed(name):
+            continue
         if not whole(parts):
             problems.append(f"{name}: of its parts only {len(parts)} came along")
             continue
@@ -66,6 +71,15 @@ def install(folder: Path, target: Path) -> list[str]:
         problems.append(unpack(joined, target))
         joined.unlink()
     return [problem for problem in problems if problem]
+
+
+def installed(wheel: str) -> bool:
+    """Whether the package of a wheel's file name is here, in whatever version."""
+    try:
+        importlib.metadata.version(wheel.partition("-")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def unpack(wheel: Path, target: Path) -> str:

@@ -26,8 +26,8 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    *_, last = done.stdout.splitlines()
-    record = json.loads(last)
+    brief = json.loads(done.stdout.splitlines()[-1])
+    record = json.loads(Path(brief["record"]).read_text())
     assert record["rehearsal"] and record["complete"]
     assert {section["name"] for section in record["sections"]} == {one.name for one in SECTIONS}
     lines = [line for section in record["sections"] for line in section["lines"]]
@@ -37,8 +37,9 @@ def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     assert not_reached == ONLY_ON_A_GPU
     assert done.returncode == 1, "what was not reached is not passed"
     assert done.stdout.count("proves nothing about GPUs") == 2
-    [written] = tmp_path.glob("gpu-rehearsal-*.json")
-    assert json.loads(written.read_text())["sections"] == record["sections"]
+    assert Path(brief["record"]).parent == tmp_path
+    assert Path(brief["record"]).name.startswith("gpu-rehearsal-")
+    assert set(brief["against"]) == not_reached and brief["summary"] == record["summary"]
 
 
 def test_without_a_gpu_it_says_so_in_one_line() -> None:

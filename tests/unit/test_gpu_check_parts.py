@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from bench.floors import causal_pairs, layer_weights, step_bytes, step_flops
-from bench.gpu import lines, plan, table, ties, wheels
+from bench.gpu import lines, plan, record, table, ties, wheels
 from bench.gpu.lines import FAIL, INFO, NOT_REACHED, PASS, Line
 from bench.gpu.measure import busy_and_gaps
 from bench.gpu.plan import SECTIONS, Section
 from bench.gpu.runner import Result
 from bench.gpu.shapes import LLAMA_8B, write_config
 from nodeserve.checkpoint import folder_config
+from nodeserve.gpus import Gpu, Gpus
 
 # ---- floors, by hand for Llama-3.1-8B: a layer has 4096 x (4096 + 1024 + 1024) + 4096 x 4096
 # + 3 x 4096 x 14336 = 218,103,808 values; the head 128256 x 4096 = 525,336,576
@@ -194,6 +195,33 @@ def test_the_closing_line_counts() -> None:
     assert table.closing(results) == ("2 passed, 1 failed, 1 not reached, 1 numbers without an aim")
 
 
+def test_what_is_not_passed_is_said_again() -> None:
+    results = [Result(SECTIONS[0], [Line(s, s) for s in (PASS, FAIL, NOT_REACHED, INFO)])]
+    assert [" ".join(row.split()) for row in table.against(results)] == [
+        "== not passed",
+        "FAIL build: fail",
+        "---- build: not reached",
+    ]
+    assert table.against([Result(SECTIONS[0], [Line("a", PASS)])]) == []
+
+
+def test_the_record_and_its_short_form(tmp_path: Path) -> None:
+    found = [lines.share("a", 2.0, "ms", 0.81234, 0.8), lines.check("b", False, "why", number=7)]
+    head = record.heading("abc1234", False, 570.0, Gpus((Gpu(0, "NVIDIA H200", 2, 1),)))
+    assert record.stem(head).endswith("-abc1234-NVIDIA-H200")
+    values = record.as_json(head, [Result(SECTIONS[3], found, {"x": 1}, 1.234)], complete=True)
+    path = tmp_path / "r.json"
+    record.write(path, values)
+    read = json.loads(path.read_text())
+    assert read["sections"][0]["numbers"] == {"x": 1}
+    assert read["sections"][0]["lines"][1]["numbers"] == {"number": 7}
+    assert read["machine"]["packages"]["numpy"] and read["began"].endswith("+00:00")
+    assert not list(tmp_path.glob("*.partial"))
+    brief = record.brief(values, path)
+    assert brief["ratios"] == {"a": 0.812} and brief["against"] == ["b"]
+    assert brief["summary"] == {"pass": 1, "fail": 1, "info": 0, "not reached": 0}
+
+
 # ---- ties
 
 
@@ -283,6 +311,13 @@ def test_a_wheel_that_is_not_whole_is_named_and_left_out(tmp_path: Path, lost: i
         "large-1.0-py3-none-any.whl: of its parts only 3 came along",
     ]
     assert [path.name for path in target.iterdir()] == ["small.py"]
+
+
+def test_what_is_installed_is_left_alone(tmp_path: Path) -> None:
+    """A folder on PYTHONPATH would go before it."""
+    make_wheel(tmp_path / "wheels", "numpy", {"numpy.py": "x = 1"})
+    assert wheels.install(tmp_path / "wheels", tmp_path / "site") == []
+    assert not list((tmp_path / "site").iterdir())
 
 
 def test_nothing_came_along(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu.bed import Bed
@@ -56,9 +57,7 @@ def specs(bed: Bed, model: str) -> list[WorkerSpec]:
         kv_memory=bed.pick(12 << 30, 2 << 20),
         gpu_share=2,
     )
-    changes = {"role": "decode", "index": 1}
-    values = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
-    return [spec, WorkerSpec(**{**values, **changes})]
+    return [spec, replace(spec, role="decode", index=1)]
 
 
 def prompts_for(bed: Bed) -> list[list[int]]:
