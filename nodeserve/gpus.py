@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nodeserve import nvml
+from nodeserve import cuda_build, nvml
 
 MIN_CAPABILITY = (8, 0)  # the oldest GPUs that our kernels are compiled for
 MIN_DRIVER_CUDA = (12, 8)
@@ -100,6 +100,5 @@ def _torch_obstacle() -> str | None:
 
 def extension_obstacle() -> str | None:
     """Why our CUDA extension cannot be imported at all; None: it is there."""
-    if importlib.util.find_spec("nodeserve._cuda") is None:
-        return "nodeserve._cuda is not built: install with the CUDA toolkit's nvcc on the PATH"
-    return None
+    reason = cuda_build.why_not()
+    return f"nodeserve._cuda is {reason}" if reason else None

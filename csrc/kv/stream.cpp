@@ -41,8 +41,11 @@ Event::Event(int device, bool interprocess, bool timed) : exportable_(interproce
     NS_REQUIRE(!(interprocess && timed), "timed must be False for an interprocess event: CUDA cannot time those");
     require_device(device);
     const OnDevice current(device);
-    const unsigned timing = timed ? cudaEventDefault : cudaEventDisableTiming;
-    NS_CUDA(cudaEventCreateWithFlags(&event_, interprocess ? timing | cudaEventInterprocess : timing));
+    // Who waits sleeps: CUDA's own way is to spin on a core for as long as it lasts.
+    unsigned flags = cudaEventBlockingSync;
+    if (!timed) flags |= cudaEventDisableTiming;
+    if (interprocess) flags |= cudaEventInterprocess;
+    NS_CUDA(cudaEventCreateWithFlags(&event_, flags));
 }
 
 Event::Event(int device, const std::string& handle) : exportable_(false), timed_(false) {

@@ -8,7 +8,6 @@ system keeps of them. For another device, tensors go there as they are in the fi
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +28,14 @@ class Upload(Protocol):
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a CPU tensor on the device; the tensor may go when this returns."""
+
+
+class Source(Protocol):
+    """Tensors by hub name, whichever way they come about."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __call__(self, name: str) -> torch.Tensor: ...
 
 
 class Weights(ABC):
@@ -55,12 +62,26 @@ class Weights(ABC):
         return self.as_stored(name).to(self.dtype)
 
 
+class Uploaded:
+    """A file's tensors on a device; they become the model's type there."""
+
+    def __init__(self, weights: Weights, upload: Upload) -> None:
+        self._weights = weights
+        self._upload = upload
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self._upload(self._weights.as_stored(name)).to(self._weights.dtype)
+
+
 def open_weights(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     load_format: str = "auto",
     upload: Upload | None = None,
-) -> Callable[[str], torch.Tensor]:
+) -> Source:
     """Tensors of `dtype` by hub name, on the CPU or where `upload` puts them.
 
     Random ones with load_format "dummy", made where they stay.
@@ -70,9 +91,7 @@ def open_weights(
         return DummyWeights(checkpoint.config, dtype, device)
     kind = GgufWeights if checkpoint.kind == "gguf" else SafetensorsWeights
     weights = kind(checkpoint, dtype)
-    if upload is None:
-        return weights
-    return lambda name: upload(weights.as_stored(name)).to(dtype)
+    return weights if upload is None else Uploaded(weights, upload)
 
 
 # -- safetensors --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nodeserve import cuda_build
 from nodeserve.errors import ConfigError
 from nodeserve.worker.sizing import CONTEXT_BYTES, GpuMemory
 
@@ -97,7 +98,8 @@ class CudaRuntime:
         # thread_local: another thread of ours may wait for an event meanwhile.
         graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
         try:
-            work()
+            with torch.inference_mode():
+                work()
         finally:
             graph.capture_end()
         replay: Work = graph.replay
@@ -140,8 +142,6 @@ def _extension() -> Any:
     try:
         from nodeserve import _cuda
     except ImportError as problem:
-        raise ConfigError(
-            f"nodeserve._cuda cannot be loaded ({problem}): install with the CUDA toolkit's nvcc on"
-            " the PATH, or use --device cpu"
-        ) from None
+        reason = cuda_build.why_not() or f"cannot be loaded: {problem}"
+        raise ConfigError(f"nodeserve._cuda {reason}; or use --device cpu") from None
     return _cuda

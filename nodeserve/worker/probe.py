@@ -48,9 +48,6 @@ def torch() -> Answer:
 
 def attention() -> Answer:
     """The attention that a common model (grouped heads of 128, bfloat16) would get on GPU 0."""
-    name = "nodeserve.model.gpu.attention"
-    if not all(importlib.util.find_spec(part) for part in ("nodeserve.model.gpu", name)):
-        return {"backend": None}
     import torch
 
     return {"backend": chosen("cuda:0") if torch.cuda.is_available() else None}
@@ -60,14 +57,13 @@ def chosen(device: str) -> str:
     """By what is installed and what the device can do; a worker also tries what was chosen."""
     import torch
 
-    probe: Any = importlib.import_module("nodeserve.model.gpu.attention.probe")
-    choice: Any = importlib.import_module("nodeserve.model.gpu.attention.choice")
-    heads = choice.Heads(32, 8, 128, 16, torch.bfloat16)
-    found = choice.candidates(
-        probe.facts_of(heads, frozenset({None}), torch.device(device)), "auto"
-    )
-    text: str = choice.describe(found.decode[0], found.prefill[0], found.refusals)
-    return text
+    from nodeserve.model.gpu.attention import choice, probe
+    from nodeserve.model.gpu.attention.parts import Heads
+
+    heads = Heads(32, 8, 128, 16, torch.bfloat16)
+    facts = probe.facts_of(heads, frozenset({None}), torch.device(device))
+    found = choice.candidates(facts, "auto")
+    return choice.describe(found.decode[0], found.prefill[0], found.refusals)
 
 
 PARTS: dict[str, Callable[[], Answer]] = {

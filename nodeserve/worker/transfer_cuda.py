@@ -8,7 +8,7 @@ here. It does wait, on the device, for the peer's word that the pages are comple
 from collections.abc import Callable
 from typing import Any
 
-from nodeserve.errors import HandoffFailed
+from nodeserve.errors import ConfigError, HandoffFailed
 from nodeserve.wire.messages import unpack_ids
 from nodeserve.worker.contract import Moved, Ticket
 from nodeserve.worker.offers import Offers
@@ -54,10 +54,18 @@ class CudaTransfer:
         if old := self._peers.pop(worker, None):
             self._pulls.settle()
             old.close()
+        try:
+            self._peers[worker] = self._open(fd, num_bytes, handle)
+        except self._cuda.CudaError as problem:
+            advice = "; --handoff host does without" if handle else ""
+            raise ConfigError(
+                f"the pages of worker {worker} cannot be opened here: {problem}{advice}"
+            ) from None
+
+    def _open(self, fd: int, num_bytes: int, handle: bytes) -> Peer:
         if handle:
-            self._peers[worker] = open_device_pages(self._cuda, self._device, handle, num_bytes)
-        else:
-            self._peers[worker] = open_host_pages(self._cuda, self._device, fd, num_bytes)
+            return open_device_pages(self._cuda, self._device, handle, num_bytes)
+        return open_host_pages(self._cuda, self._device, fd, num_bytes)
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
         return self._offers.offer(request_id, block_ids)

@@ -25,6 +25,7 @@ from nodeserve.wire.messages import (
     End,
     FromWorker,
     KvPulled,
+    KvReady,
     KvRefused,
     Prefill,
     PullKv,
@@ -70,7 +71,7 @@ class Held:
     tokens: "array[int]"
     prompt: int
     limit: int
-    state: str  # waiting, running, pinned
+    state: str  # waiting, running, copying (to where peers can read), pinned
     handoff: bool
     blocks: int = 0
 
@@ -92,8 +93,10 @@ class FakeWorker:
     def load(self) -> list[int]:
         states = [held.state for held in self.held.values()]
         waiting = sum(len(h.tokens) for h in self.held.values() if h.state == "waiting")
-        counts = [states.count(name) for name in ("running", "waiting", "pinned")]
-        return [*counts, self.free, waiting]
+        running, waiting_now, copying, pinned = map(
+            states.count, ("running", "waiting", "copying", "pinned")
+        )
+        return [running, waiting_now, copying + pinned, self.free, waiting]
 
     def receive(self, rng: random.Random) -> None:
         channel = self.link.channel
@@ -141,6 +144,10 @@ class FakeWorker:
         for request_id, held in list(self.held.items()):
             if held.state == "pinned" or rng.random() < 0.3:
                 continue
+            if held.state == "copying":
+                held.state = "pinned"
+                self.out.append(KvReady(request_id, pack_ids([1])))
+                continue
             grown = blocks_for(len(held.tokens) + 1, BLOCK) - held.blocks
             if grown > self.free:
                 if held.state == "running":
@@ -159,6 +166,8 @@ class FakeWorker:
             finish.append(2 if done else 0)
             if done:
                 del self.held[request_id]
+            elif held.handoff and rng.random() < 0.3:
+                held.state = "copying"
             elif held.handoff:
                 held.state = "pinned"
                 ready.append((request_id, pack_ids([1])))

@@ -2,7 +2,8 @@
 
 `python -m tests.fakes.node_process '{"socket": ..., "layout": "1p1d", ...}'` runs one until it is
 told to stop, prints "ready" on stdout once, and exits with the server's own code. `fake` among the
-settings is passed to the fake model (see tests/fakes/worker.py).
+settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
+config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
 """
 
 import asyncio
@@ -13,14 +14,17 @@ from pathlib import Path
 import uvloop
 
 from nodeserve.checkpoint import Checkpoint
+from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.placement import resolve
 from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
-from nodeserve.gpus import Gpus
+from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import StartEvent
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
+GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
+FAKE_GPUS = Gpus(found=tuple(Gpu(index, "fake", 1 << 30, 1 << 30) for index in range(4)))
 NO_GPUS = Gpus(obstacle="a test has none")
 VOCAB = 97
 MODEL = ModelConfig("llama", VOCAB, 8, 8, 1, 1, 1, 8, 512, 1e-5, 1e4)
@@ -35,12 +39,17 @@ def on_event(event: StartEvent) -> None:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
+    gpu_model = settings.pop("gpu_model", None)
     defaults = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "kv_memory": 1 << 20}
     config = EngineConfig(**{**defaults, **settings})
     checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
+    gpus, command = NO_GPUS, FAKE_WORKER
+    if gpu_model is not None:
+        checkpoint = resolve_checkpoint(gpu_model, config.load_format)
+        gpus, command = FAKE_GPUS, GPU_WORKER
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            server = Server(resolve(config, checkpoint, NO_GPUS), checkpoint, on_event, FAKE_WORKER)
+            server = Server(resolve(config, checkpoint, gpus), checkpoint, on_event, command)
             code = runner.run(server.run())
         except NodeServeError as error:
             sys.stderr.write(f"{error.code}: {error}\n")

@@ -38,6 +38,7 @@ from nodeserve.worker.inputs import Staging
 from tests.fakes.cuda import load_fake_cuda
 from tests.fakes.cuda_worker import PLAIN_PARTS
 from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
+from tests.process.conftest import Connect, Nodes
 
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 CONFIG = {
@@ -176,6 +177,19 @@ def four(model: str) -> Iterator[list[WorkerProcess]]:
         yield workers
 
 
+def until_pinned(worker: WorkerProcess, request_id: int) -> None:
+    worker.until(lambda: request_id in worker.pinned)
+
+
+def until_empty(worker: WorkerProcess) -> None:
+    worker.until(lambda: worker.load == [0, 0, 0, 24, 0])
+
+
+def until_ended(worker: WorkerProcess, request_id: int) -> None:
+    """Until a pull ended, one way or the other."""
+    worker.until(lambda: any(_ended(one, request_id) for one in worker.said))
+
+
 def test_each_prefill_worker_has_its_own_way_out(four: list[WorkerProcess]) -> None:
     assert four[0].ready.handoff == "CUDA IPC"
     assert four[1].ready.handoff == "pinned host memory: GPUs 2, 3 cannot read GPU 1"
@@ -194,7 +208,7 @@ def test_moved_requests_continue_their_streams(
     for place, (source, target) in enumerate(itertools.product(four[:2], four[2:])):
         for request_id, prompt in PROMPTS.items():
             name = 10 * place + request_id
-            source.until(lambda s=source, n=name: n in s.pinned)
+            until_pinned(source, name)
             target.pull(source, name, prompt, **SAMPLING[request_id])
     for place, (source, target) in enumerate(itertools.product(four[:2], four[2:])):
         for request_id, prompt in PROMPTS.items():
@@ -215,11 +229,11 @@ def test_cancels_on_both_sides_leave_nothing(
     for source, target in itertools.product(four[:2], four[2:]):
         for name in (51, 52):
             source.prefill(name, PROMPTS[1], handoff=True, max_tokens=8)
-            source.until(lambda s=source, n=name: n in s.pinned)
+            until_pinned(source, name)
         target.pull(source, 51, PROMPTS[1], max_tokens=8)
         target.send(Cancel(51))
         target.expect(Dropped, 51)
-        target.until(lambda t=target: t.load == [0, 0, 0, 24, 0])  # a step may still write there
+        until_empty(target)  # a step may still write there
         source.send(Cancel(51))
         source.send(Cancel(52))
         source.expect(Dropped, 51)
@@ -238,11 +252,11 @@ def test_a_killed_peer_costs_only_its_own_requests(
     target = four[2]
     for name, source in ((61, four[0]), (62, four[1])):
         source.prefill(name, PROMPTS[1], handoff=True, **SAMPLING[1])
-        source.until(lambda s=source, n=name: n in s.pinned)
+        until_pinned(source, name)
         source.process.kill()
         source.process.wait()
         target.pull(source, name, PROMPTS[1], **SAMPLING[1])
-        target.until(lambda n=name: any(_ended(one, n) for one in target.said))
+        until_ended(target, name)
         if any(isinstance(one, KvPulled) for one in target.said if _ended(one, name)):
             target.finish(name)
             assert source.streams[name] + target.streams[name] == expected[1]
@@ -255,3 +269,36 @@ def test_a_killed_peer_costs_only_its_own_requests(
 def _ended(message: FromWorker, request_id: int) -> bool:
     """Whether a pull ended, one way or the other."""
     return isinstance(message, KvPulled | RequestFailed) and message.request_id == request_id
+
+
+async def test_a_node_of_gpu_workers_serves_clients(
+    model: str,
+    expected: dict[int, list[int]],
+    nodes: Nodes,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1p1d on one GPU: the server places, starts and attaches its workers, and streams."""
+    monkeypatch.setenv(PLAIN_PARTS, "1")
+    monkeypatch.setenv("NODESERVE_FAKE_CUDA_DEVICES", "4")
+    node = nodes.start(
+        gpu_model=model,
+        load_format="dummy",
+        layout="1p1d",
+        gpus="2,2",
+        dtype="float32",
+        attention_backend="reference",
+        max_model_len=CONTEXT,
+        max_num_seqs=4,
+        max_num_batched_tokens=20,
+        kv_memory=24 * BLOCK_BYTES,
+    )
+    client = await connect(node)
+    for request_id, prompt in PROMPTS.items():
+        client.submit(request_id, prompt, **SAMPLING[request_id])
+    await client.finish(*PROMPTS)
+    assert client.tokens == expected
+    assert [worker["handoff"] for worker in (await client.stats())["workers"]] == [
+        "CUDA IPC",
+        "pulls only",
+    ]

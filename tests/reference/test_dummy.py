@@ -1,6 +1,7 @@
 """Random weights: their bits, their scales, and a model that runs on them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ CONFIG = ModelConfig("qwen2", 512, 128, 192, 6, 4, 2, 32, 256, 1e-5, 1e4, attent
 
 
 def test_every_tensor_that_a_model_asks_for_has_a_shape() -> None:
-    for changes in ({}, {"tie_embeddings": True}, {"qk_norm": True, "attention_bias": False}):
-        config = ModelConfig(**{**_fields(), **changes})
+    tied = replace(CONFIG, tie_embeddings=True)
+    for config in (CONFIG, tied, replace(CONFIG, qk_norm=True, attention_bias=False)):
         asked: set[str] = set()
         weights = DummyWeights(config, torch.float32)
 
@@ -35,10 +36,6 @@ def test_every_tensor_that_a_model_asks_for_has_a_shape() -> None:
         llama.build(config, get, TorchOps(torch.float32))
         assert asked == set(tensor_names(config))
         assert all(name in weights for name in asked)
-
-
-def _fields() -> dict[str, object]:
-    return {name: getattr(CONFIG, name) for name in ModelConfig.__slots__}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -69,12 +66,12 @@ def test_values_are_spread_as_asked() -> None:
     values = random_tensor("a", (1000, 1000), 0.5, torch.float32, CPU)
     assert values.mean().abs() < 0.002 and abs(values.std() - 0.5) < 0.002
     assert (values[1:] * values[:-1]).mean().abs() < 0.002
-    assert values.unique().numel() > 950_000
+    assert len(set(values.flatten().tolist())) > 950_000
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_of_a_deep_model_are_sane_and_differ(tied: bool) -> None:
-    config = ModelConfig(**{**_fields(), "num_layers": 24, "tie_embeddings": tied})
+    config = replace(CONFIG, num_layers=24, tie_embeddings=tied)
     ops = TorchOps(torch.float32)
     model = llama.build(config, DummyWeights(config, torch.float32), ops)
     layout = kv.layout_of(config, 16, torch.float32)
@@ -96,7 +93,7 @@ def test_logits_of_a_deep_model_are_sane_and_differ(tied: bool) -> None:
     assert torch.isfinite(logits).all()
     assert 0.3 < logits.std() < 3.0
     best = logits.argmax(-1)
-    assert best.unique().numel() > count // 3  # what was said matters
+    assert len(set(best.tolist())) > count // 3  # what was said matters
     assert (best == tokens).sum() < count // 4  # it does not only echo
 
 

@@ -14,7 +14,6 @@ from nodeserve.errors import ConfigError, CudaError, HandoffFailed
 from nodeserve.wire.messages import pack_ids, unpack_ids
 from nodeserve.worker import transfer_setup
 from nodeserve.worker.contract import CopyFailed, Landed, Offered, Ticket
-from nodeserve.worker.transfer_cuda import CudaTransfer
 from nodeserve.worker.transfer_setup import make_transfer
 from tests.fakes.cuda import bytes_at
 from tests.fakes.harness import default_spec
@@ -53,7 +52,7 @@ def blocks_of(pool: Any) -> list[int]:
     view = np.frombuffer(bytes_at(pool.address, pool.num_bytes), np.uint8)
     rows = view.reshape(NUM_BLOCKS, -1)
     assert (rows == rows[:, :1]).all(), "a block was copied in part"
-    return rows[:, 0].tolist()
+    return [int(number) for number in rows[:, 0]]
 
 
 def spec_of(fd: int, **changes: Any) -> WorkerSpec:
@@ -192,15 +191,16 @@ def test_an_offer_can_end_at_every_moment(pair: MakePair, moment: str, how: str)
 
 def test_a_cancelled_pull_is_over_when_cancel_returns(pair: MakePair, cuda: Any) -> None:
     both = pair(4)
-    both.watch()
+    both.source.on_done(both.woken.release)
     both.source.offer(1, pack_ids([7, 8]))
     slots = both.offered(1)[1]
     both.pull(1, slots, [0, 1])
-    both.pull(2, slots, [2, 3])
+    assert blocks_of(both.target_pool)[:2] == [100, 101]
     both.target.cancel(1)
-    before = blocks_of(both.target_pool)[:2]
-    assert before == [7, 8]  # waited for: nobody writes there from now on
+    assert blocks_of(both.target_pool)[:2] == [7, 8]  # from now on nobody writes there
     both.target.cancel(99)
+    both.target.on_done(both.woken.release)
+    both.pull(2, slots, [2, 3])
     both.landed(2)
     assert blocks_of(both.target_pool)[2:4] == [7, 8]
 
@@ -337,3 +337,18 @@ def test_a_foreign_handle_is_refused(cuda: Any, fd: int) -> None:
     transfer, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES)
     with pytest.raises(HandoffFailed, match="another version"):
         transfer.attach(0, fd, 4096, b"x" * 64)
+
+
+def test_pages_that_cannot_be_opened_end_the_worker_with_advice(cuda: Any, fd: int) -> None:
+    edge: Any = Edge(cuda)
+    pool = numbered(cuda)
+    owner, _ = make_transfer(spec_of(fd), edge, pool, BLOCK_BYTES)
+    reader, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES)
+    with pytest.raises(ConfigError, match=r"worker 0 cannot be opened .*--handoff host"):
+        reader.attach(0, fd, owner.pages_bytes, owner.pages_handle)  # not in one process
+    os.ftruncate(fd, 4096)
+    cuda.fake.fail("cudaHostRegister")
+    with pytest.raises(ConfigError, match=r"worker 0 cannot be opened .*cudaHostRegister"):
+        reader.attach(0, fd, 4096, b"")
+    with pytest.raises(ConfigError, match="8192 were announced"):
+        reader.attach(0, fd, 8192, b"")

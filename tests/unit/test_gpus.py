@@ -9,6 +9,7 @@ from typing import Any
 import pynvml
 import pytest
 
+from nodeserve import cuda_build
 from nodeserve.gpus import Gpu, find_gpus
 
 
@@ -38,11 +39,8 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cuda: bool, extens
         (folder / "lib" / "libtorch_cuda.so").touch()
     torch = ModuleSpec("torch", None, is_package=True)
     torch.submodule_search_locations = [str(folder)]
-    found = {
-        "torch": torch,
-        "nodeserve._cuda": ModuleSpec("nodeserve._cuda", None) if extension else None,
-    }
-    monkeypatch.setattr(importlib.util, "find_spec", found.__getitem__)
+    monkeypatch.setattr(importlib.util, "find_spec", {"torch": torch}.__getitem__)
+    monkeypatch.setattr(cuda_build, "why_not", lambda: "" if extension else "not built: no nvcc; x")
 
 
 def test_without_a_driver_the_reason_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:

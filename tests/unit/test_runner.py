@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nodeserve.errors import HandoffFailed
 from nodeserve.policy.batching import Limits
 from nodeserve.policy.pacing import LEAST_LEAD_S
 from nodeserve.policy.scheduler import Scheduler
@@ -27,7 +28,7 @@ from nodeserve.wire.messages import (
     unpack_ids,
     unpack_request_ids,
 )
-from nodeserve.worker.contract import Landed, Offered, Ticket
+from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ticket
 from nodeserve.worker.runner import IDLE_WAIT_S, Runner
 from tests.fakes.late_model import LateExecutor
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
@@ -65,7 +66,7 @@ class FakeTransfer:
 
     def __init__(self) -> None:
         self.begun: list[Ticket] = []
-        self.moved: list[Landed | Offered] = []
+        self.moved: list[Moved] = []
         self.busy = False
         self.offers_late = False
         self.wake: Callable[[], None] | None = None
@@ -85,7 +86,7 @@ class FakeTransfer:
     def begin(self, ticket: Ticket) -> None:
         self.begun.append(ticket)
 
-    def poll(self) -> list[Landed | Offered]:
+    def poll(self) -> list[Moved]:
         moved, self.moved = self.moved, []
         return moved
 
@@ -282,6 +283,21 @@ def test_pages_are_offered_and_released_while_a_step_runs() -> None:
     assert bench.turn() == [KvReady(2, pack_ids([1]))]
     [dropped] = bench.turn(ReleaseKv(2))
     assert isinstance(dropped, Dropped) and dropped.load == [1, 0, 0, NUM_BLOCKS - 1, 0]
+
+
+def test_a_copy_that_fails_takes_only_its_request_along() -> None:
+    bench = Bench()
+    bench.transfer.offers_late = True
+    bench.decode(1)
+    bench.turn(prefill(2, handoff=True))
+    bench.end_step()
+    bench.end_step()
+    problem = HandoffFailed("the pages cannot be copied")
+    bench.transfer.moved.append(CopyFailed(2, problem))
+    [failed] = bench.turn()
+    assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied")
+    assert bench.runner.scheduler.load() == [1, 0, 0, NUM_BLOCKS - 1, 0]
+    assert set(tokens_of(bench.end_step())) == {1}
 
 
 def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:

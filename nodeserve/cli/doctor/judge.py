@@ -133,12 +133,14 @@ def _extension(facts: Facts) -> Finding:
         text = missing + _if(not wanted, ": only CUDA workers need it")
         mark = PROBLEM if wanted else OK
         return _software("extension", mark, text, _if(wanted, advice))
+    if not wanted:  # without a driver it finds none, and need not
+        return _software("extension", OK, "nodeserve._cuda is built: only CUDA workers need it")
     if problem := software.failures.get("extension"):
         text = f"nodeserve._cuda is built, but: {problem}"
-        advice = _if(wanted, "the driver and the CUDA that it was built with must fit")
-        return _software("extension", PROBLEM if wanted else OK, text, advice)
+        advice = "the driver and the CUDA that it was built with must fit"
+        return _software("extension", PROBLEM, text, advice)
     count, text = software.extension_devices or 0, "nodeserve._cuda is built"
-    if wanted and count < len(facts.gpus.gpus):
+    if count < len(facts.gpus.gpus):
         text += f", and sees {count} of {len(facts.gpus.gpus)} GPUs"
         mark = WARNING if count else PROBLEM
         return _software("extension", mark, text, "look at CUDA_VISIBLE_DEVICES")
