@@ -85,6 +85,11 @@ class Bed:
         }
         return replace(default_spec(**values), **changes)
 
+    def hurry(self) -> None:
+        """Where kernels are not the point: a rehearsal's workers compute in plain torch."""
+        if self.rehearsal:
+            os.environ["NODESERVE_FAKE_PLAIN_PARTS"] = "1"
+
     def load(self, spec: WorkerSpec) -> Device:
         """The device of a worker, in this process."""
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

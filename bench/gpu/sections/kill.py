@@ -32,6 +32,7 @@ WIDE = ModelConfig("llama", 8192, 512, 512, 32, 32, 8, 128, 16384, 1e-5, 1e4)
 
 
 def run(bed: Bed) -> None:
+    bed.hurry()
     with tempfile.TemporaryDirectory(prefix="nodeserve-kill-") as name:
         folder = Path(name)
         model = str(write_config(bed.pick(WIDE, bed.small), folder / "wide"))

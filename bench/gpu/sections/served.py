@@ -21,6 +21,7 @@ NUM_OUTPUT = 24
 
 
 def run(bed: Bed) -> None:
+    bed.hurry()
     with tempfile.TemporaryDirectory(prefix="nodeserve-served-") as name:
         folder = Path(name)
         settings = {
