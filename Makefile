@@ -8,6 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
   tests/fakes/cuda/*.h)
 
 .PHONY: help venv build demo check static quick-tests test format sanitize bench clean
+.PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-smoke
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make test    every test: make check, then reference and end-to-end tests"
 	@echo "make check   format, lint, types, import rule, unit and process tests, bench smoke run"
 	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
+	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
 	@echo "make venv    only the virtual environment in $(VENV)"
 
@@ -66,6 +68,15 @@ bench-ring bench-handoff bench-step bench-coordinator: bench-%: venv
 	$(BIN)/python -m bench.$*
 
 bench: bench-ring bench-handoff bench-step bench-coordinator
+
+# Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
+# is: no virtual environment, nothing downloaded; gpu-wheels fetches beforehand what that one lacks.
+COMMIT ?= $(shell git describe --always --dirty=+ '--exclude=*' 2>/dev/null || echo unknown)
+gpu-check: $(if $(filter none,$(VENV)),,venv)
+	$(if $(filter none,$(VENV)),$(PYTHON),$(BIN)/python) -m bench.gpu.check --commit $(COMMIT) $(ARGS)
+
+gpu-wheels: venv
+	PYTHON=$(BIN)/python bench/gpu/bring_along.sh $(or $(FOR),3.12) $(BIN)/pip
 
 bench-smoke: venv
 	for name in ring handoff step coordinator; do \

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn import functional
 
+from bench.floors import causal_pairs, linear_shapes, step_bytes, step_flops
 from bench.report import emit
 from nodeserve import _host
 from nodeserve.config import ModelConfig
@@ -87,36 +88,6 @@ def best_seconds(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-# -- the model's size -----------------------------------------------------------------------------
-
-
-def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(n, k) of one layer's linears."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return [
-        (heads + 2 * kv_heads, config.hidden_size),
-        (config.hidden_size, heads),
-        (2 * config.intermediate_size, config.hidden_size),
-        (config.hidden_size, config.intermediate_size),
-    ]
-
-
-def layer_weights(config: ModelConfig) -> int:
-    return config.num_layers * sum(n * k for n, k in linear_shapes(config))
-
-
-def step_bytes(config: ModelConfig, dtype: torch.dtype, num_visible: int) -> int:
-    weights = layer_weights(config) + config.vocab_size * config.hidden_size
-    return weights * dtype.itemsize + num_visible * config.kv_bytes_per_token(dtype.itemsize)
-
-
-def step_flops(config: ModelConfig, num_tokens: int, num_logits: int, num_pairs: int) -> int:
-    """num_pairs: (query token, visible token) pairs over all sequences."""
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_pairs
-    head = num_logits * config.vocab_size * config.hidden_size
-    return 2 * (num_tokens * layer_weights(config) + head + attention)
 
 
 # -- ceilings -------------------------------------------------------------------------------------
@@ -263,9 +234,9 @@ class Bench:
             seconds = time.perf_counter() - start
             if seconds < best:
                 best, python = seconds, 1 - (engine.busy_seconds - busy) / seconds
-        pairs = num_seqs * num_new * (context - num_new) + num_seqs * num_new * (num_new + 1) // 2
+        pairs = num_seqs * causal_pairs(num_new, context)
         flops = step_flops(MODEL, num_seqs * num_new, num_seqs, pairs)
-        num_bytes = step_bytes(MODEL, self.ops.dtype, num_seqs * context)
+        num_bytes = step_bytes(MODEL, self.ops.dtype.itemsize, num_seqs * context)
         by_bytes = num_bytes / ceilings.read_gb_s / 1e9
         by_flops = flops / ceilings.gemm_gflop_s / 1e9
         print(

@@ -74,8 +74,15 @@ def default_spec(**changes: Any) -> WorkerSpec:
 class WorkerProcess:
     """One worker and our end of its rings; remembers everything it said."""
 
-    def __init__(self, spec: WorkerSpec, channel: CoordinatorEnd, process: subprocess.Popen[bytes]):
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        channel: CoordinatorEnd,
+        process: subprocess.Popen[bytes],
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
         self.spec = spec
+        self.deadline_s = deadline_s
         self.channel = channel
         self.process = process
         self.said: list[FromWorker] = []
@@ -121,7 +128,7 @@ class WorkerProcess:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Take in records until `condition()`; the deadline only ends a broken test."""
-        give_up_s = time.monotonic() + DEADLINE_S
+        give_up_s = time.monotonic() + self.deadline_s
         while not condition():
             if not self._receive(give_up_s - time.monotonic()):
                 raise AssertionError(f"worker is silent; it said {self.said[-5:]}")
@@ -178,6 +185,7 @@ def started(
     pass_fds: Sequence[int] = (),
     wait_ready: bool = True,
     environment: Mapping[str, str] | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> Iterator[list[WorkerProcess]]:
     """Worker processes that know each other's page pools; killed at the end if they still live."""
     with contextlib.ExitStack() as stack:
@@ -192,7 +200,7 @@ def started(
                 env={**os.environ, **(environment or {}), **visible(spec)},
             )
             stack.callback(_end, process)
-            workers.append(WorkerProcess(spec, channel, process))
+            workers.append(WorkerProcess(spec, channel, process, deadline_s))
         for worker in workers:
             worker.expect(Mapped)
             worker.channel.unlink_names()

@@ -1,0 +1,37 @@
+"""The least bytes and operations of a step: what the ceilings are divided by. No torch here."""
+
+from nodeserve.config import ModelConfig
+
+
+def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(n, k) of one layer's linears."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return [
+        (heads + 2 * kv_heads, config.hidden_size),
+        (config.hidden_size, heads),
+        (2 * config.intermediate_size, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+    ]
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Values in the linears of all layers."""
+    return config.num_layers * sum(n * k for n, k in linear_shapes(config))
+
+
+def step_bytes(config: ModelConfig, dtype_bytes: int, num_visible: int) -> int:
+    """Weights and the KV of all visible tokens, each read once."""
+    weights = layer_weights(config) + config.vocab_size * config.hidden_size
+    return weights * dtype_bytes + num_visible * config.kv_bytes_per_token(dtype_bytes)
+
+
+def step_flops(config: ModelConfig, num_tokens: int, num_logits: int, num_pairs: int) -> int:
+    """num_pairs: (query token, visible token) pairs over all sequences."""
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_pairs
+    head = num_logits * config.vocab_size * config.hidden_size
+    return 2 * (num_tokens * layer_weights(config) + head + attention)
+
+
+def causal_pairs(num_new: int, context: int) -> int:
+    """(query token, visible token) pairs of the last `num_new` tokens of `context`."""
+    return num_new * (context - num_new) + num_new * (num_new + 1) // 2

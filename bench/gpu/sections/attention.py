@@ -1,0 +1,36 @@
+"""Attention alone, every kernel that is here, against the ceilings of this run.
+
+`bench.gpu.attention` measures it; here its rows become lines. Aims are for the kernels that the
+choice would take: the first of each phase.
+"""
+
+from bench.gpu import attention
+from bench.gpu.attention import Ceilings, Row
+from bench.gpu.bed import Bed
+from bench.gpu.lines import Line, share, unrehearsed
+
+DECODE_AIM = 0.8
+AIMED = ("decode", 64, 8192)  # phase, sequences, context
+
+
+def run(bed: Bed) -> None:
+    if bed.rehearsal:
+        bed.sheet.add(unrehearsed("attention over pages, decode and prefill"))
+        return
+    ceilings = Ceilings(bed.ceiling("bandwidth_gb_s"), bed.ceiling("gemm_tflop_s"))
+    first: dict[str, str] = {}
+    for row in attention.bench(bed.device, ceilings, repeats=10):
+        chosen = first.setdefault(row.phase, row.kind) == row.kind
+        bed.sheet.add(line_of(row, chosen))
+
+
+def line_of(row: Row, chosen: bool) -> Line:
+    aimed = chosen and (row.phase, row.num_seqs, row.context_len) == AIMED
+    return share(
+        f"{row.phase} {row.num_seqs} x {row.query_len} of {row.context_len}, {row.kind}",
+        row.achieved,
+        "GB/s" if row.phase == "decode" else "TFLOP/s",
+        row.share,
+        DECODE_AIM if aimed else None,
+        us=row.us,
+    )
