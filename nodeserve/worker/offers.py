@@ -55,8 +55,10 @@ class NoOffers:
 class DirectOffers:
     """Peers read our pool.
 
-    `written` is an event that peers' copies wait for. It lies on a stream with nothing else in it:
-    on the compute stream it would make them wait for the steps that came after as well.
+    `written` is an event that peers' copies wait for: it orders their reads behind our writes. It
+    lies on a stream with nothing else in it: on the compute stream it would make them wait for the
+    steps that came after as well. It is over before anybody hears of the pages, so a worker that
+    dies leaves no peer waiting for an event that never comes.
     """
 
     def __init__(self, written: Any, stream: Any, pages_bytes: int, pages_handle: bytes) -> None:
@@ -71,6 +73,7 @@ class DirectOffers:
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes:
         self._written.record(self._stream.handle)
+        self._written.synchronize()
         return block_ids
 
     def withdraw(self, request_id: int) -> None:

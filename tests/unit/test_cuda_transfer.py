@@ -14,6 +14,7 @@ from nodeserve.errors import ConfigError, CudaError, HandoffFailed
 from nodeserve.wire.messages import pack_ids, unpack_ids
 from nodeserve.worker import transfer_setup
 from nodeserve.worker.contract import CopyFailed, Landed, Offered, Ticket
+from nodeserve.worker.offers import DirectOffers
 from nodeserve.worker.transfer_setup import make_transfer
 from tests.fakes.cuda import bytes_at
 from tests.fakes.harness import default_spec
@@ -352,3 +353,13 @@ def test_pages_that_cannot_be_opened_end_the_worker_with_advice(cuda: Any, fd: i
         reader.attach(0, fd, 4096, b"")
     with pytest.raises(ConfigError, match="8192 were announced"):
         reader.attach(0, fd, 8192, b"")
+
+
+def test_pages_offered_directly_are_complete_before_anybody_hears_of_them(cuda: Any) -> None:
+    """A worker that dies right after must leave no peer waiting for an event."""
+    written, stream = cuda.Event(0, interprocess=True), cuda.Stream(0)
+    offers = DirectOffers(written, stream, NUM_BLOCKS * BLOCK_BYTES, b"handle")
+    written.record(stream.handle)
+    assert not written.done(), "here nothing runs that nobody waits for"
+    assert offers.offer(1, pack_ids([7])) == pack_ids([7])
+    assert written.done()
