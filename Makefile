@@ -52,10 +52,11 @@ static:
 	$(BIN)/mypy
 
 quick-tests:
-	$(BIN)/python -m pytest -q tests/unit tests/process
+	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/process
 
 test: check
-	$(BIN)/python -m pytest -q tests/reference tests/e2e
+	$(BIN)/python -m pytest -q -m slow tests/unit tests/process
+	$(BIN)/python -m pytest -q tests/reference tests/gpu tests/e2e
 
 format: venv
 	$(BIN)/ruff format .

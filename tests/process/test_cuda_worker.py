@@ -40,6 +40,7 @@ from tests.fakes.cuda_worker import PLAIN_PARTS
 from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
 from tests.process.conftest import Connect, Nodes
 
+pytestmark = pytest.mark.slow
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 CONFIG = {
     "model_type": "llama",
