@@ -125,6 +125,7 @@ def copy_pages(
 
     Memory is of the stream's device, of a peer it has access to, or pinned host memory.
     method: "kernel" (one launch up to some 4,000 pairs), "batch" (one call of the copy engines; not
-    on the default stream), "auto" (batch for whole blocks). max_thread_blocks: how many thread
-    blocks the kernel may have; 0: a quarter of the device's multiprocessors.
+    on the default stream), "auto" (batch for whole blocks that come from or go to somewhere else
+    than the stream's device). max_thread_blocks: how many thread blocks the kernel may have; 0: a
+    quarter of the device's multiprocessors, half of them where both sides are in its memory.
     """

@@ -17,10 +17,22 @@ int device_of(cudaStream_t stream) {
     return device;
 }
 
-int quarter_of_device(int device) {
+bool is_in_memory_of(int device, std::uintptr_t address) {
+    cudaPointerAttributes found{};
+    NS_CUDA(cudaPointerGetAttributes(&found, reinterpret_cast<const void*>(address)));
+    return found.type == cudaMemoryTypeDevice && found.device == device;
+}
+
+// Whether no byte leaves the device, as between two workers that share one.
+bool is_local(const CopyRequest& request, int device) {
+    return is_in_memory_of(device, request.target.address) && is_in_memory_of(device, request.source.address);
+}
+
+// A quarter keeps a link between devices busy, the device's own memory takes twice as many.
+int default_thread_blocks(const CopyRequest& request, int device) {
     int num_multiprocessors = 0;
     NS_CUDA(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    return std::max(1, num_multiprocessors / 4);
+    return std::max(1, num_multiprocessors / (is_local(request, device) ? 2 : 4));
 }
 
 template <class Params>
@@ -66,7 +78,7 @@ int launch_all(const CopyRequest& request, const std::vector<Share>& parts, int 
 int copy_by_kernel(const CopyRequest& request, int max_thread_blocks, cudaStream_t stream) {
     const int device = device_of(stream);
     const OnDevice current(device);
-    if (max_thread_blocks == 0) max_thread_blocks = quarter_of_device(device);
+    if (max_thread_blocks == 0) max_thread_blocks = default_thread_blocks(request, device);
     const auto small = shares(request, SmallCopy::kNumWords);
     if (small.size() == 1) return launch_all<SmallCopy>(request, small, max_thread_blocks, stream);
     return launch_all<LargeCopy>(request, shares(request, LargeCopy::kNumWords), max_thread_blocks, stream);
@@ -98,6 +110,11 @@ int copy_by_batch(const CopyRequest& request, cudaStream_t stream) {
     return 1;
 }
 
+Method best_method(const CopyRequest& request, StreamHandle handle) {
+    if (!request.whole_blocks() || is_legacy(handle)) return Method::KERNEL;
+    return is_local(request, device_of(stream_from(handle))) ? Method::KERNEL : Method::BATCH;
+}
+
 }  // namespace
 
 int copy_pages(const CopyRequest& request, StreamHandle handle, Method method, int max_thread_blocks) {
@@ -106,7 +123,7 @@ int copy_pages(const CopyRequest& request, StreamHandle handle, Method method, i
     NS_REQUIRE(method != Method::BATCH || !is_legacy(handle),
                "method \"batch\" needs a stream of its own: CUDA takes no batched copies on the default stream");
     if (request.pairs.empty() || request.runs.empty()) return 0;
-    if (method == Method::AUTO) method = request.whole_blocks() && !is_legacy(handle) ? Method::BATCH : Method::KERNEL;
+    if (method == Method::AUTO) method = best_method(request, handle);
     return method == Method::BATCH ? copy_by_batch(request, stream) : copy_by_kernel(request, max_thread_blocks, stream);
 }
 

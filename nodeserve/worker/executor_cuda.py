@@ -6,6 +6,7 @@ stay on the device as well, where the step behind takes its inputs from (`Work.f
 launched before anybody has read them.
 """
 
+import gc
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from nodeserve.log import logger
+from nodeserve.model.gpu.attention.tiles import seq_bucket
 from nodeserve.model.inputs import StepInputs
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.policy.blocks import blocks_for
@@ -151,6 +153,7 @@ class CudaExecutor:
     def capture(self, sizes: Iterable[int], progress: Callable[[int, int], None]) -> None:
         """Record decode steps of these sizes, largest first: smaller ones then fit its memory."""
         falling = sorted(sizes, reverse=True)
+        gc.collect()
         for done, size in enumerate(falling):
             progress(done, len(falling))
             try:
@@ -189,40 +192,53 @@ class CudaExecutor:
     def warm_up(
         self, max_tokens: int, max_seqs: int, max_context_len: int, block_size: int
     ) -> None:
-        """The largest prefill and the largest decode, whose memory is then known.
+        """The largest prefill and the largest decode, whose memory is then known, and whatever
+        else has kernels of its own: to compile one while serving would stall a step by seconds.
 
         In the spare block alone: every table points there, and nobody reads what comes out.
         """
         block = self._staging.spare_block
-        for batch in (
-            idle_prefills(max_tokens, max_seqs, max_context_len, block, block_size),
-            idle_decodes(max_seqs, block, drawn=True),
-            idle_decodes(1, block),
-        ):
-            self.launch(batch).result()
+        longest = max_context_len - 1
+        for lengths in warm_up_prompts(max_tokens, max_seqs, longest):
+            self.launch(idle_prefills(lengths, block, block_size)).result()
+        self.launch(idle_decodes(max_seqs, block, drawn=True)).result()
+        self.launch(idle_decodes(1, block, fed=True)).result()
 
 
-def idle_decodes(count: int, block: int, drawn: bool = False) -> Batch:
-    """Decodes of sequences that nobody asked for, each with one token at place 0."""
+def warm_up_prompts(max_tokens: int, max_seqs: int, longest: int) -> list[list[int]]:
+    """Lengths of the prompts of the steps that meet every kernel which prompts may need: the
+    largest step, then few and many prompts at once, all of them short or not."""
+    full: list[int] = []
+    left = max_tokens
+    while left and len(full) < max_seqs:
+        full.append(min(left, longest))
+        left -= full[-1]
+    steps, count = [full], 0
+    while count < min(max_seqs, max_tokens):
+        count = min(seq_bucket(count + 1), max_seqs, max_tokens)
+        steps.append([1] * count)
+        if seq_bucket(count) != seq_bucket(len(full)):
+            steps.append([min(longest, max_tokens - count + 1)] + [1] * (count - 1))
+    return steps
+
+
+def idle_decodes(count: int, block: int, drawn: bool = False, fed: bool = False) -> Batch:
+    """Decodes of sequences that nobody asked for, each with one token at place 0; `fed`: the one
+    that the step before chose in this row."""
     sampling = Sampling(temperature=0.7, top_p=0.9, seed=0) if drawn else Sampling(temperature=0.0)
     work = []
     for index in range(count):
         sequence = Sequence(-1 - index, array("i", [0]), 1, sampling)
         sequence.block_ids.append(block)
-        work.append(Work(sequence, 0, 1, True))
+        work.append(Work(sequence, 0, 1, True, index if fed else None))
     return Batch(work, num_decodes=count)
 
 
-def idle_prefills(
-    max_tokens: int, max_seqs: int, max_context_len: int, block: int, block_size: int
-) -> Batch:
-    """Prompts that nobody sent, as many tokens as a step takes."""
+def idle_prefills(lengths: list[int], block: int, block_size: int) -> Batch:
+    """Prompts that nobody sent."""
     work: list[Work] = []
-    left = max_tokens
-    while left and len(work) < max_seqs:
-        count = min(left, max_context_len - 1)
+    for count in lengths:
         sequence = Sequence(-1 - len(work), array("i", [0] * count), count, Sampling(temperature=0))
         sequence.block_ids.extend([block] * blocks_for(count, block_size))
         work.append(Work(sequence, 0, count, True))
-        left -= count
-    return Batch(work, num_prefill_tokens=max_tokens - left)
+    return Batch(work, num_prefill_tokens=sum(lengths))

@@ -79,6 +79,7 @@ class CudaRuntime:
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)
         self._graph_memory = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def submit(self, work: Work) -> Mark:
         with torch.inference_mode():
@@ -93,6 +94,9 @@ class CudaRuntime:
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
+        # For good, also where the capture fails: some releases of torch take the stream's workspace
+        # for matrix products away when any graph of the stream goes, also from those that stay.
+        self._graphs.append(graph)
         torch.cuda.synchronize(self.device)
         # Not torch.cuda.graph(): it collects garbage before each capture, half a second for 35.
         # thread_local: another thread of ours may wait for an event meanwhile.

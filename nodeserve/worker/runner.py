@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nodeserve.errors import NodeServeError
+from nodeserve.errors import CudaError, NodeServeError
 from nodeserve.policy.batching import Batch, Outcome, Sequence
 from nodeserve.policy.pacing import Pacer
 from nodeserve.policy.scheduler import Scheduler
@@ -195,6 +195,8 @@ class Runner:
             self.transfer.begin(
                 Ticket(message.request_id, message.source, message.block_ids, pages)
             )
+        except CudaError:
+            raise  # not this request's: the device is lost, and an idle worker would never notice
         except NodeServeError as problem:
             self.scheduler.cancel(message.request_id)
             self._fail(message.request_id, problem)

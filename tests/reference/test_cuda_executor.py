@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
+from nodeserve.model.gpu.attention.tiles import seq_bucket
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.types import Sampling
 from nodeserve.worker.contract import Sampled
-from nodeserve.worker.executor_cuda import CudaExecutor
+from nodeserve.worker.executor_cuda import CudaExecutor, warm_up_prompts
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.upload import Uploader
@@ -301,10 +302,28 @@ def test_a_size_that_cannot_be_captured_takes_another_road(
 def test_the_warm_up_runs_the_largest_steps_in_the_spare_block(runtime: FakeRuntime) -> None:
     executor, model, sampler = executor_of(runtime)
     executor.warm_up(MAX_TOKENS, MAX_SEQS, CONTEXT, BLOCK)
-    assert model.sizes == [MAX_TOKENS, MAX_SEQS, 1]
+    assert model.sizes == [MAX_TOKENS, MAX_SEQS, MAX_SEQS, 1]
     model.sizes.clear()
     executor.warm_up(MAX_TOKENS, MAX_SEQS, 30, BLOCK)  # several prompts where one is short
-    assert model.sizes[0] == MAX_TOKENS and len(sampler.places[3]) == 4
+    assert model.sizes[0] == MAX_TOKENS and len(sampler.places[4]) == 4
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8192, 256, 8191), (8192, 3000, 200), (64, 64, 63), (32, 8, 255)]
+)
+def test_the_warm_up_meets_every_number_of_prompts_that_has_its_own_kernel(
+    sizes: tuple[int, int, int],
+) -> None:
+    max_tokens, max_seqs, longest = sizes
+    steps = warm_up_prompts(*sizes)
+    assert sum(steps[0]) == max_tokens
+    for lengths in steps:
+        assert 0 < len(lengths) <= max_seqs and sum(lengths) <= max_tokens
+        assert min(lengths) > 0 and max(lengths) <= longest
+    buckets = {seq_bucket(count) for count in range(1, max_seqs + 1)}
+    assert {seq_bucket(len(lengths)) for lengths in steps if max(lengths) == 1} == buckets
+    if max_tokens > max_seqs:
+        assert {seq_bucket(len(lengths)) for lengths in steps if max(lengths) > 1} == buckets
 
 
 def test_the_loop_is_woken_when_a_step_ended(runtime: FakeRuntime) -> None:

@@ -80,12 +80,17 @@ def test_requests_above_one_launchs_parameters(
     assert not arrived[:, :, 1].any()
 
 
-@pytest.mark.parametrize(("limit", "grid"), [(0, 2), (1, 1), (5, 5), (100, 8)])
-def test_the_kernel_leaves_multiprocessors_to_others(cuda: Any, limit: int, grid: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "local", "grid"),
+    [(0, False, 2), (0, True, 4), (1, True, 1), (5, False, 5), (100, False, 8)],
+)
+def test_the_kernel_leaves_multiprocessors_to_others(
+    cuda: Any, limit: int, local: bool, grid: int
+) -> None:
     """The fake device has 8; the request needs 8 thread blocks of 16 warps for its 128 tiles."""
     stride = 32 << 10
     pairs = np.stack([np.arange(16), np.arange(16)[::-1]], 1).astype(np.int32)
-    copy = Copy(cuda, (16, 16), (stride, stride), pairs, whole(stride))
+    copy = Copy(cuda, (16, 16), (stride, stride), pairs, whole(stride), local=local)
     copy.start("kernel", max_thread_blocks=limit)
     assert cuda.fake.last_grid() == grid
     assert (copy.arrived() == copy.expected()).all()
@@ -106,6 +111,25 @@ def test_auto_takes_the_copy_engines_for_whole_blocks_only(cuda: Any) -> None:
         assert (copy.arrived() == copy.expected()).all()
     assert copy.start("auto", stream=0, runs=whole(64)) == 1  # no batches on the default stream
     assert cuda.fake.calls("cudaMemcpyBatchAsync") == 1
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_auto_leaves_the_copy_engines_alone_inside_a_device(cuda: Any, device: int) -> None:
+    """Wherever in its pools the blocks begin; pinned memory of the host is somewhere else."""
+    pairs = np.array([[0, 1], [1, 0]], np.int32)
+    copy = Copy(cuda, (3, 3), (64, 64), pairs, whole(64), device=device, local=True)
+    inside = {"target": copy.target.address + 64, "target_bytes": 128}
+    inside |= {"source": copy.source.address + 64, "source_bytes": 128}
+    assert copy.start("auto", **inside) == 1
+    assert cuda.fake.calls("cudaMemcpyBatchAsync") == 0
+    source = bytes_at(copy.source.address, 192).reshape(3, 64)
+    assert (copy.arrived()[1:] == source[[2, 1]]).all()
+    host = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint8)
+    pages = cuda.HostPages(host.ctypes.data, mmap.PAGESIZE, device)
+    copy.start("auto", target=pages.address, target_bytes=mmap.PAGESIZE)
+    copy.start("auto", source=pages.address, source_bytes=mmap.PAGESIZE)
+    assert cuda.fake.calls("cudaMemcpyBatchAsync") == 2
+    pages.close()
 
 
 def test_neighbours_on_both_sides_are_one_copy(cuda: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nodeserve.errors import HandoffFailed
+from nodeserve.errors import CudaError, HandoffFailed, NodeServeError
 from nodeserve.policy.batching import Limits
 from nodeserve.policy.pacing import LEAST_LEAD_S
 from nodeserve.policy.scheduler import Scheduler
@@ -66,6 +66,7 @@ class FakeTransfer:
 
     def __init__(self) -> None:
         self.begun: list[Ticket] = []
+        self.problem: NodeServeError | None = None  # of the pulls to come
         self.moved: list[Moved] = []
         self.busy = False
         self.offers_late = False
@@ -84,6 +85,8 @@ class FakeTransfer:
         pass
 
     def begin(self, ticket: Ticket) -> None:
+        if self.problem is not None:
+            raise self.problem
         self.begun.append(ticket)
 
     def poll(self) -> list[Moved]:
@@ -298,6 +301,18 @@ def test_a_copy_that_fails_takes_only_its_request_along() -> None:
     assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied")
     assert bench.runner.scheduler.load() == [1, 0, 0, NUM_BLOCKS - 1, 0]
     assert set(tokens_of(bench.end_step())) == {1}
+
+
+def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> None:
+    """A worker without steps has no other way to find out, and would fail all that comes."""
+    bench = Bench()
+    bench.transfer.problem = HandoffFailed("the pages cannot be copied")
+    [failed] = bench.turn(pull(2))
+    assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied")
+    bench.scheduler.check()
+    bench.transfer.problem = CudaError("cudaStreamSynchronize: an illegal memory access", 700)
+    with pytest.raises(CudaError, match="illegal"):
+        bench.turn(pull(3))
 
 
 def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:

@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,36 +90,40 @@ class Pulls:
 
     def pull_s(self, source: Any, target: Any, count: int, method: str) -> float:
         """Median seconds of the copy on its stream, other blocks each time."""
+        runs = torch.tensor([[0, 0, self.block_bytes]]).numpy()
 
-        def once() -> None:
-            order = [torch.randperm(self.num_blocks, dtype=torch.int32)[:count] for _ in range(2)]
-            pairs = torch.stack(order, dim=1).numpy()
+        def copy(pairs: Any) -> None:
             self.cuda.copy_pages(
                 target.address,
                 target.num_bytes,
                 source.address,
                 source.num_bytes,
                 pairs,
-                torch.tensor([[0, 0, self.block_bytes]]).numpy(),
+                runs,
                 target_stride=self.block_bytes,
                 source_stride=self.block_bytes,
                 stream=self.stream.handle,
                 method=method,
             )
 
-        return self.on_stream_s(once)
+        return self.on_stream_s([partial(copy, self.pairs(count)) for _ in range(self.repeats + 2)])
 
-    def on_stream_s(self, call: Callable[[], None]) -> float:
-        times = []
-        for _ in range(self.repeats + 2):
-            first, last = (self.cuda.Event(0, timed=True) for _ in range(2))
+    def pairs(self, count: int) -> Any:
+        """[count, 2] int32: blocks anywhere in both pools."""
+        order = [torch.randperm(self.num_blocks, dtype=torch.int32)[:count] for _ in range(2)]
+        return torch.stack(order, dim=1).numpy()
+
+    def on_stream_s(self, calls: list[Callable[[], None]]) -> float:
+        """Without the first two. All are enqueued before the first is waited for: a copy is over
+        in the time that it takes to ask for some, which is not the copy's."""
+        event = partial(self.cuda.Event, 0, timed=True)
+        marks = [(event(), event()) for _ in calls]
+        for (first, last), call in zip(marks, calls, strict=True):
             first.record(self.stream.handle)
             call()
             last.record(self.stream.handle)
-            self.stream.synchronize()
-            times.append(last.elapsed_ms(first) / 1e3)
-            first.close()
-            last.close()
+        self.stream.synchronize()
+        times = [last.elapsed_ms(first) / 1e3 for first, last in marks]
         return float(statistics.median(times[2:]))
 
     def host(self, num_tokens: int, count: int) -> None:

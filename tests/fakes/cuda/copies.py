@@ -22,14 +22,15 @@ class Copy:
     strides: tuple[int, int]
     pairs: Int32  # [n, 2]
     runs: Int64  # [m, 3]
-    device: int = 0  # of the target and the stream; the source is the other's
+    device: int = 0  # of the target and the stream
+    local: bool = False  # the source is this device's too, else the other's
 
     def __post_init__(self) -> None:
         target_bytes, source_bytes = (
             n * s for n, s in zip(self.num_blocks, self.strides, strict=True)
         )
         self.target = self.cuda.Pool(self.device, target_bytes)
-        self.source = self.cuda.Pool(1 - self.device, source_bytes)
+        self.source = self.cuda.Pool(self.device if self.local else 1 - self.device, source_bytes)
         self.stream = self.cuda.Stream(self.device)
         noise = np.random.default_rng(5).integers(0, 256, source_bytes, np.uint8)
         bytes_at(self.source.address, source_bytes)[:] = noise

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "runtime.h"
 
@@ -108,6 +109,18 @@ cudaError_t cudaFree(void* memory) {
     return forget(rt, held, memory, Allocation::OWN, cudaErrorInvalidValue);
 }
 
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
+    FAKE_ENTER("cudaPointerGetAttributes");
+    *attributes = {cudaMemoryTypeUnregistered, -1};  // what CUDA does not know is no mistake
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const auto after = rt.allocations.upper_bound(address);
+    if (after == rt.allocations.begin()) return cudaSuccess;
+    const auto& [start, allocation] = *std::prev(after);
+    if (address - start >= allocation.num_bytes) return cudaSuccess;
+    *attributes = {allocation.kind == Allocation::HOST ? cudaMemoryTypeHost : cudaMemoryTypeDevice, allocation.device};
+    return cudaSuccess;
+}
+
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* memory) {
     FAKE_ENTER("cudaIpcGetMemHandle");
     const auto found = rt.allocations.find(reinterpret_cast<std::uintptr_t>(memory));
@@ -129,7 +142,11 @@ cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t given, unsign
     const int physical = rt.settings.devices[static_cast<std::size_t>(current_device)];
     if (!rt.settings.can_access(physical, handle.device)) return cudaErrorPeerAccessUnsupported;
     *memory = file->memory;
-    rt.allocations[reinterpret_cast<std::uintptr_t>(*memory)] = {file->num_bytes, current_device, Allocation::PEER, file};
+    // It lies where it was made, as far as that device is visible here.
+    const auto& visible = rt.settings.devices;
+    const auto place = std::ranges::find(visible, handle.device) - visible.begin();
+    const int device = place < std::ssize(visible) ? static_cast<int>(place) : -1;
+    rt.allocations[reinterpret_cast<std::uintptr_t>(*memory)] = {file->num_bytes, device, Allocation::PEER, file};
     return cudaSuccess;
 }
 
