@@ -59,6 +59,11 @@ class Bed:
     def worker_command(self) -> Sequence[str]:
         return REHEARSED_WORKER if self.rehearsal else WORKER
 
+    @property
+    def handoff(self) -> str:
+        """The road that pages take: through the host where `ipc` found the direct one closed."""
+        return "auto" if self.known.get("ipc_opens", True) else "host"
+
     def pick(self, real: Any, rehearsed: Any) -> Any:
         """A size for the card, and one that a CPU gets through in a moment."""
         return rehearsed if self.rehearsal else real
@@ -81,6 +86,7 @@ class Bed:
             "load_format": "dummy",
             "kv_memory": None,
             "gpus": (0,),
+            "handoff": self.handoff,
             "model": model,
         }
         return replace(default_spec(**values), **changes)

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ def served(bed: Bed, folder: Path, name: str, **settings: Any) -> Iterator[Node]
     """`nodeserve start` with these settings; ended in the end, whatever happens."""
     socket = folder / f"{name}.sock"
     words = [str(settings.pop("model"))] if "model" in settings else []
-    for key, value in {"socket": socket, **settings}.items():
+    for key, value in {"socket": socket, "handoff": bed.handoff, **settings}.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     module = REHEARSED_NODE if bed.rehearsal else "nodeserve"
     began_s = time.perf_counter()
@@ -47,27 +48,45 @@ def served(bed: Bed, folder: Path, name: str, **settings: Any) -> Iterator[Node]
         stderr=subprocess.STDOUT,
         text=True,
     )
+    words_of = Words(process)
     try:
-        until_ready(process)
+        words_of.until_ready()
         yield Node(process, socket, time.perf_counter() - began_s)
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            print(process.communicate(timeout=STOP_S)[0])
+            process.wait(STOP_S)
         process.kill()
         process.wait()
+        words_of.thread.join()
 
 
-def until_ready(process: "subprocess.Popen[str]") -> None:
-    """Its own words say when; what it said before is in the error if it ends instead."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        print(line, end="")
-        if "ready" in line:
-            return
-    raise RuntimeError(f"the server did not start: {''.join(lines[-8:])}")
+class Words:
+    """What a server says, read all the time so that it never waits for a reader."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self._lines: list[str] = []
+        self._ready = False
+        self._news = threading.Event()  # ready, or at its end
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            print(line, end="", flush=True)
+            self._lines.append(line)
+            if " ready: " in line:
+                self._ready = True
+                self._news.set()
+        self._news.set()
+
+    def until_ready(self) -> None:
+        """RuntimeError with its last words if it ends instead."""
+        self._news.wait()
+        if not self._ready:
+            raise RuntimeError(f"the server did not start: {''.join(self._lines[-8:])}")
 
 
 @dataclass

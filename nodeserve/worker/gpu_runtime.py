@@ -5,6 +5,7 @@ without a GPU. Work that is submitted runs in order, later than the call that su
 read its results, or write over its inputs, before its `Mark` is done.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -100,12 +101,15 @@ class CudaRuntime:
         torch.cuda.synchronize(self.device)
         # Not torch.cuda.graph(): it collects garbage before each capture, half a second for 35.
         # thread_local: another thread of ours may wait for an event meanwhile.
+        # No collection meanwhile: what goes then may give memory back, and that ends a capture.
+        gc.disable()
         graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
         try:
             with torch.inference_mode():
                 work()
         finally:
             graph.capture_end()
+            gc.enable()
         replay: Work = graph.replay
         return replay
 
