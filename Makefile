@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/fakes/cuda/*/* \
   tests/fakes/cuda/*.h)
 
-.PHONY: help venv build demo check static quick-tests test format sanitize bench clean
+.PHONY: help venv build demo check static unit-tests process-tests test format sanitize bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-smoke
 
@@ -43,7 +43,7 @@ demo: venv
 	$(BIN)/python -m bench.demo
 
 check: venv
-	$(MAKE) --jobs=2 --output-sync=target static quick-tests
+	$(MAKE) --jobs=3 --output-sync=target process-tests unit-tests static
 	$(MAKE) bench-smoke
 
 static:
@@ -51,8 +51,9 @@ static:
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-quick-tests:
-	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/process
+# Beside each other, since process tests mostly wait.
+unit-tests process-tests: %-tests:
+	$(BIN)/python -m pytest -q -m "not slow" tests/$*
 
 test: check
 	$(BIN)/python -m pytest -q -m slow tests/unit tests/process

@@ -15,6 +15,7 @@ from nodeserve.cli.doctor.selftest import SilentPainter, killed_after, run
 from nodeserve.cli.progress import StartReport
 from nodeserve.config import EngineConfig
 
+pytestmark = pytest.mark.slow
 DOCTOR = [sys.executable, "-m", "nodeserve", "doctor"]
 
 

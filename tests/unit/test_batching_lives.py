@@ -225,7 +225,9 @@ class Simulation:
 
 
 @pytest.mark.parametrize("side", [Side, LateSide])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 16))]
+)
 def test_random_lives_end_once_with_the_right_tokens(seed: int, side: type[Side]) -> None:
     simulation = Simulation(seed, side)
     for _ in range(3000 if side is Side else 6000):
