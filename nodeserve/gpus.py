@@ -1,7 +1,8 @@
 """The GPUs of this machine, as the driver's management library tells: no CUDA context, no torch."""
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Gpu:
     total_bytes: int
     free_bytes: int
     capability: tuple[int, int] | None = None  # CUDA's compute capability; None: not told
+    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,35 @@ class Gpus:
 
     found: tuple[Gpu, ...] = ()
     obstacle: str | None = None  # None: CUDA workers can run here
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES, where it says which of them to use
 
     @property
     def usable(self) -> bool:
         return self.obstacle is None
+
+    def seen_through(self, visible: str | None) -> "Gpus":
+        """Those that CUDA_VISIBLE_DEVICES leaves, in its order; None: all.
+
+        Read as CUDA does: numbers (in PCI bus order) or beginnings of UUIDs, and an entry that
+        names no GPU ends the list.
+        """
+        if visible is None or not self.found:
+            return self
+        found = tuple(self._named(visible))
+        hidden = None if found else f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
+        return replace(self, found=found, obstacle=self.obstacle or hidden, visible=visible)
+
+    def _named(self, visible: str) -> Iterator[Gpu]:
+        for entry in map(str.strip, visible.split(",")):
+            named = [
+                gpu
+                for gpu in self.found
+                if entry == str(gpu.index)
+                or (entry.startswith("GPU-") and gpu.uuid.startswith(entry))
+            ]
+            if len(named) != 1:
+                return
+            yield named[0]
 
 
 def find_gpus() -> Gpus:
@@ -58,7 +85,8 @@ def _described(pynvml: Any, index: int) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     capability = nvml.told(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     name = str(pynvml.nvmlDeviceGetName(handle))
-    return Gpu(index, name, int(memory.total), int(memory.free), capability)
+    uuid = str(nvml.told(pynvml.nvmlDeviceGetUUID, handle) or "")
+    return Gpu(index, name, int(memory.total), int(memory.free), capability, uuid)
 
 
 def driver_obstacle(cuda: tuple[int, int] | None) -> str | None:

@@ -1,7 +1,5 @@
 """`nodeserve start` for rehearsals: the real server, GPU workers on the pretended runtime."""
 
-from collections.abc import Sequence
-
 from bench.gpu.bed import REHEARSED_WORKER
 from nodeserve import cli
 from nodeserve.config import EngineConfig
@@ -15,10 +13,10 @@ PRETENDED = Gpus((Gpu(0, "pretended", 4 << 30, 4 << 30),))
 def main() -> None:
     real = server.serve
 
-    def serve(config: EngineConfig, on_event: OnEvent, command: Sequence[str] = ()) -> int:
-        return real(config, on_event, REHEARSED_WORKER)
+    def serve(config: EngineConfig, on_event: OnEvent, gpus: Gpus) -> int:
+        return real(config, on_event, PRETENDED, REHEARSED_WORKER)
 
-    vars(server).update(find_gpus=lambda: PRETENDED, serve=serve)
+    vars(server).update(serve=serve)
     cli.main()
 
 

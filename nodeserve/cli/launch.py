@@ -20,6 +20,7 @@ from nodeserve.socket_path import socket_path
 from nodeserve.types import StartEvent
 
 LOG_TAIL_LINES = 20
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @click.command()
@@ -50,9 +51,10 @@ def start(
         log_to_stderr()
         # Here and not above: no other command needs what this loads.
         from nodeserve.coordinator.server import serve
+        from nodeserve.gpus import find_gpus
 
         on_event = report.on_event if report else event_writer(events_fd)
-        code = serve(config, on_event)
+        code = serve(config, on_event, find_gpus().seen_through(os.environ.get(VISIBLE_GPUS)))
     sys.exit(code)
 
 

@@ -141,9 +141,10 @@ def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:
     here = tuple(gpu.index for gpu in gpus.found)
     asked = here if config.gpus is None else parse_gpus(config.gpus)
     if unknown := sorted(set(asked) - set(here)):
+        limit = "" if gpus.visible is None else f" (CUDA_VISIBLE_DEVICES is {gpus.visible!r})"
         raise ConfigError(
-            f"--gpus {config.gpus}: no GPU {unknown[0]} here, the driver lists"
-            f" {', '.join(map(str, here))}"
+            f"--gpus {config.gpus}: no GPU {unknown[0]} here, there are"
+            f" {', '.join(map(str, here))}{limit}"
         )
     layout = choose_layout(config.layout, len(asked))
     if config.gpus is None:

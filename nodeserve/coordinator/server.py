@@ -36,7 +36,7 @@ from nodeserve.errors import (
     WorkerLost,
     from_code,
 )
-from nodeserve.gpus import find_gpus
+from nodeserve.gpus import Gpus
 from nodeserve.log import logger
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
@@ -61,11 +61,19 @@ MAX_BACKLOG_BYTES = 8 << 20
 OnEvent = Callable[[StartEvent], None]
 
 
-def serve(config: EngineConfig, on_event: OnEvent, command: Sequence[str] = WORKER_COMMAND) -> int:
-    """Run a node until it is stopped; 0 after a stop that was asked for, 1 after a failure."""
+def serve(
+    config: EngineConfig,
+    on_event: OnEvent,
+    gpus: Gpus,
+    command: Sequence[str] = WORKER_COMMAND,
+) -> int:
+    """Run a node until it is stopped; 0 after a stop that was asked for, 1 after a failure.
+
+    gpus: those it may use.
+    """
     on_event(StartEvent("model", None, 0, 1, config.model or "embedded demo model"))
     checkpoint = resolve_checkpoint(config.model, config.load_format)
-    plan = resolve(config, checkpoint, find_gpus())
+    plan = resolve(config, checkpoint, gpus)
     on_event(StartEvent("model", None, 1, 1, plan.config.served_model_name or ""))
     for note in plan.notes:
         on_event(StartEvent("note", None, 0, 0, note))

@@ -80,6 +80,9 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}0000000-aaaa"
+
     def nvmlDeviceGetName(self, handle: int) -> str:
         return self.gpus[handle].name
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from nodeserve import gpus as gpus_module
 from nodeserve.cli import launch, main
 from nodeserve.cli.launch import open_log
 from nodeserve.cli.progress import BarPainter, StartReport
@@ -24,6 +25,7 @@ from nodeserve.cli.settings import (
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator import server as server_module
 from nodeserve.errors import ConfigError, ModelError
+from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import SAMPLING_FIELDS, StartEvent
 
 Start = Callable[..., EngineConfig]
@@ -41,8 +43,10 @@ class FakeServe:
         self.result: int | Exception = 0
         self.events: list[StartEvent] = []
 
-    def __call__(self, config: EngineConfig, on_event: Callable[[StartEvent], None]) -> int:
-        self.config = config
+    def __call__(
+        self, config: EngineConfig, on_event: Callable[[StartEvent], None], gpus: Gpus
+    ) -> int:
+        self.config, self.gpus = config, gpus
         for event in self.events:
             on_event(event)
         if isinstance(self.result, Exception):
@@ -294,3 +298,11 @@ def test_a_second_start_keeps_the_log_of_the_first(tmp_path: Path) -> None:
         with open_log(path) as log:
             os.write(log, words)
     assert path.read_bytes() == b"first\nsecond\n"
+
+
+def test_hidden_gpus_stay_hidden(serve: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Gpus(tuple(Gpu(i, "H200", 1 << 37, 1 << 37) for i in range(2)))
+    monkeypatch.setattr(gpus_module, "find_gpus", lambda: found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert run("start").exit_code == 0
+    assert [gpu.index for gpu in serve.gpus.found] == [1]

@@ -10,7 +10,7 @@ import pynvml
 import pytest
 
 from nodeserve import cuda_build
-from nodeserve.gpus import Gpu, find_gpus
+from nodeserve.gpus import Gpu, Gpus, find_gpus
 
 
 def memory(_: object) -> SimpleNamespace:
@@ -25,6 +25,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}fed",
         "nvmlDeviceGetName": lambda handle: f"GPU{handle}",
         "nvmlDeviceGetMemoryInfo": memory,
     }
@@ -67,6 +68,34 @@ def test_the_first_obstacle_is_named(
 ) -> None:
     install(monkeypatch, tmp_path, cuda=cuda, extension=extension)
     gpus = find_gpus()
-    assert gpus.found[1] == Gpu(1, "GPU1", 141 << 30, 140 << 30)
+    assert gpus.found[1] == Gpu(1, "GPU1", 141 << 30, 140 << 30, uuid="GPU-1fed")
     assert gpus.usable == (words is None)
     assert words is None or words in str(gpus.obstacle)
+
+
+FOUR = Gpus(tuple(Gpu(i, "H200", 141 << 30, 140 << 30, uuid=f"GPU-{i}fed") for i in range(4)))
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("2,0", [2, 0]),
+        (" 3 ", [3]),
+        ("GPU-1f,GPU-0fed", [1, 0]),
+        ("1,-1,2", [1]),  # as CUDA reads it: the list ends there
+        ("0,7,1", [0]),
+        ("GPU-,1", []),  # names four
+        ("", []),
+    ],
+)
+def test_what_cuda_visible_devices_leaves(visible: str | None, indices: list[int]) -> None:
+    gpus = FOUR.seen_through(visible)
+    assert [gpu.index for gpu in gpus.found] == indices
+    assert gpus.usable == bool(indices)
+    assert indices or "hides every GPU" in str(gpus.obstacle)
+
+
+def test_without_gpus_there_is_nothing_to_hide() -> None:
+    none = Gpus(obstacle="no NVIDIA driver answers")
+    assert none.seen_through("0") is none

@@ -93,13 +93,21 @@ def test_mixed_workers_take_smaller_steps() -> None:
     assert [place.gpus for place in plan.places] == [(0, 1), (1, 0)]
 
 
+def test_only_visible_gpus_are_used_in_their_order() -> None:
+    visible = gpus(8).seen_through("5,2,7")
+    plan = resolve(EngineConfig(layout="1p1d"), CHECKPOINT, visible)
+    assert [place.gpus for place in plan.places] == [(5, 2), (2, 5)]
+    with pytest.raises(ConfigError, match="no GPU 0 here, there are 5, 2, 7 .CUDA_VISIBLE_DEVICES"):
+        resolve(EngineConfig(layout="1p1d", gpus="0-1"), CHECKPOINT, visible)
+
+
 def test_workers_may_share_a_gpu() -> None:
     plan = resolve(EngineConfig(gpus="2,2", layout="1p1d"), CHECKPOINT, gpus(4))
     assert [(place.gpus, place.gpu_share) for place in plan.places] == [((2,), 2), ((2,), 2)]
 
 
 GPU_REFUSED = {
-    "not there": (EngineConfig(gpus="0-7", layout="4p4d"), "no GPU 4 here, the driver lists 0, 1"),
+    "not there": (EngineConfig(gpus="0-7", layout="4p4d"), "no GPU 4 here, there are 0, 1"),
     "too few": (EngineConfig(layout="4p4d"), "4 missing"),
     "left over": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
     "pages too small": (EngineConfig(kv_memory=4096), "--kv-memory 4096 is below"),

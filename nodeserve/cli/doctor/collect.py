@@ -13,6 +13,7 @@ from typing import Any
 
 from nodeserve import __version__, nvml
 from nodeserve.cli.doctor.facts import Facts, Machine, Outlook, SharedMemory, Sockets, Software
+from nodeserve.cli.launch import VISIBLE_GPUS
 from nodeserve.cli.show import listening_pid
 from nodeserve.errors import ConfigError, ModelError
 from nodeserve.gpus import Gpus, extension_obstacle, find_gpus
@@ -187,7 +188,7 @@ def outlook(device: str) -> Outlook:
     from nodeserve.config import EngineConfig
     from nodeserve.coordinator import placement
 
-    gpus = find_gpus()
+    gpus = find_gpus().seen_through(os.environ.get(VISIBLE_GPUS))
     config = EngineConfig(device=device)
     on_gpus = device == "cuda" or (device == "auto" and gpus.usable)
     known = (device, "cuda" if on_gpus else "cpu")
