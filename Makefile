@@ -7,7 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/fakes/cuda/*/* \
   tests/fakes/cuda/*.h)
 
-.PHONY: help venv build demo check static unit-tests process-tests test format sanitize bench clean
+.PHONY: help venv build demo check static unit-tests process-tests test slow-tests
+.PHONY: reference-tests kernel-tests
+.PHONY: format sanitize bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-smoke
 
@@ -56,8 +58,18 @@ unit-tests process-tests: %-tests:
 	$(BIN)/python -m pytest -q -m "not slow" tests/$*
 
 test: check
+	$(MAKE) --jobs=2 --output-sync=target kernel-tests reference-tests slow-tests
+	$(BIN)/python -m pytest -q tests/e2e
+
+slow-tests:
 	$(BIN)/python -m pytest -q -m slow tests/unit tests/process
-	$(BIN)/python -m pytest -q tests/reference tests/gpu tests/e2e
+
+reference-tests:
+	$(BIN)/python -m pytest -q tests/reference --ignore=tests/reference/gpu
+
+# Interpreted where there is no GPU, and tests/gpu skipped.
+kernel-tests:
+	$(BIN)/python -m pytest -q tests/reference/gpu tests/gpu
 
 format: venv
 	$(BIN)/ruff format .
