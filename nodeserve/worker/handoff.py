@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable
 
 from nodeserve import _host
-from nodeserve.errors import HandoffFailed
 from nodeserve.wire.messages import unpack_ids
 from nodeserve.worker.contract import Landed, Moved, Ticket
 from nodeserve.worker.pages import map_peer
+from nodeserve.worker.tickets import ids_of, unattached
 
 SHARED_MEMORY = "shared memory"
 BYTES_PER_POLL = 64 << 20  # about 4 ms: what running sequences may wait for a newcomer's pages
@@ -56,18 +56,8 @@ class HostTransfer:
     def begin(self, ticket: Ticket) -> None:
         peer = self._peers.get(ticket.source)
         if peer is None:
-            raise HandoffFailed(f"the pages of worker {ticket.source} are not attached here")
-        ids = unpack_ids(ticket.source_ids)
-        num_blocks = len(peer) // self._block_bytes
-        if not ids or min(ids) < 0 or max(ids) >= num_blocks:
-            raise HandoffFailed(
-                f"worker {ticket.source} has blocks 0 to {num_blocks - 1}, asked for {ids.tolist()}"
-            )
-        if len(ticket.source_ids) != len(ticket.target_ids):
-            raise HandoffFailed(
-                f"the KV of the request takes {len(ticket.target_ids) // 4} blocks, worker"
-                f" {ticket.source} offers {len(ids)}"
-            )
+            raise unattached(ticket)
+        ids_of(ticket, len(peer) // self._block_bytes)
         self._queue.append(ticket)
 
     def poll(self) -> list[Moved]:

@@ -8,12 +8,12 @@ here. It does wait, on the device, for the peer's word that the pages are comple
 from collections.abc import Callable
 from typing import Any
 
-from nodeserve.errors import ConfigError, HandoffFailed
-from nodeserve.wire.messages import unpack_ids
+from nodeserve.errors import ConfigError
 from nodeserve.worker.contract import Moved, Ticket
 from nodeserve.worker.offers import Offers
 from nodeserve.worker.page_copies import Blocks, PageCopies
 from nodeserve.worker.peers import Peer, open_device_pages, open_host_pages
+from nodeserve.worker.tickets import ids_of, unattached
 from nodeserve.worker.watcher import Watcher
 
 
@@ -76,19 +76,8 @@ class CudaTransfer:
     def begin(self, ticket: Ticket) -> None:
         peer = self._peers.get(ticket.source)
         if peer is None:
-            raise HandoffFailed(f"the pages of worker {ticket.source} are not attached here")
-        source_ids, target_ids = unpack_ids(ticket.source_ids), unpack_ids(ticket.target_ids)
-        num_blocks = peer.num_bytes // self._block_bytes
-        if not source_ids or min(source_ids) < 0 or max(source_ids) >= num_blocks:
-            raise HandoffFailed(
-                f"worker {ticket.source} has blocks 0 to {num_blocks - 1}, asked for"
-                f" {source_ids.tolist()}"
-            )
-        if len(source_ids) != len(target_ids):
-            raise HandoffFailed(
-                f"the KV of the request takes {len(target_ids)} blocks, worker {ticket.source}"
-                f" offers {len(source_ids)}"
-            )
+            raise unattached(ticket)
+        source_ids, target_ids = ids_of(ticket, peer.num_bytes // self._block_bytes)
         source = Blocks(peer.address, peer.num_bytes)
         self._pulls.begin(
             ticket.request_id, self._pool, source, target_ids, source_ids, after=peer.written
