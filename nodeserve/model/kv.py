@@ -5,6 +5,16 @@ from dataclasses import dataclass
 import torch
 
 from nodeserve.config import ModelConfig
+from nodeserve.errors import ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The type of weights and pages that a setting names; ConfigError for another word."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r}: use {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True, slots=True)

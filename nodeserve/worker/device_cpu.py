@@ -7,7 +7,6 @@ import torch
 
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
-from nodeserve.errors import ConfigError
 from nodeserve.model import backend, kv, llama
 from nodeserve.model.loader import open_weights
 from nodeserve.model.ops import Ops
@@ -19,14 +18,11 @@ from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.pages import make_pool, num_blocks_in
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
-    if spec.dtype not in DTYPES:
-        raise ConfigError(f"dtype {spec.dtype!r}: use {', '.join(DTYPES)}")
+    dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format)
-    dtype, max_blocks = DTYPES[spec.dtype], blocks_for(spec.max_model_len, spec.block_size)
+    max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
     ops = backend.make_ops(

@@ -10,7 +10,6 @@ import torch
 
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
-from nodeserve.errors import ConfigError
 from nodeserve.model import kv, llama
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.blocks import blocks_for
@@ -23,8 +22,6 @@ from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.transfer_setup import make_transfer
 from nodeserve.worker.upload import Uploader
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def load(
     spec: WorkerSpec,
@@ -33,16 +30,15 @@ def load(
     parts_of: MakeParts = make_parts,
 ) -> Device:
     """A warm GPU worker. Tests bring another runtime, and may bring slower parts."""
-    if spec.dtype not in DTYPES:
-        raise ConfigError(f"dtype {spec.dtype!r}: use {', '.join(DTYPES)}")
+    dtype = kv.dtype_named(spec.dtype)
     torch.set_num_threads(spec.num_threads)  # they fill the buffers that weights go through
     runtime = CudaRuntime() if runtime is None else runtime
     found = checkpoint.resolve(spec.model, spec.load_format)
-    parts = parts_of(spec, found.config, DTYPES[spec.dtype], runtime)
+    parts = parts_of(spec, found.config, dtype, runtime)
     model = _load_model(spec, found, parts, runtime, progress)
     torch.set_num_threads(1)  # the step loop's own tensors are small
 
-    layout = kv.layout_of(found.config, spec.block_size, DTYPES[spec.dtype])
+    layout = kv.layout_of(found.config, spec.block_size, dtype)
     executor = _make_executor(spec, model, parts, runtime)
     sizes = _sizes(spec) if parts.capturable else ()
     progress("warm-up", 0, 1)
@@ -79,7 +75,7 @@ def _load_model(
     progress: Progress,
 ) -> llama.Llama:
     upload = Uploader(runtime)
-    weights = open_weights(found, DTYPES[spec.dtype], spec.load_format, upload)
+    weights = open_weights(found, kv.dtype_named(spec.dtype), spec.load_format, upload)
     model = llama.build(found.config, weights, parts.ops, partial(progress, "weights"))
     upload.close()
     model.reserve(

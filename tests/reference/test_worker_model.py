@@ -15,6 +15,7 @@ import torch
 
 from nodeserve import _host
 from nodeserve.checkpoint import resolve
+from nodeserve.errors import ConfigError
 from nodeserve.model import backend, kv, llama
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
@@ -173,3 +174,9 @@ def test_handed_over(lab: Lab, prompts: list[list[int]], alone: dict[int, Seen])
                 del source.pinned[request_id]
         target.step(seen)
     assert_same_bits(seen, alone)
+
+
+def test_an_unknown_data_type_is_refused_with_the_known_ones() -> None:
+    assert kv.dtype_named("float16") is torch.float16
+    with pytest.raises(ConfigError, match="dtype 'int8': use bfloat16, float16, float32"):
+        kv.dtype_named("int8")
