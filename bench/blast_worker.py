@@ -6,6 +6,7 @@ coordinator. Every running request gets token 7 in every step until its max_toke
 
 import os
 import sys
+import time
 from typing import Any
 
 from nodeserve.config import WorkerSpec
@@ -17,12 +18,14 @@ from nodeserve.wire.messages import (
     Dropped,
     Mapped,
     Prefill,
+    Prompt,
     Ready,
     Shutdown,
     StepDone,
     ToWorker,
     pack_ids,
     pack_request_ids,
+    pack_times,
 )
 
 NUM_BLOCKS = 1 << 20
@@ -37,13 +40,16 @@ class Blaster:
         self.left: dict[int, int] = {}
         self.started: list[int] = []
         self.stopped = False
+        self.num_received = 0
         self._record: bytes | None = None
 
     def apply(self, message: ToWorker) -> None:
         match message:
             case Prefill():
-                self.left[message.request_id] = int(message.sampling["max_tokens"])
-                self.started.append(message.request_id)
+                for prompt in (Prompt(*fields) for fields in message.prompts):
+                    self.left[prompt.request_id] = int(prompt.sampling["max_tokens"])
+                    self.started.append(prompt.request_id)
+                    self.num_received += 1
                 self._record = None
             case Cancel():
                 self.left.pop(message.request_id, None)
@@ -53,7 +59,7 @@ class Blaster:
                 self.stopped = True
 
     def load(self) -> list[int]:
-        return [len(self.left), 0, 0, NUM_BLOCKS, 0]
+        return [len(self.left), 0, 0, NUM_BLOCKS, 0, self.num_received]
 
     def put(self, message: Any) -> None:
         self.end.outbox.put(FROM_WORKER.encode(message))
@@ -76,6 +82,7 @@ class Blaster:
 
     def make_record(self, finished: set[int]) -> bytes:
         ids = list(self.left)
+        now_s = time.monotonic()
         step = StepDone(
             request_ids=pack_request_ids(ids),
             token_ids=pack_ids([TOKEN] * len(ids)),
@@ -85,8 +92,13 @@ class Blaster:
             started=pack_request_ids(self.started),
             preempted=b"",
             load=self.load(),
+            step=0,
+            began_s=now_s,
             step_s=1e-5,
             num_prefill_tokens=len(self.started),
+            attention=0.0,
+            kv_tokens=0,
+            received=pack_times([now_s] * len(self.started)),
         )
         return FROM_WORKER.encode(step)
 

@@ -175,13 +175,16 @@ class TokenLogprobs:
 class Timings:
     """Where a request's time went, in seconds, and who did the work. Worker ids are indices.
 
-    `queue_s` counts from arrival to the first prefill step, `prefill_s` from there to the first
-    token, `handoff_wait_s` from the first token to the start of the pull; `decode_s` from
-    the first token to the last. `handoff_*` are 0 for a request that stayed on one worker.
+    The first five stages add up to the server's share of the TTFT. `handoff_wait_s` is from the
+    first token to the start of the pull, `decode_s` from the first token to the last. `handoff_*`
+    are 0 for a request that stayed on one worker.
     """
 
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
+    scheduler_wait_s: float = 0.0  # arrival to departure from the coordinator's buffer
+    transit_s: float = 0.0  # departure to receipt by the worker
+    device_wait_s: float = 0.0  # receipt to the start of the first pass that has some of it
+    prefill_s: float = 0.0  # to the end of the pass that gave the first token
+    return_s: float = 0.0  # to the coordinator having that token
     handoff_wait_s: float = 0.0
     handoff_s: float = 0.0
     handoff_bytes: int = 0
@@ -189,6 +192,13 @@ class Timings:
     prefill_worker: int = -1
     decode_worker: int = -1
     num_preemptions: int = 0
+    num_rounds: int = 0  # departures that left it behind
+
+    @property
+    def ttft_s(self) -> float:
+        """Arrival at the coordinator to the first token there."""
+        waits = self.scheduler_wait_s + self.transit_s + self.device_wait_s
+        return waits + self.prefill_s + self.return_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from nodeserve.types import Sampling, sampling_to
 from nodeserve.wire.messages import (
     FromWorker,
     Prefill,
+    Prompt,
     RequestFailed,
     StepDone,
     ToWorker,
@@ -73,7 +74,7 @@ class LocalWorker:
 
     def submit(self, request_id: int, prompt: Sequence[int], **sampling: Any) -> None:
         values = sampling_to(Sampling(**{"temperature": 0.0, "ignore_eos": True, **sampling}))
-        self.link.post(Prefill(request_id, pack_ids(prompt), len(prompt), values, False))
+        self.link.post(Prefill([Prompt(request_id, pack_ids(prompt), len(prompt), values, False)]))
 
     def turn(self) -> None:
         """One turn of the step loop, and what it told."""

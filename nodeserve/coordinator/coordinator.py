@@ -30,12 +30,14 @@ from nodeserve.wire.messages import (
     KvPulled,
     KvReady,
     KvRefused,
+    Prefill,
     ReleaseKv,
     RequestFailed,
     StepDone,
     Submit,
     unpack_ids,
     unpack_request_ids,
+    unpack_times,
 )
 
 MAX_LOSSES = 2  # workers that may end under one request before it ends too
@@ -144,7 +146,9 @@ class Coordinator:
         link.owe_prefill(request.request_id, len(request.tokens))
         request.holder = request.prefill_worker = link.index
         request.on(Event.ADMITTED)
-        link.send(request.prefill_message(handoff=link.role is Role.PREFILL))
+        if request.stamps.first_token is None:
+            request.stamps.depart(self._now())
+        link.send(Prefill([request.prompt(handoff=link.role is Role.PREFILL)]))
         return True
 
     def _start_pull(self, request: Request) -> bool:
@@ -189,17 +193,13 @@ class Coordinator:
 
     def _on_step(self, link: WorkerLink, step: StepDone) -> None:
         now, requests = self._now(), self.requests
-        counters = link.counters
-        counters.steps += 1
-        counters.step_s = step.step_s
-        counters.tokens += len(step.finish)
-        counters.token_rate.add(len(step.finish), now)
-        for request_id in unpack_request_ids(step.started):
+        link.counters.count_step(step, now)
+        received = unpack_times(step.received)
+        for request_id, received_s in zip(unpack_request_ids(step.started), received, strict=True):
             link.arrived(request_id)
-            if (request := requests.get(request_id)) and request.stamps.started is None:
-                request.stamps.started = now - step.step_s
+            if (request := requests.get(request_id)) and request.stamps.first_token is None:
+                request.stamps.received, request.stamps.started = received_s, step.began_s
         if step.num_prefill_tokens:
-            counters.prompt_rate.add(step.num_prefill_tokens, now)
             link.pay_prefill(step.num_prefill_tokens)
         link.report(step.load)
         self._take_logprobs(step)
@@ -233,7 +233,7 @@ class Coordinator:
             request.tokens.append(token)
             request.stamps.last_token = now
             if request.phase is Phase.PREFILL:
-                self._first_token(link, request, now)
+                self._first_token(link, request, step.began_s + step.step_s)
             if not request.dirty:
                 request.stream.mark(request)
                 moved[request.stream] = None
@@ -241,10 +241,10 @@ class Coordinator:
                 link.forget(request_id)
                 self._end(request, Event.FINISHED, FINISH_REASONS[finish] or "", None, "")
 
-    def _first_token(self, link: WorkerLink, request: Request, now: float) -> None:
+    def _first_token(self, link: WorkerLink, request: Request, prefilled_s: float) -> None:
         link.prefilled(request.request_id)
         if request.stamps.first_token is None:
-            request.stamps.first_token = now
+            request.stamps.prefilled, request.stamps.first_token = prefilled_s, self._now()
         if link.role is not Role.PREFILL:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)

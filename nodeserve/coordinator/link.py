@@ -10,7 +10,7 @@ from nodeserve.policy.decode_allocation import DecodeLoad
 from nodeserve.policy.prefill_allocation import PrefillLoad
 from nodeserve.types import Role
 from nodeserve.wire.channel import CoordinatorEnd
-from nodeserve.wire.messages import TO_WORKER, Load, Ready, ToWorker
+from nodeserve.wire.messages import TO_WORKER, Load, Ready, StepDone, ToWorker
 
 NUM_STDERR_LINES = 20
 
@@ -26,6 +26,15 @@ class Counters:
     step_s: float = 0.0  # of the last step
     token_rate: Rate = field(default_factory=Rate)
     prompt_rate: Rate = field(default_factory=Rate)
+
+    def count_step(self, step: StepDone, now_s: float) -> None:
+        num_tokens = len(step.finish)
+        self.steps += 1
+        self.step_s = step.step_s
+        self.tokens += num_tokens
+        self.token_rate.add(num_tokens, now_s)
+        if step.num_prefill_tokens:
+            self.prompt_rate.add(step.num_prefill_tokens, now_s)
 
 
 class WorkerLink:
@@ -45,7 +54,7 @@ class WorkerLink:
         self.process: asyncio.subprocess.Process | None = None
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.info: Ready | None = None
-        self.load = Load(0, 0, 0, 0, 0)
+        self.load = Load(0, 0, 0, 0, 0, 0)
         self.counters = Counters()
         self.stderr_tail: deque[str] = deque(maxlen=NUM_STDERR_LINES)
         self.rung = asyncio.Event()

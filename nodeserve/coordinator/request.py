@@ -2,12 +2,13 @@
 
 from array import array
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.types import Timings
-from nodeserve.wire.messages import End, Prefill, PullKv, pack_ids
+from nodeserve.wire.messages import End, Prompt, PullKv, pack_ids
 
 
 class Reader(Protocol):
@@ -25,10 +26,25 @@ class Stamps:
     """Monotonic times of a request's turning points, in seconds; None: not reached."""
 
     arrived: float
-    started: float | None = None
+    departed: float | None = None  # from the buffer
+    received: float | None = None  # by the worker
+    started: float | None = None  # its first pass
+    prefilled: float | None = None  # the pass that gave the first token ended
     first_token: float | None = None
     parked: float = 0.0  # the last time its pages became ready
     last_token: float | None = None
+
+    def depart(self, now_s: float) -> None:
+        """Leave the buffer, perhaps again: what happened after the time before does not count."""
+        self.departed = now_s
+        self.received = self.started = self.prefilled = None
+
+    def ttft_stages(self, now_s: float) -> tuple[float, float, float, float, float]:
+        """The first five of Timings: the one that it is in ends now, later ones are 0."""
+        times = (self.arrived, self.departed, self.received, self.started, self.prefilled)
+        ended = [now_s if time is None else time for time in (*times, self.first_token)]
+        waited, sent, queued, computed, returned = (b - a for a, b in pairwise(ended))
+        return waited, sent, queued, computed, returned
 
 
 @dataclass(slots=True, eq=False)
@@ -78,9 +94,9 @@ class Request:
         """Blocks for all its tokens and the one that comes next."""
         return blocks_for(len(self.tokens) + 1, block_size)
 
-    def prefill_message(self, *, handoff: bool) -> Prefill:
+    def prompt(self, *, handoff: bool) -> Prompt:
         ids = pack_ids(self.tokens)
-        return Prefill(self.request_id, ids, self.num_prompt_tokens, self.sampling, handoff)
+        return Prompt(self.request_id, ids, self.num_prompt_tokens, self.sampling, handoff)
 
     def pull_message(self) -> PullKv:
         return PullKv(
@@ -100,17 +116,14 @@ class Request:
 
     def timings(self, now_s: float) -> Timings:
         """Where the time went up to now; stages not reached are 0."""
-        stamps = self.stamps
-        started = stamps.started if stamps.started is not None else now_s
-        first = stamps.first_token
+        stamps, first = self.stamps, self.stamps.first_token
         return Timings(
-            queue_s=started - stamps.arrived,
-            prefill_s=(first - started) if first is not None else 0.0,
-            handoff_wait_s=self.handoff_wait_s,
-            handoff_s=self.handoff_s,
-            handoff_bytes=self.handoff_bytes,
-            decode_s=(stamps.last_token or first) - first if first is not None else 0.0,
-            prefill_worker=self.prefill_worker,
-            decode_worker=self.decode_worker,
-            num_preemptions=self.num_preemptions,
+            *stamps.ttft_stages(now_s),
+            self.handoff_wait_s,
+            self.handoff_s,
+            self.handoff_bytes,
+            (stamps.last_token or first) - first if first is not None else 0.0,
+            self.prefill_worker,
+            self.decode_worker,
+            self.num_preemptions,
         )

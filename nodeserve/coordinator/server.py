@@ -239,7 +239,7 @@ class Server:
                 self._on_event(event)
             case Ready():
                 link.info, link.state = message, "ready"
-                link.report([0, 0, 0, message.num_blocks, 0])
+                link.report([0, 0, 0, message.num_blocks, 0, 0])
                 if not link.ready.done():
                     link.ready.set_result(message)
             case Failed():

@@ -40,6 +40,7 @@ class Sequence:
     num_prompt_tokens: int
     sampling: Sampling
     handoff: bool = False
+    received_s: float = 0.0  # when the worker got it
     num_computed: int = 0
     block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     stage: Stage = Stage.NEW
@@ -90,7 +91,7 @@ class Batch:
     work: list[Work] = field(default_factory=list)
     num_decodes: int = 0
     num_prefill_tokens: int = 0
-    started: list[int] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)  # those of which it has the first chunk
     preempted: list[int] = field(default_factory=list)
 
     @property

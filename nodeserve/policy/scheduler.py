@@ -53,6 +53,7 @@ class Scheduler:
         self._num_pulling = 0
         self._num_pinned = 0
         self._waiting_tokens = 0
+        self._spoken_for = 0  # blocks that waiting sequences will take
         self._arrivals = 0
 
     # ---- requests come and go
@@ -63,10 +64,11 @@ class Scheduler:
         sequence.stage = Stage.WAITING
         self._waiting.append(sequence)
         self._waiting_tokens += len(sequence.token_ids)
+        self._spoken_for += self._prompt_blocks(sequence)
 
     def begin_pull(self, sequence: Sequence) -> bool:
         """Reserve blocks for a request prefilled elsewhere; False and nothing taken if no room."""
-        needed = blocks_for(len(sequence.token_ids), self.limits.block_size)
+        needed = self._prompt_blocks(sequence)
         self.limits.check_fits(sequence)
         if self._num_free_slots() < 1 or needed + self._watermark() > self.blocks.num_free:
             return False
@@ -156,12 +158,12 @@ class Scheduler:
         return outcome
 
     def load(self) -> list[int]:
-        """The fields of wire.messages.Load."""
+        """The fields of wire.messages.Load but the last."""
         return [
             len(self._running),
             len(self._waiting),
             self._num_pinned,
-            self.blocks.num_free,
+            self.blocks.num_free - self._spoken_for,
             self._waiting_tokens,
         ]
 
@@ -244,12 +246,16 @@ class Scheduler:
             budget -= count
 
     def _start(self, sequence: Sequence, batch: Batch) -> bool:
-        needed = blocks_for(len(sequence.token_ids), self.limits.block_size)
+        needed = self._prompt_blocks(sequence)
         if needed + self._watermark() > self.blocks.num_free:
             return False
         sequence.block_ids.extend(self.blocks.allocate(needed))
-        batch.started.append(sequence.request_id)
+        self._spoken_for -= needed
+        batch.started.append(sequence)
         return True
+
+    def _prompt_blocks(self, sequence: Sequence) -> int:
+        return blocks_for(len(sequence.token_ids), self.limits.block_size)
 
     def _launch(self, batch: Batch) -> None:
         place = 0
@@ -312,6 +318,8 @@ class Scheduler:
             case Stage.WAITING:
                 self._waiting.remove(sequence)
                 self._waiting_tokens -= len(sequence.token_ids) - sequence.num_computed
+                if not sequence.block_ids:
+                    self._spoken_for -= self._prompt_blocks(sequence)
             case Stage.RUNNING:
                 self._running.remove(sequence)
             case Stage.PULLING:

@@ -33,8 +33,8 @@ class AttachPages(NamedTuple):
     handle: bytes
 
 
-class Prefill(NamedTuple):
-    """Compute a request's KV and its next token.
+class Prompt(NamedTuple):
+    """One request of a Prefill: compute its KV and its next token.
 
     `token_ids` are the prompt and, after a preemption, the tokens emitted so far. With `handoff`
     the blocks stay pinned after the first token until ReleaseKv; without, the worker decodes on.
@@ -45,6 +45,12 @@ class Prefill(NamedTuple):
     num_prompt_tokens: int
     sampling: dict[str, Any]
     handoff: bool
+
+
+class Prefill(NamedTuple):
+    """A worker's share of a departure: `prompts` are lists of the fields of Prompt, in order."""
+
+    prompts: list[Any]
 
 
 class PullKv(NamedTuple):
@@ -120,13 +126,18 @@ class PagesAttached(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a worker holds now. Never travels alone."""
+    """What a worker holds now. Never travels alone.
+
+    `num_received` makes it exact: what was sent to the worker after its first `num_received`
+    requests is in no other number here, all before it is.
+    """
 
     num_running: int  # sequences that decode
     num_waiting: int  # sequences whose prefill has not finished
     num_pinned: int  # prefilled, waiting to be pulled
-    num_free_blocks: int
+    num_free_blocks: int  # less those that waiting sequences will take
     waiting_tokens: int  # prompt tokens not yet computed
+    num_received: int  # prompts and pulls since it started
 
 
 class StepDone(NamedTuple):
@@ -135,7 +146,10 @@ class StepDone(NamedTuple):
     `finish` has one byte per token: 0 goes on, 1 stop token, 2 length. `logprobs` is None or a
     list of [place in the step, logprob, top ids (int32), top logprobs (float32)]. `kv_ready` is a
     list of [request_id, block_ids]. A finished, preempted or failed request holds nothing here any
-    more. `started` are requests whose first prefill chunk ran in this step.
+    more. `started` are requests whose first prefill chunk ran in this step, `received` the times at
+    which the worker got them (`pack_times`). Times are seconds of the machine's monotonic clock,
+    which all processes of the node share. `attention` and `kv_tokens` are what policy.cost.RankWork
+    says of the step.
     """
 
     request_ids: bytes
@@ -146,8 +160,13 @@ class StepDone(NamedTuple):
     started: bytes
     preempted: bytes
     load: list[int]
+    step: int  # its number on this worker; the ranks of one instance count together
+    began_s: float
     step_s: float
     num_prefill_tokens: int
+    attention: float
+    kv_tokens: int
+    received: bytes
 
 
 class KvReady(NamedTuple):
@@ -344,6 +363,16 @@ def pack_request_ids(ids: Iterable[int]) -> bytes:
 def unpack_request_ids(data: bytes) -> "array[int]":
     """Inverse of pack_request_ids."""
     return _unpack("q", data)
+
+
+def pack_times(seconds: Iterable[float]) -> bytes:
+    """Points in time as little-endian float64."""
+    return _pack("d", seconds)
+
+
+def unpack_times(data: bytes) -> "array[float]":
+    """Inverse of pack_times."""
+    return _unpack("d", data)
 
 
 def pack_floats(values: Iterable[float]) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from nodeserve.errors import CudaError, NodeServeError
 from nodeserve.policy.batching import Batch, Outcome, Sequence
+from nodeserve.policy.cost import rank_work
 from nodeserve.policy.pacing import Pacer
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import sampling_from
@@ -33,6 +34,7 @@ from nodeserve.wire.messages import (
     KvRefused,
     PagesAttached,
     Prefill,
+    Prompt,
     PullKv,
     ReleaseKv,
     RequestFailed,
@@ -41,6 +43,7 @@ from nodeserve.wire.messages import (
     ToWorker,
     pack_ids,
     pack_request_ids,
+    pack_times,
     unpack_ids,
 )
 from nodeserve.worker.contract import (
@@ -104,6 +107,8 @@ class Runner:
         self._pacer = Pacer()
         self._launched: deque[Launched] = deque()  # not told yet; the first runs, at most one waits
         self._ended_s = 0.0  # when the last step ended
+        self._num_received = 0
+        self._num_steps = 0
         executor.on_done(link.wake)
         transfer.on_done(link.wake)
         self._take: dict[type, Callable[[Any], None]] = {
@@ -167,7 +172,8 @@ class Runner:
             self._tell(self._launched.popleft(), self._clock())
 
     def _tell(self, step: Launched, ended_s: float) -> None:
-        seconds = ended_s - max(step.launched_s, self._ended_s)
+        began_s = max(step.launched_s, self._ended_s)
+        seconds = ended_s - began_s
         self._ended_s = ended_s
         if not step.batch.num_prefill_tokens:
             self._pacer.ended(step.batch.num_decodes, seconds)
@@ -175,21 +181,26 @@ class Runner:
         outcome = self.scheduler.commit(step.batch, sampled.token_ids)
         kv_ready = self._offer(outcome)
         logprobs = _told(sampled.logprobs, outcome.kept)
-        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, seconds))
+        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, (began_s, seconds)))
 
     # ---- messages
 
     def _prefill(self, message: Prefill) -> None:
-        try:
-            self.scheduler.submit(_sequence(message, message.handoff))
-        except NodeServeError as problem:
-            self._fail(message.request_id, problem)
+        now_s = self._clock()
+        for fields in message.prompts:
+            prompt = Prompt(*fields)
+            self._num_received += 1
+            try:
+                self.scheduler.submit(_sequence(prompt, prompt.handoff, now_s))
+            except NodeServeError as problem:
+                self._fail(prompt.request_id, problem)
 
     def _pull(self, message: PullKv) -> None:
+        self._num_received += 1
         try:
-            sequence = _sequence(message, handoff=False)
+            sequence = _sequence(message, False, self._clock())
             if not self.scheduler.begin_pull(sequence):
-                self.link.put(KvRefused(message.request_id, self.scheduler.load()))
+                self.link.put(KvRefused(message.request_id, self._load()))
                 return
             pages = pack_ids(self.scheduler.computed_blocks(sequence))
             self.transfer.begin(
@@ -215,12 +226,12 @@ class Runner:
     def _release(self, message: ReleaseKv) -> None:
         self.transfer.withdraw(message.request_id)
         self.scheduler.release(message.request_id)
-        self.link.put(Dropped(message.request_id, self.scheduler.load()))
+        self.link.put(Dropped(message.request_id, self._load()))
 
     def _cancel(self, message: Cancel) -> None:
         self.transfer.cancel(message.request_id)
         self.scheduler.cancel(message.request_id)
-        self.link.put(Dropped(message.request_id, self.scheduler.load()))
+        self.link.put(Dropped(message.request_id, self._load()))
 
     def _attach(self, message: AttachPages) -> None:
         self.transfer.attach(*message)
@@ -233,6 +244,9 @@ class Runner:
         self.link.put(RequestFailed(request_id, problem.code, str(problem)))
 
     # ---- answers
+
+    def _load(self) -> list[int]:
+        return [*self.scheduler.load(), self._num_received]
 
     def _offer(self, outcome: Outcome) -> list[list[object]]:
         """Prefilled requests whose pages peers may read at once; the others follow by KvReady."""
@@ -248,19 +262,26 @@ class Runner:
         outcome: Outcome,
         logprobs: list[list[object]] | None,
         kv_ready: list[list[object]],
-        seconds: float,
+        times: tuple[float, float],
     ) -> StepDone:
+        work, (began_s, seconds) = rank_work(batch), times
+        self._num_steps += 1
         return StepDone(
             request_ids=pack_request_ids(outcome.request_ids),
             token_ids=pack_ids(outcome.token_ids),
             finish=bytes(outcome.finish),
             logprobs=logprobs,
             kv_ready=kv_ready,
-            started=pack_request_ids(batch.started),
+            started=pack_request_ids(sequence.request_id for sequence in batch.started),
             preempted=pack_request_ids(batch.preempted),
-            load=self.scheduler.load(),
+            load=self._load(),
+            step=self._num_steps,
+            began_s=began_s,
             step_s=seconds,
             num_prefill_tokens=outcome.num_prefill_tokens,
+            attention=work.attention,
+            kv_tokens=work.kv_tokens,
+            received=pack_times(sequence.received_s for sequence in batch.started),
         )
 
 
@@ -272,11 +293,12 @@ def _told(logprobs: list[Logprobs] | None, kept: list[int]) -> list[list[object]
     return [[rows[place], *entry] for place, *entry in logprobs if place in rows] or None
 
 
-def _sequence(message: Prefill | PullKv, handoff: bool) -> Sequence:
+def _sequence(message: Prompt | PullKv, handoff: bool, now_s: float) -> Sequence:
     return Sequence(
         request_id=message.request_id,
         token_ids=unpack_ids(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
         sampling=sampling_from(message.sampling),
         handoff=handoff,
+        received_s=now_s,
     )

@@ -25,6 +25,7 @@ from nodeserve.wire.messages import (
     KvReady,
     Mapped,
     Prefill,
+    Prompt,
     PullKv,
     Ready,
     ReleaseKv,
@@ -99,7 +100,7 @@ class WorkerProcess:
         self, request_id: int, prompt: Sequence[int], handoff: bool = False, **sampling: Any
     ) -> None:
         values = sampling_to(Sampling(**{"temperature": 0.0, **sampling}))
-        self.send(Prefill(request_id, pack_ids(prompt), len(prompt), values, handoff))
+        self.send(Prefill([Prompt(request_id, pack_ids(prompt), len(prompt), values, handoff)]))
 
     def pull(
         self, source: "WorkerProcess", request_id: int, prompt: Sequence[int], **sampling: Any

@@ -8,6 +8,7 @@ swapped one shows.
 import random
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nodeserve.coordinator.admission import Limits
@@ -28,6 +29,7 @@ from nodeserve.wire.messages import (
     KvReady,
     KvRefused,
     Prefill,
+    Prompt,
     PullKv,
     Ready,
     ReleaseKv,
@@ -37,6 +39,7 @@ from nodeserve.wire.messages import (
     ToWorker,
     pack_ids,
     pack_request_ids,
+    pack_times,
     unpack_ids,
 )
 
@@ -82,9 +85,12 @@ class FakeWorker:
 
     link: WorkerLink
     num_blocks: int
+    now: Callable[[], float]
     held: dict[int, Held] = field(default_factory=dict)
     out: deque[FromWorker] = field(default_factory=deque)
     lost: bool = False
+    num_received: int = 0
+    num_steps: int = 0
 
     @property
     def free(self) -> int:
@@ -96,7 +102,13 @@ class FakeWorker:
         running, waiting_now, copying, pinned = map(
             states.count, ("running", "waiting", "copying", "pinned")
         )
-        return [running, waiting_now, copying + pinned, self.free, waiting]
+        wanted = sum(
+            blocks_for(len(h.tokens) + 1, BLOCK) - h.blocks
+            for h in self.held.values()
+            if h.state == "waiting"
+        )
+        free = self.free - wanted
+        return [running, waiting_now, copying + pinned, free, waiting, self.num_received]
 
     def receive(self, rng: random.Random) -> None:
         channel = self.link.channel
@@ -107,11 +119,13 @@ class FakeWorker:
     def on(self, message: ToWorker, rng: random.Random) -> None:
         match message:
             case Prefill():
-                tokens = unpack_ids(message.token_ids)
-                limit = message.num_prompt_tokens + int(message.sampling["max_tokens"])
-                self.held[message.request_id] = Held(
-                    tokens, message.num_prompt_tokens, limit, "waiting", message.handoff
-                )
+                for prompt in (Prompt(*fields) for fields in message.prompts):
+                    self.num_received += 1
+                    limit = prompt.num_prompt_tokens + int(prompt.sampling["max_tokens"])
+                    self.held[prompt.request_id] = Held(
+                        unpack_ids(prompt.token_ids),
+                        *(prompt.num_prompt_tokens, limit, "waiting", prompt.handoff),
+                    )
             case PullKv():
                 self._pull(message, rng)
             case ReleaseKv():
@@ -122,6 +136,7 @@ class FakeWorker:
                 self.out.append(Dropped(message.request_id, self.load()))
 
     def _pull(self, message: PullKv, rng: random.Random) -> None:
+        self.num_received += 1
         tokens = unpack_ids(message.token_ids)
         need = blocks_for(len(tokens), BLOCK)
         busy = any(held.state == "running" for held in self.held.values())
@@ -184,8 +199,13 @@ class FakeWorker:
                     pack_request_ids(started),
                     pack_request_ids(preempted),
                     self.load(),
-                    0.01,
-                    prefilled,
+                    step=self.num_steps,
+                    began_s=self.now(),
+                    step_s=0.01,
+                    num_prefill_tokens=prefilled,
+                    attention=0.0,
+                    kv_tokens=0,
+                    received=pack_times([self.now()] * len(started)),
                 )
             )
 
@@ -236,11 +256,11 @@ class FakeNode:
         self.coordinator = Coordinator(
             links, Limits(**{**values, **limits}), lambda: self.now, lambda: None
         )
-        self.workers = [FakeWorker(link, num_blocks) for link in links]
+        self.workers = [FakeWorker(link, num_blocks, lambda: self.now) for link in links]
         for link in links:
             link.state = "ready"
             link.info = Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0)
-            link.report([0, 0, 0, num_blocks, 0])
+            link.report([0, 0, 0, num_blocks, 0, 0])
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()

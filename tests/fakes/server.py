@@ -34,7 +34,7 @@ from nodeserve.wire.messages import (
 )
 
 VOCAB_SIZE = 264
-TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, prefill_worker=0, decode_worker=1)
+TIMINGS = Timings(scheduler_wait_s=0.25, prefill_s=0.5, prefill_worker=0, decode_worker=1)
 
 
 def tokens_for(submit: Submit) -> list[int]:

@@ -75,7 +75,11 @@ def test_a_batch_says_which_requests_it_started() -> None:
     scheduler = scheduler_with()
     scheduler.submit(sequence_of(1, 40))
     first = scheduler.next_batch()
-    assert first is not None and first.started == [1] and first.num_prefill_tokens == 32
+    assert (
+        first is not None
+        and [one.request_id for one in first.started] == [1]
+        and first.num_prefill_tokens == 32
+    )
     scheduler.commit(first, [])
     second = scheduler.next_batch()
     assert second is not None and second.started == []

@@ -119,7 +119,9 @@ def test_a_new_prompt_joins_the_batch_behind() -> None:
     first = launch(scheduler)
     scheduler.submit(sequence_of(2, 40))
     second = launch(scheduler, ahead=True)
-    assert rows(second) == [(1, 5, 1, 0), (2, 0, 31, None)] and second.started == [2]
+    assert rows(second) == [(1, 5, 1, 0), (2, 0, 31, None)] and [
+        one.request_id for one in second.started
+    ] == [2]
     assert scheduler.load()[4] == 9, "launched tokens do not wait any more"
     commit(scheduler, first, 5)
     assert commit(scheduler, second, 5).num_prefill_tokens == 31

@@ -139,12 +139,12 @@ async def test_slo_and_priority_travel(server: FakeServer, client: AsyncClient) 
 
 async def test_timings_of_a_newer_server_are_read(server: FakeServer, client: AsyncClient) -> None:
     async def script(peer: Peer, submit: Submit) -> None:
-        timings = {**asdict(Timings(queue_s=1.0)), "future_s": 2.0}
+        timings = {**asdict(Timings(scheduler_wait_s=1.0)), "future_s": 2.0}
         peer.send(End(submit.request_id, "length", None, "", {}, timings))
 
     server.script = script
     done = await client.generate([1, 2])
-    assert done.timings == Timings(queue_s=1.0)
+    assert done.timings == Timings(scheduler_wait_s=1.0)
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (2, 0)
 
 

@@ -12,11 +12,11 @@ from nodeserve.wire import messages as m
 from nodeserve.wire.tagged import Tagged
 
 IDS = m.pack_ids([1, 2, 70_000])
-LOAD = [1, 2, 3, 4, 5]
+LOAD = [1, 2, 3, 4, 5, 6]
 SAMPLES: dict[str, list[Any]] = {
     "TO_WORKER": [
         m.AttachPages(1, 7, 1 << 40, b"handle"),
-        m.Prefill(2**40, IDS, 3, {"temperature": 0.5, "logit_bias": {5: 1.0}}, True),
+        m.Prefill([[2**40, IDS, 3, {"temperature": 0.5, "logit_bias": {5: 1.0}}, True]]),
         m.PullKv(1, 0, IDS, IDS, 2, {}),
         m.ReleaseKv(9),
         m.Cancel(9),
@@ -28,9 +28,13 @@ SAMPLES: dict[str, list[Any]] = {
         m.Ready(2912, 737_280, 4, 1 << 31, b"", "native", "shared memory", 1.25),
         m.PagesAttached(1),
         m.StepDone(
-            m.pack_request_ids([7]), m.pack_ids([5]), b"\x01", None, [], b"", b"", LOAD, 0.01, 0
+            *(m.pack_request_ids([7]), m.pack_ids([5]), b"\x01", None, [], b"", b"", LOAD),
+            *(1, 5.5, 0.01, 0, 0.0, 99, b""),
         ),
-        m.StepDone(b"", b"", b"", [[0, -0.5, IDS, b""]], [[7, IDS]], b"", b"", LOAD, 0.01, 512),
+        m.StepDone(
+            *(b"", b"", b"", [[0, -0.5, IDS, b""]], [[7, IDS]], b"", b"", LOAD),
+            *(2, 5.6, 0.01, 512, 1e5, 0, m.pack_times([5.25])),
+        ),
         m.KvReady(7, IDS),
         m.KvPulled(7, 1 << 20, 0.002),
         m.KvRefused(7, LOAD),
@@ -48,7 +52,7 @@ SAMPLES: dict[str, list[Any]] = {
     "TO_CLIENT": [
         m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
         m.Tokens([[0, IDS, None], [1, IDS, [[-0.5, IDS, IDS]]]]),
-        m.End(0, "stop", None, "", {"prompt_tokens": 1}, {"queue_s": 0.5}),
+        m.End(0, "stop", None, "", {"prompt_tokens": 1}, {"prefill_s": 0.5}),
         m.End(0, "error", "internal", "what happened", {}, {}),
         m.Stats({"workers": []}),
         m.Goodbye("protocol", "why"),

@@ -18,6 +18,7 @@ from nodeserve.wire.messages import (
     KvPulled,
     KvReady,
     Prefill,
+    Prompt,
     PullKv,
     ReleaseKv,
     RequestFailed,
@@ -142,7 +143,7 @@ class Bench:
 
 def prefill(request_id: int, handoff: bool = False, **sampling: Any) -> Prefill:
     values = sampling_to(Sampling(**{"temperature": 0.0, **sampling}))
-    return Prefill(request_id, pack_ids(PROMPT), len(PROMPT), values, handoff)
+    return Prefill([Prompt(request_id, pack_ids(PROMPT), len(PROMPT), values, handoff)])
 
 
 def pull(request_id: int) -> PullKv:
@@ -230,7 +231,7 @@ def test_a_cancel_is_answered_while_the_step_runs(num_turns: int) -> None:
     num_launched = bench.num_on_the_way
     assert num_launched == 1 + num_turns
     [dropped] = bench.turn(Cancel(1))
-    assert isinstance(dropped, Dropped) and dropped.load == [1, 0, 0, NUM_BLOCKS - 2, 0]
+    assert isinstance(dropped, Dropped) and dropped.load[:5] == [1, 0, 0, NUM_BLOCKS - 2, 0]
     for place in range(num_launched):
         step = bench.end_step()
         assert set(tokens_of(step)) == {2}
@@ -244,7 +245,7 @@ def test_a_step_that_nobody_waits_for_is_told_with_its_load() -> None:
     while bench.num_on_the_way:
         step = bench.end_step()
         assert tokens_of(step) == {} and step.logprobs is None
-    assert step.load == [0, 0, 0, NUM_BLOCKS, 0]
+    assert step.load[:5] == [0, 0, 0, NUM_BLOCKS, 0]
 
 
 def test_logprobs_keep_to_their_tokens_when_others_are_dropped() -> None:
@@ -285,7 +286,7 @@ def test_pages_are_offered_and_released_while_a_step_runs() -> None:
     bench.transfer.moved.append(Offered(2, pack_ids([1])))
     assert bench.turn() == [KvReady(2, pack_ids([1]))]
     [dropped] = bench.turn(ReleaseKv(2))
-    assert isinstance(dropped, Dropped) and dropped.load == [1, 0, 0, NUM_BLOCKS - 1, 0]
+    assert isinstance(dropped, Dropped) and dropped.load[:5] == [1, 0, 0, NUM_BLOCKS - 1, 0]
 
 
 def test_a_copy_that_fails_takes_only_its_request_along() -> None:
@@ -318,8 +319,9 @@ def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> Non
 def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:
     bench = Bench()
     bench.decode(1)
-    long = prefill(2)._replace(token_ids=pack_ids([1] * 256))
-    [failed] = bench.turn(long)
+    [prompt] = prefill(2).prompts
+    long = prompt._replace(token_ids=pack_ids([1] * 256))
+    [failed] = bench.turn(Prefill([long]))
     assert isinstance(failed, RequestFailed) and failed.code == "prompt_too_long"
 
 
