@@ -3,7 +3,7 @@
 import reprlib
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from nodeserve.errors import InvalidRequest
 
@@ -199,6 +199,21 @@ class Timings:
         """Arrival at the coordinator to the first token there."""
         waits = self.scheduler_wait_s + self.transit_s + self.device_wait_s
         return waits + self.prefill_s + self.return_s
+
+
+class Load(NamedTuple):
+    """What a worker holds now. Never travels alone.
+
+    `num_received` makes it exact: what was sent to the worker after its first `num_received`
+    requests is in no other number here, all before it is.
+    """
+
+    num_running: int  # sequences that decode
+    num_waiting: int  # sequences whose prefill has not finished
+    num_pinned: int  # prefilled, waiting to be pulled
+    num_free_blocks: int  # less those that waiting sequences will take
+    waiting_tokens: int  # prompt tokens not yet computed
+    num_received: int  # prompts and pulls since it started
 
 
 @dataclass(frozen=True, slots=True)

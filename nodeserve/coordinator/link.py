@@ -8,9 +8,9 @@ from nodeserve.errors import NodeServeError, RingError
 from nodeserve.metrics import Rate
 from nodeserve.policy.decode_allocation import DecodeLoad
 from nodeserve.policy.prefill_allocation import PrefillLoad
-from nodeserve.types import Role
+from nodeserve.types import Load, Role
 from nodeserve.wire.channel import CoordinatorEnd
-from nodeserve.wire.messages import TO_WORKER, Load, Ready, StepDone, ToWorker
+from nodeserve.wire.messages import TO_WORKER, Ready, StepDone, ToWorker
 
 NUM_STDERR_LINES = 20
 

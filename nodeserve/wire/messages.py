@@ -125,21 +125,6 @@ class PagesAttached(NamedTuple):
     worker: int
 
 
-class Load(NamedTuple):
-    """What a worker holds now. Never travels alone.
-
-    `num_received` makes it exact: what was sent to the worker after its first `num_received`
-    requests is in no other number here, all before it is.
-    """
-
-    num_running: int  # sequences that decode
-    num_waiting: int  # sequences whose prefill has not finished
-    num_pinned: int  # prefilled, waiting to be pulled
-    num_free_blocks: int  # less those that waiting sequences will take
-    waiting_tokens: int  # prompt tokens not yet computed
-    num_received: int  # prompts and pulls since it started
-
-
 class StepDone(NamedTuple):
     """One step: every token it sampled, every request it finished, handed over or put back.
 

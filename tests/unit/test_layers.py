@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "worker": BASE | {"wire", "policy", "model", "_cuda", "_host"},
     "coordinator": BASE | {"wire", "policy"},
     "client": BASE | {"wire", "text"},
-    "cli": BASE | {"wire", "coordinator", "client"},
+    "plan": BASE | {"policy"},
+    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -34,7 +35,7 @@ MAY_NOT_USE = {
     "policy": {"torch", "asyncio", "time", "os", "socket"},
     "wire": {"torch", "asyncio"},
     "worker": {"asyncio"},
-    **{name: {"torch"} for name in (*BASE, "text", "client", "coordinator", "cli")},
+    **{name: {"torch"} for name in (*BASE, "text", "client", "coordinator", "plan", "cli")},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 ALL_FILES = [

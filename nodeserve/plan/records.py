@@ -1,0 +1,81 @@
+"""What goes into a simulation and what comes out."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nodeserve.policy.cost import RankWork
+from nodeserve.policy.units import DispatchOptions
+from nodeserve.types import Timings
+
+
+class Arrival(NamedTuple):
+    """One request of a trace."""
+
+    arrived_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    priority: int = 0
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong in a run."""
+
+    report_loss: float = 0.0  # share of ended passes of which the scheduler is never told
+    kill_instance: int | None = None
+    kill_at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Ways in which a simulated engine may differ from ours: for baselines."""
+
+    delay_passes: int = 0  # a prefill pass waits until all ranks have work, for so many ticks
+    delay_tick_s: float = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A node to simulate."""
+
+    layout: str
+    profile: str
+    dispatch: DispatchOptions = field(default_factory=DispatchOptions)
+    decode_allocation: str = "cost"
+    seed: int = 0
+    noise: float | None = None  # standard deviation of a pass's factor; None: the profile's
+    transit_s: float = 0.0025  # one way, coordinator to worker and back
+    faults: Faults = field(default_factory=Faults)
+    engine: Engine = field(default_factory=Engine)
+
+
+@dataclass(slots=True)
+class Served:
+    """One request's life; times in seconds since the start."""
+
+    arrival: Arrival
+    timings: Timings
+    ended_s: float
+    outcome: str  # stop, length, or the code of an error
+    tpot_s: float | None  # with two output tokens or more
+
+
+class Pass(NamedTuple):
+    """One pass of one instance."""
+
+    instance: int
+    began_s: float
+    seconds: float
+    gap_s: float  # since the pass before ended
+    ranks: tuple[RankWork, ...]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A run: requests in order of arrival, passes in order of their ends."""
+
+    served: list[Served]
+    passes: list[Pass]
+    duration_s: float
