@@ -1,7 +1,10 @@
 """Which instance decodes a request whose pages are ready."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from nodeserve.policy.cost import RankWork
+from nodeserve.policy.units import Unit
 
 
 @dataclass(slots=True)
@@ -34,3 +37,45 @@ def pick_decode(
         and load.free_blocks >= num_blocks + min(load.num_sequences, 8)
     )
     return min(eligible, key=lambda load: (load.num_sequences, -load.free_blocks), default=None)
+
+
+@dataclass(slots=True, eq=False)
+class ReadyKv:
+    """A prefilled request whose pages wait for a unit that decodes it."""
+
+    request_id: int
+    num_blocks: int  # of its KV and the next token
+    growth_blocks: int  # more that it may come to take until it ends
+
+
+class DecodeAllocator:
+    """Places rounds of prefilled requests; `policy` is one of units.DECODE_ALLOCATIONS."""
+
+    def __init__(self, policy: str, max_num_seqs: int) -> None:
+        self.policy = policy
+        self.max_num_seqs = max_num_seqs
+
+    def place(
+        self, ready: Sequence[ReadyKv], units: Sequence[Unit]
+    ) -> list[tuple[ReadyKv, int | None]]:
+        """The index of the unit for each (None: no room now), booked in its account at once."""
+        placed: list[tuple[ReadyKv, int | None]] = []
+        for one in ready:
+            room = [
+                unit
+                for unit in units
+                if not unit.account.refused
+                and unit.account.num_sequences < self.max_num_seqs
+                and unit.account.free_blocks >= one.num_blocks + min(unit.account.num_sequences, 8)
+            ]
+            best = min(room, key=lambda unit: unit.account.num_sequences, default=None)
+            if best is not None:
+                best.account.send(0, one.num_blocks)
+            placed.append((one, None if best is None else best.index))
+        return placed
+
+    def forget(self, request_id: int) -> None:
+        """A placed request ended or left its unit; unknown ids are fine."""
+
+    def observe(self, ranks: Sequence[RankWork], seconds: float) -> None:
+        """A decode step of one instance took so long: what predicted step costs are learned from."""
