@@ -78,4 +78,4 @@ class DecodeAllocator:
         """A placed request ended or left its unit; unknown ids are fine."""
 
     def observe(self, ranks: Sequence[RankWork], seconds: float) -> None:
-        """A decode step of one instance took so long: what predicted step costs are learned from."""
+        """A decode step of one instance took so long: step costs are learned from that."""
