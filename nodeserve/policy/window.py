@@ -16,9 +16,9 @@ comes free, a batch leaves as soon as
     s >= k * max over j of u_j / j                                                      (2)
 
 since then the others can go on at the distance that it keeps. With equal pass times that is formula
-(1) again; where others are free already it is at once. It also is at once where few come: holding n
-requests for d seconds costs n * d, and saves rate * d requests about the wait for the next instance,
-so holding pays no more once
+(1) again; where the others are free it is at once. So it is where few come: holding n requests for
+d seconds costs n * d, and saves rate * d requests about the wait for the next instance, so holding
+pays no more once
 
     n >= 2 * k * rate * max over j of u_j / j                                           (3)
 
