@@ -97,6 +97,10 @@ class _Simulation:
             self.clock, self.instances, scenario.transit_s, self._heard, self._lose
         )
         self.arrivals = sorted(arrivals, key=lambda arrival: arrival.arrived_s)
+        if scenario.dispatch.holds_door:
+            for instance in self.instances:
+                if instance.role is Role.PREFILL:
+                    instance.door_s = 4 * scenario.transit_s + 0.001
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.passes: list[Pass] = []
@@ -182,7 +186,7 @@ class _Simulation:
         for departure in decision.departures:
             self._depart(departure)
         for place in decision.probes:
-            self.supervisor.probe(self.prefilling[place])
+            self.supervisor.probe(self.instances[place])
         wake_s = decision.wake_s
         if wake_s is not None and (self._wake_s is None or wake_s < self._wake_s):
             assert wake_s > now_s, "a wish to be asked again now"
@@ -200,10 +204,13 @@ class _Simulation:
                 life.departed_s = now_s
                 life.prefill_worker = unit
             sent.append(life)
-        self.clock.after(self.scenario.transit_s, self._deliver, sent)
+        self.clock.after(self.scenario.transit_s, self._deliver, (departure.instance, sent))
 
-    def _deliver(self, sent: list[Life]) -> None:
+    def _deliver(self, departed: tuple[int, list[Life]]) -> None:
         now_s = self.clock.now_s
+        number, sent = departed
+        self.instances[number].close_door()
+        self._touched[self.instances[number]] = None
         for life in sent:
             rank = self.ranks[life.holder]
             instance = self.instances[rank.unit.instance]
@@ -315,13 +322,13 @@ class _Simulation:
     # ---- what goes wrong
 
     def _heard(self, instance: Instance) -> None:
-        self.dispatcher.heard(self.prefilling.index(instance), self.clock.now_s)
+        self.dispatcher.heard(instance.index, self.clock.now_s)
         self._changed()
 
     def _lose(self, instance: Instance) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
         if instance.prefills:
-            self.dispatcher.lose(self.prefilling.index(instance))
+            self.dispatcher.lose(instance.index)
         mine = {rank.unit.index: rank for rank in instance.ranks}
         self.handoffs.lose(instance)
         for life in list(self.lives.values()):
