@@ -10,7 +10,7 @@ from nodeserve.types import Role
 
 def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
     """One worker's row."""
-    load, counters, info = link.load, link.counters, link.info
+    load, counters, info = link.account.load, link.counters, link.info
     return {
         "index": link.index,
         "role": link.role.value,
@@ -50,11 +50,11 @@ def how_they_run(links: Sequence[WorkerLink]) -> list[str]:
 
 def request_stats(coordinator: Coordinator) -> dict[str, int]:
     """How many requests are where, and how the others ended."""
-    totals, queued = coordinator.totals, len(coordinator.waiting)
+    totals, queued = coordinator.totals, len(coordinator.dispatch.dispatcher)
     return {
         "queued": queued,
         "running": len(coordinator.requests) - queued,
-        "parked": len(coordinator.parked),
+        "parked": len(coordinator.dispatch.parked),
         "finished": totals.finished,
         "failed": totals.failed,
         "cancelled": totals.cancelled,

@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nodeserve.config import EngineConfig
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.streams import Stream
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import Role
@@ -21,6 +23,7 @@ from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_WORKER,
+    Alive,
     Cancel,
     Dropped,
     End,
@@ -29,6 +32,7 @@ from nodeserve.wire.messages import (
     KvReady,
     KvRefused,
     Prefill,
+    Probe,
     Prompt,
     PullKv,
     Ready,
@@ -64,6 +68,8 @@ class FakeChannel:
     def __init__(self) -> None:
         self.records: deque[bytes] = deque()
         self.inbox = self
+
+    max_record_bytes = 1 << 20
 
     def post(self, record: bytes) -> None:
         self.records.append(record)
@@ -134,6 +140,8 @@ class FakeWorker:
             case Cancel():
                 self.held.pop(message.request_id, None)
                 self.out.append(Dropped(message.request_id, self.load()))
+            case Probe():
+                self.out.append(Alive(self.load()))
 
     def _pull(self, message: PullKv, rng: random.Random) -> None:
         self.num_received += 1
@@ -155,7 +163,7 @@ class FakeWorker:
         ready: list[tuple[int, bytes]] = []
         started: list[int] = []
         preempted: list[int] = []
-        prefilled = 0
+        prefilled = kv_tokens = 0
         for request_id, held in list(self.held.items()):
             if held.state == "pinned" or rng.random() < 0.3:
                 continue
@@ -172,6 +180,8 @@ class FakeWorker:
             if held.state == "waiting":
                 started.append(request_id)
                 prefilled += len(held.tokens)
+            else:
+                kv_tokens += len(held.tokens)
             held.blocks += grown
             token = next_token(held.tokens)
             held.tokens.append(token)
@@ -181,13 +191,11 @@ class FakeWorker:
             finish.append(2 if done else 0)
             if done:
                 del self.held[request_id]
-            elif held.handoff and rng.random() < 0.3:
-                held.state = "copying"
-            elif held.handoff:
-                held.state = "pinned"
+                continue
+            late = rng.random() < 0.3
+            held.state = "running" if not held.handoff else "copying" if late else "pinned"
+            if held.state == "pinned":
                 ready.append((request_id, pack_ids([1])))
-            else:
-                held.state = "running"
         if ids or preempted:
             self.out.append(
                 StepDone(
@@ -203,8 +211,9 @@ class FakeWorker:
                     began_s=self.now(),
                     step_s=0.01,
                     num_prefill_tokens=prefilled,
-                    attention=0.0,
-                    kv_tokens=0,
+                    attention=prefilled / 2,
+                    num_decodes=len(ids) - len(started),
+                    kv_tokens=kv_tokens,
                     received=pack_times([self.now()] * len(started)),
                 )
             )
@@ -236,31 +245,46 @@ class FakeTransport:
     abort = close
 
 
-class FakeNode:
-    """The coordinator, its fake workers and a clock that a test moves."""
+LIMITS = Limits(vocab_size=VOCAB, max_model_len=256, block_size=BLOCK)
+POLICIES = policies_of(EngineConfig(max_num_queued_reqs=1000), 8, 128)
 
-    def __init__(self, roles: list[Role], num_blocks: int = 64, **limits: int) -> None:
+
+class FakeNode:
+    """The coordinator, its fake workers and a clock that a test moves.
+
+    A turn of the coordinator is one of the things that happen, when it asked for one or its time
+    has come: a test calls `turn`, or lets `act` choose.
+    """
+
+    def __init__(
+        self,
+        roles: list[Role],
+        num_blocks: int = 64,
+        policies: Policies = POLICIES,
+        instances: list[int] | None = None,
+    ) -> None:
         self.now = 0.0
-        values = {
-            "vocab_size": VOCAB,
-            "max_model_len": 256,
-            "block_size": BLOCK,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 128,
-            "max_num_queued_reqs": 1000,
-        }
+        self.is_woken = False
+        self.wake_s: float | None = None
         links = [
             WorkerLink(index, role, FakeChannel(), -1)  # type: ignore[arg-type]
             for index, role in enumerate(roles)
         ]
-        self.coordinator = Coordinator(
-            links, Limits(**{**values, **limits}), lambda: self.now, lambda: None
-        )
+        for link, instance in zip(links, instances or range(len(roles)), strict=True):
+            link.instance = instance
+        self.coordinator = Coordinator(links, LIMITS, policies, lambda: self.now, self._on_wake)
         self.workers = [FakeWorker(link, num_blocks, lambda: self.now) for link in links]
         for link in links:
-            link.state = "ready"
-            link.info = Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0)
-            link.report([0, 0, 0, num_blocks, 0, 0])
+            link.is_ready(Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0))
+
+    def _on_wake(self) -> None:
+        self.is_woken = True
+
+    def turn(self) -> None:
+        """What the loop does after what came, or when the time has come."""
+        if self.is_woken or (self.wake_s is not None and self.now >= self.wake_s):
+            self.is_woken = False
+            self.wake_s = self.coordinator.turn()
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()
@@ -284,7 +308,7 @@ class FakeNode:
                 lambda: worker.receive(rng),
                 lambda: worker.step(rng),
                 lambda: self.deliver(worker),
-                self.coordinator.flush,
+                self.turn,
             ]
         )()
 
@@ -295,7 +319,7 @@ class FakeNode:
     def run_to_idle(self, rng: random.Random, max_actions: int = 200_000) -> None:
         for _ in range(max_actions):
             if not self.coordinator.requests:
-                self.coordinator.flush()
+                self.turn()
                 return
             self.act(rng)
         phases = [request.phase.name for request in self.coordinator.requests.values()]
@@ -303,8 +327,8 @@ class FakeNode:
 
     def check_nothing_held(self) -> None:
         """After the last request: nobody holds blocks, counts or queue places."""
-        coordinator = self.coordinator
-        assert not len(coordinator.waiting) and not len(coordinator.parked)
+        dispatch = self.coordinator.dispatch
+        assert not len(dispatch.dispatcher) and not len(dispatch.parked)
         for worker in self.workers:
             if worker.lost:
                 continue
@@ -313,5 +337,6 @@ class FakeNode:
             while worker.out:
                 self.deliver(worker)
             assert not worker.held and worker.free == worker.num_blocks
-            assert not worker.link.requests and not worker.link.on_the_way
-            assert worker.link.prefill.outstanding_tokens == 0
+            account = worker.link.account
+            assert (account.outstanding_tokens, account.num_sequences) == (0, 0)
+            assert account.free_blocks == worker.num_blocks
