@@ -45,20 +45,14 @@ class Dispatch:
         self._links = links
         self._requests = requests
         self._limits = limits
-        self._numbers = {
-            link.index: number for number, ranks in enumerate(self.instances) for link in ranks
-        }
-        units = [
-            [Unit(link.index, number, link.account) for link in ranks]
-            for number, ranks in enumerate(self.instances)
-        ]
-        prefills = [
-            own for own, ranks in zip(units, self.instances, strict=True) if ranks[0].prefills
-        ]
-        self.dispatcher = Dispatcher(prefills, policies.dispatch)
+        self._units = [Unit(link.index, link.instance, link.account) for link in links]
+        prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
+        self.dispatcher = Dispatcher(
+            [[self._units[link.index] for link in ranks] for ranks in prefills], policies.dispatch
+        )
         self.allocator = DecodeAllocator(policies.decode_allocation, policies.dispatch.max_num_seqs)
-        self._decoders = [unit for own in units for unit in own if links[unit.index].decodes]
-        self._lost: set[int] = set()  # numbers of instances
+        self._decoders = [self._units[link.index] for link in links if link.decodes]
+        self._lost: set[int] = set()  # instances
         self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
         self._seen: dict[int, list[StepDone]] = {}  # instance: its newest step that decodes
 
@@ -106,35 +100,34 @@ class Dispatch:
 
     def on_step(self, link: WorkerLink, step: StepDone, now_s: float) -> None:
         """A step of a worker is over."""
-        number = self._numbers[link.index]
-        locked = len(self.instances[number]) > 1
+        instance = link.instance
+        locked = len(self.instances[instance]) > 1
         if link.prefills and (locked or step.attention or link.role is Role.PREFILL):
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
-            self.dispatcher.on_pass(link.index, done, now_s)
+            self.dispatcher.on_pass(self._units[link.index], done, now_s)
         if link.decodes:
-            self._see(number, step)
+            self._see(instance, step)
 
     def on_alive(self, link: WorkerLink, now_s: float) -> None:
         """A probe's answer. The instance lives when all its ranks have answered."""
-        number = self._numbers[link.index]
-        asked = self._asked.get(number, set())
+        instance = link.instance
+        asked = self._asked.get(instance, set())
         asked.discard(link.index)
         if not asked:
-            self.dispatcher.heard(number, now_s)
+            self.dispatcher.heard(instance, now_s)
 
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone, and with it its instance: the ranks of one cannot go on alone."""
-        number = self._numbers[link.index]
-        if number in self._lost:
+        instance = link.instance
+        if instance in self._lost:
             return
-        self._lost.add(number)
-        self._decoders = [unit for unit in self._decoders if unit.instance != number]
-        if link.prefills:
-            self.dispatcher.lose(number)
+        self._lost.add(instance)
+        self._decoders = [unit for unit in self._decoders if unit.instance != instance]
+        self.dispatcher.lose(instance)
 
-    def _see(self, number: int, step: StepDone) -> None:
+    def _see(self, instance: int, step: StepDone) -> None:
         """Gather what the ranks say of the newest step; of those before enough was learned."""
-        seen = self._seen.setdefault(number, [])
+        seen = self._seen.setdefault(instance, [])
         if seen and step.step < seen[0].step:
             return
         if seen and step.step > seen[0].step:
@@ -150,13 +143,13 @@ class Dispatch:
         decision = self.dispatcher.decide(now_s)
         for departure in decision.departures:
             self._depart(departure, now_s)
-        for number in decision.probes:
-            self._probe(number)
+        for instance in decision.probes:
+            self._probe(instance)
         return decision.wake_s
 
     def _learn(self) -> None:
-        for number, steps in self._seen.items():
-            if len(steps) == len(self.instances[number]):
+        for instance, steps in self._seen.items():
+            if len(steps) == len(self.instances[instance]):
                 if not any(step.num_prefill_tokens for step in steps):
                     seconds = max(step.step_s for step in steps)
                     self.allocator.observe([work_of(step) for step in steps], seconds)
@@ -193,21 +186,20 @@ class Dispatch:
         for index, batch in prompts.items():
             self._links[index].send_prompts(batch)
 
-    def _probe(self, number: int) -> None:
+    def _probe(self, instance: int) -> None:
         """Ask, and do nothing else: silence is no death, only a process's end is."""
-        ranks = [link for link in self.instances[number] if link.alive]
-        self._asked[number] = {link.index for link in ranks}
+        ranks = [link for link in self.instances[instance] if link.alive]
+        self._asked[instance] = {link.index for link in ranks}
         for link in ranks:
             link.send(Probe())
 
 
-def by_instance(links: Sequence[WorkerLink]) -> list[list[WorkerLink]]:
-    """The ranks of each instance; the policy numbers instances by their place here: those that
-    prefill come first, so that the dispatcher's numbers are the same."""
-    ranks: dict[int, list[WorkerLink]] = {}
+def by_instance(links: Sequence[WorkerLink]) -> dict[int, list[WorkerLink]]:
+    """The ranks of each instance."""
+    instances: dict[int, list[WorkerLink]] = {}
     for link in links:
-        ranks.setdefault(link.instance, []).append(link)
-    return sorted(ranks.values(), key=lambda own: not own[0].prefills)
+        instances.setdefault(link.instance, []).append(link)
+    return instances
 
 
 def work_of(step: StepDone) -> RankWork:

@@ -74,6 +74,7 @@ class WorkerLink:
     def is_ready(self, info: Ready) -> None:
         """It can take requests from now on."""
         self.info, self.state = info, "ready"
+        self.account.num_blocks = info.num_blocks
         self.account.report(Load(0, 0, 0, info.num_blocks, 0, 0))
 
     def report(self, load: list[int]) -> None:
