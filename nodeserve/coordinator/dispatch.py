@@ -113,7 +113,7 @@ class Dispatch:
         instance = link.instance
         asked = self._asked.get(instance, set())
         asked.discard(link.index)
-        if not asked:
+        if not asked and link.prefills:
             self.dispatcher.heard(instance, now_s)
 
     def lose(self, link: WorkerLink) -> None:

@@ -49,6 +49,7 @@ from nodeserve.wire.messages import (
 
 VOCAB = 97
 BLOCK = 16
+STEP_S = 0.0005  # half of what each action takes
 
 
 def next_token(tokens: "array[int] | list[int]") -> int:
@@ -82,6 +83,7 @@ class Held:
     limit: int
     state: str  # waiting, running, copying (to where peers can read), pinned
     handoff: bool
+    received_s: float
     blocks: int = 0
 
 
@@ -96,7 +98,6 @@ class FakeWorker:
     out: deque[FromWorker] = field(default_factory=deque)
     lost: bool = False
     num_received: int = 0
-    num_steps: int = 0
 
     @property
     def free(self) -> int:
@@ -130,7 +131,7 @@ class FakeWorker:
                     limit = prompt.num_prompt_tokens + int(prompt.sampling["max_tokens"])
                     self.held[prompt.request_id] = Held(
                         unpack_ids(prompt.token_ids),
-                        *(prompt.num_prompt_tokens, limit, "waiting", prompt.handoff),
+                        *(prompt.num_prompt_tokens, limit, "waiting", prompt.handoff, self.now()),
                     )
             case PullKv():
                 self._pull(message, rng)
@@ -152,18 +153,14 @@ class FakeWorker:
             self.out.append(KvRefused(message.request_id, self.load()))
             return
         limit = message.num_prompt_tokens + int(message.sampling["max_tokens"])
-        held = Held(tokens, message.num_prompt_tokens, limit, "running", False, need)
+        prompt = message.num_prompt_tokens
+        held = Held(tokens, prompt, limit, "running", False, self.now(), need)
         self.held[message.request_id] = held
         self.out.append(KvPulled(message.request_id, need * 100, 0.001))
 
-    def step(self, rng: random.Random) -> None:
-        ids: list[int] = []
-        sampled: list[int] = []
-        finish: list[int] = []
-        ready: list[tuple[int, bytes]] = []
-        started: list[int] = []
-        preempted: list[int] = []
-        prefilled = kv_tokens = 0
+    def step(self, rng: random.Random, number: int, in_lockstep: bool = False) -> None:
+        """Whatever chance gives a place in it; in lockstep an idle rank reports as well."""
+        told = Told()
         for request_id, held in list(self.held.items()):
             if held.state == "pinned" or rng.random() < 0.3:
                 continue
@@ -174,49 +171,71 @@ class FakeWorker:
             grown = blocks_for(len(held.tokens) + 1, BLOCK) - held.blocks
             if grown > self.free:
                 if held.state == "running":
-                    preempted.append(request_id)
+                    told.preempted.append(request_id)
                     del self.held[request_id]
                 continue
-            if held.state == "waiting":
-                started.append(request_id)
-                prefilled += len(held.tokens)
-            else:
-                kv_tokens += len(held.tokens)
+            told.count(request_id, held)
             held.blocks += grown
-            token = next_token(held.tokens)
-            held.tokens.append(token)
+            held.tokens.append(next_token(held.tokens))
             done = len(held.tokens) >= held.limit
-            ids.append(request_id)
-            sampled.append(token)
-            finish.append(2 if done else 0)
+            told.add(request_id, held.tokens[-1], done)
             if done:
                 del self.held[request_id]
                 continue
             late = rng.random() < 0.3
             held.state = "running" if not held.handoff else "copying" if late else "pinned"
             if held.state == "pinned":
-                ready.append((request_id, pack_ids([1])))
-        if ids or preempted:
-            self.out.append(
-                StepDone(
-                    pack_request_ids(ids),
-                    pack_ids(sampled),
-                    bytes(finish),
-                    None,
-                    ready,
-                    pack_request_ids(started),
-                    pack_request_ids(preempted),
-                    self.load(),
-                    step=self.num_steps,
-                    began_s=self.now(),
-                    step_s=0.01,
-                    num_prefill_tokens=prefilled,
-                    attention=prefilled / 2,
-                    num_decodes=len(ids) - len(started),
-                    kv_tokens=kv_tokens,
-                    received=pack_times([self.now()] * len(started)),
-                )
-            )
+                told.ready.append([request_id, pack_ids([1])])
+        if told.ids or told.preempted or in_lockstep:
+            self.out.append(told.message(self.load(), number, self.now()))
+
+
+@dataclass
+class Told:
+    """What a step will say."""
+
+    ids: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    finish: list[int] = field(default_factory=list)
+    ready: list[list[object]] = field(default_factory=list)
+    started: list[int] = field(default_factory=list)
+    received: list[float] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+    kv_tokens: int = 0
+
+    def count(self, request_id: int, held: Held) -> None:
+        if held.state == "waiting":
+            self.started.append(request_id)
+            self.received.append(held.received_s)
+            self.num_prefill_tokens += len(held.tokens)
+        else:
+            self.kv_tokens += len(held.tokens)
+
+    def add(self, request_id: int, token: int, done: bool) -> None:
+        self.ids.append(request_id)
+        self.sampled.append(token)
+        self.finish.append(2 if done else 0)
+
+    def message(self, load: list[int], number: int, now_s: float) -> StepDone:
+        return StepDone(
+            pack_request_ids(self.ids),
+            pack_ids(self.sampled),
+            bytes(self.finish),
+            None,
+            self.ready,
+            pack_request_ids(self.started),
+            pack_request_ids(self.preempted),
+            load,
+            step=number,
+            began_s=now_s - STEP_S,
+            step_s=STEP_S,
+            num_prefill_tokens=self.num_prefill_tokens,
+            attention=self.num_prefill_tokens / 2,
+            num_decodes=len(self.ids) - len(self.started),
+            kv_tokens=self.kv_tokens,
+            received=pack_times(self.received),
+        )
 
 
 class FakeTransport:
@@ -264,6 +283,7 @@ class FakeNode:
         instances: list[int] | None = None,
     ) -> None:
         self.now = 0.0
+        self.num_steps = 0
         self.is_woken = False
         self.wake_s: float | None = None
         links = [
@@ -299,6 +319,15 @@ class FakeNode:
         if worker.out and not worker.lost:
             self.coordinator.handle(worker.link, worker.out.popleft())
 
+    def step(self, worker: FakeWorker, rng: random.Random) -> None:
+        """A step of its instance: all ranks take part."""
+        instance = worker.link.instance
+        ranks = [one for one in self.workers if one.link.instance == instance]
+        self.num_steps += 1
+        for rank in ranks:
+            if not rank.lost:
+                rank.step(rng, self.num_steps, in_lockstep=len(ranks) > 1)
+
     def act(self, rng: random.Random) -> None:
         """One random thing happens somewhere."""
         self.now += 0.001
@@ -306,7 +335,7 @@ class FakeNode:
         rng.choice(
             [
                 lambda: worker.receive(rng),
-                lambda: worker.step(rng),
+                lambda: self.step(worker, rng),
                 lambda: self.deliver(worker),
                 self.turn,
             ]

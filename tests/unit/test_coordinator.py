@@ -9,9 +9,9 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.errors import ShuttingDown
 from nodeserve.policy.lifecycle import Phase
-from nodeserve.types import Role
+from nodeserve.types import Role, Timings
 from nodeserve.wire.messages import RequestFailed, Submit, pack_ids
-from tests.fakes.node import FakeNode, expected_stream
+from tests.fakes.node import STEP_S, FakeNode, expected_stream
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
@@ -32,6 +32,11 @@ async def test_one_request_is_prefilled_here_and_decoded_there() -> None:
     assert end.usage == {"prompt_tokens": 3, "completion_tokens": 5}
     assert end.timings["prefill_worker"] == 0 and end.timings["decode_worker"] == 1
     assert end.timings["handoff_bytes"] > 0
+    timings = Timings(**end.timings)
+    stages = [timings.scheduler_wait_s, timings.transit_s, timings.device_wait_s]
+    assert all(stage >= 0.0 for stage in [*stages, timings.prefill_s, timings.return_s])
+    assert timings.prefill_s == pytest.approx(STEP_S) and timings.transit_s > 0.0
+    assert timings.ttft_s + timings.decode_s == pytest.approx(node.now)
     node.check_nothing_held()
 
 
