@@ -7,8 +7,10 @@ Always true: a request that waits is in the dispatcher's buffer, one that is par
 no other is; what a worker's account has booked leaves for that worker in the same order.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.link import WorkerLink
@@ -21,7 +23,7 @@ from nodeserve.policy.cost import RankWork
 from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
 from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.flow import Buffered, Verdict, judge
-from nodeserve.policy.lifecycle import Event
+from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.units import Departure, PassDone, Unit
 from nodeserve.types import Role
 from nodeserve.wire.messages import Probe, Prompt, StepDone
@@ -95,6 +97,18 @@ class Dispatch:
         self.dispatcher.remove(request.request_id)
         self.parked.remove(request.request_id)
         self.allocator.forget(request.request_id)
+
+    def queue(self) -> list[dict[str, Any]]:
+        """How many wait for prefill, by class, first the one that goes first. O(requests)."""
+        classes = Counter(
+            (-request.waiting.priority, request.waiting.best_effort)
+            for request in self._requests.values()
+            if request.phase is Phase.WAITING
+        )
+        return [
+            {"priority": -behind, "best_effort": best_effort, "requests": count}
+            for (behind, best_effort), count in sorted(classes.items())
+        ]
 
     # ---- what workers say; their accounts have their loads
 

@@ -7,6 +7,7 @@ import pytest
 
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.policies import Policies, policies_of
+from nodeserve.coordinator.stats import node_stats
 from nodeserve.errors import Overloaded
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.flow import FlowOptions, Judgement, Verdict
@@ -221,6 +222,30 @@ async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch)
         ((1, 9), 1, 2.0, 0.75),
         ((2, 10), 1, 0.5, 0.75),
     ]
+
+
+async def test_the_stats_tell_what_waits_and_who_is_in_doubt() -> None:
+    node = FakeNode([P, D, P], policies=policies(max_num_seqs=1, decode_allocation="iqr"))
+    stream, _ = node.connect()
+    for request_id, priority in enumerate([0, 0, 0, 7, -1, 7]):
+        node.coordinator.submit(stream, Submit(request_id, pack_ids([1]), {}, None, priority))
+        node.turn()
+    next(reversed(node.coordinator.requests.values())).waiting.best_effort = True
+    node.lose(node.workers[2])
+    stats = node_stats(node.coordinator, node.now)
+    assert stats["dispatch"] == {
+        **{"admission": "staggered", "decode_allocation": "iqr", "falling_back": False},
+        **{"window_ms": 0.0, "pass_ms": None, "queued_tokens": 5},
+        "queue": [
+            {"priority": 7, "best_effort": False, "requests": 1},
+            {"priority": 7, "best_effort": True, "requests": 1},
+            {"priority": 0, "best_effort": False, "requests": 2},
+            {"priority": -1, "best_effort": False, "requests": 1},
+        ],
+        "instances": [{"instance": 0, "state": "busy"}, {"instance": 2, "state": "lost"}],
+    }
+    requests = stats["requests"]
+    assert (requests["queued"], requests["running"], requests["parked"]) == (5, 1, 0)
 
 
 # ---- random lives
