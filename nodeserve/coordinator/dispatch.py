@@ -56,7 +56,18 @@ class Dispatch:
         self._decoders = [self._units[link.index] for link in links if link.decodes]
         self._lost: set[int] = set()  # instances
         self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
-        self._seen: dict[int, list[StepDone]] = {}  # instance: its newest step that decodes
+        # Workers whose every step is a pass to the dispatcher: a mixed one's decodes are not, but
+        # in lockstep all ranks have to be heard.
+        self._every_step = {
+            link.index
+            for ranks in prefills
+            for link in ranks
+            if len(ranks) > 1 or link.role is Role.PREFILL
+        }
+        # Of each instance that decodes, what its ranks said of its newest step.
+        self._seen: dict[int, list[StepDone]] = {
+            link.instance: [] for link in links if link.decodes
+        }
 
     # ---- requests come and go
 
@@ -115,12 +126,16 @@ class Dispatch:
     def on_step(self, link: WorkerLink, step: StepDone, now_s: float) -> None:
         """A step of a worker is over."""
         instance = link.instance
-        locked = len(self.instances[instance]) > 1
-        if link.prefills and (locked or step.attention or link.role is Role.PREFILL):
+        if step.attention or link.index in self._every_step:
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
             self.dispatcher.on_pass(self._units[link.index], done, now_s)
         if link.decodes:
-            self._see(instance, step)
+            seen = self._seen[instance]
+            if seen and step.step != seen[0].step:
+                if step.step < seen[0].step:
+                    return  # of those before enough was learned
+                seen.clear()
+            seen.append(step)
 
     def on_alive(self, link: WorkerLink, now_s: float) -> None:
         """A probe's answer. The instance lives when all its ranks have answered."""
@@ -138,15 +153,6 @@ class Dispatch:
         self._lost.add(instance)
         self._decoders = [unit for unit in self._decoders if unit.instance != instance]
         self.dispatcher.lose(instance)
-
-    def _see(self, instance: int, step: StepDone) -> None:
-        """Gather what the ranks say of the newest step; of those before enough was learned."""
-        seen = self._seen.setdefault(instance, [])
-        if seen and step.step < seen[0].step:
-            return
-        if seen and step.step > seen[0].step:
-            seen.clear()
-        seen.append(step)
 
     # ---- decisions
 
