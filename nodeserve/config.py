@@ -69,6 +69,13 @@ class EngineConfig:
     max_num_seqs: int | None = None  # sequences in one decode step; None: what suits the device
     max_num_batched_tokens: int | None = None  # tokens in one step; None: what fills the device
     max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
+    max_num_queued_tokens: int = 1 << 22  # of their prompts: as many requests of 1024 tokens
+    slo: str | None = None  # of requests that bring none, such as ttft=500ms,tpot=50ms
+    on_overload: str = "reject"  # what becomes of requests whose SLO cannot be met: reject, queue
+    admission: str = "staggered"  # one of policy.units.ADMISSIONS
+    window: str = "auto"  # interval between departures: auto, off, or milliseconds
+    window_k: float = 1.0  # an automatic interval is this times (pass + dead time) / instances
+    decode_allocation: str = "cost"  # one of policy.units.DECODE_ALLOCATIONS
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None
     load_format: str = (
@@ -116,3 +123,7 @@ class WorkerSpec:
         values = json.loads(text)
         tuples = {name: tuple(values[name]) for name in ("cpus", "gpus")}
         return WorkerSpec(**{**values, **tuples})
+
+
+def parse_slo(text: str) -> dict[str, float]:
+    raise NotImplementedError  # PLACEHOLDER until p-decode
