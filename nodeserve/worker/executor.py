@@ -17,6 +17,8 @@ WARM_UP_TOKENS = 16
 class ModelExecutor:
     """A model, its pages, and the staging buffers between the scheduler and both."""
 
+    called = False  # this device is alone
+
     def __init__(self, model: Llama, cache: Any, staging: Staging) -> None:
         self._model = model
         self._cache = cache

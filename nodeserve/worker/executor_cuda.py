@@ -79,6 +79,8 @@ class CudaFlight:
 class CudaExecutor:
     """A model on a GPU, and what is between the scheduler and it."""
 
+    called = False  # this device is alone
+
     def __init__(
         self,
         runtime: Runtime,

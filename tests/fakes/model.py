@@ -88,6 +88,8 @@ class FakeSettings:
 class FakeExecutor:
     """Stands where the model, its kernels and the sampler are."""
 
+    called = False
+
     def __init__(
         self, settings: FakeSettings, pool: mmap.mmap | bytearray, block_size: int, index: int = 0
     ) -> None:

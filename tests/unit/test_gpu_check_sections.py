@@ -239,6 +239,8 @@ def test_a_wrong_block_is_counted() -> None:
 class Steps:
     """An executor that notes what it is given."""
 
+    called = False
+
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []

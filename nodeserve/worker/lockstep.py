@@ -1,0 +1,130 @@
+"""Passes that all ranks of an instance run together, each rank in a process of its own.
+
+A pass begins when the last rank has entered it and ends for all at the same time. Whoever enters
+first calls the others; a rank without work answers with an empty batch. So nobody waits for a rank
+that has nothing to do, and an instance without work runs no pass.
+
+The ranks share a board (memory that the coordinator made, nameless and zeroed) and a bell each. The
+board is read and written under a file lock that the kernel gives back when its holder dies; then
+the others wait for a rank that never comes, until the coordinator ends them.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from nodeserve.policy.cost import RankWork
+from nodeserve.worker.contract import Ran
+
+_HEAD = struct.Struct("=qqdd")  # the newest pass; ranks that have not entered it; began, seconds
+_WORK = struct.Struct("=qdqq")  # RankWork
+Duration = Callable[[int, Sequence[RankWork]], float]
+
+
+class Board:
+    """The shared memory behind `fd`. Each Board has a lock of its own on it, also in one process:
+    it opens the memory again."""
+
+    def __init__(self, fd: int, num_ranks: int) -> None:
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        num_bytes = _HEAD.size + num_ranks * _WORK.size
+        os.ftruncate(self._fd, num_bytes)  # each rank to the same size: the first one makes it
+        self._memory = mmap.mmap(self._fd, num_bytes)
+        self._threads = threading.Lock()  # the file lock is for all threads of a process together
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        with self._threads:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def head(self) -> tuple[int, int, float, float]:
+        number, num_missing, began_s, seconds = _HEAD.unpack_from(self._memory)
+        return number, num_missing, began_s, seconds
+
+    def put_head(self, number: int, num_missing: int, began_s: float, seconds: float) -> None:
+        _HEAD.pack_into(self._memory, 0, number, num_missing, began_s, seconds)
+
+    def works(self, num_ranks: int) -> list[RankWork]:
+        places = range(_HEAD.size, _HEAD.size + num_ranks * _WORK.size, _WORK.size)
+        return [RankWork(*_WORK.unpack_from(self._memory, place)) for place in places]
+
+    def put_work(self, rank: int, work: RankWork) -> None:
+        _WORK.pack_into(self._memory, _HEAD.size + rank * _WORK.size, *work)
+
+
+class Lockstep:
+    """One rank's part. `duration` gives a pass's seconds from its number and all ranks' work; the
+    last one to enter asks it. `bell_fds` are the ranks' eventfds in their order; whoever hears ours
+    calls `look`."""
+
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        bell_fds: Sequence[int],
+        duration: Duration,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.called = False  # the others wait for us
+        self._board = board
+        self._rank = rank
+        self._bell_fds = tuple(bell_fds)
+        self._duration = duration
+        self._clock = clock
+        self._entered = 0  # number of the pass that we entered last
+        self._ran = Ran(0, 0.0, 0.0)  # of the last pass that began with us in it
+
+    def enter(self, work: RankWork) -> int:
+        """Take part in the pass that gathers, or call for one; its number. Not while one that we
+        entered is not over."""
+        num_ranks, board = len(self._bell_fds), self._board
+        with board.locked():
+            number, num_missing, began_s, seconds = board.head()
+            if is_first := not num_missing:
+                number, num_missing = number + 1, num_ranks
+            assert number == self._entered + 1, (number, self._entered)
+            num_missing -= 1
+            board.put_work(self._rank, work)
+            if not num_missing:
+                began_s = self._clock()
+                seconds = self._duration(number, board.works(num_ranks))
+            board.put_head(number, num_missing, began_s, seconds)
+            self._entered, self.called = number, False
+        if not num_missing:
+            self._ring(self._bell_fds)  # ours too: somebody has to wait for the end
+        elif is_first:
+            self._ring(self._bell_fds[: self._rank] + self._bell_fds[self._rank + 1 :])
+        return number
+
+    def look(self) -> float | None:
+        """What has changed on the board; when the step loop is to hear of it, None: it is not."""
+        with self._board.locked():
+            number, num_missing, began_s, seconds = self._board.head()
+            if num_missing:
+                self.called = number > self._entered
+                return self._clock() if self.called else None
+            if number == self._ran.number:
+                return None  # seen already, or there was no pass yet
+            self._ran = Ran(number, began_s, seconds)
+            return began_s + seconds
+
+    def over(self, number: int) -> Ran | None:
+        """When the pass ran, once it is over."""
+        ran = self._ran
+        if ran.number < number or self._clock() < ran.began_s + ran.seconds:
+            return None
+        return ran
+
+    @staticmethod
+    def _ring(bell_fds: Sequence[int]) -> None:
+        for bell_fd in bell_fds:
+            os.eventfd_write(bell_fd, 1)
