@@ -74,9 +74,9 @@ class Executor(Protocol):
         device. At most one launched step waits behind the one that runs.
         """
 
-    @property
     def called(self) -> bool:
-        """Whether other ranks wait for this one: it launches an empty batch if it has no other."""
+        """Whether other ranks of the instance wait for this one: then it launches an empty batch if
+        it has no other. If they come to wait later, `on_done`'s `wake` tells."""
 
     def launch(self, batch: Batch) -> Flight:
         """Begin a step; steps run in the order of their launches. May compute at once.

@@ -17,8 +17,6 @@ WARM_UP_TOKENS = 16
 class ModelExecutor:
     """A model, its pages, and the staging buffers between the scheduler and both."""
 
-    called = False  # this device is alone
-
     def __init__(self, model: Llama, cache: Any, staging: Staging) -> None:
         self._model = model
         self._cache = cache
@@ -27,6 +25,9 @@ class ModelExecutor:
     @property
     def overlaps(self) -> bool:
         return False
+
+    def called(self) -> bool:
+        return False  # no other rank waits for this one
 
     def on_done(self, wake: Callable[[], None]) -> None:
         """Every step ends in its launch: nobody waits."""

@@ -79,8 +79,6 @@ class CudaFlight:
 class CudaExecutor:
     """A model on a GPU, and what is between the scheduler and it."""
 
-    called = False  # this device is alone
-
     def __init__(
         self,
         runtime: Runtime,
@@ -102,6 +100,9 @@ class CudaExecutor:
     @property
     def overlaps(self) -> bool:
         return True
+
+    def called(self) -> bool:
+        return False  # no other rank waits for this one
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:

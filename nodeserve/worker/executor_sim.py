@@ -62,9 +62,8 @@ class SimExecutor:
         self._alarm = alarm
         self._tokens = tokens
 
-    @property
     def called(self) -> bool:
-        return self._lockstep.called
+        return self._lockstep.called()
 
     def on_done(self, wake: Callable[[], None]) -> None:
         self._alarm.start(self._lockstep.look, wake)

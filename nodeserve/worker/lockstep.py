@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from nodeserve.policy.cost import RankWork
+from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.contract import Ran
 
 _HEAD = struct.Struct("=qqdd")  # the newest pass; ranks that have not entered it; began, seconds
-_WORK = struct.Struct("=qdqq")  # RankWork
+_SLOT = struct.Struct("=?xxxxxxxqdqq")  # a rank sleeps until it is called; its RankWork
 Duration = Callable[[int, Sequence[RankWork]], float]
 
 
@@ -32,7 +32,7 @@ class Board:
 
     def __init__(self, fd: int, num_ranks: int) -> None:
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        num_bytes = _HEAD.size + num_ranks * _WORK.size
+        num_bytes = _HEAD.size + num_ranks * _SLOT.size
         os.ftruncate(self._fd, num_bytes)  # each rank to the same size: the first one makes it
         self._memory = mmap.mmap(self._fd, num_bytes)
         self._threads = threading.Lock()  # the file lock is for all threads of a process together
@@ -53,12 +53,13 @@ class Board:
     def put_head(self, number: int, num_missing: int, began_s: float, seconds: float) -> None:
         _HEAD.pack_into(self._memory, 0, number, num_missing, began_s, seconds)
 
-    def works(self, num_ranks: int) -> list[RankWork]:
-        places = range(_HEAD.size, _HEAD.size + num_ranks * _WORK.size, _WORK.size)
-        return [RankWork(*_WORK.unpack_from(self._memory, place)) for place in places]
+    def slots(self) -> list[tuple[bool, RankWork]]:
+        """Of each rank: whether it sleeps, and the work that it brought to its last pass."""
+        slots = _SLOT.iter_unpack(memoryview(self._memory)[_HEAD.size :])
+        return [(sleeps, RankWork(*work)) for sleeps, *work in slots]
 
-    def put_work(self, rank: int, work: RankWork) -> None:
-        _WORK.pack_into(self._memory, _HEAD.size + rank * _WORK.size, *work)
+    def put_slot(self, rank: int, sleeps: bool, work: RankWork) -> None:
+        _SLOT.pack_into(self._memory, _HEAD.size + rank * _SLOT.size, sleeps, *work)
 
 
 class Lockstep:
@@ -74,44 +75,54 @@ class Lockstep:
         duration: Duration,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.called = False  # the others wait for us
         self._board = board
         self._rank = rank
-        self._bell_fds = tuple(bell_fds)
+        self._bell_fds = list(bell_fds)
         self._duration = duration
         self._clock = clock
         self._entered = 0  # number of the pass that we entered last
         self._ran = Ran(0, 0.0, 0.0)  # of the last pass that began with us in it
 
+    def called(self) -> bool:
+        """Whether the others wait for us; if not, our bell rings when they do."""
+        with self._board.locked():
+            number, num_missing, _, _ = self._board.head()
+            waited_for = bool(num_missing) and number > self._entered
+            self._board.put_slot(self._rank, not waited_for, IDLE)
+            return waited_for
+
     def enter(self, work: RankWork) -> int:
         """Take part in the pass that gathers, or call for one; its number. Not while one that we
         entered is not over."""
-        num_ranks, board = len(self._bell_fds), self._board
+        board, to_ring = self._board, list[int]()
         with board.locked():
             number, num_missing, began_s, seconds = board.head()
             if is_first := not num_missing:
-                number, num_missing = number + 1, num_ranks
+                number, num_missing = number + 1, len(self._bell_fds)
             assert number == self._entered + 1, (number, self._entered)
             num_missing -= 1
-            board.put_work(self._rank, work)
+            board.put_slot(self._rank, False, work)
+            slots = board.slots()
             if not num_missing:
                 began_s = self._clock()
-                seconds = self._duration(number, board.works(num_ranks))
+                seconds = self._duration(number, [work for _, work in slots])
+                to_ring = self._bell_fds  # ours too: somebody has to wait for the end
+            elif is_first:
+                to_ring = [
+                    fd for fd, (sleeps, _) in zip(self._bell_fds, slots, strict=True) if sleeps
+                ]
             board.put_head(number, num_missing, began_s, seconds)
-            self._entered, self.called = number, False
-        if not num_missing:
-            self._ring(self._bell_fds)  # ours too: somebody has to wait for the end
-        elif is_first:
-            self._ring(self._bell_fds[: self._rank] + self._bell_fds[self._rank + 1 :])
+            self._entered = number
+        for bell_fd in to_ring:
+            os.eventfd_write(bell_fd, 1)
         return number
 
     def look(self) -> float | None:
-        """What has changed on the board; when the step loop is to hear of it, None: it is not."""
+        """What is new on the board; when the step loop is to hear of it, None: there is nothing."""
         with self._board.locked():
             number, num_missing, began_s, seconds = self._board.head()
             if num_missing:
-                self.called = number > self._entered
-                return self._clock() if self.called else None
+                return self._clock() if number > self._entered else None
             if number == self._ran.number:
                 return None  # seen already, or there was no pass yet
             self._ran = Ran(number, began_s, seconds)
@@ -123,8 +134,3 @@ class Lockstep:
         if ran.number < number or self._clock() < ran.began_s + ran.seconds:
             return None
         return ran
-
-    @staticmethod
-    def _ring(bell_fds: Sequence[int]) -> None:
-        for bell_fd in bell_fds:
-            os.eventfd_write(bell_fd, 1)

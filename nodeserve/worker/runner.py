@@ -148,7 +148,7 @@ class Runner:
         due_s = self._due_s()
         if now_s < due_s:
             return min(due_s - now_s, IDLE_WAIT_S)
-        batch = self.scheduler.next_batch(bool(self._launched), self.executor.called)
+        batch = self.scheduler.next_batch(bool(self._launched), self.executor.called())
         if batch is None:
             return IDLE_WAIT_S
         self._launched.append(Launched(batch, self.executor.launch(batch), now_s))

@@ -88,8 +88,6 @@ class FakeSettings:
 class FakeExecutor:
     """Stands where the model, its kernels and the sampler are."""
 
-    called = False
-
     def __init__(
         self, settings: FakeSettings, pool: mmap.mmap | bytearray, block_size: int, index: int = 0
     ) -> None:
@@ -102,6 +100,9 @@ class FakeExecutor:
 
     @property
     def overlaps(self) -> bool:
+        return False
+
+    def called(self) -> bool:
         return False
 
     def on_done(self, wake: Callable[[], None]) -> None:

@@ -239,11 +239,12 @@ def test_a_wrong_block_is_counted() -> None:
 class Steps:
     """An executor that notes what it is given."""
 
-    called = False
-
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []
+
+    def called(self) -> bool:
+        return False
 
     def launch(self, batch: Batch) -> Computed:
         work = [(one.sequence.request_id, one.start, one.feed) for one in batch.work]
