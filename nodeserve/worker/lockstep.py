@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.contract import Ran
 
-_HEAD = struct.Struct("=qqdd")  # the newest pass; ranks that have not entered it; began, seconds
+# The newest pass, ranks that have not entered it; began, seconds of the last pass that all entered.
+_HEAD = struct.Struct("=qqdd")
 _SLOT = struct.Struct("=?xxxxxxxqdqq")  # a rank sleeps until it is called; its RankWork
 Duration = Callable[[int, Sequence[RankWork]], float]
 
@@ -121,12 +122,11 @@ class Lockstep:
         """What is new on the board; when the step loop is to hear of it, None: there is nothing."""
         with self._board.locked():
             number, num_missing, began_s, seconds = self._board.head()
-            if num_missing:
-                return self._clock() if number > self._entered else None
-            if number == self._ran.number:
-                return None  # seen already, or there was no pass yet
-            self._ran = Ran(number, began_s, seconds)
-            return began_s + seconds
+            begun = number - bool(num_missing)  # others may have entered the pass after it already
+            if begun > self._ran.number:
+                self._ran = Ran(begun, began_s, seconds)
+                return began_s + seconds
+            return self._clock() if number > self._entered else None
 
     def over(self, number: int) -> Ran | None:
         """When the pass ran, once it is over."""
