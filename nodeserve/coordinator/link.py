@@ -50,6 +50,8 @@ class WorkerLink:
         self.channel = channel
         self.pages_fd = pages_fd
         self.gpu: int | None = None  # its number, for people
+        self.instance = index  # its number; the ranks of an instance share one
+        self.rank = 0  # its place in the instance
         self.state = "starting"
         self.process: asyncio.subprocess.Process | None = None
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()

@@ -112,8 +112,9 @@ class Scheduler:
 
     # ---- a step
 
-    def next_batch(self, ahead: bool = False) -> Batch | None:
-        """Decodes first, then prefill chunks up to the token budget; None if nothing can run.
+    def next_batch(self, ahead: bool = False, idle: bool = False) -> Batch | None:
+        """Decodes first, then prefill chunks up to the token budget; None if nothing can run, or
+        an empty batch with `idle`: other ranks wait for this one.
 
         `ahead`: behind the one batch that is not committed; None, and nothing changed, also if that
         has to be committed first.
@@ -126,7 +127,7 @@ class Scheduler:
         elif self._plan_decodes_ahead(batch):
             self._plan_prefills(batch, batch.num_decodes)
         assert batch.work or not batch.preempted, "preempted for nobody's benefit"
-        if not batch.work:
+        if not (batch.work or idle):
             return None
         self._launch(batch)
         return batch

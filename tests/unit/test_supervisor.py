@@ -5,7 +5,6 @@ import os
 import secrets
 import sys
 from dataclasses import replace
-from typing import Any
 
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place
