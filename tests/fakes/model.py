@@ -102,7 +102,7 @@ class FakeExecutor:
     def overlaps(self) -> bool:
         return False
 
-    def called(self) -> bool:
+    def called(self, departure: int) -> bool:
         return False
 
     def on_done(self, wake: Callable[[], None]) -> None:

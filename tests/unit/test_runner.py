@@ -143,7 +143,7 @@ class Bench:
 
 def prefill(request_id: int, handoff: bool = False, **sampling: Any) -> Prefill:
     values = sampling_to(Sampling(**{"temperature": 0.0, **sampling}))
-    return Prefill([Prompt(request_id, pack_ids(PROMPT), len(PROMPT), values, handoff)])
+    return Prefill(0, [Prompt(request_id, pack_ids(PROMPT), len(PROMPT), values, handoff)])
 
 
 def pull(request_id: int) -> PullKv:
@@ -322,7 +322,7 @@ def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:
     bench.decode(1)
     [prompt] = prefill(2).prompts
     long = prompt._replace(token_ids=pack_ids([1] * 256))
-    [failed] = bench.turn(Prefill([long]))
+    [failed] = bench.turn(Prefill(0, [long]))
     assert isinstance(failed, RequestFailed) and failed.code == "prompt_too_long"
 
 
