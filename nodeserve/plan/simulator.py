@@ -22,7 +22,6 @@ from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.flow import Buffered, Verdict, judge
 from nodeserve.policy.lifecycle import Event, Phase
-from nodeserve.policy.profiles import Profile, profile_named
 from nodeserve.policy.units import Departure, PassDone
 from nodeserve.types import Role, Sampling
 
@@ -34,8 +33,9 @@ def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
     return _Simulation(scenario, arrivals).run()
 
 
-def build_instances(scenario: Scenario, profile: Profile) -> list[Instance]:
+def build_instances(scenario: Scenario) -> list[Instance]:
     """The instances of the layout, in its order; ranks are numbered through."""
+    profile = scenario.resolved_profile
     limits = Limits(
         profile.num_kv_tokens // scenario.block_size,
         scenario.block_size,
@@ -68,13 +68,8 @@ class _Simulation:
 
     def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
         self.scenario = scenario
-        self.profile = (
-            profile_named(scenario.profile)
-            if isinstance(scenario.profile, str)
-            else scenario.profile
-        )
         self.clock = Clock()
-        self.instances = build_instances(scenario, self.profile)
+        self.instances = build_instances(scenario)
         self.ranks = [rank for instance in self.instances for rank in instance.ranks]
         self.limits = self.ranks[0].scheduler.limits
         self.prefilling = [instance for instance in self.instances if instance.prefills]
@@ -86,7 +81,7 @@ class _Simulation:
             self.clock,
             self.instances,
             DecodeAllocator(scenario.decode_allocation, scenario.dispatch.max_num_seqs),
-            self.profile,
+            scenario.resolved_profile,
             scenario.block_size,
             scenario.transit_s,
         )
