@@ -212,7 +212,7 @@ class Load(NamedTuple):
     num_waiting: int  # sequences whose prefill has not finished
     num_pinned: int  # prefilled, waiting to be pulled
     num_free_blocks: int  # less those that waiting sequences will take
-    waiting_tokens: int  # prompt tokens not yet computed
+    waiting_tokens: int  # prompt tokens not computed in a step that has ended
     num_received: int  # prompts and pulls since it started
 
 
