@@ -44,6 +44,7 @@ class Dispatcher:
         self.window = Window(_fixed_s(options), options.window_k)
         self.falling_back = False
         self._by_number = {instance.number: instance for instance in self.instances}
+        self._by_unit = {unit.index: one for one in self.instances for unit in one.units}
         self._buffer = Buffer()
         self._immediate = Immediate(options)
         self._feedback = Mean()  # end of a pass to our knowing it, seconds
@@ -71,11 +72,11 @@ class Dispatcher:
         """Take a request out, wherever it stands; False if it does not wait here."""
         return self._buffer.remove(request_id) is not None
 
-    def on_pass(self, unit: Unit, done: PassDone, now_s: float) -> None:
-        """A rank's pass ended; its account has the report."""
-        instance = self._by_number[unit.instance]
+    def on_pass(self, index: int, done: PassDone, now_s: float) -> None:
+        """The unit with this index ended a pass; its account has the report."""
+        instance = self._by_unit[index]
         was_suspect = instance.suspect
-        works = instance.on_pass(unit, done, now_s)
+        works = instance.on_pass(index, done, now_s)
         if works is None:
             return
         self._heard_s = now_s

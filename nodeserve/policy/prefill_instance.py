@@ -85,13 +85,13 @@ class PrefillInstance:
         if not self._running:
             self._begin(now_s + dispatch_s, now_s)
 
-    def on_pass(self, unit: Unit, done: PassDone, now_s: float) -> list[RankWork] | None:
+    def on_pass(self, index: int, done: PassDone, now_s: float) -> list[RankWork] | None:
         """A rank's report; the work of all ranks once the last one of the pass has reported."""
         self.heard(now_s)
         if done.step != self._step:
             self._step, self._reports = done.step, {}
-        self._reports[unit.index] = done
-        self._decoding[unit.index] = done.work._replace(prefill_tokens=0, attention=0.0)
+        self._reports[index] = done
+        self._decoding[index] = done.work._replace(prefill_tokens=0, attention=0.0)
         if len(self._reports) < len(self.units):
             return None
         works = [self._reports[one.index].work for one in self.units]
