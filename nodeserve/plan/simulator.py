@@ -72,11 +72,12 @@ class _Simulation:
         self.instances = build_instances(scenario)
         self.ranks = [rank for instance in self.instances for rank in instance.ranks]
         self.limits = self.ranks[0].scheduler.limits
-        self.prefilling = [instance for instance in self.instances if instance.prefills]
-        self.dispatcher = Dispatcher(
-            [[rank.unit for rank in instance.ranks] for instance in self.prefilling],
-            scenario.dispatch,
-        )
+        prefilling = [
+            [rank.unit for rank in instance.ranks]
+            for instance in self.instances
+            if instance.prefills
+        ]
+        self.dispatcher = Dispatcher(prefilling, scenario.dispatch)
         self.handoffs = Handoffs(
             self.clock,
             self.instances,
@@ -176,8 +177,8 @@ class _Simulation:
         decision = self.dispatcher.decide(now_s)
         for departure in decision.departures:
             self._depart(departure)
-        for place in decision.probes:
-            self.supervisor.probe(self.prefilling[place])
+        for number in decision.probes:
+            self.supervisor.probe(self.instances[number])
         wake_s = decision.wake_s
         if wake_s is not None and (self._wake_s is None or wake_s < self._wake_s):
             assert wake_s > now_s, "a wish to be asked again now"
@@ -310,13 +311,12 @@ class _Simulation:
     # ---- what goes wrong
 
     def _heard(self, instance: Instance) -> None:
-        self.dispatcher.heard(self.prefilling.index(instance), self.clock.now_s)
+        self.dispatcher.heard(instance.index, self.clock.now_s)
         self._changed()
 
     def _lose(self, instance: Instance) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        if instance.prefills:
-            self.dispatcher.lose(self.prefilling.index(instance))
+        self.dispatcher.lose(instance.index)
         mine = {rank.unit.index: rank for rank in instance.ranks}
         self.handoffs.lose(instance)
         for life in list(self.lives.values()):
