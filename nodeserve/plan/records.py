@@ -25,7 +25,7 @@ class Arrival(NamedTuple):
 class Faults:
     """What goes wrong in a run."""
 
-    report_loss: float = 0.0  # share of ended passes of which the scheduler is never told
+    report_loss: float = 0.0  # share of prefill passes of whose end the policy is never told
     kill_instance: int | None = None
     kill_at_s: float = 0.0
 

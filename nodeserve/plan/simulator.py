@@ -30,7 +30,7 @@ MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again i
 
 def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
     """Serve `arrivals`; ConfigError when the scenario cannot be."""
-    return _Simulation(scenario, arrivals).run()
+    return Simulation(scenario, arrivals).run()
 
 
 def build_instances(scenario: Scenario) -> list[Instance]:
@@ -63,7 +63,7 @@ def build_instances(scenario: Scenario) -> list[Instance]:
     return instances
 
 
-class _Simulation:
+class Simulation:
     """One run: the coordinator's side, and what goes wrong."""
 
     def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
@@ -106,19 +106,25 @@ class _Simulation:
         self._loss = Random(f"loss {scenario.seed}")
 
     def run(self) -> Outcome:
+        """Until the last request has ended."""
         self._expect_arrival()
         self.supervisor.expect(self.scenario.faults)
-        clock = self.clock
         while self.num_open:
-            if not clock.advance():
+            if not self.turn():
                 raise AssertionError(f"{self.num_open} requests wait for nothing")
-            while clock.act() or self._undecided:
-                if self._undecided:
-                    self._decide()
-            self._begin_passes()
         served = [one for one in self.served if one is not None]
         assert len(served) == len(self.arrivals)
-        return Outcome(served, self.passes, clock.now_s)
+        return Outcome(served, self.passes, self.clock.now_s)
+
+    def turn(self) -> bool:
+        """One moment: its messages, decisions, passes that begin; False if nothing is to come."""
+        if not self.clock.advance():
+            return False
+        while self.clock.act() or self._undecided:
+            if self._undecided:
+                self._decide()
+        self._begin_passes()
+        return True
 
     # ---- arrivals
 
@@ -232,13 +238,14 @@ class _Simulation:
         self.clock.after(self.scenario.transit_s, self._report, (instance, done))
 
     def _report(self, told: tuple[Instance, InstanceDone]) -> None:
-        """A pass's records, of all ranks. One that is lost takes the news for the dispatcher with
-        it, not the tokens."""
+        """A pass's records, of all ranks. Lost ones take the news for the policy with them, not the
+        tokens; only those of prefill passes get lost."""
         instance, done = told
         if instance.lost:
             return
         loss = self.scenario.faults.report_loss
-        if not loss or self._loss.random() >= loss:
+        lossy = loss > 0.0 and any(work.prefill_tokens for work in done.works)
+        if not lossy or self._loss.random() >= loss:
             self._take_news(instance, done)
         for rank, rank_done in zip(instance.ranks, done.ranks, strict=True):
             self._take_tokens(instance, rank, done, rank_done)
@@ -312,6 +319,7 @@ class _Simulation:
 
     def _heard(self, instance: Instance) -> None:
         self.dispatcher.heard(instance.index, self.clock.now_s)
+        self.handoffs.room_changed()
         self._changed()
 
     def _lose(self, instance: Instance) -> None:
