@@ -346,6 +346,7 @@ class Simulation:
         left = [instance for instance in self.instances if not instance.lost]
         if any(one.prefills for one in left) and any(one.decodes for one in left):
             return
+        self.clock.clear()
         for life in list(self.lives.values()):
             self._over(life, WorkerLost.code)
         while self._num_arrived < len(self.arrivals):
