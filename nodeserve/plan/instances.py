@@ -130,6 +130,8 @@ class Instance:
         self._began_s = 0.0
         self._ends_s = 0.0
         self._flush_s: float | None = None  # when a delayed pass starts at the latest
+        self.door_s = 0.0  # how long the next pass waits at most for who may board it
+        self._door_until_s = -math.inf
 
     @property
     def prefills(self) -> bool:
@@ -146,6 +148,8 @@ class Instance:
             return None
         if self._engine.delay_passes and (flush_s := self._delayed_until(now_s)) > now_s:
             return flush_s, False
+        if now_s < self._door_until_s:
+            return self._door_until_s, False
         batches = [rank.scheduler.next_batch() for rank in self.ranks]
         if not any(batches):
             return None
@@ -166,7 +170,13 @@ class Instance:
         batches, self._running = self._running, None
         ranks = [rank.finish(batch) for rank, batch in zip(self.ranks, batches, strict=True)]
         seconds = self._ends_s - self._began_s
+        if self.door_s and any(rank.scheduler.load()[1] for rank in self.ranks):
+            self._door_until_s = self._ends_s + self.door_s
         return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+
+    def close_door(self) -> None:
+        """Who may board is here."""
+        self._door_until_s = -math.inf
 
     def _delayed_until(self, now_s: float) -> float:
         """An engine that holds a prefill pass back while only some of its ranks have work."""

@@ -93,6 +93,10 @@ class Simulation:
             self.clock, self.instances, scenario.transit_s, self._heard, self._lose
         )
         self.arrivals = sorted(arrivals, key=lambda arrival: arrival.arrived_s)
+        if scenario.dispatch.holds_door:
+            for instance in self.instances:
+                if instance.role is Role.PREFILL:
+                    instance.door_s = 4 * scenario.transit_s + 0.001
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.passes: list[Pass] = []
@@ -202,10 +206,13 @@ class Simulation:
                 life.departed_s = now_s
                 life.prefill_worker = unit
             sent.append(life)
-        self.clock.after(self.scenario.transit_s, self._deliver, sent)
+        self.clock.after(self.scenario.transit_s, self._deliver, (departure.instance, sent))
 
-    def _deliver(self, sent: list[Life]) -> None:
+    def _deliver(self, departed: tuple[int, list[Life]]) -> None:
         now_s = self.clock.now_s
+        number, sent = departed
+        self.instances[number].close_door()
+        self._touched[self.instances[number]] = None
         for life in sent:
             rank = self.ranks[life.holder]
             instance = self.instances[rank.unit.instance]
