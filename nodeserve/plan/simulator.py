@@ -354,6 +354,7 @@ class Simulation:
         if any(one.prefills for one in left) and any(one.decodes for one in left):
             return
         self.clock.clear()
+        self._undecided = False
         for life in list(self.lives.values()):
             self._over(life, WorkerLost.code)
         while self._num_arrived < len(self.arrivals):

@@ -200,7 +200,7 @@ def test_lost_reports_lose_no_request() -> None:
     arrivals = [Arrival(0.02 * i, 400, 1) for i in range(400)]
     outcome = simulate(scenario("2p:ep2,1d:ep2", faults=faults), arrivals)
     assert outcomes(outcome) == {"length"}
-    assert max(one.timings.ttft_s for one in outcome.served) < 1.0
+    assert max(one.timings.ttft_s for one in outcome.served) < 2.0
 
 
 def test_times_of_supervision_leave_room_for_a_probe() -> None:
