@@ -16,7 +16,7 @@ from operator import mul, sub
 
 from nodeserve.policy.cost import RankWork
 
-LEAST_PASSES = 3  # of a kind before its fit says anything: their median shows a first outlier
+LEAST_PASSES = 3  # of a kind before its fit says anything
 LONGEST_S = 86_400.0  # a day: what takes longer is a clock gone wrong
 CUT = 4.0  # an outlier counts as so many medians, or as one such part of the median
 MEMORY_PREFILL, MEMORY_DECODE = 128, 1024  # passes; decode steps are many and much alike
@@ -99,7 +99,7 @@ class _Fit:
     def _start(self) -> None:
         self.num_learned = 0
         self.weights = [0.0] * 5
-        self._first: list[tuple[Sequence[RankWork], float]] = []  # until their median is known
+        self._first: list[tuple[Sequence[RankWork], float]] = []
         self._means = [0.0] * 5
         self._mean_s = 0.0
         self._covariances = [[0.0] * 5 for _ in range(5)]
@@ -122,10 +122,8 @@ class _Fit:
             return
         self._first.append((tuple(ranks), seconds))
         if len(self._first) == LEAST_PASSES:
-            median = _median(sorted(seconds for _, seconds in self._first))
             for early, seconds in self._first:
-                if median / CUT <= seconds <= median * CUT:
-                    self._learn(self._features(early), seconds, seconds)
+                self._learn(self._features(early), seconds, seconds)
             self._first.clear()
 
     def _features(self, ranks: Sequence[RankWork]) -> list[float]:
@@ -155,7 +153,8 @@ class _Fit:
         return cut_s
 
     def _learn(self, features: list[float], seconds: float, usual_s: float) -> None:
-        """`usual_s` says how precise this one is: errors are a share of what a pass takes."""
+        """Errors are a share of what a pass takes: `usual_s` says how much this one counts. So of
+        the first few, an outlier counts next to nothing."""
         self.num_learned += 1
         trust = 1 / max(usual_s, 1e-9) ** 2
         self._trust += trust - self._trust / self.memory
