@@ -7,18 +7,23 @@ import pytest
 
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.policies import Policies, policies_of
+from nodeserve.coordinator.queue import ParkedQueue
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.errors import Overloaded
 from nodeserve.policy.cost import RankWork
+from nodeserve.policy.decode_allocation import ReadyKv
 from nodeserve.policy.flow import FlowOptions, Judgement, Verdict
+from nodeserve.policy.lifecycle import Phase
 from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
 from nodeserve.types import Role
 from nodeserve.wire.messages import (
     TO_WORKER,
+    KvRefused,
     Prefill,
     Probe,
     Prompt,
     PullKv,
+    RequestFailed,
     Submit,
     ToWorker,
     pack_ids,
@@ -175,6 +180,77 @@ async def test_ranks_of_a_lost_instance_get_nothing_more() -> None:
         assert (end.timings["prefill_worker"], end.timings["decode_worker"]) == (2, 5)
         assert client.tokens[request_id] == expected_stream([request_id], 6)
     node.check_nothing_held()
+
+
+# ---- accounts and places in line
+
+
+async def test_an_account_follows_every_answer_that_carries_a_load() -> None:
+    node, rng = FakeNode([P, D]), random.Random(0)
+    stream, client = node.connect()
+    prefill, decode = node.workers
+    assert [worker.link.account.num_blocks for worker in node.workers] == [64, 64]
+    node.submit(stream, 1, [5] * 20, 9)
+    node.turn()
+    account = prefill.link.account
+    assert (account.outstanding_tokens, account.free_blocks, account.num_sequences) == (20, 62, 1)
+    prefill.num_received = 1
+    prefill.out.append(RequestFailed(1, "out_of_blocks", "no", prefill.load()))
+    node.deliver(prefill)
+    assert (account.outstanding_tokens, account.free_blocks, account.num_sequences) == (0, 64, 0)
+    assert client.ends[1][0].code == "out_of_blocks"
+    prefill.link.channel.records.clear()  # type: ignore[attr-defined]
+    node.submit(stream, 2, [5] * 20, 9)
+    (request,) = node.coordinator.requests.values()
+    while request.phase is not Phase.MOVING:
+        node.act(rng)
+    decode.link.channel.records.clear()  # type: ignore[attr-defined]
+    decode.held.clear()
+    decode.out.clear()
+    decode.num_received = 1
+    decode.out.append(KvRefused(2, [3, 0, 0, 40, 0, 1]))
+    account = decode.link.account
+    assert not account.refused
+    node.deliver(decode)
+    assert account.refused and (account.free_blocks, account.num_sequences) == (40, 3)
+    assert request.phase is Phase.PARKED
+
+
+async def test_who_comes_back_keeps_arrival_and_rounds_and_brings_its_tokens() -> None:
+    node, rng = FakeNode([M, M]), random.Random(0)
+    stream, _ = node.connect()
+    node.now = 5.0
+    node.submit(stream, 1, [5] * 30, 60)
+    (request,) = node.coordinator.requests.values()
+    while request.num_output_tokens < 40:
+        node.act(rng)
+    first, request.waiting.rounds = request.waiting, 3
+    node.lose(node.workers[request.holder])
+    again = request.waiting
+    assert (again.num_tokens, again.num_blocks) == (len(request.tokens), 5) and len(again.hits) == 0
+    assert (again.arrived_s, again.rounds) == (5.0, 3)
+    assert again is not first, "what the dispatcher may still have of the first has its old size"
+
+
+async def test_the_timings_count_departures_that_left_a_request_behind() -> None:
+    node, rng = FakeNode([M], policies=policies(max_num_seqs=1, admission="pull")), random.Random(0)
+    stream, client = node.connect()
+    for request_id in range(3):
+        node.submit(stream, request_id, [1] * (30 - request_id), 2)
+    node.run_to_idle(rng)
+    assert [client.ends[one][0].timings["num_rounds"] for one in range(3)] == [0, 1, 2]
+
+
+def test_parked_requests_keep_their_places() -> None:
+    queue = ParkedQueue()
+    for request_id, priority in [(4, 0), (2, 0), (9, 5), (3, -1), (7, 5)]:
+        queue.push(ReadyKv(request_id, 1, 0), priority)
+    assert [ready.request_id for ready in queue.first(9)] == [7, 9, 2, 4, 3]
+    queue.remove(2)
+    queue.remove(2)
+    queue.remove(99)
+    queue.push(ReadyKv(2, 1, 0), 5)
+    assert [ready.request_id for ready in queue.first(3)] == [2, 7, 9] and len(queue) == 5
 
 
 # ---- flow control

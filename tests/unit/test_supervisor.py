@@ -5,7 +5,6 @@ import os
 import secrets
 import sys
 from dataclasses import replace
-from typing import Any
 
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place
@@ -67,14 +66,9 @@ async def test_a_departure_passes_a_real_ring_whatever_its_size() -> None:
     """In as few records as the ring takes, nothing twice, in order."""
     prompts = [Prompt(number, pack_ids([number] * 300), 300, {}, True) for number in range(100)]
     with CoordinatorEnd(secrets.token_hex(4), "w0", 1 << 15) as channel:
-        fds = dict(
-            zip(
-                ("inbox_fd", "outbox_fd", "eventfd"),
-                map(os.dup, channel.inherited_fds),
-                strict=True,
-            )
-        )
-        with WorkerEnd(replace(channel.spec, **fds)) as worker:
+        inbox_fd, outbox_fd, eventfd = map(os.dup, channel.inherited_fds)
+        spec = replace(channel.spec, inbox_fd=inbox_fd, outbox_fd=outbox_fd, eventfd=eventfd)
+        with WorkerEnd(spec) as worker:
             WorkerLink(0, Role.PREFILL, channel, -1).send_prompts(prompts)
             records: list[Prefill] = []
             while sum(len(one.prompts) for one in records) < len(prompts):
