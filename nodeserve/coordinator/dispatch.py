@@ -128,7 +128,7 @@ class Dispatch:
         instance = link.instance
         if step.attention or link.index in self._every_step:
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
-            self.dispatcher.on_pass(self._units[link.index], done, now_s)
+            self.dispatcher.on_pass(link.index, done, now_s)
         if link.decodes:
             seen = self._seen[instance]
             if seen and step.step != seen[0].step:
