@@ -299,6 +299,8 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             request.on(event)
             return
+        if event is Event.FINISHED:
+            self.dispatch.finish(request)
         self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)

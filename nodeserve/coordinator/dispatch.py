@@ -52,7 +52,9 @@ class Dispatch:
         self.dispatcher = Dispatcher(
             [[self._units[link.index] for link in ranks] for ranks in prefills], policies.dispatch
         )
-        self.allocator = DecodeAllocator(policies.decode_allocation, policies.dispatch.max_num_seqs)
+        self.allocator = DecodeAllocator(
+            policies.decode_allocation, policies.dispatch.max_num_seqs, limits.block_size
+        )
         self._decoders = [self._units[link.index] for link in links if link.decodes]
         self._lost: set[int] = set()  # instances
         self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
@@ -100,11 +102,17 @@ class Dispatch:
         num_blocks = request.num_blocks(block_size)
         longest = min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
         growth = max(0, blocks_for(longest, block_size) - num_blocks)
+        request.parked_blocks = num_blocks
         self.allocator.forget(request.request_id)
         self.parked.push(ReadyKv(request.request_id, num_blocks, growth), request.waiting.priority)
 
+    def finish(self, request: Request) -> None:
+        """It ended by itself: how much it grew is what others may be expected to."""
+        grown = request.num_blocks(self._limits.block_size) - request.parked_blocks
+        self.allocator.forget(request.request_id, grown)
+
     def remove(self, request: Request) -> None:
-        """It waits for nothing any more, wherever it stood."""
+        """It waits for nothing any more and is nowhere, wherever it stood or was."""
         self.dispatcher.remove(request.request_id)
         self.parked.remove(request.request_id)
         self.allocator.forget(request.request_id)

@@ -10,6 +10,7 @@ from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.queue import ParkedQueue
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.errors import Overloaded
+from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.decode_allocation import ReadyKv
 from nodeserve.policy.flow import FlowOptions, Judgement, Verdict
@@ -230,6 +231,28 @@ async def test_who_comes_back_keeps_arrival_and_rounds_and_brings_its_tokens() -
     assert (again.num_tokens, again.num_blocks) == (len(request.tokens), 5) and len(again.hits) == 0
     assert (again.arrived_s, again.rounds) == (5.0, 3)
     assert again is not first, "what the dispatcher may still have of the first has its old size"
+
+
+async def test_what_ends_by_itself_shows_how_much_requests_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node, rng = FakeNode([P, D]), random.Random(0)
+    stream, _ = node.connect()
+    grown: dict[int, int] = {}
+
+    def forget(request_id: int, grown_blocks: int | None = None) -> None:
+        if grown_blocks is not None:
+            grown[request_id] = grown_blocks
+
+    monkeypatch.setattr(node.coordinator.dispatch.allocator, "forget", forget)
+    for request_id, max_tokens in ((1, 100), (2, 3), (3, 100)):
+        node.submit(stream, request_id, [5] * 20, max_tokens)
+    third = stream.requests[3]
+    while third.num_output_tokens < 20:
+        node.act(rng)
+    node.coordinator.abort(third)
+    node.run_to_idle(rng)
+    assert grown == {1: blocks_for(121, 16) - 2, 2: 0}
 
 
 async def test_the_timings_count_departures_that_left_a_request_behind() -> None:
