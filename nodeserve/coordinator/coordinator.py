@@ -227,7 +227,7 @@ class Coordinator:
     def _put_back(self, request: Request) -> None:
         request.num_preemptions += 1
         request.holder = request.source = -1
-        self.dispatch.push(request, self._now())
+        self.dispatch.put_back(request, self._now())
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1

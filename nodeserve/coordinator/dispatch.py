@@ -77,18 +77,23 @@ class Dispatch:
         """May it come in? Overloaded says why not, and when to try again."""
         dispatcher, waiting = self.dispatcher, request.waiting
         ttft_ms = {**self.policies.slo, **(request.slo or {})}.get("ttft_ms")
-        buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
-        predicted_s = None
-        if buffered.num_requests or ttft_ms is not None:
-            predicted_s = dispatcher.predict_wait_s(waiting, now_s)
         slo_s = None if ttft_ms is None else ttft_ms / 1e3
-        judged = judge(self.policies.flow, buffered, waiting.num_tokens, slo_s, predicted_s)
+        buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
+        facts = self.policies.flow, buffered, waiting.num_tokens, slo_s
+        predicted_s = None if slo_s is None else dispatcher.predict_wait_s(waiting, now_s)
+        judged = judge(*facts, predicted_s)
         if judged.verdict is Verdict.REJECT:
+            if slo_s is None:  # refused for want of room: only now it matters when there is some
+                judged = judge(*facts, dispatcher.predict_wait_s(waiting, now_s))
             raise Overloaded(judged.reason, judged.retry_after_s)
         waiting.best_effort = judged.verdict is Verdict.BEST_EFFORT
 
     def push(self, request: Request, now_s: float) -> None:
-        """It waits for prefill, perhaps again: with the tokens that it has by now."""
+        """It waits for prefill."""
+        self.dispatcher.push(request.waiting, now_s)
+
+    def put_back(self, request: Request, now_s: float) -> None:
+        """It waits for prefill again: since its first arrival, with the tokens it has by now."""
         num_blocks = request.num_blocks(self._limits.block_size)
         request.waiting = replace(
             request.waiting, num_tokens=len(request.tokens), num_blocks=num_blocks

@@ -31,9 +31,10 @@ from nodeserve.wire.messages import (
 )
 from tests.fakes.server import VOCAB_SIZE, FakeServer, Peer, answer, endless, tokens_for
 
-# ---- leaving a request
-
 NEXT = PROTOCOL_VERSION + 1
+
+
+# ---- leaving a request
 
 
 async def leave_by_break(client: AsyncClient) -> None:

@@ -27,7 +27,8 @@ async def test_what_flow_control_says_reaches_the_client(monkeypatch: pytest.Mon
     ]
     monkeypatch.setattr("nodeserve.coordinator.dispatch.judge", lambda *facts: said.pop(0))
     for request_id in range(3):
-        node.submit(stream, request_id, [1], 1)
+        slo = {"ttft_ms": 100}
+        node.coordinator.submit(stream, Submit(request_id, pack_ids([1]), {}, slo, 0))
     (end,) = client.ends.pop(0)
     assert (end.code, end.message, end.retry_after_s) == (Overloaded.code, "not in time", 2.5)
     assert not client.ends and node.coordinator.totals.rejected == 1
@@ -38,7 +39,6 @@ async def test_what_flow_control_says_reaches_the_client(monkeypatch: pytest.Mon
 async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request's own SLO goes before the server's; no prediction is asked for without need."""
     node = FakeNode([M], policies=policies(max_num_queued_reqs=7, on_overload="queue"))
-    node.coordinator.dispatch.policies.slo.update(ttft_ms=500.0)  # type: ignore[attr-defined]
     stream, _ = node.connect()
     facts: list[tuple[Any, ...]] = []
 
@@ -51,13 +51,16 @@ async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch)
         node.coordinator.dispatch.dispatcher, "predict_wait_s", lambda waiting, now_s: 0.75
     )
     node.submit(stream, 1, [1] * 9, 1)
+    assert facts.pop(0)[1:] == ((0, 0), 9, None, None), "nothing depends on a prediction"
+    node.coordinator.dispatch.policies.slo.update(ttft_ms=500.0)  # type: ignore[attr-defined]
+    node.coordinator.submit(stream, Submit(4, pack_ids([1]), {}, {}, 0))
     node.coordinator.submit(stream, Submit(2, pack_ids([1]), {}, {"ttft_ms": 2000}, 0))
     node.coordinator.submit(stream, Submit(3, pack_ids([1]), {}, {"tpot_ms": 20}, 0))
     assert all(options == FlowOptions(7, 1 << 22, "queue") for options, *_ in facts)
     assert [tuple(rest) for _, *rest in facts] == [
-        ((0, 0), 9, 0.5, 0.75),
-        ((1, 9), 1, 2.0, 0.75),
-        ((2, 10), 1, 0.5, 0.75),
+        ((1, 9), 1, 0.5, 0.75),
+        ((2, 10), 1, 2.0, 0.75),
+        ((3, 11), 1, 0.5, 0.75),
     ]
 
 
