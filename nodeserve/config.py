@@ -65,7 +65,7 @@ class EngineConfig:
     model: str | None = None  # folder, .gguf file or hub name; None: the embedded demo model
     layout: str | None = None  # None: 1p1d with two devices or more, else 1m
     gpus: str | None = None
-    device: str = "auto"  # auto, cuda, cpu
+    device: str = "auto"  # auto, cuda, cpu, sim
     socket: str | None = None
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
@@ -85,6 +85,9 @@ class EngineConfig:
     load_format: str = (
         "auto"  # auto: the checkpoint's weights; dummy: random ones from a fixed seed
     )
+    # For simulated devices only.
+    profile: str | None = None  # whose passes are timed: a name in policy/profiles.py
+    seed: int = 0  # of the noise on their durations
     # The rest is for GPUs only.
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, pages, activations
     attention_backend: str = "auto"  # auto, flash-attn, torch, triton, reference
@@ -93,12 +96,22 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Simulated:
+    """What a worker without a model is told instead."""
+
+    profile: str
+    seed: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """All that a worker process is told at its start; travels as JSON on its command line."""
 
     index: int
     role: str
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda" or "sim"
     model: str  # resolved path of the checkpoint
     dtype: str  # "bfloat16", "float16" or "float32"
     max_model_len: int
@@ -109,6 +122,7 @@ class WorkerSpec:
     cpus: tuple[int, ...]  # cores to run on; the first is the step loop's
     num_threads: int
     parent_pid: int  # the coordinator's; the worker dies with it
+    door_s: float  # how long a pass may be held for a Departure at most; 0: never
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
     channel: dict[str, int | str]  # the rings and doorbells: what wire.channel's WorkerEnd takes
     load_format: str  # "auto" or "dummy"
@@ -118,6 +132,11 @@ class WorkerSpec:
     attention_backend: str
     handoff: str
     enforce_eager: bool
+    instance: int = 0  # number of the instance that this worker is part of
+    rank: int = 0  # its place there
+    board_fd: int = -1  # inherited descriptor of the memory that the instance's ranks share
+    bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its ranks, in their order
+    simulated: Simulated | None = None  # with device "sim"; only it needs a board and bells
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -125,8 +144,12 @@ class WorkerSpec:
     @staticmethod
     def from_json(text: str) -> "WorkerSpec":
         values = json.loads(text)
-        tuples = {name: tuple(values[name]) for name in ("cpus", "gpus")}
-        return WorkerSpec(**{**values, **tuples})
+        for name in ("cpus", "gpus", "bell_fds"):
+            values[name] = tuple(values[name])
+        if (simulated := values["simulated"]) is not None:
+            eos_token_ids = tuple(simulated["eos_token_ids"])
+            values["simulated"] = Simulated(**{**simulated, "eos_token_ids": eos_token_ids})
+        return WorkerSpec(**values)
 
 
 _SLO_NAMES = {"ttft": "ttft_ms", "tpot": "tpot_ms"}

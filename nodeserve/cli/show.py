@@ -27,6 +27,7 @@ _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _COLUMNS = (  # heading, cell: 80 columns hold all of them
     ("id", "{index}"),
     ("role", "{role}"),
+    ("rank", "{instance}.{rank}"),
     ("gpu", "{gpu}"),
     ("state", "{state}"),
     ("pid", "{pid}"),
@@ -118,12 +119,16 @@ def _duration(seconds: float) -> str:
 
 
 def workers_table(workers: list[dict[str, Any]]) -> "Table":
-    """A row for each worker, with its GPU or its threads."""
+    """A row for each worker, with its GPU or its threads, or its place among several ranks."""
     from rich import box
     from rich.table import Table
 
-    hidden = "threads" if any(worker.get("gpu") is not None for worker in workers) else "gpu"
-    columns = [column for column in _COLUMNS if column[0] != hidden]
+    if any(worker.get("rank") for worker in workers):
+        shown = "rank"
+    else:
+        shown = "gpu" if any(worker.get("gpu") is not None for worker in workers) else "threads"
+    hidden = {"rank", "gpu", "threads"} - {shown}
+    columns = [column for column in _COLUMNS if column[0] not in hidden]
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for heading, _ in columns:
         table.add_column(heading, overflow="fold")

@@ -256,6 +256,10 @@ class Server:
             return
         logger.error("%s", error)
         self.coordinator.lose(link)
+        for mate in self.supervisor.end_instance(link):
+            logger.error("%s", lost(mate, "is ended"))
+            self.receive(mate)
+            self.coordinator.lose(mate)
         alive = [other for other in self.supervisor.links if other.alive]
         covered = any(x.prefills for x in alive) and any(x.decodes for x in alive)
         if not (self.serving and covered):

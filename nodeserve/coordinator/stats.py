@@ -16,6 +16,8 @@ def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
     return {
         "index": link.index,
         "role": link.role.value,
+        "instance": link.instance,
+        "rank": link.rank,
         "pid": link.process.pid if link.process else 0,
         "state": link.state,
         "running": load.num_running,

@@ -55,6 +55,7 @@ from nodeserve.worker.contract import (
     Logprobs,
     Moved,
     Offered,
+    Ran,
     Ticket,
     Transfer,
 )
@@ -99,6 +100,7 @@ class Runner:
         executor: Executor,
         transfer: Transfer,
         clock: Callable[[], float] = time.perf_counter,
+        door_s: float = 0.0,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
@@ -109,6 +111,9 @@ class Runner:
         self._pacer = Pacer()
         self._launched: deque[Launched] = deque()  # not told yet; the first runs, at most one waits
         self._ended_s = 0.0  # when the last step ended
+        self._door_s = door_s
+        self._door_until_s = -math.inf  # the next pass waits until then for who may board it
+        self._departure = 0  # the newest that we received whole
         self._num_received = 0
         self._num_steps = 0
         executor.on_done(link.wake)
@@ -147,10 +152,12 @@ class Runner:
     def _begin(self) -> float:
         """Launch a step if it is time and there is one; else how long to wait for what comes."""
         now_s = self._clock()
-        due_s = self._due_s()
+        due_s = max(self._due_s(), self._door_until_s)
         if now_s < due_s:
             return min(due_s - now_s, IDLE_WAIT_S)
-        batch = self.scheduler.next_batch(ahead=bool(self._launched))
+        batch = self.scheduler.next_batch(
+            ahead=bool(self._launched), idle=self.executor.called(self._departure)
+        )
         if batch is None:
             return IDLE_WAIT_S
         self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
@@ -175,21 +182,27 @@ class Runner:
             self._tell(self._launched.popleft(), self._clock())
 
     def _tell(self, step: Launched, ended_s: float) -> None:
+        sampled = step.flight.result()
         began_s = max(step.launched_s, self._ended_s)
-        seconds = ended_s - began_s
+        self._num_steps += 1
+        ran = sampled.ran or Ran(self._num_steps, began_s, ended_s - began_s)
         self._ended_s = ended_s
         if not step.batch.num_prefill_tokens:
-            self._pacer.ended(step.batch.num_decodes, seconds)
-        sampled = step.flight.result()
+            self._pacer.ended(step.batch.num_decodes, ran.seconds)
         outcome = self.scheduler.commit(step.batch, sampled.token_ids)
+        if self._door_s and self.scheduler.has_prompts:
+            self._door_until_s = ended_s + self._door_s
         kv_ready = self._offer(outcome)
         logprobs = _told(sampled.logprobs, outcome.kept)
-        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, (began_s, seconds)))
+        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, ran))
 
     # ---- messages
 
     def _prefill(self, message: Prefill) -> None:
         now_s = self._clock()
+        if message.departure:
+            self._departure = message.departure
+            self._door_until_s = -math.inf
         for fields in message.prompts:
             prompt = Prompt(*fields)
             self._num_received += 1
@@ -268,10 +281,9 @@ class Runner:
         outcome: Outcome,
         logprobs: list[list[object]] | None,
         kv_ready: list[list[object]],
-        times: tuple[float, float],
+        ran: Ran,
     ) -> StepDone:
-        work, (began_s, seconds) = rank_work(batch), times
-        self._num_steps += 1
+        work = rank_work(batch)
         return StepDone(
             request_ids=pack_request_ids(outcome.request_ids),
             token_ids=pack_ids(outcome.token_ids),
@@ -281,9 +293,9 @@ class Runner:
             started=pack_request_ids(sequence.request_id for sequence in batch.started),
             preempted=pack_request_ids(batch.preempted),
             load=self._load(),
-            step=self._num_steps,
-            began_s=began_s,
-            step_s=seconds,
+            step=ran.number,
+            began_s=ran.began_s,
+            step_s=ran.seconds,
             num_prefill_tokens=work.prefill_tokens,
             attention=work.attention,
             num_decodes=work.num_decodes,

@@ -243,6 +243,9 @@ class Steps:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []
 
+    def called(self, departure: int) -> bool:
+        return False
+
     def launch(self, batch: Batch) -> Computed:
         work = [(one.sequence.request_id, one.start, one.feed) for one in batch.work]
         self.batches.append(work)
