@@ -56,9 +56,10 @@ def build_instances(scenario: Scenario) -> list[Instance]:
             index = len(instances)
             ranks = [Rank(num_ranks + place, index, limits) for place in range(group.shape.ep)]
             num_ranks += len(ranks)
-            random = Random(f"pass {scenario.seed} {index}")
             instances.append(
-                Instance(index, group.role, ranks, profile.cost, scenario.engine, random, noise)
+                Instance(
+                    index, group.role, ranks, profile.cost, scenario.engine, noise, scenario.seed
+                )
             )
     return instances
 
