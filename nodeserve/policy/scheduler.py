@@ -161,6 +161,11 @@ class Scheduler:
             self._running = [one for one in self._running if one.stage is Stage.RUNNING]
         return outcome
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some prompt is not computed whole."""
+        return bool(self._waiting)
+
     def load(self) -> list[int]:
         """The fields of types.Load but the last."""
         return [
