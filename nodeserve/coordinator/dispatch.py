@@ -48,7 +48,7 @@ class Dispatch:
         self._requests = requests
         self._limits = limits
         self._units = [
-            Unit(link.index, link.instance, link.account, link.decodes) for link in links
+            Unit(link.index, link.instance, link.account, link.role is Role.MIXED) for link in links
         ]
         prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
         self.dispatcher = Dispatcher(
