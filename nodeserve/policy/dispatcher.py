@@ -17,11 +17,19 @@ from collections.abc import Sequence
 
 from nodeserve.policy.buffer import Buffer
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.immediate import IMMEDIATE, Immediate
+from nodeserve.policy.immediate import Immediate
 from nodeserve.policy.pass_times import PassTimes
 from nodeserve.policy.prefill_allocation import RoundRobin, WaterFilling, uncached
 from nodeserve.policy.prefill_instance import PrefillInstance
-from nodeserve.policy.units import Decision, Departure, DispatchOptions, PassDone, Unit, Waiting
+from nodeserve.policy.units import (
+    IMMEDIATE,
+    Decision,
+    Departure,
+    DispatchOptions,
+    PassDone,
+    Unit,
+    Waiting,
+)
 from nodeserve.policy.window import Mean, Moment, Window
 
 HISTORY_PASSES = 16  # per instance: what mean pass times are taken over
@@ -38,12 +46,13 @@ class Dispatcher:
         self.options = options
         self.times = PassTimes(HISTORY_PASSES * len(instances))
         self.instances = [
-            PrefillInstance(units[0].instance, units, self.times, options.budget)
+            PrefillInstance(units, self.times, options.budget, options.holds_door)
             for units in instances
         ]
         self.window = Window(_fixed_s(options), options.window_k)
         self.falling_back = False
         self._by_number = {instance.number: instance for instance in self.instances}
+        self._by_unit = {unit.index: one for one in self.instances for unit in one.units}
         self._buffer = Buffer()
         self._immediate = Immediate(options)
         self._feedback = Mean()  # end of a pass to our knowing it, seconds
@@ -71,11 +80,11 @@ class Dispatcher:
         """Take a request out, wherever it stands; False if it does not wait here."""
         return self._buffer.remove(request_id) is not None
 
-    def on_pass(self, unit: Unit, done: PassDone, now_s: float) -> None:
-        """A rank's pass ended; its account has the report."""
-        instance = self._by_number[unit.instance]
+    def on_pass(self, index: int, done: PassDone, now_s: float) -> None:
+        """The unit with this index ended a pass; its account has the report."""
+        instance = self._by_unit[index]
         was_suspect = instance.suspect
-        works = instance.on_pass(unit, done, now_s)
+        works = instance.on_pass(index, done, now_s)
         if works is None:
             return
         self._heard_s = now_s
@@ -132,13 +141,13 @@ class Dispatcher:
         Requests before it board as whole passes that come in turn, then its own passes run. Meant
         low rather than high: what shares its passes is not counted.
         """
-        alive = [one for one in self.instances if one.takes_part]
+        alive = self._alive()
         if not alive or self.times.mean_s is None:
             return None
         budget, num_units = self.options.budget, len(alive[0].units)
         full_s = self.times.predict_s([_work_of(budget)] * num_units) or 0.0
         batches = self._buffer.tokens_ahead(waiting) // (budget * num_units)
-        opens_s = min(one.opens_s(self._dispatch.value, now_s) for one in alive)
+        opens_s = min(one.opens_s(now_s) for one in alive)
         if not math.isfinite(opens_s):
             opens_s = now_s + self.times.mean_s / len(alive)
         own, rest = divmod(waiting.num_tokens, budget)
@@ -150,57 +159,48 @@ class Dispatcher:
         departures: list[Departure] = []
         wake_s = math.inf
         tried: set[int] = set()
-        while self._buffer:
-            open_now, opens_s = self._open(now_s, tried)
-            wake_s = opens_s
-            if not open_now:
+        while open_now := [one for one in self._alive() if one.is_open and one.number not in tried]:
+            waits = [one for one in open_now if one.at_door]
+            if not waits and not self._buffer:
                 break
-            going_on = [one for one in open_now if not one.empty and one.goes_on]
-            instance = min(going_on or open_now, key=lambda one: (not one.empty, one.departed_s))
-            if not going_on:
+            # Of those that are empty whoever left longest ago: that keeps the rotation.
+            instance = min(
+                waits or open_now, key=lambda one: (one.outstanding_tokens, one.departed_s)
+            )
+            if not waits:
                 leaves_s = self.window.leaves_s(self._moment(instance, now_s))
                 if leaves_s > now_s:
-                    wake_s = min(wake_s, leaves_s)
+                    wake_s = leaves_s
                     break
             tried.add(instance.number)
             if departure := self._depart(instance, now_s):
                 departures.append(departure)
         return departures, wake_s
 
-    def _open(self, now_s: float, tried: set[int]) -> tuple[list[PrefillInstance], float]:
-        """Instances that may be boarded now, and when the next one may be."""
-        found, next_s = [], math.inf
-        for instance in self.instances:
-            if not instance.takes_part or instance.number in tried:
-                continue
-            opens_s = instance.opens_s(self._dispatch.value, now_s)
-            if opens_s <= now_s:
-                found.append(instance)
-            else:
-                next_s = min(next_s, opens_s)
-        return found, next_s
+    def _alive(self) -> list[PrefillInstance]:
+        return [one for one in self.instances if one.takes_part]
 
     def _moment(self, leaving: PrefillInstance, now_s: float) -> Moment:
-        others = [one for one in self.instances if one.takes_part and one is not leaving]
-        dispatch_s = self._dispatch.value
+        others = [one for one in self._alive() if one is not leaving]
         return Moment(
             now_s=now_s,
             num_waiting=len(self._buffer),
             oldest_arrival_s=self._buffer.oldest_arrival_s(),
             is_full=self._buffer.num_tokens >= self.options.budget * len(leaving.units),
-            free_s=sorted(one.opens_s(dispatch_s, now_s) for one in others),
+            free_s=sorted(one.opens_s(now_s) for one in others),
         )
 
     def _depart(self, instance: PrefillInstance, now_s: float) -> Departure | None:
         was_empty = instance.empty
         boarded = self._board(instance)
-        if not boarded:
+        if not boarded and not instance.at_door:
             return None
         for waiting, unit in boarded:
             instance.boarded(unit, uncached(waiting, unit))
         instance.depart(now_s, self._dispatch.value)
-        self.window.departed(now_s)
-        self._buffer.departed()
+        if boarded:
+            self.window.departed(now_s)
+            self._buffer.departed()
         if was_empty:
             self._awaited[instance.number] = now_s
             self._heard_s = max(self._heard_s, now_s)
@@ -261,6 +261,9 @@ class Dispatcher:
             unit.account.send(waiting.num_tokens, waiting.num_blocks)
             self._by_number[unit.instance].boarded(unit.index, uncached(waiting, unit.index))
             boarded.setdefault(unit.instance, []).append((waiting, unit.index))
+        for one in alive:
+            if one.at_door:
+                boarded.setdefault(one.number, [])
         for number in boarded:
             self._by_number[number].depart(now_s, self._dispatch.value)
         return [Departure(number, batch) for number, batch in boarded.items()]

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.policy.units import DispatchOptions, Unit
 
-IMMEDIATE = ("round-robin", "fewest-requests", "shortest-queue")
-
 
 class Immediate:
     """A request goes to a unit's queue at once, whatever runs there. O(units)."""

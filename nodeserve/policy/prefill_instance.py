@@ -1,7 +1,12 @@
 """One prefill instance as dispatch sees it: is a pass running, when does it end, who is late.
 
-    empty --departure--> running --all ranks report--> empty, or running again (tokens are left)
-    running --deadline--> suspect --any word from it--> running, with twice the time, or empty
+    empty --departure--> running --all ranks report--> empty, or at the door (prompts are left)
+    at the door --departure, with or without passengers--> running
+    running --deadline--> suspect --any word from it--> at the door with twice the time, or empty
+
+At the door the next pass waits for who may board it: it starts anyway, so a place that stays empty
+is lost. That costs the way to the coordinator and back; boarding ahead of a predicted end instead
+binds early, or misses the pass and waits for all of it (bench/LOG.md has the numbers).
 
 A suspect gets no departures and is not counted among the instances. What a report would have said
 and did not is in the next one, or in the answer to a probe; nothing here waits for a message that
@@ -15,7 +20,6 @@ from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.policy.pass_times import PassTimes
 from nodeserve.policy.prefill_queue import PrefillQueue
 from nodeserve.policy.units import PassDone, Unit
-from nodeserve.policy.window import Mean
 
 DEADLINE_PASSES = 3.0  # a pass that takes so many times its prediction is suspect
 MIN_DEADLINE_S = 1.0
@@ -27,18 +31,21 @@ MAX_PROBE_EVERY_S = 5.0
 class PrefillInstance:
     """Its units, the pass that runs, and what is known of the next one."""
 
-    def __init__(self, number: int, units: Sequence[Unit], times: PassTimes, budget: int) -> None:
-        self.number = number
+    def __init__(
+        self, units: Sequence[Unit], times: PassTimes, budget: int, holds_door: bool
+    ) -> None:
+        self.number = units[0].instance
         self.units = list(units)
         self.lost = False
         self.suspect = False
         self.departed_s = -math.inf
         self.ends_s = math.inf  # of the running pass, predicted
-        self.error = Mean()  # of predicted ends, seconds
+        self.at_door = False  # a pass ended with prompts left: the next one waits for a Departure
         self.turn = 0  # of round-robin allocation
         self.probe_s = math.inf  # when to ask next
         self._times = times
         self._budget = budget
+        self._holds_door = holds_door
         self._queues = {unit.index: PrefillQueue() for unit in units}
         self._running: dict[int, int] = {}  # tokens by unit; none: no pass runs
         self._patience = 1.0
@@ -54,27 +61,28 @@ class PrefillInstance:
     @property
     def empty(self) -> bool:
         """No prompt token is outstanding: no pass runs, or only decodes in it."""
-        return not any(unit.account.outstanding_tokens for unit in self.units)
+        return not self.outstanding_tokens
 
     @property
-    def goes_on(self) -> bool:
-        """A pass follows the running one whether anybody boards or not."""
-        return any(unit.account.outstanding_tokens > self._taken(unit) for unit in self.units)
+    def outstanding_tokens(self) -> int:
+        return sum(unit.account.outstanding_tokens for unit in self.units)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be boarded now.
+
+        Instances that hold the door can be boarded when no pass runs. A mixed one cannot wait, its
+        decodes go on: what boards it joins the next step, which is never far.
+        """
+        return not self._holds_door or not self._running
 
     def rooms(self) -> dict[int, int]:
         """By unit index, prompt tokens that still fit the pass that begins next."""
         return {unit.index: self._room(unit) for unit in self.units}
 
-    def opens_s(self, dispatch_s: float, now_s: float) -> float:
-        """When to board the next pass: at once if no pass runs, else just before the end.
-
-        A batch takes `dispatch_s` to arrive. If a pass follows anyway and is missed, the batch
-        waits for the one after it, so then it leaves earlier by what predictions are off.
-        """
-        if self.empty:
-            return now_s
-        margin_s = 2.0 * self.error.value if self.goes_on else 0.0
-        return self.ends_s - dispatch_s - margin_s
+    def opens_s(self, now_s: float) -> float:
+        """When it can be boarded next, as far as can be told."""
+        return now_s if self.is_open else max(now_s, self.ends_s)
 
     def boarded(self, unit: int, num_tokens: int) -> None:
         self._queues[unit].send(num_tokens)
@@ -82,24 +90,22 @@ class PrefillInstance:
     def depart(self, now_s: float, dispatch_s: float) -> None:
         """What was boarded is on its way."""
         self.departed_s = now_s
+        self.at_door = False
         if not self._running:
             self._begin(now_s + dispatch_s, now_s)
 
-    def on_pass(self, unit: Unit, done: PassDone, now_s: float) -> list[RankWork] | None:
+    def on_pass(self, index: int, done: PassDone, now_s: float) -> list[RankWork] | None:
         """A rank's report; the work of all ranks once the last one of the pass has reported."""
         self.heard(now_s)
         if done.step != self._step:
             self._step, self._reports = done.step, {}
-        self._reports[unit.index] = done
-        self._decoding[unit.index] = done.work._replace(prefill_tokens=0, attention=0.0)
+        self._reports[index] = done
+        self._decoding[index] = done.work._replace(prefill_tokens=0, attention=0.0)
         if len(self._reports) < len(self.units):
             return None
         works = [self._reports[one.index].work for one in self.units]
-        ended_s = done.began_s + done.seconds
-        if math.isfinite(self.ends_s):
-            self.error.add(abs(ended_s - self.ends_s))
         self._patience = 1.0
-        self._follow(ended_s, now_s)
+        self._follow(done.began_s + done.seconds, now_s)
         return works
 
     def heard(self, now_s: float) -> None:
@@ -160,7 +166,11 @@ class PrefillInstance:
 
     def _follow(self, ended_s: float, now_s: float) -> None:
         self._end()
-        if not self.empty:
+        if self.empty:
+            return
+        if self._holds_door:
+            self.at_door = True
+        else:
             self._begin(ended_s, now_s)
 
     def _begin(self, began_s: float, now_s: float) -> None:
@@ -177,4 +187,5 @@ class PrefillInstance:
 
     def _end(self) -> None:
         self._running = {}
+        self.at_door = False
         self.ends_s = self.probe_s = math.inf

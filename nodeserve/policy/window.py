@@ -20,7 +20,10 @@ since then the others can go on at the distance that it keeps. With equal pass t
 d seconds costs n * d, and saves rate * d requests about the wait for the next instance, so holding
 pays no more once
 
-    n >= 2 * k * rate * max over j of u_j / j                                           (3)
+    n >= c * k * rate * max over j of u_j / j                                           (3)
+
+Below 1, c gives up some spacing for not holding at loads where holding hardly pays; 0.7 measured
+best (bench/LOG.md).
 
 A full batch leaves at once, and so does one whose oldest request has waited MAX_AGE_PASSES passes.
 """
@@ -32,6 +35,7 @@ MAX_AGE_PASSES = 2.0  # no timer holds an older request
 ALPHA = 0.1  # weight of the latest sample in moving means
 RATE_PASSES = 8.0  # the arrival rate is that of the last so many mean passes
 MIN_RATE_SPAN_S = 0.5
+ENOUGH = 0.7  # c of formula (3)
 
 
 @dataclass(slots=True)
@@ -122,7 +126,7 @@ class Window:
             return now_s
         if self._fixed_s is not None:
             return math.inf
-        if moment.num_waiting >= 2.0 * self.rate.per_s(now_s, self._span_s) * apart_s:
+        if moment.num_waiting >= ENOUGH * self.rate.per_s(now_s, self._span_s) * apart_s:
             return now_s
         since_s = now_s - self._last_s
         # Waiting brings the last departure further away and the next instances closer.
