@@ -122,7 +122,8 @@ class DecodeAllocator:
 
         `all_or_none`: None, and nothing changed, if there is such a one.
         """
-        seats = {unit.index: self._seat(unit) for unit in units}
+        share = self.growth_share
+        seats = {unit.index: self._seat(unit, share) for unit in units}
         round_ = self._open(seats.values())
         smallest = min(unit.account.num_blocks for unit in units)
         found: dict[int, Unit] = {}
@@ -155,13 +156,12 @@ class DecodeAllocator:
         kept = [unit for unit in possible if (one.request_id, unit.index) == self._kept]
         return max(kept or possible, key=lambda unit: unit.account.free_blocks, default=None)
 
-    def _seat(self, unit: Unit) -> Seat:
+    def _seat(self, unit: Unit, growth_share: float) -> Seat:
         account, index = unit.account, unit.index
         used = account.num_blocks - account.free_blocks
         grown = used - self._placed_blocks.get(index, 0)
-        expected = self.growth_share * self._growth_blocks.get(index, 0) - max(0, grown)
-        turn = self._turns.get(index, 0)
-        return Seat(unit, turn, account.num_sequences, account.free_blocks, expected)
+        expected = growth_share * self._growth_blocks.get(index, 0) - max(0, grown)
+        return Seat(unit, self._turns.get(index, 0), expected)
 
     def _open(self, seats: Iterable[Seat]) -> Round:
         key, masks = self._order()
