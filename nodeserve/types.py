@@ -208,11 +208,11 @@ class Load(NamedTuple):
     requests is in no other number here, all before it is.
     """
 
-    num_running: int  # sequences that decode
+    num_running: int  # sequences that decode, or whose pages are on their way here
     num_waiting: int  # sequences whose prefill has not finished
     num_pinned: int  # prefilled, waiting to be pulled
     num_free_blocks: int  # less those that waiting sequences will take
-    waiting_tokens: int  # prompt tokens not yet computed
+    waiting_tokens: int  # prompt tokens not computed in a step that has ended
     num_received: int  # prompts and pulls since it started
 
 

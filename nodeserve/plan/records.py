@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nodeserve.policy.cost import RankWork
+from nodeserve.policy.flow import FlowOptions
+from nodeserve.policy.profiles import Profile
 from nodeserve.policy.units import DispatchOptions
 from nodeserve.types import Timings
 
@@ -38,12 +40,15 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A node to simulate."""
+    """A node to simulate. The budget and the number of sequences in `dispatch` are also those of
+    its ranks, whatever the profile suggests."""
 
     layout: str
-    profile: str
+    profile: str | Profile
     dispatch: DispatchOptions = field(default_factory=DispatchOptions)
     decode_allocation: str = "cost"
+    flow: FlowOptions | None = None  # None: whatever comes is taken
+    block_size: int = 16  # tokens
     seed: int = 0
     noise: float | None = None  # standard deviation of a pass's factor; None: the profile's
     transit_s: float = 0.0025  # one way, coordinator to worker and back

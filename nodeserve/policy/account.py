@@ -13,6 +13,7 @@ class Account:
     """One worker's tokens, blocks and sequences; every number follows from the two above."""
 
     def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self.load = Load(0, 0, 0, num_blocks, 0, 0)
         self.outstanding_tokens = 0  # of prompts, sent and not computed in a step that ended
         self.free_blocks = num_blocks  # nobody waits for these; negative: promised too many

@@ -13,6 +13,11 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def watermark(num_blocks: int) -> int:
+    """Blocks of a pool of `num_blocks` that newcomers leave to sequences that decode already."""
+    return max(1, num_blocks // 100)
+
+
 class BlockAllocator:
     """Free list over block ids 0 to num_blocks - 1."""
 

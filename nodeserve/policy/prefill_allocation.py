@@ -1,11 +1,118 @@
-"""Which instance prefills the next waiting request.
+"""Who of an instance's units prefills which request of a departure.
 
-Late binding: a request leaves the buffer only for an instance that can start it soon, so the choice
-is made with the freshest loads and a cancelled request costs no worker anything.
+Water-filling: each request goes to the unit with the most room left in the pass that comes, so that
+the lowest level rises first and no rank of the instance is waited for more than it must. A prompt
+longer than the room makes the level negative: the unit owes the next passes. What counts is what
+has to be computed: tokens that a unit has in its prefix cache are taken off there.
 """
 
-from collections.abc import Iterable
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from nodeserve.policy.units import Unit, Waiting
+
+STICKINESS = 0.25  # of a budget: how much fuller a unit may become for the longest cached prefix
+
+
+class WaterFilling:
+    """Levels of one instance's units during one departure. O(log units) per request."""
+
+    def __init__(self, units: Sequence[Unit], rooms: Mapping[int, int], budget: int) -> None:
+        """`rooms` has, by unit index, the tokens that still fit the pass that comes; only units in
+        it may get something."""
+        self._units = {unit.index: unit for unit in units}
+        self._rooms = dict(rooms)
+        self._slack = int(STICKINESS * budget)
+        self._heap = [self._entry(index) for index in rooms]
+        heapq.heapify(self._heap)
+
+    @property
+    def full(self) -> bool:
+        """No unit has room for a single token more."""
+        entry = self._top()
+        return entry is None or -entry[0] <= 0
+
+    def pick(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+        """The unit for a request, its level raised and its account booked; None if it fits none."""
+        if waiting.hits:
+            picked = self._pick_cached(waiting, max_num_seqs)
+        else:
+            picked = self._pick_emptiest(waiting, max_num_seqs)
+        if picked is not None:
+            self._units[picked].account.send(waiting.num_tokens, waiting.num_blocks)
+            self._rooms[picked] -= uncached(waiting, picked)
+            heapq.heappush(self._heap, self._entry(picked))
+        return picked
+
+    def _pick_emptiest(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+        skipped, picked = [], None
+        while (entry := self._top()) is not None and -entry[0] > 0:
+            if fits(self._units[entry[2]], waiting, max_num_seqs):
+                picked = entry[2]
+                break
+            skipped.append(heapq.heappop(self._heap))
+        for entry in skipped:
+            heapq.heappush(self._heap, entry)
+        return picked
+
+    def _pick_cached(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+        """As above with the levels as they would become, and a preference for the longest hit."""
+        levels = {
+            index: room - uncached(waiting, index)
+            for index, room in self._rooms.items()
+            if room > 0 and fits(self._units[index], waiting, max_num_seqs)
+        }
+        if not levels:
+            return None
+        best = max(levels, key=lambda index: (levels[index], -index))
+        cached = max(levels, key=lambda index: (waiting.hits.get(index, 0), levels[index], -index))
+        return cached if levels[cached] >= levels[best] - self._slack else best
+
+    def _entry(self, index: int) -> tuple[int, int, int]:
+        return (-self._rooms[index], -self._units[index].account.free_blocks, index)
+
+    def _top(self) -> tuple[int, int, int] | None:
+        heap = self._heap
+        while heap and -heap[0][0] != self._rooms[heap[0][2]]:
+            heapq.heappop(heap)  # an entry from before its level rose
+        return heap[0] if heap else None
+
+
+class RoundRobin:
+    """The same interface, blind to levels: one after the other, as far as there is any room."""
+
+    def __init__(self, units: Sequence[Unit], rooms: Mapping[int, int], first: int) -> None:
+        self._units = [unit for unit in units if unit.index in rooms]
+        self._rooms = dict(rooms)
+        self.next = first  # where the next departure of this instance goes on
+
+    @property
+    def full(self) -> bool:
+        return all(room <= 0 for room in self._rooms.values())
+
+    def pick(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+        for offset in range(len(self._units)):
+            unit = self._units[(self.next + offset) % len(self._units)]
+            if self._rooms[unit.index] > 0 and fits(unit, waiting, max_num_seqs):
+                self.next += offset + 1
+                self._rooms[unit.index] -= waiting.num_tokens
+                unit.account.send(waiting.num_tokens, waiting.num_blocks)
+                return unit.index
+        return None
+
+
+def uncached(waiting: Waiting, index: int) -> int:
+    """Prompt tokens that this unit would have to compute: the last one is computed in any case."""
+    return max(1, waiting.num_tokens - waiting.hits.get(index, 0))
+
+
+def fits(unit: Unit, waiting: Waiting, max_num_seqs: int) -> bool:
+    """A unit that holds nothing takes whatever comes: what can never fit is refused there."""
+    account = unit.account
+    if not account.num_sequences:
+        return True
+    return account.free_blocks >= waiting.num_blocks and account.num_sequences < max_num_seqs
 
 
 @dataclass(slots=True)

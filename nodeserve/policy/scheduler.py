@@ -34,7 +34,7 @@ from collections import Counter, deque
 from operator import attrgetter
 
 from nodeserve.policy.batching import Batch, Limits, Outcome, Sequence, Stage, Work
-from nodeserve.policy.blocks import BlockAllocator, blocks_for
+from nodeserve.policy.blocks import BlockAllocator, blocks_for, watermark
 
 _BY_ARRIVAL = attrgetter("arrival")
 
@@ -159,13 +159,13 @@ class Scheduler:
         return outcome
 
     def load(self) -> list[int]:
-        """The fields of wire.messages.Load but the last."""
+        """The fields of types.Load but the last."""
         return [
-            len(self._running),
+            len(self._running) + self._num_pulling,
             len(self._waiting),
             self._num_pinned,
             self.blocks.num_free - self._spoken_for,
-            self._waiting_tokens,
+            self._waiting_tokens + sum(batch.num_prefill_tokens for batch in self._launched),
         ]
 
     # ---- planning
@@ -274,7 +274,7 @@ class Scheduler:
         head = self._waiting[0] if self._waiting else None
         joins = bool(head and not head.handoff and head.num_computed == len(head.token_ids))
         grows = joins or bool(self._running or self._num_pulling)
-        return max(1, self.limits.num_blocks // 100) if grows else 0
+        return watermark(self.limits.num_blocks) if grows else 0
 
     def _num_free_slots(self) -> int:
         """Sequences that may still come to decode here."""

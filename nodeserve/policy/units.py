@@ -44,7 +44,11 @@ class PassDone(NamedTuple):
 
 
 class Departure(NamedTuple):
-    """A batch for one instance: each request and the index of its unit, in the order to send."""
+    """A batch for one instance: each request and the index of its unit, in the order to send.
+
+    Every unit is told, also with nothing for it: an instance with prompts left from the last pass
+    waits for that before it begins the next, so an empty batch means to go on.
+    """
 
     instance: int
     boarded: list[tuple[Waiting, int]]
@@ -59,7 +63,8 @@ class Decision(NamedTuple):
     wake_s: float | None
 
 
-ADMISSIONS = ("round-robin", "fewest-requests", "shortest-queue", "pull", "staggered")
+IMMEDIATE = ("round-robin", "fewest-requests", "shortest-queue")  # dispatch on arrival
+ADMISSIONS = (*IMMEDIATE, "pull", "staggered")
 DECODE_ALLOCATIONS = ("round-robin", "fewest-requests", "iqr", "cost")
 
 
@@ -74,3 +79,8 @@ class DispatchOptions:
     budget: int = 8192  # prompt tokens that one unit computes in one pass
     max_num_seqs: int = 256  # per unit
     max_parked_share: float = 0.5  # of prefill memory pinned by prefilled requests: pause above it
+
+    @property
+    def holds_door(self) -> bool:
+        """Whether a prefill worker with prompts left waits at the end of a pass for a Departure."""
+        return self.admission not in IMMEDIATE

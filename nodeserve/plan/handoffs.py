@@ -1,0 +1,164 @@
+"""From prefill to decode in a simulation: parked requests, pulls over a link, releases.
+
+The steps and messages are those of the live coordinator and worker; a pull takes the pages' bytes
+over the profile's rate, one after the other on the puller's link.
+"""
+
+from collections.abc import Callable, Sequence
+
+from nodeserve.plan.clock import Clock
+from nodeserve.plan.instances import Instance, Rank
+from nodeserve.plan.lives import Life
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.decode_allocation import DecodeAllocator
+from nodeserve.policy.lifecycle import Event
+from nodeserve.policy.profiles import Profile
+from nodeserve.types import Load
+
+ROUND = 256  # requests that are placed together; more are tried while there is room
+
+
+class Handoffs:
+    """Owns the parked requests. `touched` is told of instances that may have work, `changed` of
+    news for the dispatcher, `put_back` of requests whose pages are gone."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        instances: Sequence[Instance],
+        allocator: DecodeAllocator,
+        profile: Profile,
+        block_size: int,
+        transit_s: float,
+    ) -> None:
+        self.touched: Callable[[Instance], None] = lambda instance: None
+        self.changed: Callable[[], None] = lambda: None
+        self.put_back: Callable[[Life], None] = lambda life: None
+        self.allocator = allocator
+        self.parked: dict[int, Life] = {}
+        self._clock = clock
+        self._instances = instances
+        self._ranks = [rank for instance in instances for rank in instance.ranks]
+        self._profile = profile
+        self._block_size = block_size
+        self._transit_s = transit_s
+        self._news = False  # since the last round
+
+    def park(self, life: Life) -> None:
+        """Its pages are ready at `life.source`."""
+        life.parked_s = self._clock.now_s
+        self.parked[life.request_id] = life
+        self._news = True
+
+    def room_changed(self) -> None:
+        """A decoding rank reported."""
+        self._news = True
+
+    def place(self) -> None:
+        """Start pulls of what finds room, highest priority first, then the earliest."""
+        if not self._news:
+            return
+        self._news = False
+        line = sorted(
+            self.parked.values(), key=lambda life: (-life.arrival.priority, life.request_id)
+        )
+        units = [
+            rank.unit
+            for instance in self._instances
+            if instance.decodes and not instance.lost
+            for rank in instance.ranks
+        ]
+        for first in range(0, len(line), ROUND):
+            ready = [life.ready(self._block_size) for life in line[first : first + ROUND]]
+            full = False
+            for one, unit in self.allocator.place(ready, units):
+                if unit is None:
+                    full = True
+                else:
+                    self._pull(self.parked.pop(one.request_id), self._ranks[unit])
+            if full:
+                return
+
+    def lose(self, instance: Instance) -> None:
+        """An instance that prefilled or decoded is gone: so are the pages that it held."""
+        for life in list(self.parked.values()):
+            if self._instances[self._ranks[life.source].unit.instance] is instance:
+                del self.parked[life.request_id]
+                life.on(Event.WORKER_LOST)
+                self.put_back(life)
+        self._news = True
+
+    def again(self, life: Life) -> None:
+        """A pull did not happen: the pages still wait at their source, if that lives."""
+        self.allocator.forget(life.request_id)
+        life.on(Event.KV_REFUSED)
+        life.holder = life.source
+        if self._instance_of(self._ranks[life.source]).lost:
+            life.on(Event.WORKER_LOST)
+            self.put_back(life)
+        else:
+            self.park(life)
+
+    def _instance_of(self, rank: Rank) -> Instance:
+        return self._instances[rank.unit.instance]
+
+    def _pull(self, life: Life, rank: Rank) -> None:
+        life.handoff_wait_s += self._clock.now_s - life.parked_s
+        life.holder = rank.unit.index
+        life.on(Event.PULLING)
+        self._clock.after(self._transit_s, self._pull_arrives, (life, rank))
+
+    def _pull_arrives(self, told: tuple[Life, Rank]) -> None:
+        life, rank = told
+        now_s = self._clock.now_s
+        if not self._instance_of(rank).alive:
+            return
+        if not rank.begin_pull(life.tokens(now_s, handoff=False)):
+            self._clock.after(self._transit_s, self._refused, (life, rank, rank.load()))
+            return
+        num_blocks = blocks_for(life.num_tokens - 1, self._block_size)
+        num_bytes = num_blocks * self._block_size * self._profile.kv_bytes_per_token
+        landed_s = rank.link_for(now_s, num_bytes / self._profile.handoff_bytes_per_s)
+        self._clock.at(landed_s, self._landed, (life, rank, num_bytes, landed_s - now_s))
+
+    def _landed(self, told: tuple[Life, Rank, int, float]) -> None:
+        life, rank, _, _ = told
+        if self._instance_of(rank).alive:
+            rank.scheduler.finish_pull(life.request_id)
+            self.touched(self._instance_of(rank))
+            self._clock.after(self._transit_s, self._pulled, told)
+
+    def _refused(self, told: tuple[Life, Rank, Load]) -> None:
+        life, rank, load = told
+        if not self._instance_of(rank).lost:
+            rank.unit.account.report(load)
+            rank.unit.account.refused = True
+            self.again(life)
+            self.changed()
+
+    def _pulled(self, told: tuple[Life, Rank, int, float]) -> None:
+        life, rank, num_bytes, seconds = told
+        if self._instance_of(rank).lost:
+            return
+        life.on(Event.KV_PULLED)
+        life.decode_worker = rank.unit.index
+        life.handoff_s += seconds
+        life.handoff_bytes += num_bytes
+        self._clock.after(
+            self._transit_s, self._release, (life.request_id, self._ranks[life.source])
+        )
+        life.source = -1
+
+    def _release(self, told: tuple[int, Rank]) -> None:
+        request_id, rank = told
+        instance = self._instance_of(rank)
+        if instance.alive:
+            rank.scheduler.release(request_id)
+            self.touched(instance)
+            self._clock.after(self._transit_s, self._dropped, (rank, rank.load()))
+
+    def _dropped(self, told: tuple[Rank, Load]) -> None:
+        rank, load = told
+        if not self._instance_of(rank).lost:
+            rank.unit.account.report(load)
+            self.changed()

@@ -1,0 +1,191 @@
+"""Simulated instances: what workers and devices do, in virtual time.
+
+Each DP rank has a real `Scheduler` over real blocks, so chunks, preemptions and memory are those of
+a live worker. The ranks of an instance run their passes together: all plan when a pass starts, it
+lasts what the cost model says of the work of all, all commit when it ends. A rank without work
+takes part idle. A pass cannot be interrupted; what arrives meanwhile waits for the next one.
+"""
+
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
+
+from nodeserve.plan.records import Engine, Pass
+from nodeserve.policy.account import Account
+from nodeserve.policy.batching import Batch, Limits
+from nodeserve.policy.batching import Sequence as Tokens
+from nodeserve.policy.cost import IDLE, RankWork, StepCost, rank_work
+from nodeserve.policy.scheduler import Scheduler
+from nodeserve.policy.units import Unit
+from nodeserve.types import Load, Role
+
+LEAST_FACTOR = 0.5  # of a pass's expected time, however noisy
+
+
+class RankDone(NamedTuple):
+    """What one rank tells of a pass: StepDone without its tokens."""
+
+    load: Load
+    started: list[Tokens]  # those whose first chunk ran
+    prefilled: list[int]  # request ids that got their first token and go on
+    finished: list[int]
+    preempted: list[tuple[int, int]]  # request id, tokens it has by now
+
+
+class InstanceDone(NamedTuple):
+    """What all ranks of an instance tell of a pass."""
+
+    step: int
+    began_s: float
+    seconds: float
+    works: tuple[RankWork, ...]
+    ranks: list[RankDone]
+
+
+class Rank:
+    """One worker: its blocks and sequences, and the link over which it pulls pages."""
+
+    def __init__(self, index: int, instance: int, limits: Limits) -> None:
+        self.unit = Unit(index, instance, Account(limits.num_blocks))
+        self.scheduler = Scheduler(limits)
+        self.held: dict[int, Tokens] = {}  # of requests that may still get tokens here
+        self.link_free_s = 0.0
+        self._num_received = 0
+
+    def load(self) -> Load:
+        return Load._make([*self.scheduler.load(), self._num_received])
+
+    def submit(self, sequence: Tokens) -> None:
+        """A prompt arrived."""
+        self._num_received += 1
+        self.held[sequence.request_id] = sequence
+        self.scheduler.submit(sequence)
+
+    def begin_pull(self, sequence: Tokens) -> bool:
+        """A pull arrived; False: no room for its pages."""
+        self._num_received += 1
+        if not self.scheduler.begin_pull(sequence):
+            return False
+        self.held[sequence.request_id] = sequence
+        return True
+
+    def link_for(self, now_s: float, seconds: float) -> float:
+        """Copy pages for so long, one request after the other; when they are here."""
+        self.link_free_s = max(now_s, self.link_free_s) + seconds
+        return self.link_free_s
+
+    def finish(self, batch: Batch | None) -> RankDone:
+        """Commit a pass that is over; None: the rank took part idle."""
+        if batch is None:
+            return RankDone(self.load(), [], [], [], [])
+        held = self.held
+        preempted = [(gone, len(held.pop(gone).token_ids)) for gone in batch.preempted]
+        num_sampled = batch.num_decodes + sum(
+            work.samples for work in batch.work[batch.num_decodes :]
+        )
+        outcome = self.scheduler.commit(batch, [0] * num_sampled)
+        prefilled, finished = [], []
+        if any(outcome.finish):
+            finished = [
+                request_id
+                for request_id, finish in zip(outcome.request_ids, outcome.finish, strict=True)
+                if finish
+            ]
+            for request_id in finished:
+                del held[request_id]
+        for sequence, _, _, samples, _ in batch.work[batch.num_decodes :]:
+            if samples and sequence.request_id in held:
+                prefilled.append(sequence.request_id)
+        for request_id, _ in outcome.kv_ready:
+            del held[request_id]
+        return RankDone(self.load(), batch.started, prefilled, finished, preempted)
+
+
+class Instance:
+    """Ranks in lockstep."""
+
+    def __init__(
+        self,
+        index: int,
+        role: Role,
+        ranks: Sequence[Rank],
+        cost: StepCost,
+        engine: Engine,
+        random: Random,
+        noise: float,
+    ) -> None:
+        self.index = index
+        self.role = role
+        self.ranks = list(ranks)
+        self.alive = True
+        self.lost = False  # declared dead
+        self.passes: list[Pass] = []
+        self._cost = cost
+        self._engine = engine
+        self._random = random
+        self._noise = noise
+        self._running: list[Batch | None] | None = None
+        self._works: tuple[RankWork, ...] = ()
+        self._began_s = 0.0
+        self._ends_s = 0.0
+        self._flush_s: float | None = None  # when a delayed pass starts at the latest
+        self.door_s = 0.0  # how long the next pass waits at most for who may board it
+        self._door_until_s = -math.inf
+
+    @property
+    def prefills(self) -> bool:
+        return self.role is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self.role is not Role.PREFILL
+
+    def begin(self, now_s: float) -> tuple[float, bool] | None:
+        """Start a pass if one can start: when it ends, and True; or when to look again, and False;
+        None: nothing to do, or a pass runs."""
+        if self._running is not None or not self.alive:
+            return None
+        if self._engine.delay_passes and (flush_s := self._delayed_until(now_s)) > now_s:
+            return flush_s, False
+        if now_s < self._door_until_s:
+            return self._door_until_s, False
+        batches = [rank.scheduler.next_batch() for rank in self.ranks]
+        if not any(batches):
+            return None
+        self._works = tuple(rank_work(batch) if batch else IDLE for batch in batches)
+        factor = 1.0
+        if self._noise:
+            factor = max(LEAST_FACTOR, self._random.gauss(1.0, self._noise))
+        seconds = self._cost.pass_s(self._works) * factor
+        gap_s = now_s - self._ends_s if self.passes else 0.0
+        self.passes.append(Pass(self.index, now_s, seconds, gap_s, self._works))
+        self._running, self._began_s, self._ends_s = batches, now_s, now_s + seconds
+        self._flush_s = None
+        return self._ends_s, True
+
+    def end(self) -> InstanceDone:
+        """The pass is over."""
+        assert self._running is not None
+        batches, self._running = self._running, None
+        ranks = [rank.finish(batch) for rank, batch in zip(self.ranks, batches, strict=True)]
+        seconds = self._ends_s - self._began_s
+        if self.door_s and any(rank.scheduler.load()[1] for rank in self.ranks):
+            self._door_until_s = self._ends_s + self.door_s
+        return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+
+    def close_door(self) -> None:
+        """Who may board is here."""
+        self._door_until_s = -math.inf
+
+    def _delayed_until(self, now_s: float) -> float:
+        """An engine that holds a prefill pass back while only some of its ranks have work."""
+        loads = [rank.scheduler.load() for rank in self.ranks]
+        num_prefilling = sum(waiting > 0 for _, waiting, *_ in loads)
+        decodes = any(running for running, *_ in loads)
+        if decodes or num_prefilling in (0, len(loads)):
+            self._flush_s = None
+            return -math.inf
+        if self._flush_s is None:
+            self._flush_s = now_s + self._engine.delay_passes * self._engine.delay_tick_s
+        return self._flush_s

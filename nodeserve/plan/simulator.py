@@ -1,0 +1,361 @@
+"""A node in virtual time: the policy of the live engine, simulated ranks, one heap of events.
+
+Dispatcher, decode allocation, flow control, accounts and each rank's scheduler are the objects that
+a live node runs; here the clock is a number and messages take `transit_s`. What happens at one
+moment is one burst: its messages are all taken, then decisions fall, and when nothing more happens
+at that moment, passes begin. The same scenario and arrivals give the same outcome, bit for bit.
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+from nodeserve.errors import ConfigError, NodeServeError, Overloaded, WorkerLost
+from nodeserve.layout import parse_layout
+from nodeserve.plan.clock import Clock
+from nodeserve.plan.handoffs import Handoffs
+from nodeserve.plan.instances import Instance, InstanceDone, Rank, RankDone
+from nodeserve.plan.lives import Life
+from nodeserve.plan.records import Arrival, Outcome, Pass, Scenario, Served
+from nodeserve.plan.supervisor import Supervisor
+from nodeserve.policy.batching import Limits
+from nodeserve.policy.decode_allocation import DecodeAllocator
+from nodeserve.policy.dispatcher import Dispatcher
+from nodeserve.policy.flow import Buffered, Verdict, judge
+from nodeserve.policy.lifecycle import Event, Phase
+from nodeserve.policy.profiles import Profile, profile_named
+from nodeserve.policy.units import Departure, PassDone
+from nodeserve.types import Role, Sampling
+
+MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again is stuck
+
+
+def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
+    """Serve `arrivals`; ConfigError when the scenario cannot be."""
+    return _Simulation(scenario, arrivals).run()
+
+
+def build_instances(scenario: Scenario, profile: Profile) -> list[Instance]:
+    """The instances of the layout, in its order; ranks are numbered through."""
+    limits = Limits(
+        profile.num_kv_tokens // scenario.block_size,
+        scenario.block_size,
+        profile.max_model_len,
+        scenario.dispatch.max_num_seqs,
+        scenario.dispatch.budget,
+    )
+    noise = profile.noise if scenario.noise is None else scenario.noise
+    instances: list[Instance] = []
+    num_ranks = 0
+    for group in parse_layout(scenario.layout).groups:
+        if group.shape.tp > 1 or group.shape.pp > 1:
+            raise ConfigError(
+                f"layout {scenario.layout}: a profile describes a whole rank, whatever it is made"
+                " of; give ranks of an instance as epN, for example 4p:ep8,1d:ep8"
+            )
+        for _ in range(group.count):
+            index = len(instances)
+            ranks = [Rank(num_ranks + place, index, limits) for place in range(group.shape.ep)]
+            num_ranks += len(ranks)
+            random = Random(f"pass {scenario.seed} {index}")
+            instances.append(
+                Instance(index, group.role, ranks, profile.cost, scenario.engine, random, noise)
+            )
+    return instances
+
+
+class _Simulation:
+    """One run: the coordinator's side, and what goes wrong."""
+
+    def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
+        self.scenario = scenario
+        self.profile = (
+            profile_named(scenario.profile)
+            if isinstance(scenario.profile, str)
+            else scenario.profile
+        )
+        self.clock = Clock()
+        self.instances = build_instances(scenario, self.profile)
+        self.ranks = [rank for instance in self.instances for rank in instance.ranks]
+        self.limits = self.ranks[0].scheduler.limits
+        self.prefilling = [instance for instance in self.instances if instance.prefills]
+        self.dispatcher = Dispatcher(
+            [[rank.unit for rank in instance.ranks] for instance in self.prefilling],
+            scenario.dispatch,
+        )
+        self.handoffs = Handoffs(
+            self.clock,
+            self.instances,
+            DecodeAllocator(scenario.decode_allocation, scenario.dispatch.max_num_seqs),
+            self.profile,
+            scenario.block_size,
+            scenario.transit_s,
+        )
+        self.handoffs.touched = self._touch
+        self.handoffs.changed = self._changed
+        self.handoffs.put_back = self._put_back
+        self.supervisor = Supervisor(
+            self.clock, self.instances, scenario.transit_s, self._heard, self._lose
+        )
+        self.arrivals = sorted(arrivals, key=lambda arrival: arrival.arrived_s)
+        if scenario.dispatch.holds_door:
+            for instance in self.instances:
+                if instance.role is Role.PREFILL:
+                    instance.door_s = 4 * scenario.transit_s + 0.001
+        self.lives: dict[int, Life] = {}
+        self.served: list[Served | None] = [None] * len(self.arrivals)
+        self.passes: list[Pass] = []
+        self.num_open = len(self.arrivals)
+        self._num_arrived = 0
+        self._samplings: dict[int, Sampling] = {}
+        self._touched: dict[Instance, None] = {}
+        self._undecided = False
+        self._wake_s: float | None = None
+        self._num_idle_wakes = 0
+        self._loss = Random(f"loss {scenario.seed}")
+
+    def run(self) -> Outcome:
+        self._expect_arrival()
+        self.supervisor.expect(self.scenario.faults)
+        clock = self.clock
+        while self.num_open:
+            if not clock.advance():
+                raise AssertionError(f"{self.num_open} requests wait for nothing")
+            while clock.act() or self._undecided:
+                if self._undecided:
+                    self._decide()
+            self._begin_passes()
+        served = [one for one in self.served if one is not None]
+        assert len(served) == len(self.arrivals)
+        return Outcome(served, self.passes, clock.now_s)
+
+    # ---- arrivals
+
+    def _expect_arrival(self) -> None:
+        if self._num_arrived < len(self.arrivals):
+            self.clock.at(self.arrivals[self._num_arrived].arrived_s, self._arrive)
+
+    def _arrive(self, _: None) -> None:
+        arrival, request_id = self.arrivals[self._num_arrived], self._num_arrived
+        self._num_arrived += 1
+        self._expect_arrival()
+        num_output = arrival.num_output_tokens
+        sampling = self._samplings.get(num_output)
+        if sampling is None:
+            sampling = self._samplings[num_output] = Sampling(max_tokens=num_output)
+        life = Life(request_id, arrival, arrival.num_prompt_tokens, sampling)
+        self.lives[request_id] = life
+        try:
+            self._admit(life)
+        except NodeServeError as error:
+            life.on(Event.CANCELLED)
+            self._over(life, error.code)
+        self._changed()
+
+    def _admit(self, life: Life) -> None:
+        now_s, flow = self.clock.now_s, self.scenario.flow
+        self.limits.check_fits(life.tokens(now_s, handoff=False))
+        waiting = life.waiting(self.scenario.block_size)
+        if flow is not None:
+            buffered = Buffered(len(self.dispatcher), self.dispatcher.num_tokens)
+            predicted_s = self.dispatcher.predict_wait_s(waiting, now_s)
+            slo_s = life.arrival.ttft_slo_s
+            judged = judge(flow, buffered, waiting.num_tokens, slo_s, predicted_s)
+            if judged.verdict is Verdict.REJECT:
+                raise Overloaded(judged.reason)
+            waiting.best_effort = judged.verdict is Verdict.BEST_EFFORT
+        self.dispatcher.push(waiting, now_s)
+
+    # ---- decisions
+
+    def _changed(self) -> None:
+        self._undecided = True
+        self._num_idle_wakes = 0
+
+    def _wake(self, _: None) -> None:
+        self._wake_s = None
+        self._undecided = True
+        self._num_idle_wakes += 1
+        assert self._num_idle_wakes < MAX_IDLE_WAKES, "the policy only asks to be asked again"
+
+    def _decide(self) -> None:
+        """Once for all that happened at this moment."""
+        now_s = self.clock.now_s
+        self._undecided = False
+        self.handoffs.place()
+        decision = self.dispatcher.decide(now_s)
+        for departure in decision.departures:
+            self._depart(departure)
+        for place in decision.probes:
+            self.supervisor.probe(self.instances[place])
+        wake_s = decision.wake_s
+        if wake_s is not None and (self._wake_s is None or wake_s < self._wake_s):
+            assert wake_s > now_s, "a wish to be asked again now"
+            self._wake_s = wake_s
+            self.clock.at(wake_s, self._wake)
+
+    def _depart(self, departure: Departure) -> None:
+        now_s, sent = self.clock.now_s, []
+        for waiting, unit in departure.boarded:
+            life = self.lives[waiting.request_id]
+            life.on(Event.ADMITTED)
+            life.holder = unit
+            life.num_rounds = waiting.rounds
+            if life.first_token_s is None:
+                life.departed_s = now_s
+                life.prefill_worker = unit
+            sent.append(life)
+        self.clock.after(self.scenario.transit_s, self._deliver, (departure.instance, sent))
+
+    def _deliver(self, departed: tuple[int, list[Life]]) -> None:
+        now_s = self.clock.now_s
+        number, sent = departed
+        self.instances[number].close_door()
+        self._touched[self.instances[number]] = None
+        for life in sent:
+            rank = self.ranks[life.holder]
+            instance = self.instances[rank.unit.instance]
+            if instance.alive:
+                rank.submit(life.tokens(now_s, handoff=instance.role is Role.PREFILL))
+                self._touched[instance] = None
+
+    # ---- passes
+
+    def _touch(self, instance: Instance) -> None:
+        self._touched[instance] = None
+
+    def _begin_passes(self) -> None:
+        """What may have something to do now, starts."""
+        if not self._touched:
+            return
+        touched, self._touched = self._touched, {}
+        for instance in touched:
+            begun = instance.begin(self.clock.now_s)
+            if begun is not None:
+                when_s, runs = begun
+                self.clock.at(when_s, self._pass_over if runs else self._touch, instance)
+
+    def _pass_over(self, instance: Instance) -> None:
+        if not instance.alive:
+            return
+        done = instance.end()
+        self.passes.append(instance.passes[-1])
+        self._touched[instance] = None
+        self.clock.after(self.scenario.transit_s, self._report, (instance, done))
+
+    def _report(self, told: tuple[Instance, InstanceDone]) -> None:
+        """A pass's records, of all ranks. One that is lost takes the news for the dispatcher with
+        it, not the tokens."""
+        instance, done = told
+        if instance.lost:
+            return
+        loss = self.scenario.faults.report_loss
+        if not loss or self._loss.random() >= loss:
+            self._take_news(instance, done)
+        for rank, rank_done in zip(instance.ranks, done.ranks, strict=True):
+            self._take_tokens(instance, rank, done, rank_done)
+        self._changed()
+
+    def _take_news(self, instance: Instance, done: InstanceDone) -> None:
+        now_s, prefills = self.clock.now_s, instance.prefills
+        for rank, rank_done, work in zip(instance.ranks, done.ranks, done.works, strict=True):
+            unit = rank.unit
+            unit.account.report(rank_done.load)
+            if prefills:
+                word = PassDone(done.step, done.began_s, done.seconds, work)
+                self.dispatcher.on_pass(unit.index, word, now_s)
+        if instance.decodes:
+            self.handoffs.allocator.observe(done.works, done.seconds)
+            self.handoffs.room_changed()
+
+    def _take_tokens(
+        self, instance: Instance, rank: Rank, done: InstanceDone, told: RankDone
+    ) -> None:
+        lives = self.lives
+        for sequence in told.started:
+            life = lives[sequence.request_id]
+            if life.first_token_s is None:
+                life.received_s, life.started_s = sequence.received_s, done.began_s
+        for request_id in told.prefilled:
+            life = lives[request_id]
+            self._first_token(life, done)
+            if instance.role is Role.PREFILL:
+                life.on(Event.KV_READY)
+                life.source = rank.unit.index
+                self.handoffs.park(life)
+            else:
+                life.on(Event.PREFILLED)
+                life.decode_worker = rank.unit.index
+        for request_id in told.finished:
+            life = lives[request_id]
+            if life.phase is Phase.PREFILL:
+                self._first_token(life, done)
+            life.on(Event.FINISHED)
+            self.handoffs.allocator.forget(request_id)
+            self._over(life, "length")
+        for request_id, num_tokens in told.preempted:
+            life = lives[request_id]
+            life.num_tokens = num_tokens
+            life.on(Event.PREEMPTED)
+            self._put_back(life)
+
+    def _first_token(self, life: Life, done: InstanceDone) -> None:
+        life.num_tokens += 1
+        if life.first_token_s is None:
+            life.prefilled_s = done.began_s + done.seconds
+            life.first_token_s = self.clock.now_s
+
+    def _put_back(self, life: Life) -> None:
+        """A preempted request, or one whose worker is gone, waits again."""
+        self.handoffs.allocator.forget(life.request_id)
+        life.num_preemptions += 1
+        life.holder = life.source = -1
+        self.dispatcher.push(life.waiting(self.scenario.block_size), self.clock.now_s)
+        self._changed()
+
+    def _over(self, life: Life, outcome: str) -> None:
+        num_output = self.limits.max_model_len - life.arrival.num_prompt_tokens
+        num_output = min(num_output, life.arrival.num_output_tokens)
+        self.served[life.request_id] = life.served(self.clock.now_s, outcome, num_output)
+        del self.lives[life.request_id]
+        self.num_open -= 1
+
+    # ---- what goes wrong
+
+    def _heard(self, instance: Instance) -> None:
+        self.dispatcher.heard(instance.index, self.clock.now_s)
+        self._changed()
+
+    def _lose(self, instance: Instance) -> None:
+        """An instance is declared dead: what it held waits again, with the tokens it has."""
+        if instance.prefills:
+            self.dispatcher.lose(instance.index)
+        mine = {rank.unit.index: rank for rank in instance.ranks}
+        self.handoffs.lose(instance)
+        for life in list(self.lives.values()):
+            rank = mine.get(life.holder)
+            if rank is None:
+                continue
+            if life.phase is Phase.MOVING:
+                self.handoffs.again(life)
+                continue
+            if life.phase is Phase.DECODE:
+                life.num_tokens = len(rank.held[life.request_id].token_ids)
+            life.on(Event.WORKER_LOST)
+            self._put_back(life)
+        self._changed()
+        self._end_if_alone()
+
+    def _end_if_alone(self) -> None:
+        """Without a worker of one phase a node ends, and all its requests with it."""
+        left = [instance for instance in self.instances if not instance.lost]
+        if any(one.prefills for one in left) and any(one.decodes for one in left):
+            return
+        for life in list(self.lives.values()):
+            self._over(life, WorkerLost.code)
+        while self._num_arrived < len(self.arrivals):
+            arrival = self.arrivals[self._num_arrived]
+            self.clock.now_s = max(self.clock.now_s, arrival.arrived_s)
+            life = Life(self._num_arrived, arrival, arrival.num_prompt_tokens, Sampling())
+            self.lives[life.request_id] = life
+            self._num_arrived += 1
+            self._over(life, WorkerLost.code)

@@ -1,0 +1,133 @@
+"""The order in which waiting requests board, and that none is lost on the way."""
+
+import random
+
+import pytest
+
+from nodeserve.policy.buffer import MAX_STALE, Buffer
+from nodeserve.policy.units import Waiting
+
+
+def waiting(request_id: int, num_tokens: int = 10, arrived_s: float = 0.0, **more: int) -> Waiting:
+    return Waiting(request_id, num_tokens, 1, arrived_s, **more)  # type: ignore[arg-type]
+
+
+def drain(buffer: Buffer) -> list[int]:
+    order = []
+    while (first := buffer.first()) is not None:
+        buffer.remove(first.request_id)
+        order.append(first.request_id)
+    return order
+
+
+@pytest.mark.parametrize(
+    ("requests", "order"),
+    [
+        ([(1, 10), (2, 30), (3, 20)], [2, 3, 1]),  # newcomers: longest first packs best
+        ([(1, 10), (2, 10)], [1, 2]),
+        ([(1, 10, 0.0, 0), (2, 5, 1.0, 7)], [2, 1]),  # a higher priority, though shorter and later
+        ([(1, 10, 0.0, -1), (2, 10, 1.0, 0)], [2, 1]),
+    ],
+)
+def test_newcomers_board_by_class_then_length(
+    requests: list[tuple[int, ...]], order: list[int]
+) -> None:
+    buffer = Buffer()
+    for request_id, num_tokens, *rest in requests:
+        arrived_s, priority = rest or (0.0, 0)
+        buffer.push(waiting(request_id, num_tokens, arrived_s, priority=int(priority)))
+    assert drain(buffer) == order
+
+
+def test_best_effort_boards_behind_those_of_its_priority_that_can_meet_their_slo() -> None:
+    buffer = Buffer()
+    buffer.push(Waiting(1, 10, 1, 0.0, best_effort=True))
+    buffer.push(Waiting(2, 5, 1, 1.0))
+    buffer.push(Waiting(3, 5, 1, 2.0, priority=1, best_effort=True))
+    assert drain(buffer) == [3, 2, 1]
+
+
+def test_whoever_was_left_behind_boards_before_newcomers_by_arrival() -> None:
+    buffer = Buffer()
+    for request_id in (1, 2, 3):
+        buffer.push(waiting(request_id, 10 * request_id, float(request_id)))
+    assert buffer.remove(2) is not None  # boards
+    buffer.departed()
+    buffer.push(waiting(4, 1000, 4.0))
+    buffer.departed()
+    assert drain(buffer) == [1, 3, 4]
+
+
+def test_rounds_count_the_departures_that_left_it_behind() -> None:
+    buffer = Buffer()
+    buffer.departed()
+    buffer.push(waiting(1))
+    buffer.departed()
+    buffer.departed()
+    one = buffer.first()
+    assert one is not None and buffer.rounds_of(one) == 2
+    buffer.remove(1)
+    assert one.rounds == 2
+    buffer.push(one)  # put back by a lost worker: its rounds still count
+    buffer.departed()
+    buffer.remove(1)
+    assert one.rounds == 3
+
+
+def test_a_hidden_request_is_passed_over_and_comes_back() -> None:
+    buffer = Buffer()
+    buffer.push(waiting(1, 30))
+    buffer.push(waiting(2, 20))
+    hidden = buffer.hide_first()
+    assert hidden.request_id == 1
+    second = buffer.first()
+    assert second is not None and second.request_id == 2
+    buffer.show(hidden)
+    assert drain(buffer) == [1, 2]
+
+
+def test_tokens_ahead_are_those_of_its_class_and_of_better_ones() -> None:
+    buffer = Buffer()
+    buffer.push(waiting(1, 100, priority=1))
+    buffer.push(waiting(2, 10))
+    buffer.push(Waiting(3, 1000, 1, 0.0, best_effort=True))
+    assert buffer.num_tokens == 1110
+    assert buffer.tokens_ahead(waiting(9)) == 110
+    assert buffer.tokens_ahead(waiting(9, priority=1)) == 100
+    assert buffer.tokens_ahead(Waiting(9, 1, 1, 0.0, best_effort=True)) == 1110
+    buffer.remove(1)
+    assert buffer.tokens_ahead(waiting(9)) == 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_is_lost_or_boards_twice_in_any_order(seed: int) -> None:
+    rng, buffer, here = random.Random(seed), Buffer(), set()
+    boarded: list[int] = []
+    for request_id in range(2000):
+        match rng.randrange(4):
+            case 0 | 1:
+                buffer.push(waiting(request_id, rng.randint(1, 99), request_id * 1.0))
+                here.add(request_id)
+            case 2 if here:
+                gone = rng.choice(sorted(here))
+                assert buffer.remove(gone) is not None
+                assert buffer.remove(gone) is None
+                here.discard(gone)
+            case _:
+                if (first := buffer.first()) is not None and rng.random() < 0.8:
+                    buffer.remove(first.request_id)
+                    here.discard(first.request_id)
+                    boarded.append(first.request_id)
+                buffer.departed()
+        assert len(buffer) == len(here)
+    assert len(set(boarded)) == len(boarded)
+    assert set(drain(buffer)) == here and buffer.num_tokens == 0
+
+
+def test_entries_of_those_who_left_do_not_pile_up() -> None:
+    buffer = Buffer()
+    for request_id in range(10_000):
+        buffer.push(waiting(request_id))
+        buffer.departed()
+        buffer.remove(request_id)
+    assert len(buffer._heap) <= MAX_STALE
