@@ -142,9 +142,15 @@ class QueueingSender(Sender):
     def num_queued(self) -> int:
         return len(self._queue)
 
-    def post(self, record: bytes) -> None:
-        """Sent now or queued behind earlier ones. RingError when the queue is full as well."""
-        if not self._queue and self.try_put(record):
+    def post(self, record: bytes, ring: bool = True) -> None:
+        """Sent now or queued behind earlier ones. RingError when the queue is full as well.
+
+        Without `ring` a sleeping worker is left asleep until `ring` is called: so several workers
+        can be given their records before the first of them wakes.
+        """
+        if not self._queue and self._ring.put(record):
+            if ring:
+                self._wake_peer()
             return
         if len(record) > self._ring.max_record_bytes:
             raise RecordTooLarge(f"a record of {len(record)} bytes cannot pass the ring")
@@ -153,6 +159,10 @@ class QueueingSender(Sender):
         self._queue.append(record)
         if len(self._queue) == 1:
             self.flush()
+
+    def ring(self) -> None:
+        """Wake the worker for what was posted quietly."""
+        self._wake_peer()
 
     def flush(self) -> bool:
         """Send what waits; False when some still does. Call it when the own doorbell has rung."""

@@ -131,14 +131,17 @@ class Runner:
     def turn(self) -> None:
         """What has come, then what can begin; sleeps if nothing can."""
         self.link.beat()
-        for message in self.link.drain():
-            self._take[type(message)](message)
+        self._take_in()
         for moved in self.transfer.poll():
             self._on_moved(moved)
         self._land()
         wait_s = self._begin()
         if wait_s > 0.0 and not self.transfer.busy and not self.stopped:
             self.link.wait(wait_s)
+
+    def _take_in(self) -> None:
+        for message in self.link.drain():
+            self._take[type(message)](message)
 
     # ---- steps
 
@@ -148,7 +151,10 @@ class Runner:
         due_s = self._due_s()
         if now_s < due_s:
             return min(due_s - now_s, IDLE_WAIT_S)
-        batch = self.scheduler.next_batch(bool(self._launched), self.executor.called())
+        batch = self.scheduler.next_batch(ahead=bool(self._launched))
+        if batch is None and self.executor.called():
+            self._take_in()  # what was sent before the others called is not to miss this step
+            batch = self.scheduler.next_batch(ahead=bool(self._launched), idle=True)
         if batch is None:
             return IDLE_WAIT_S
         self._launched.append(Launched(batch, self.executor.launch(batch), now_s))

@@ -1,5 +1,6 @@
 """Senders, receivers and both ends of a channel, in one process."""
 
+import mmap
 import os
 import secrets
 import select
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from nodeserve._host import RING_HEADER_BYTES, Ring
 from nodeserve.errors import RecordTooLarge, RingError
 from nodeserve.wire.channel import SHM, CoordinatorEnd, WorkerEnd, sweep_stale
-from nodeserve.wire.ring import FLUSH_RECORDS
+from nodeserve.wire.ring import FLUSH_RECORDS, QueueingSender
 
 RING_BYTES = 64
 Ends = tuple[CoordinatorEnd, WorkerEnd]
@@ -153,6 +155,28 @@ def test_a_worker_is_rung_for_what_was_queued(ends: Ends) -> None:
     coordinator.receive()
     assert worker.inbox._own.wait(0.0)
     assert worker.inbox.drain() == [b"queued"]
+
+
+class Bell:
+    """Counts its rings."""
+
+    def __init__(self) -> None:
+        self.rings = 0
+
+    def ring(self) -> None:
+        self.rings += 1
+
+
+def test_a_record_posted_quietly_wakes_nobody_before_the_ring() -> None:
+    bell, worker = Bell(), Ring(mmap.mmap(-1, RING_HEADER_BYTES + RING_BYTES), True)
+    sender = QueueingSender(worker, bell, 1)
+    assert worker.arm_consumer()
+    sender.post(b"quiet", ring=False)
+    rings_before, records = bell.rings, worker.drain(10)
+    assert rings_before == 0 and records == [b"quiet"]
+    sender.ring()
+    sender.ring()
+    assert bell.rings == 1, "a sleeper is woken once"
 
 
 def test_a_post_that_can_never_pass_is_refused_even_behind_others(ends: Ends) -> None:

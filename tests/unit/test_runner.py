@@ -377,6 +377,20 @@ def test_a_rank_that_is_called_takes_part_without_work() -> None:
     assert not bench.num_on_the_way
 
 
+def test_what_came_before_the_call_is_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came after this turn's look into the inbox, and before the others entered."""
+    bench = Bench()
+
+    def called() -> bool:
+        if not bench.num_on_the_way:
+            bench.link.inbox.append(prefill(1))
+        return True
+
+    monkeypatch.setattr(bench.device, "called", called)
+    bench.turn()
+    assert bench.end_step().num_prefill_tokens == len(PROMPT)
+
+
 def test_a_device_that_counts_steps_says_when_they_ran() -> None:
     bench = Bench()
     bench.turn(prefill(1, max_tokens=1))
