@@ -1,7 +1,11 @@
 """Settings: frozen, built once, resolved once."""
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass
+
+from nodeserve.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,13 @@ class EngineConfig:
     max_num_seqs: int | None = None  # sequences in one decode step; None: what suits the device
     max_num_batched_tokens: int | None = None  # tokens in one step; None: what fills the device
     max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
+    max_num_queued_tokens: int = 1 << 22  # of their prompts: as many requests of 1024 tokens
+    slo: str | None = None  # of requests that bring none, such as ttft=500ms,tpot=50ms
+    on_overload: str = "reject"  # what becomes of requests whose SLO cannot be met: reject, queue
+    admission: str = "staggered"  # one of policy.units.ADMISSIONS
+    window: str = "auto"  # interval between departures: auto, off, or milliseconds
+    window_k: float = 1.0  # an automatic interval is this times (pass + dead time) / instances
+    decode_allocation: str = "cost"  # one of policy.units.DECODE_ALLOCATIONS
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None
     load_format: str = (
@@ -138,3 +149,27 @@ class WorkerSpec:
             eos_token_ids = tuple(simulated["eos_token_ids"])
             values["simulated"] = Simulated(**{**simulated, "eos_token_ids": eos_token_ids})
         return WorkerSpec(**values)
+
+
+_SLO_NAMES = {"ttft": "ttft_ms", "tpot": "tpot_ms"}
+_SLO = re.compile(r"\s*(\w+)\s*=\s*(\d*\.?\d+)\s*(ms|s|)\s*")
+
+
+def parse_slo(text: str) -> dict[str, float]:
+    """Times such as "ttft=500ms,tpot=0.05s" (a bare number is in ms) in the form that a request's
+    `slo` has: {"ttft_ms": 500.0, "tpot_ms": 50.0}. ConfigError says which part is wrong."""
+    slo: dict[str, float] = {}
+    for part in text.split(","):
+        found = _SLO.fullmatch(part)
+        if found is None or found[1] not in _SLO_NAMES:
+            raise ConfigError(
+                f"--slo {text!r}: {part.strip()!r} is no limit; write ttft and tpot such as"
+                " ttft=500ms,tpot=50ms"
+            )
+        name, milliseconds = _SLO_NAMES[found[1]], float(found[2]) * (1e3 if found[3] == "s" else 1)
+        if name in slo:
+            raise ConfigError(f"--slo {text!r}: {found[1]} is given twice, once is enough")
+        if not 0 < milliseconds < math.inf:
+            raise ConfigError(f"--slo {text!r}: {found[1]} must be above 0 and finite")
+        slo[name] = milliseconds
+    return slo

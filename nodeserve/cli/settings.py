@@ -35,6 +35,15 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "Tokens in one step: the prefill chunk."
     " [default: 8192 on GPUs, 2048 with mixed workers, 128 on CPUs]",
     "max_num_queued_reqs": "Requests that may wait before prefill; more are refused.",
+    "max_num_queued_tokens": "Prompt tokens that may wait before prefill; more are refused.",
+    "slo": "What requests expect that do not say it themselves, such as ttft=500ms,tpot=50ms.",
+    "on_overload": "A request whose first token would come later than its SLO: reject refuses it at"
+    " once, queue takes it behind the others.",
+    "admission": "When requests leave for prefill. On arrival: round-robin, fewest-requests or"
+    " shortest-queue; to an instance that is free: pull; one instance after the other: staggered.",
+    "window": "Time between staggered departures: auto (from pass times), off or milliseconds.",
+    "window_k": "Stretches the automatic window.",
+    "decode_allocation": "How decoders are chosen: round-robin, fewest-requests, iqr or cost.",
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",

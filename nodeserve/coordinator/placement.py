@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, Simulated
+from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.profiles import PROFILES, profile_named
+from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
 from nodeserve.types import Role
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -34,6 +36,9 @@ CHOICES = {
     "load_format": ("auto", "dummy"),
     "attention_backend": ("auto", "flash-attn", "torch", "triton", "reference"),
     "handoff": ("auto", "ipc", "host"),
+    "admission": ADMISSIONS,
+    "decode_allocation": DECODE_ALLOCATIONS,
+    "on_overload": ("reject", "queue"),
 }
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
 REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
@@ -71,6 +76,7 @@ class Plan:
     max_num_batched_tokens: int
     kv_memory: int | None  # bytes for each worker; None: each GPU worker sees what is left
     simulated: Simulated | None  # with device "sim"
+    policies: Policies
     notes: tuple[str, ...]  # what a person should know, one line each
 
 
@@ -86,6 +92,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
     max_model_len = choose_context(config.max_model_len, checkpoint.config.max_position)
+    budget = choose_budget(config, max_num_seqs, fills_step(layout, on_gpus))
     token_bytes = checkpoint.config.kv_bytes_per_token(DTYPE_BYTES[dtype])
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
@@ -103,11 +110,12 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
         places=places,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=choose_budget(config, max_num_seqs, fills_step(layout, on_gpus)),
+        max_num_batched_tokens=budget,
         kv_memory=config.kv_memory
         if on_gpus
         else choose_kv_memory(config.kv_memory, least, len(places)),
         simulated=None,
+        policies=policies_of(config, max_num_seqs, budget),
         notes=notes,
     )
 
@@ -119,6 +127,7 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
     layout, places, notes = place_simulated(config)
     max_model_len = choose_context(config.max_model_len, profile.max_model_len)
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
+    budget = choose_budget(config, max_num_seqs, profile.max_num_batched_tokens)
     block_bytes = profile.kv_bytes_per_token * config.block_size
     check_kv_memory(
         config.kv_memory, block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
@@ -135,7 +144,7 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
         places=places,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=choose_budget(config, max_num_seqs, profile.max_num_batched_tokens),
+        max_num_batched_tokens=budget,
         kv_memory=config.kv_memory or profile.num_kv_tokens * profile.kv_bytes_per_token,
         simulated=Simulated(
             profile.name,
@@ -143,13 +152,14 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
             checkpoint.config.vocab_size,
             checkpoint.config.eos_token_ids,
         ),
+        policies=policies_of(config, max_num_seqs, budget),
         notes=notes,
     )
 
 
 def check_numbers(config: EngineConfig) -> None:
     """Ranges of the plain settings, by their option's name."""
-    for name in ("max_num_seqs", "max_num_queued_reqs"):
+    for name in ("max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")

@@ -100,8 +100,8 @@ class Round:
         return seat.num_sequences < self._max_num_seqs and seat.room >= 1
 
     def _highest(self) -> float:
-        """KV above this is an outlier: the rule of staggered batch scheduling, without its trap that
-        among equals a block more stands out. Of three units or fewer none can be one."""
+        """KV above this is an outlier. The rule is that of staggered batch scheduling, without its
+        trap that among equals a block more stands out. Of three units or fewer none can be one."""
         sizes = self._kv_blocks
         if not self._masks or not sizes:
             return math.inf

@@ -135,7 +135,7 @@ class Scheduler:
     def commit(self, batch: Batch, token_ids: list[int]) -> Outcome:
         """Book the tokens of `batch.sampled`, in that order; of sequences gone they are dropped."""
         assert self._launched.popleft() is batch, "batches end in the order of their launches"
-        outcome = Outcome([], [], [], [], [], _num_prefilled(batch))
+        outcome = Outcome([], [], [], [], [])
         tokens = enumerate(token_ids)
         any_decode_ended = False
         for sequence, _, _, samples, _ in batch.work:
@@ -372,9 +372,3 @@ class Scheduler:
             assert one.stage is Stage.GONE and one.num_launched
         for one in self._running:
             assert one.num_computed - one.num_launched == len(one.token_ids) - 1
-
-
-def _num_prefilled(batch: Batch) -> int:
-    """Prompt tokens of sequences that are still here: of the others nobody waits to hear."""
-    prefills = batch.work[batch.num_decodes :]
-    return sum(work.num_tokens for work in prefills if work.sequence.stage is not Stage.GONE)

@@ -25,6 +25,7 @@ from nodeserve.policy.pacing import Pacer
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import sampling_from
 from nodeserve.wire.messages import (
+    Alive,
     AttachPages,
     Cancel,
     Dropped,
@@ -34,6 +35,7 @@ from nodeserve.wire.messages import (
     KvRefused,
     PagesAttached,
     Prefill,
+    Probe,
     Prompt,
     PullKv,
     ReleaseKv,
@@ -119,6 +121,7 @@ class Runner:
             Cancel: self._cancel,
             AttachPages: self._attach,
             Shutdown: self._shutdown,
+            Probe: self._probe,
         }
 
     def run(self) -> None:
@@ -245,11 +248,14 @@ class Runner:
         self.transfer.attach(*message)
         self.link.put(PagesAttached(message.worker))
 
+    def _probe(self, message: Probe) -> None:
+        self.link.put(Alive(self._load()))
+
     def _shutdown(self, message: Shutdown) -> None:
         self.stopped = True
 
     def _fail(self, request_id: int, problem: NodeServeError) -> None:
-        self.link.put(RequestFailed(request_id, problem.code, str(problem)))
+        self.link.put(RequestFailed(request_id, problem.code, str(problem), self._load()))
 
     # ---- answers
 
@@ -285,8 +291,9 @@ class Runner:
             step=ran.number,
             began_s=ran.began_s,
             step_s=ran.seconds,
-            num_prefill_tokens=outcome.num_prefill_tokens,
+            num_prefill_tokens=work.prefill_tokens,
             attention=work.attention,
+            num_decodes=work.num_decodes,
             kv_tokens=work.kv_tokens,
             received=pack_times(sequence.received_s for sequence in batch.started),
         )

@@ -33,6 +33,8 @@ from tests.fakes.server import VOCAB_SIZE, FakeServer, Peer, answer, endless, to
 
 # ---- leaving a request
 
+NEXT = PROTOCOL_VERSION + 1
+
 
 async def leave_by_break(client: AsyncClient) -> None:
     async for _ in client.generate([1], stream=True):
@@ -207,7 +209,7 @@ async def test_a_server_that_is_still_loading_is_waited_for_in_vain(tmp_path: Pa
 @pytest.mark.parametrize(
     ("welcome", "error", "words"),
     [
-        (Hello(PROTOCOL_VERSION + 1, {}), ProtocolError, "version 2, this client 1"),
+        (Hello(NEXT, {}), ProtocolError, f"version {NEXT}, this client {PROTOCOL_VERSION}"),
         (Stats({}), ProtocolError, "first message is Stats"),
         (Goodbye("shutting_down", "bye"), ShuttingDown, "bye"),
     ],

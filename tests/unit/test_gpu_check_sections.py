@@ -138,7 +138,7 @@ def test_an_answer_against_the_reference(second: list[float], state: str) -> Non
 
 
 def answer(times_s: list[float], code: str | None = None) -> Answer:
-    end = End(0, "length", code, "", {}, {"handoff_s": 0.001})
+    end = End(0, "length", code, "", {}, {"handoff_s": 0.001}, None)
     return Answer([1] * len(times_s), times_s, end)
 
 

@@ -8,9 +8,12 @@ import pytest
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, Simulated
 from nodeserve.coordinator.placement import Plan, choose_layout, resolve, share_cores
+from nodeserve.coordinator.policies import Policies, parse_window, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
+from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profiles import profile_named
+from nodeserve.policy.units import DispatchOptions
 from nodeserve.types import Role
 
 M, P, D = Role.MIXED, Role.PREFILL, Role.DECODE
@@ -30,6 +33,18 @@ REFUSED = {
     "dtype": (EngineConfig(dtype="int8"), "--dtype int8: use auto, bfloat16"),
     "device": (EngineConfig(device="tpu"), "--device tpu: use auto, cuda, cpu or sim"),
     "attention": (EngineConfig(attention_backend="fa"), "--attention-backend fa: use auto, flash-"),
+    "admission": (
+        EngineConfig(admission="batched"),
+        "--admission batched: use round-robin, fewest",
+    ),
+    "allocation": (EngineConfig(decode_allocation="best"), "fewest-requests, iqr or cost"),
+    "overload": (EngineConfig(on_overload="drop"), "--on-overload drop: use reject or queue"),
+    "window": (EngineConfig(window="soon"), "--window soon: use auto, off or milliseconds"),
+    "negative window": (EngineConfig(window="-1"), "--window -1: use auto, off or milliseconds"),
+    "endless window": (EngineConfig(window="inf"), "--window inf: use auto, off or milliseconds"),
+    "k": (EngineConfig(window_k=-0.5), "--window-k -0.5: use 0 to 100"),
+    "k of nothing": (EngineConfig(window_k=float("nan")), "--window-k nan: use 0 to 100"),
+    "no queue": (EngineConfig(max_num_queued_tokens=0), "--max-num-queued-tokens must be at least"),
     "utilization": (EngineConfig(gpu_memory_utilization=90.0), "such as 0.9"),
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
     "gpus on cpu": (EngineConfig(device="cpu", gpus="0-1"), "contradict"),
@@ -60,6 +75,33 @@ def test_auto_is_resolved_to_numbers() -> None:
     assert plan.max_num_seqs == 64
     assert plan.kv_memory is not None and plan.kv_memory >= MODEL.kv_bytes_per_token(2) * 512
     assert [place.role for place in plan.places] == [P, D]
+
+
+@pytest.mark.parametrize(
+    ("text", "window_s"),
+    [("auto", None), ("off", 0.0), ("0", 0.0), ("12.5", 0.0125), ("20ms", 0.02)],
+)
+def test_a_window_is_auto_off_or_milliseconds(text: str, window_s: float | None) -> None:
+    assert parse_window(text) == window_s
+
+
+def test_the_policy_gets_what_was_asked_for() -> None:
+    config = EngineConfig(
+        admission="pull",
+        window="5",
+        window_k=0.5,
+        decode_allocation="iqr",
+        max_num_queued_reqs=7,
+        max_num_queued_tokens=70_000,
+        on_overload="queue",
+    )
+    policies = policies_of(config, max_num_seqs=32, max_num_batched_tokens=512)
+    assert policies == Policies(
+        DispatchOptions("pull", 0.005, 0.5, budget=512, max_num_seqs=32),
+        "iqr",
+        FlowOptions(7, 70_000, "queue"),
+        {},
+    )
 
 
 def test_two_cores_get_a_prefill_and_a_decode_worker() -> None:
