@@ -15,7 +15,7 @@ takes its turn, the one that left longest ago first, which is what keeps departu
 import math
 from collections.abc import Sequence
 
-from nodeserve.policy.buffer import Buffer
+from nodeserve.policy.buffer import Buffer, class_of
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.immediate import Immediate
 from nodeserve.policy.pass_times import PassTimes
@@ -35,6 +35,7 @@ from nodeserve.policy.window import Mean, Moment, Window
 HISTORY_PASSES = 16  # per instance: what mean pass times are taken over
 SILENCE_PASSES = 5.0  # nobody's pass ended for so many: the window is not to be trusted
 MIN_SILENCE_S = 1.0
+UNKNOWN_AFTER_S = 1.0
 MAX_SKIPPED = 32  # requests without room that one departure looks behind
 MAX_ROUNDS_SKIPPED = 16  # a request left behind so often is not overtaken by smaller ones any more
 
@@ -137,14 +138,18 @@ class Dispatcher:
         return Decision(departures, probes, wake_s if math.isfinite(wake_s) else None)
 
     def predict_wait_s(self, waiting: Waiting, now_s: float) -> float | None:
-        """Seconds to the first token that a newcomer like this can expect, or None before any pass
-        has shown how long one takes.
+        """Seconds to the first token that a newcomer like this can expect; None: nobody knows.
+
+        That is so before any pass has shown how long one takes, and where none has ended for
+        UNKNOWN_AFTER_S and the node is empty: else an estimate that is too high, by which everybody
+        is refused, would never be corrected.
 
         Requests before it board as whole passes that come in turn, then its own passes run. Meant
         low rather than high: what shares its passes is not counted.
         """
-        alive = self._alive()
-        if not alive or self.times.mean_s is None:
+        alive = self._alive() or self.instances
+        idle = not self._buffer and all(one.empty for one in alive)
+        if self.times.mean_s is None or (idle and now_s > self._heard_s + UNKNOWN_AFTER_S):
             return None
         budget, num_units = self.options.budget, len(alive[0].units)
         full_s = self.times.predict_s([_work_of(budget)] * num_units) or 0.0
@@ -209,27 +214,35 @@ class Dispatcher:
         return Departure(instance.number, boarded)
 
     def _board(self, instance: PrefillInstance) -> list[tuple[Waiting, int]]:
-        """Allocate, in the buffer's order, until no unit has room."""
+        """Take as many as there is room for, in the buffer's order, and allocate them."""
         filling = self._filling(instance)
         boarded: list[tuple[Waiting, int]] = []
-        hidden: list[Waiting] = []
-        while not filling.full and len(hidden) < MAX_SKIPPED:
-            waiting = self._buffer.first()
-            if waiting is None:
+        unfit: list[Waiting] = []
+        reserved = False
+        while not reserved and len(unfit) < MAX_SKIPPED:
+            batch = self._buffer.hide(filling.room)
+            if not batch:
                 break
-            unit = filling.pick(waiting, self.options.max_num_seqs)
-            if unit is None:
-                hidden.append(self._buffer.hide_first())
-                if self._buffer.rounds_of(waiting) >= MAX_ROUNDS_SKIPPED:
-                    break  # what comes free is kept for it
-            else:
-                self._buffer.remove(waiting.request_id)
-                boarded.append((waiting, unit))
-        for waiting in hidden:
+            for waiting in sorted(batch, key=self._placement_order):
+                unit = None if reserved else filling.pick(waiting, self.options.max_num_seqs)
+                if unit is not None:
+                    self._buffer.remove(waiting.request_id)
+                    boarded.append((waiting, unit))
+                else:
+                    unfit.append(waiting)
+                    # What comes free is kept for one that was passed over for long.
+                    reserved |= self._buffer.rounds_of(waiting) >= MAX_ROUNDS_SKIPPED
+        for waiting in unfit:
             self._buffer.show(waiting)
         if isinstance(filling, RoundRobin):
             instance.turn = filling.next
         return boarded
+
+    def _placement_order(self, waiting: Waiting) -> tuple[tuple[int, bool], bool, int]:
+        """Of those that board, whoever was left behind before goes first, and then the longest:
+        that packs best."""
+        newcomer = not self._buffer.rounds_of(waiting)
+        return class_of(waiting), newcomer, -waiting.num_tokens
 
     def _filling(self, instance: PrefillInstance) -> WaterFilling | RoundRobin:
         rooms = instance.rooms()

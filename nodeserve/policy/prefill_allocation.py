@@ -27,10 +27,9 @@ class WaterFilling:
         heapq.heapify(self._heap)
 
     @property
-    def full(self) -> bool:
-        """No unit has room for a single token more."""
-        entry = self._top()
-        return entry is None or -entry[0] <= 0
+    def room(self) -> int:
+        """Tokens that still fit the pass that comes; 0: no unit has room for a single one."""
+        return sum(room for room in self._rooms.values() if room > 0)
 
     def pick(self, waiting: Waiting, max_num_seqs: int) -> int | None:
         """The unit for a request, its level raised and its account booked; None if it fits none."""
@@ -87,8 +86,8 @@ class RoundRobin:
         self.next = first  # where the next departure of this instance goes on
 
     @property
-    def full(self) -> bool:
-        return all(room <= 0 for room in self._rooms.values())
+    def room(self) -> int:
+        return sum(room for room in self._rooms.values() if room > 0)
 
     def pick(self, waiting: Waiting, max_num_seqs: int) -> int | None:
         for offset in range(len(self._units)):

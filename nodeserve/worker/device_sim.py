@@ -35,7 +35,6 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         return profile.cost.pass_s(works) * factor
 
     lockstep = Lockstep(board, spec.rank, spec.bell_fds, duration)
-    progress("profile", 1, 1)
     return Device(
         executor=SimExecutor(
             lockstep, alarm, Tokens(simulated.vocab_size, simulated.eos_token_ids)

@@ -1,6 +1,7 @@
 """The order in which waiting requests board, and that none is lost on the way."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -23,19 +24,18 @@ def drain(buffer: Buffer) -> list[int]:
 @pytest.mark.parametrize(
     ("requests", "order"),
     [
-        ([(1, 10), (2, 30), (3, 20)], [2, 3, 1]),  # newcomers: longest first packs best
-        ([(1, 10), (2, 10)], [1, 2]),
-        ([(1, 10, 0.0, 0), (2, 5, 1.0, 7)], [2, 1]),  # a higher priority, though shorter and later
+        ([(1, 10), (2, 30), (3, 20)], [1, 2, 3]),
+        ([(1, 10, 5.0), (2, 10, 3.0)], [2, 1]),  # put back: its first arrival counts
+        ([(1, 10, 0.0, 0), (2, 5, 1.0, 7)], [2, 1]),  # a higher priority, though later
         ([(1, 10, 0.0, -1), (2, 10, 1.0, 0)], [2, 1]),
     ],
 )
-def test_newcomers_board_by_class_then_length(
-    requests: list[tuple[int, ...]], order: list[int]
+def test_requests_are_considered_by_class_then_arrival(
+    requests: list[tuple[Any, ...]], order: list[int]
 ) -> None:
     buffer = Buffer()
     for request_id, num_tokens, *rest in requests:
-        arrived_s, priority = rest or (0.0, 0)
-        buffer.push(waiting(request_id, num_tokens, arrived_s, priority=int(priority)))
+        buffer.push(Waiting(request_id, num_tokens, 1, *(rest or (0.0,))))
     assert drain(buffer) == order
 
 
@@ -45,17 +45,6 @@ def test_best_effort_boards_behind_those_of_its_priority_that_can_meet_their_slo
     buffer.push(Waiting(2, 5, 1, 1.0))
     buffer.push(Waiting(3, 5, 1, 2.0, priority=1, best_effort=True))
     assert drain(buffer) == [3, 2, 1]
-
-
-def test_whoever_was_left_behind_boards_before_newcomers_by_arrival() -> None:
-    buffer = Buffer()
-    for request_id in (1, 2, 3):
-        buffer.push(waiting(request_id, 10 * request_id, float(request_id)))
-    assert buffer.remove(2) is not None  # boards
-    buffer.departed()
-    buffer.push(waiting(4, 1000, 4.0))
-    buffer.departed()
-    assert drain(buffer) == [1, 3, 4]
 
 
 def test_rounds_count_the_departures_that_left_it_behind() -> None:
@@ -74,16 +63,18 @@ def test_rounds_count_the_departures_that_left_it_behind() -> None:
     assert one.rounds == 3
 
 
-def test_a_hidden_request_is_passed_over_and_comes_back() -> None:
+def test_hidden_requests_are_passed_over_and_come_back() -> None:
     buffer = Buffer()
-    buffer.push(waiting(1, 30))
-    buffer.push(waiting(2, 20))
-    hidden = buffer.hide_first()
-    assert hidden.request_id == 1
-    second = buffer.first()
-    assert second is not None and second.request_id == 2
-    buffer.show(hidden)
-    assert drain(buffer) == [1, 2]
+    for request_id in (1, 2, 3, 4):
+        buffer.push(waiting(request_id, 30, float(request_id)))
+    hidden = buffer.hide(31)
+    assert [one.request_id for one in hidden] == [1, 2], "up to the one that makes it 31 or more"
+    third = buffer.first()
+    assert third is not None and third.request_id == 3 and len(buffer) == 4
+    buffer.remove(1)
+    buffer.show(hidden[1])
+    assert drain(buffer) == [2, 3, 4]
+    assert buffer.hide(100) == []
 
 
 def test_tokens_ahead_are_those_of_its_class_and_of_better_ones() -> None:
@@ -131,3 +122,16 @@ def test_entries_of_those_who_left_do_not_pile_up() -> None:
         buffer.departed()
         buffer.remove(request_id)
     assert len(buffer._heap) <= MAX_STALE
+
+
+def test_sweeping_out_stale_entries_does_not_bring_hidden_ones_back() -> None:
+    """A request that was considered twice would have departed twice."""
+    buffer = Buffer()
+    for request_id in range(1000):
+        buffer.push(waiting(request_id, 1, float(request_id)))
+    [hidden] = buffer.hide(1)
+    for request_id in range(1, 1000):
+        buffer.remove(request_id)
+    assert buffer.first() is None
+    buffer.show(hidden)
+    assert drain(buffer) == [0]

@@ -38,13 +38,13 @@ def test_the_emptiest_unit_gets_the_next(
     assert [filling.pick(waiting(n), 64) for n in lengths] == picked
 
 
-def test_what_is_picked_is_booked_and_a_full_instance_says_so() -> None:
+def test_what_is_picked_is_booked_and_an_instance_says_what_room_is_left() -> None:
     units = units_of(MANY, MANY)
     filling = WaterFilling(units, {10: 20, 11: 10}, 100)
-    assert not filling.full
+    assert filling.room == 30
     filling.pick(waiting(20, 2), 64)
     filling.pick(waiting(10, 1), 64)
-    assert filling.full
+    assert filling.room == 0
     assert [unit.account.outstanding_tokens for unit in units] == [20, 10]
     assert units[0].account.free_blocks == MANY - 2
 
@@ -101,7 +101,8 @@ def test_round_robin_goes_on_where_it_stopped() -> None:
     assert [first.pick(waiting(1), 64) for _ in range(4)] == [10, 11, 12, 10]
     assert RoundRobin(units, rooms, first.next).pick(waiting(1), 64) == 11
     small = RoundRobin(units, {10: 0, 11: 5, 12: 5}, 0)
-    assert [small.pick(waiting(5), 64) for _ in range(3)] == [11, 12, None] and small.full
+    assert [small.pick(waiting(5), 64) for _ in range(3)] == [11, 12, None]
+    assert small.room == 0
 
 
 @pytest.mark.parametrize("seed", range(10))
