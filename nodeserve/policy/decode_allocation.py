@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.decode_round import Key, Round, Seat
+from nodeserve.policy.decode_round import TOGETHER, Key, Round, Seat
 from nodeserve.policy.pass_times import PassTimes
 from nodeserve.policy.units import Unit
 
 LEAST_STEPS = 64  # decode steps seen before their costs are believed
-FIRST_SHARE, PRIOR_BLOCKS = 0.4, 64.0  # growth_share before any request ended, and its weight
+FIRST_SHARE, PRIOR_BLOCKS = 0.5, 64.0  # growth_share before any request ended, and its weight
 KEEP = 1 - 1 / 256  # of what is known of growth, when one more request ends
 
 
@@ -43,12 +43,13 @@ class DecodeAllocator:
     many sequences of an instance a slower step holds up gave up to 4 % more tokens/s in a closed
     loop, by gathering long contexts on one instance: P99 time per token was 6 to 40 % worse there.)
 
-    Room: a unit that holds sequences keeps free what they are expected to grow by, the share
-    `growth_share` of what they may, learned from those that ended; an empty one takes whatever
-    fits. If not all of a round fits, it is served in its order. The first without room then has a
-    unit kept for it, that with the most free blocks, until it is placed: those behind it get the
-    others, so its wait ends when the sequences there have ended, if not before. Only what comes
-    before it in the order can overtake it; that order is the caller's.
+    Room: a unit that holds sequences keeps free what they are expected to need, see
+    decode_round.Seat: they grow by the share `growth_share` of what they may, learned from those
+    that ended. An empty unit takes whatever fits. If not all of a round fits, it is served in its
+    order. The first without room then has a unit kept for it, that with the most free blocks, until
+    it is placed: those behind it get the others, so its wait ends when the sequences there have
+    ended, if not before. Only what comes before it in the order can overtake it; that order is the
+    caller's.
     """
 
     def __init__(self, policy: str, max_num_seqs: int, block_size: int = 16) -> None:
@@ -143,7 +144,8 @@ class DecodeAllocator:
     def _put(self, round_: Round, one: ReadyKv, smallest: int) -> Seat | None:
         growth_blocks = self.growth_share * one.growth_blocks
         # Never more than an empty unit has, so that one always takes it.
-        num_blocks = max(one.num_blocks, min(one.num_blocks + growth_blocks, smallest))
+        needed = min(one.num_blocks + TOGETHER * growth_blocks, smallest)
+        num_blocks = max(one.num_blocks, needed)
         seat = round_.best(num_blocks)
         if seat is not None:
             round_.put(seat, one.num_blocks, growth_blocks)
@@ -160,8 +162,8 @@ class DecodeAllocator:
         account, index = unit.account, unit.index
         used = account.num_blocks - account.free_blocks
         grown = used - self._placed_blocks.get(index, 0)
-        expected = growth_share * self._growth_blocks.get(index, 0) - max(0, grown)
-        return Seat(unit, self._turns.get(index, 0), expected)
+        expected = growth_share * self._growth_blocks.get(index, 0) - grown
+        return Seat(unit, self._turns.get(index, 0), max(0.0, expected))
 
     def _open(self, seats: Iterable[Seat]) -> Round:
         key, masks = self._order()

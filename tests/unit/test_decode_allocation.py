@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodeserve.policy.account import Account
+from nodeserve.policy.blocks import watermark
 from nodeserve.policy.cost import RankWork, StepCost
 from nodeserve.policy.decode_allocation import FIRST_SHARE, LEAST_STEPS, DecodeAllocator, ReadyKv
+from nodeserve.policy.decode_round import TOGETHER
 from nodeserve.policy.units import DECODE_ALLOCATIONS, Unit
 from nodeserve.types import Load
 
@@ -179,16 +181,33 @@ class TestRoom:
         units = [unit(0, 1, kv_blocks=100)]
         room = POOL - 100 - POOL // 100
         growth = 500
-        fits = int(room - FIRST_SHARE * growth)
+        fits = int(room - TOGETHER * FIRST_SHARE * growth)
         assert places(DecodeAllocator(policy, MAX_SEQS), units, fits + 1, growth=growth) == [None]
         assert places(DecodeAllocator(policy, MAX_SEQS), units, fits, growth=growth) == [0]
 
     def test_growth_that_happened_is_not_expected_again(self, policy: str) -> None:
         allocator, units = DecodeAllocator(policy, MAX_SEQS), [unit(0)]
         assert places(allocator, units, 100, growth=500) == [0]
-        units[0].account.report(Load(1, 0, 0, POOL - 250, 0, 1))  # it grew by 150 of 200
-        (one,) = ready(POOL - 250 - 50, first_id=7)
+        units[0].account.report(Load(1, 0, 0, POOL - 250, 0, 1))  # it grew by 150 of 250
+        (one,) = ready(POOL - 250 - 100, first_id=7)
         assert allocator.place([one], units) == [(one, 0)]
+
+    def test_one_that_grew_beyond_what_was_expected_lends_nothing(self, policy: str) -> None:
+        allocator, units = DecodeAllocator(policy, MAX_SEQS), [unit(0)]
+        assert places(allocator, units, 100, growth=200) == [0]
+        units[0].account.report(Load(1, 0, 0, POOL - 400, 0, 1))  # 300 instead of 100
+        first, over = *ready(200, growth=800, first_id=7), *ready(151, first_id=8)
+        assert allocator.place([first, over], units) == [(first, 0), (over, None)]  # 250 are kept
+
+    def test_many_do_not_need_all_their_growth_at_once(self, policy: str) -> None:
+        for num, together in ((1, 1.0), (2, 0.625), (6, 0.375)):
+            allocator, units = DecodeAllocator(policy, MAX_SEQS), [unit(0)]
+            assert places(allocator, units, *[10] * num, growth=160) == [0] * num
+            kept = FIRST_SHARE * 160 * num * together
+            (over,) = ready(int(POOL - 10 * num - kept) + 1, first_id=97)
+            (fits,) = ready(int(POOL - 10 * num - kept), first_id=98)
+            assert allocator.place([over], units) == [(over, None)]
+            assert allocator.place([fits], units) == [(fits, 0)]
 
     def test_growth_ends_with_the_request(self, policy: str) -> None:
         allocator, units = DecodeAllocator(policy, MAX_SEQS), [unit(0, 1, 10)]
@@ -276,6 +295,18 @@ class FakeWorker:
     def num_free(self) -> int:
         return self.unit.account.num_blocks - sum(blocks for blocks, _ in self.sequences.values())
 
+    def take(self, one: ReadyKv, max_num_seqs: int) -> bool:
+        """A pull arrives; what grew since the last report may leave no room for it."""
+        self.num_received += 1
+        assert len(self.sequences) < max_num_seqs
+        kept = watermark(self.unit.account.num_blocks) if self.sequences else 0
+        if one.num_blocks + kept > self.num_free:
+            self.report()
+            self.unit.account.refused = True
+            return False
+        self.sequences[one.request_id] = [one.num_blocks, one.growth_blocks]
+        return True
+
     def tick(self, allocator: DecodeAllocator) -> None:
         for request_id, sequence in list(self.sequences.items()):
             if sequence[1] == 0 or self.num_free == 0:
@@ -315,20 +346,19 @@ def test_no_life_overcommits_loses_or_starves(
         number += len(batch)
         answers = allocator.place(line, units)
         assert [one for one, _ in answers] == line
-        for one, index in answers:
-            if index is None:
-                continue
-            assert one.request_id not in placed_ids
-            placed_ids.add(one.request_id)
-            workers[index].sequences[one.request_id] = [one.num_blocks, one.growth_blocks]
-            workers[index].num_received += 1
-        line = [one for one, index in answers if index is None]
         for worker in workers:
             account = worker.unit.account
             assert account.free_blocks >= 0 and account.num_sequences <= max_num_seqs
-            assert worker.num_free >= 0
-            if account.num_sequences == 0:
-                assert all(one.num_blocks > account.free_blocks for one in line)
+            if account.num_sequences == 0 and not account.refused:
+                left = [one for one, index in answers if index is None]
+                assert all(one.num_blocks > account.free_blocks for one in left)
+        line = []
+        for one, index in answers:
+            if index is None or not workers[index].take(one, max_num_seqs):
+                line.append(one)
+            else:
+                assert one.request_id not in placed_ids
+                placed_ids.add(one.request_id)
         if line:
             waited[line[0].request_id] = waited.get(line[0].request_id, 0) + 1
         for place, worker in enumerate(workers):
