@@ -22,6 +22,10 @@ class Clock:
     def after(self, delay_s: float, act: Callable[[Any], None], what: Any = None) -> None:
         self.at(self.now_s + delay_s, act, what)
 
+    def clear(self) -> None:
+        """Nothing of what was announced will happen."""
+        self._heap.clear()
+
     def advance(self) -> bool:
         """Go to the next moment at which something happens; False: nothing will."""
         if not self._heap:

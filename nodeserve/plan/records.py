@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.flow import FlowOptions
-from nodeserve.policy.profiles import Profile
+from nodeserve.policy.profiles import Profile, profile_named
 from nodeserve.policy.units import DispatchOptions
 from nodeserve.types import Timings
 
@@ -25,7 +25,7 @@ class Arrival(NamedTuple):
 class Faults:
     """What goes wrong in a run."""
 
-    report_loss: float = 0.0  # share of ended passes of which the scheduler is never told
+    report_loss: float = 0.0  # share of prefill passes of whose end the policy is never told
     kill_instance: int | None = None
     kill_at_s: float = 0.0
 
@@ -54,6 +54,11 @@ class Scenario:
     transit_s: float = 0.0025  # one way, coordinator to worker and back
     faults: Faults = field(default_factory=Faults)
     engine: Engine = field(default_factory=Engine)
+
+    @property
+    def resolved_profile(self) -> Profile:
+        """ConfigError if no profile has this name."""
+        return profile_named(self.profile) if isinstance(self.profile, str) else self.profile
 
 
 @dataclass(slots=True)

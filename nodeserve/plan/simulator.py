@@ -22,7 +22,6 @@ from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.flow import Buffered, Verdict, judge
 from nodeserve.policy.lifecycle import Event, Phase
-from nodeserve.policy.profiles import Profile, profile_named
 from nodeserve.policy.units import Departure, PassDone
 from nodeserve.types import Role, Sampling
 
@@ -31,11 +30,12 @@ MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again i
 
 def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
     """Serve `arrivals`; ConfigError when the scenario cannot be."""
-    return _Simulation(scenario, arrivals).run()
+    return Simulation(scenario, arrivals).run()
 
 
-def build_instances(scenario: Scenario, profile: Profile) -> list[Instance]:
+def build_instances(scenario: Scenario) -> list[Instance]:
     """The instances of the layout, in its order; ranks are numbered through."""
+    profile = scenario.resolved_profile
     limits = Limits(
         profile.num_kv_tokens // scenario.block_size,
         scenario.block_size,
@@ -63,30 +63,26 @@ def build_instances(scenario: Scenario, profile: Profile) -> list[Instance]:
     return instances
 
 
-class _Simulation:
+class Simulation:
     """One run: the coordinator's side, and what goes wrong."""
 
     def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
         self.scenario = scenario
-        self.profile = (
-            profile_named(scenario.profile)
-            if isinstance(scenario.profile, str)
-            else scenario.profile
-        )
         self.clock = Clock()
-        self.instances = build_instances(scenario, self.profile)
+        self.instances = build_instances(scenario)
         self.ranks = [rank for instance in self.instances for rank in instance.ranks]
         self.limits = self.ranks[0].scheduler.limits
-        self.prefilling = [instance for instance in self.instances if instance.prefills]
-        self.dispatcher = Dispatcher(
-            [[rank.unit for rank in instance.ranks] for instance in self.prefilling],
-            scenario.dispatch,
-        )
+        prefilling = [
+            [rank.unit for rank in instance.ranks]
+            for instance in self.instances
+            if instance.prefills
+        ]
+        self.dispatcher = Dispatcher(prefilling, scenario.dispatch)
         self.handoffs = Handoffs(
             self.clock,
             self.instances,
             DecodeAllocator(scenario.decode_allocation, scenario.dispatch.max_num_seqs),
-            self.profile,
+            scenario.resolved_profile,
             scenario.block_size,
             scenario.transit_s,
         )
@@ -114,19 +110,25 @@ class _Simulation:
         self._loss = Random(f"loss {scenario.seed}")
 
     def run(self) -> Outcome:
+        """Until the last request has ended."""
         self._expect_arrival()
         self.supervisor.expect(self.scenario.faults)
-        clock = self.clock
         while self.num_open:
-            if not clock.advance():
+            if not self.turn():
                 raise AssertionError(f"{self.num_open} requests wait for nothing")
-            while clock.act() or self._undecided:
-                if self._undecided:
-                    self._decide()
-            self._begin_passes()
         served = [one for one in self.served if one is not None]
         assert len(served) == len(self.arrivals)
-        return Outcome(served, self.passes, clock.now_s)
+        return Outcome(served, self.passes, self.clock.now_s)
+
+    def turn(self) -> bool:
+        """One moment: its messages, decisions, passes that begin; False if nothing is to come."""
+        if not self.clock.advance():
+            return False
+        while self.clock.act() or self._undecided:
+            if self._undecided:
+                self._decide()
+        self._begin_passes()
+        return True
 
     # ---- arrivals
 
@@ -185,8 +187,8 @@ class _Simulation:
         decision = self.dispatcher.decide(now_s)
         for departure in decision.departures:
             self._depart(departure)
-        for place in decision.probes:
-            self.supervisor.probe(self.instances[place])
+        for number in decision.probes:
+            self.supervisor.probe(self.instances[number])
         wake_s = decision.wake_s
         if wake_s is not None and (self._wake_s is None or wake_s < self._wake_s):
             assert wake_s > now_s, "a wish to be asked again now"
@@ -243,13 +245,14 @@ class _Simulation:
         self.clock.after(self.scenario.transit_s, self._report, (instance, done))
 
     def _report(self, told: tuple[Instance, InstanceDone]) -> None:
-        """A pass's records, of all ranks. One that is lost takes the news for the dispatcher with
-        it, not the tokens."""
+        """A pass's records, of all ranks. Lost ones take the news for the policy with them, not the
+        tokens; only those of prefill passes get lost."""
         instance, done = told
         if instance.lost:
             return
         loss = self.scenario.faults.report_loss
-        if not loss or self._loss.random() >= loss:
+        lossy = loss > 0.0 and any(work.prefill_tokens for work in done.works)
+        if not lossy or self._loss.random() >= loss:
             self._take_news(instance, done)
         for rank, rank_done in zip(instance.ranks, done.ranks, strict=True):
             self._take_tokens(instance, rank, done, rank_done)
@@ -323,12 +326,12 @@ class _Simulation:
 
     def _heard(self, instance: Instance) -> None:
         self.dispatcher.heard(instance.index, self.clock.now_s)
+        self.handoffs.room_changed()
         self._changed()
 
     def _lose(self, instance: Instance) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        if instance.prefills:
-            self.dispatcher.lose(instance.index)
+        self.dispatcher.lose(instance.index)
         mine = {rank.unit.index: rank for rank in instance.ranks}
         self.handoffs.lose(instance)
         for life in list(self.lives.values()):
@@ -350,6 +353,8 @@ class _Simulation:
         left = [instance for instance in self.instances if not instance.lost]
         if any(one.prefills for one in left) and any(one.decodes for one in left):
             return
+        self.clock.clear()
+        self._undecided = False
         for life in list(self.lives.values()):
             self._over(life, WorkerLost.code)
         while self._num_arrived < len(self.arrivals):
