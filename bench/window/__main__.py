@@ -65,9 +65,8 @@ def report(campaign: Campaign, svg: Path | None) -> dict[str, object]:
     """Run everything, print it, draw it; what the JSON line holds."""
     plan = campaign.plan
     print(f"{plan.name}: {len(plan.points)} points x {len(ARMS)} arms x {len(plan.seeds)} seeds,")
-    print(
-        f"{plan.requests_per_rank} requests per rank a run; profile {PROFILE.name}: {PROFILE.source}"
-    )
+    print(f"{plan.requests_per_rank} requests per rank a run, one output token each;")
+    print(f"profile {PROFILE.name}: {PROFILE.source}")
     saturations = campaign.saturate()
     print("\nWhat is possible: QPS with every token slot of every pass used, QPS that C completes")
     print("when overloaded (the unit of loads), mean TTFT of requests that meet an idle node")

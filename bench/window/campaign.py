@@ -53,23 +53,23 @@ class Campaign:
         self._saturations: dict[tuple[Shape, str], Saturation] = {}
 
     def saturate(self) -> dict[tuple[Shape, str], Saturation]:
-        """For each shape and lengths of the plan, the loads' unit."""
+        """For each shape and lengths of the plan, the unit of loads."""
         plan = self.plan
         keys = [(point.shape, point.lengths) for point in plan.points]
         keys += [(shape, WORKLOAD[1]) for shape in plan.limit_shapes]
-        tasks = [
-            _Overload(*key, plan.seeds[0], plan.num_requests(key[0])) for key in dict.fromkeys(keys)
-        ]
+        keys = list(dict.fromkeys(keys))
+        tasks = [_Overload(*key, plan.seeds[0], plan.num_requests(key[0])) for key in keys]
         found = self._each(_overload, tasks, "saturation")
-        self._saturations = dict(zip(dict.fromkeys(keys), found, strict=True))
+        self._saturations = dict(zip(keys, found, strict=True))
         return self._saturations
 
     def compare(self) -> list[Compared]:
         """Every point of the plan."""
-        plan, compared = self.plan, []
-        rates = [
-            point.load * self._saturations[point.shape, point.lengths].qps for point in plan.points
-        ]
+        plan = self.plan
+        rates = {
+            point: point.load * self._saturations[point.shape, point.lengths].qps
+            for point in plan.points
+        }
         tasks = [
             _Visit(
                 point.shape,
@@ -79,11 +79,12 @@ class Campaign:
                 seed,
                 plan.num_requests(point.shape),
             )
-            for point, qps in zip(plan.points, rates, strict=True)
+            for point, qps in rates.items()
             for seed in plan.seeds
         ]
         visits = self._each(_visit, tasks, "points")
-        for point, qps in zip(plan.points, rates, strict=True):
+        compared = []
+        for point, qps in rates.items():
             seeds = [next(visits) for _ in plan.seeds]
             runs = {arm.letter: [visit[arm.letter] for visit in seeds] for arm in ARMS}
             compared.append(compare(point, qps, runs))
@@ -93,23 +94,16 @@ class Campaign:
         """The highest rates that meet the limits of mean and P99 TTFT."""
         plan = self.plan
         tasks = [
-            _Search(
-                shape,
-                arm,
-                self._saturations[shape, WORKLOAD[1]].qps,
-                seed,
-                plan.num_requests(shape),
-            )
-            for shape in plan.limit_shapes
+            _Search(shape, arm, found.qps, seed, plan.num_requests(shape))
+            for (shape, lengths), found in self._saturations.items()
+            if shape in plan.limit_shapes and lengths == WORKLOAD[1]
             for arm in plan.limit_arms
             for seed in plan.seeds
         ]
-        found: Rates = {
-            str(shape): {arm: [] for arm in plan.limit_arms} for shape in plan.limit_shapes
-        }
+        rates: Rates = {}
         for task, rate in zip(tasks, self._each(_search, tasks, "limits"), strict=True):
-            found[str(task.shape)][task.arm].append(rate)
-        return found
+            rates.setdefault(str(task.shape), {}).setdefault(task.arm, []).append(rate)
+        return rates
 
     def _each(self, function: Callable[[T], R], tasks: Sequence[T], name: str) -> Iterator[R]:
         """The results in the order of the tasks; says how far it is ten times."""
