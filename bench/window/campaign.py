@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from bench.window.compare import Compared, compare
-from bench.window.grid import ARMS, BY_LETTER, MEAN_LIMIT_S, P99_LIMIT_S, WORKLOAD, Plan, Shape
+from bench.window.grid import (
+    ARMS,
+    BY_LETTER,
+    MEAN_LIMIT_S,
+    P99_LIMIT_S,
+    WORKLOAD,
+    Plan,
+    Point,
+    Shape,
+)
 from bench.window.runs import Run, Saturation, saturation, serve, trace
 from bench.window.search import limits
 
@@ -26,9 +35,7 @@ class _Overload(NamedTuple):
 class _Visit(NamedTuple):
     """One seed at one point: all arms serve the same requests."""
 
-    shape: Shape
-    arrivals: str
-    lengths: str
+    point: Point
     qps: float
     seed: int
     num_requests: int
@@ -58,7 +65,7 @@ class Campaign:
         keys = [(point.shape, point.lengths) for point in plan.points]
         keys += [(shape, WORKLOAD[1]) for shape in plan.limit_shapes]
         keys = list(dict.fromkeys(keys))
-        tasks = [_Overload(*key, plan.seeds[0], plan.num_requests(key[0])) for key in keys]
+        tasks = [_Overload(*key, plan.seeds[0], 4 * plan.num_requests(key[0])) for key in keys]
         found = self._each(_overload, tasks, "saturation")
         self._saturations = dict(zip(keys, found, strict=True))
         return self._saturations
@@ -71,14 +78,7 @@ class Campaign:
             for point in plan.points
         }
         tasks = [
-            _Visit(
-                point.shape,
-                point.arrivals,
-                point.lengths,
-                qps,
-                seed,
-                plan.num_requests(point.shape),
-            )
+            _Visit(point, qps, seed, plan.num_requests(point.shape))
             for point, qps in rates.items()
             for seed in plan.seeds
         ]
@@ -123,8 +123,9 @@ def _overload(task: _Overload) -> Saturation:
 
 
 def _visit(task: _Visit) -> dict[str, Run]:
-    requests = trace(task.arrivals, task.lengths, task.qps, task.seed, task.num_requests)
-    return {arm.letter: serve(arm, task.shape, requests, task.seed) for arm in ARMS}
+    point = task.point
+    requests = trace(point.arrivals, point.lengths, task.qps, task.seed, task.num_requests)
+    return {arm.letter: serve(arm, point.shape, requests, task.seed) for arm in ARMS}
 
 
 def _search(task: _Search) -> tuple[float, float]:

@@ -1,17 +1,30 @@
 """The window benchmark's own logic: ratios, searches, verdicts, the picture."""
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bench.window import aims, tables
+from bench.window.campaign import Campaign
 from bench.window.compare import Compared, compare
-from bench.window.grid import ARMS, BY_LETTER, SHAPES, SOUND, Point
+from bench.window.grid import ARMS, BY_LETTER, SHAPES, SMOKE, SOUND, Point, Shape
 from bench.window.picture import Panel, ceiling_for, draw
-from bench.window.runs import MEASURES, Run
+from bench.window.runs import (
+    MEASURES,
+    Run,
+    idle_times,
+    longest_idle_wait_s,
+    saturation,
+    serve,
+    trace,
+)
 from bench.window.search import highest_load, limits
 from bench.window.stats import Samples, mean_ratio, p99, p99_ratio, pairs_ratio
+from nodeserve.plan.records import Faults, Outcome, Pass
+from nodeserve.plan.summary import STAGES
+from nodeserve.policy.cost import IDLE
 
 
 def samples(*values: float) -> Samples:
@@ -239,3 +252,53 @@ def test_points_stand_where_the_axes_say() -> None:
 )
 def test_axes_end_at_round_numbers(values: tuple[float, ...], highest: float) -> None:
     assert ceiling_for(values) == pytest.approx(highest)
+
+
+# ---- one run
+
+
+def test_the_longest_wait_beside_an_idle_instance() -> None:
+    waits = [(0.0, 0.0), (1.0, 2.0), (3.0, 9.0)]
+    assert longest_idle_wait_s(waits, [(0.0, 0.9), (1.8, 3.5), (8.0, 8.2)]) == pytest.approx(0.5)
+    assert longest_idle_wait_s(waits, [(2.0, 3.0)]) == 0.0
+    assert longest_idle_wait_s([(0.0, 0.0)], [(0.0, 5.0)]) == 0.0
+    assert longest_idle_wait_s([], [(0.0, 5.0)]) == 0.0
+
+
+def test_idle_times_are_those_of_living_instances() -> None:
+    passes = [Pass(0, 1.0, 1.0, 0.0, (IDLE,)), Pass(1, 0.5, 2.0, 0.0, (IDLE,))]
+    outcome = Outcome([], passes, 10.0)
+    times = idle_times(outcome, Shape(2, 1), Faults(kill_instance=0, kill_at_s=4.0))
+    assert times == [(0.0, 1.0), (2.0, 4.0), (0.0, 0.5), (2.5, 10.0)]
+
+
+def test_saturation_is_below_what_is_possible_and_a_lone_request_takes_its_pass() -> None:
+    found = saturation(Shape(1, 2), "fixed:1500", 11, 300)
+    # A full rank: 60 ms, 4096 x (0.1 + 0.03) ms, 4096 tokens that see 750 others on average, 6 ns.
+    full_s = 0.060 + 4096 * 1.3e-4 + 4096 * 750 * 6e-9
+    assert found.ceiling_qps == pytest.approx(2 * 4096 / full_s / 1500)
+    assert 0.8 * found.ceiling_qps < found.qps < 1.02 * found.ceiling_qps
+    # One of two ranks works, the experts' share is halved; two ways of 2.5 ms.
+    lone_s = 0.060 + 1500 * 1.15e-4 + 1500 * 750 * 6e-9
+    assert found.floor_s == pytest.approx(lone_s + 0.005)
+
+
+def test_arms_serve_the_same_requests_and_the_windowed_one_keeps_its_queue_in_the_buffer() -> None:
+    shape, requests = Shape(2, 2), trace("poisson", "lognormal:1500", 11.0, 11, 300)
+    runs = {arm: serve(BY_LETTER[arm], shape, requests, 11) for arm in "CGH"}
+    assert {len(run.ttft_s) for run in runs.values()} == {240}
+    assert [run.num_lost for run in runs.values()] == [0, 0, 0]
+    assert runs["C"].measures["scheduler_wait_s"] == 0.0
+    assert runs["C"].measures["device_wait_s"] > 10 * runs["G"].measures["device_wait_s"]
+    assert runs["H"].measures["mean_s"] > runs["G"].measures["mean_s"]
+    stages = sum(runs["G"].measures[stage] for stage in STAGES)
+    assert stages == pytest.approx(runs["G"].measures["mean_s"], rel=1e-4)
+
+
+def test_results_come_in_the_order_of_the_plan_from_several_processes() -> None:
+    plan = replace(SMOKE, requests_per_rank=8)
+    alone, together = Campaign(plan, 1), Campaign(plan, 2)
+    assert alone.saturate() == together.saturate()
+    assert [one.to_json() for one in alone.compare()] == [
+        one.to_json() for one in together.compare()
+    ]
