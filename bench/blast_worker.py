@@ -96,7 +96,8 @@ class Blaster:
             began_s=now_s,
             step_s=1e-5,
             num_prefill_tokens=len(self.started),
-            attention=0.0,
+            attention=float(bool(self.started)),
+            num_decodes=len(ids) - len(self.started),
             kv_tokens=0,
             received=pack_times([now_s] * len(self.started)),
         )

@@ -61,7 +61,7 @@ class EngineConfig:
     model: str | None = None  # folder, .gguf file or hub name; None: the embedded demo model
     layout: str | None = None  # None: 1p1d with two devices or more, else 1m
     gpus: str | None = None
-    device: str = "auto"  # auto, cuda, cpu
+    device: str = "auto"  # auto, cuda, cpu, sim
     socket: str | None = None
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
@@ -69,11 +69,21 @@ class EngineConfig:
     max_num_seqs: int | None = None  # sequences in one decode step; None: what suits the device
     max_num_batched_tokens: int | None = None  # tokens in one step; None: what fills the device
     max_num_queued_reqs: int = 4096  # requests that wait before prefill; more are refused
+    max_num_queued_tokens: int = 1 << 22  # of their prompts: as many requests of 1024 tokens
+    slo: str | None = None  # of requests that bring none, such as ttft=500ms,tpot=50ms
+    on_overload: str = "reject"  # what becomes of requests whose SLO cannot be met: reject, queue
+    admission: str = "staggered"  # one of policy.units.ADMISSIONS
+    window: str = "auto"  # interval between departures: auto, off, or milliseconds
+    window_k: float = 1.0  # an automatic interval is this times (pass + dead time) / instances
+    decode_allocation: str = "cost"  # one of policy.units.DECODE_ALLOCATIONS
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None
     load_format: str = (
         "auto"  # auto: the checkpoint's weights; dummy: random ones from a fixed seed
     )
+    # For simulated devices only.
+    profile: str | None = None  # whose passes are timed: a name in policy/profiles.py
+    seed: int = 0  # of the noise on their durations
     # The rest is for GPUs only.
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, pages, activations
     attention_backend: str = "auto"  # auto, flash-attn, torch, triton, reference
@@ -82,12 +92,22 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Simulated:
+    """What a worker without a model is told instead."""
+
+    profile: str
+    seed: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """All that a worker process is told at its start; travels as JSON on its command line."""
 
     index: int
     role: str
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda" or "sim"
     model: str  # resolved path of the checkpoint
     dtype: str  # "bfloat16", "float16" or "float32"
     max_model_len: int
@@ -107,6 +127,11 @@ class WorkerSpec:
     attention_backend: str
     handoff: str
     enforce_eager: bool
+    instance: int = 0  # number of the instance that this worker is part of
+    rank: int = 0  # its place there
+    board_fd: int = -1  # inherited descriptor of the memory that the instance's ranks share
+    bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its ranks, in their order
+    simulated: Simulated | None = None  # with device "sim"; only it needs a board and bells
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -114,5 +139,13 @@ class WorkerSpec:
     @staticmethod
     def from_json(text: str) -> "WorkerSpec":
         values = json.loads(text)
-        tuples = {name: tuple(values[name]) for name in ("cpus", "gpus")}
-        return WorkerSpec(**{**values, **tuples})
+        for name in ("cpus", "gpus", "bell_fds"):
+            values[name] = tuple(values[name])
+        if (simulated := values["simulated"]) is not None:
+            eos_token_ids = tuple(simulated["eos_token_ids"])
+            values["simulated"] = Simulated(**{**simulated, "eos_token_ids": eos_token_ids})
+        return WorkerSpec(**values)
+
+
+def parse_slo(text: str) -> dict[str, float]:
+    raise NotImplementedError  # PLACEHOLDER until p-decode

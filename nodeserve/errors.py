@@ -49,9 +49,14 @@ class FrameTooLarge(ProtocolError):
 
 
 class Overloaded(NodeServeError):
-    """The server's queue is full: try again later."""
+    """The server cannot take the request now: its queue is full, or the SLO would be missed."""
 
     code, http_status = "overloaded", 503
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: when it may be worth another try, if the server said so."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Cancelled(NodeServeError):

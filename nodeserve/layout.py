@@ -66,9 +66,14 @@ class Layout:
         return sum(group.num_workers for group in self.groups)
 
     @property
+    def instances(self) -> tuple[Group, ...]:
+        """The group of each instance, in order."""
+        return tuple(group for group in self.groups for _ in range(group.count))
+
+    @property
     def roles(self) -> tuple[Role, ...]:
         """The role of each instance, in order."""
-        return tuple(group.role for group in self.groups for _ in range(group.count))
+        return tuple(group.role for group in self.instances)
 
     def __str__(self) -> str:
         parts = [str(group) for group in self.groups]

@@ -17,6 +17,7 @@ import click
 
 from nodeserve.config import EngineConfig
 from nodeserve.errors import ConfigError
+from nodeserve.policy.profiles import PROFILES
 from nodeserve.types import Sampling
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -25,7 +26,7 @@ ENGINE_HELP = {
     "model": "Folder, .gguf file or hub name; without it the embedded demo model.",
     "layout": "Instances and their roles: 1p1d, 4p4d, 8m. [default: 1p1d, on one core 1m]",
     "gpus": "GPUs, such as 0-7 or 0,2,5, one for each worker; 0,0 puts two workers on one.",
-    "device": "auto, cuda or cpu.",
+    "device": "auto, cuda, cpu, or sim: passes that are only timed, see --profile.",
     "socket": "Path of the Unix socket.",
     "max_model_len": "Tokens of prompt and output together. [default: the model's own limit]",
     "block_size": "Tokens in a KV block.",
@@ -34,9 +35,20 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "Tokens in one step: the prefill chunk."
     " [default: 8192 on GPUs, 2048 with mixed workers, 128 on CPUs]",
     "max_num_queued_reqs": "Requests that may wait before prefill; more are refused.",
+    "max_num_queued_tokens": "Prompt tokens that may wait before prefill; more are refused.",
+    "slo": "What requests expect that do not say it themselves, such as ttft=500ms,tpot=50ms.",
+    "on_overload": "A request whose first token would come later than its SLO: reject refuses it at"
+    " once, queue takes it behind the others.",
+    "admission": "When requests leave for prefill. On arrival: round-robin, fewest-requests or"
+    " shortest-queue; to an instance that is free: pull; one instance after the other: staggered.",
+    "window": "Time between staggered departures: auto (from pass times), off or milliseconds.",
+    "window_k": "Stretches the automatic window.",
+    "decode_allocation": "How decoders are chosen: round-robin, fewest-requests, iqr or cost.",
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",
+    "profile": f"Whose passes --device sim imitates: {', '.join(PROFILES)}.",
+    "seed": "Of the noise on simulated passes.",
     "gpu_memory_utilization": "Share of each GPU's memory for weights, KV pages and activations.",
     "attention_backend": "auto, flash-attn, torch, triton or reference (GPUs).",
     "handoff": "How pages leave a GPU: auto, ipc (GPU to GPU) or host (through pinned memory).",

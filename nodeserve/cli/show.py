@@ -27,6 +27,7 @@ _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _COLUMNS = (  # heading, cell: 80 columns hold all of them
     ("id", "{index}"),
     ("role", "{role}"),
+    ("rank", "{instance}.{rank}"),
     ("gpu", "{gpu}"),
     ("state", "{state}"),
     ("pid", "{pid}"),
@@ -67,8 +68,32 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
         f"rates     {rates['prompt_tokens_per_s']:.1f} prompt tokens/s"
         f"  {rates['output_tokens_per_s']:.1f} output tokens/s"
         f"  {rates['requests_per_s']:.2f} requests/s",
+        *how_requests_leave(stats["dispatch"]),
         *how_they_run(stats["workers"]),
     ]
+
+
+def how_requests_leave(dispatch: dict[str, Any]) -> list[str]:
+    """The policy at work, and who waits for it."""
+    words = [dispatch["admission"]]
+    if dispatch["falling_back"]:
+        words = ["shortest-queue, for the window cannot be trusted now"]
+    elif dispatch["window_ms"]:
+        words.append(f"every {dispatch['window_ms']:.1f} ms")
+    if dispatch["pass_ms"] is not None:
+        words.append(f"a pass takes {dispatch['pass_ms']:.1f} ms")
+    for state in ("suspect", "lost"):
+        which = [str(one["instance"]) for one in dispatch["instances"] if one["state"] == state]
+        words += [f"{state}: instance {', '.join(which)}"] if which else []
+    lines = ["dispatch  " + "  ".join([*words, f"decode by {dispatch['decode_allocation']}"])]
+    if waiting := dispatch["queue"]:
+        lines.append("queue     " + "  ".join(map(_class_line, waiting)))
+    return lines
+
+
+def _class_line(waiting: dict[str, Any]) -> str:
+    effort = " best effort" if waiting["best_effort"] else ""
+    return f"{waiting['requests']} of priority {waiting['priority']}{effort}"
 
 
 def how_they_run(workers: list[dict[str, Any]]) -> list[str]:
@@ -94,12 +119,16 @@ def _duration(seconds: float) -> str:
 
 
 def workers_table(workers: list[dict[str, Any]]) -> "Table":
-    """A row for each worker, with its GPU or its threads."""
+    """A row for each worker, with its GPU or its threads, or its place among several ranks."""
     from rich import box
     from rich.table import Table
 
-    hidden = "threads" if any(worker.get("gpu") is not None for worker in workers) else "gpu"
-    columns = [column for column in _COLUMNS if column[0] != hidden]
+    if any(worker.get("rank") for worker in workers):
+        shown = "rank"
+    else:
+        shown = "gpu" if any(worker.get("gpu") is not None for worker in workers) else "threads"
+    hidden = {"rank", "gpu", "threads"} - {shown}
+    columns = [column for column in _COLUMNS if column[0] not in hidden]
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for heading, _ in columns:
         table.add_column(heading, overflow="fold")

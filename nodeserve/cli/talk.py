@@ -11,6 +11,7 @@ import click
 from nodeserve.cli.settings import given, sampling_options
 from nodeserve.client import Chunk, Client
 from nodeserve.errors import ConnectionLost, NodeServeError
+from nodeserve.types import Timings
 
 CONNECT_TIMEOUT_S = 10.0
 INTERRUPTED = 130  # what a shell gives for Ctrl-C
@@ -33,12 +34,14 @@ def stop_option(command: Command) -> Command:
 @sampling_options
 @stop_option
 @click.option("--stream/--no-stream", default=True, help="Print tokens as they come.")
+@click.option("--timings", is_flag=True, help="Say on stderr where the time went.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all there is.")
 def complete(
     prompt: str,
     socket: str | None,
     stop: tuple[str, ...],
     stream: bool,
+    timings: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -50,18 +53,46 @@ def complete(
         try:
             if as_json:
                 click.echo(json.dumps(asdict(client.generate(prompt, **options))))
-            elif stream:
-                say(client.generate(prompt, stream=True, **options))
+                return
+            if stream:
+                spent = say(client.generate(prompt, stream=True, **options))
                 click.echo()
             else:
-                click.echo(client.generate(prompt, **options).text)
+                done = client.generate(prompt, **options)
+                click.echo(done.text)
+                spent = done.timings
+            if timings and spent is not None:
+                click.echo(timeline(spent), err=True)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
 
-def say(chunks: Generator[Chunk, None, None]) -> None:
+def say(chunks: Generator[Chunk, None, None]) -> Timings | None:
+    """Print an answer as it comes; what its last chunk says of the time."""
+    timings = None
     for chunk in chunks:
         click.echo(chunk.text, nl=False)
+        timings = chunk.timings
+    return timings
+
+
+def timeline(timings: Timings) -> str:
+    """The stages of a request in milliseconds, in two lines."""
+    stages = {
+        "in the queue": timings.scheduler_wait_s,
+        "to the worker": timings.transit_s,
+        "waiting there": timings.device_wait_s,
+        "prefill": timings.prefill_s,
+        "back": timings.return_s,
+    }
+    parts = " + ".join(f"{1e3 * seconds:.1f} {words}" for words, seconds in stages.items())
+    handoff_s = timings.handoff_wait_s + timings.handoff_s
+    return (
+        f"first token {1e3 * timings.ttft_s:.1f} ms = {parts}\n"
+        f"then {1e3 * timings.decode_s:.1f} ms, of them {1e3 * handoff_s:.1f} handoff;"
+        f" workers {timings.prefill_worker} and {timings.decode_worker},"
+        f" {timings.num_preemptions} preemptions, left behind {timings.num_rounds} times"
+    )
 
 
 @click.command()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from nodeserve.coordinator.request import Request, Stamps
 from nodeserve.coordinator.streams import Stream
 from nodeserve.errors import InvalidRequest, PromptTooLong
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.units import Waiting
 from nodeserve.types import check_priority, check_sampling, sampling_from, shown
 from nodeserve.wire.messages import Submit, unpack_ids
 
@@ -18,9 +20,6 @@ class Limits:
     vocab_size: int
     max_model_len: int  # tokens
     block_size: int  # tokens
-    max_num_seqs: int  # per worker
-    max_num_batched_tokens: int
-    max_num_queued_reqs: int
 
 
 def admit(
@@ -36,6 +35,7 @@ def admit(
     if not sampling.greedy and sampling.seed is None:
         # Drawn here, once, so that a request that is put back goes on as it began.
         values["seed"] = int.from_bytes(os.urandom(7), "little")
+    num_blocks = blocks_for(len(tokens) + 1, limits.block_size)
     return Request(
         request_id=request_id,
         client_id=message.request_id,
@@ -44,7 +44,8 @@ def admit(
         num_prompt_tokens=len(tokens),
         sampling=values,
         slo=message.slo,
-        priority=message.priority,
+        max_tokens=sampling.max_tokens,
+        waiting=Waiting(request_id, len(tokens), num_blocks, now_s, message.priority),
         stamps=Stamps(now_s),
         num_sent=len(tokens),
         wants_logprobs=sampling.logprobs is not None,

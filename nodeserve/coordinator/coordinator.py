@@ -1,36 +1,35 @@
 """The coordinator: every request, every queue, every decision of the node, in one thread.
 
-It owns all request state. Clients reach it through `submit` and `abort`, workers through `handle`;
+It owns all request state. Clients reach it through `submit` and `abort`, workers through `handle`.
+These only take in what came and ask for a `turn`, which decides on all of it at once (dispatch.py);
 what it decides leaves through the workers' rings and the clients' streams. It knows token ids
 only: text lives with the clients.
 
-Always true: a request accepted by `submit` ends with exactly one End on its stream; a request in a
-worker's hands is in that worker's `requests`; pages pinned on a worker are released once nobody
-reads them.
+Always true: a request accepted by `submit` ends with exactly one End on its stream; pages pinned on
+a worker are released once nobody reads them.
 """
 
 from collections.abc import Callable
 
 from nodeserve.coordinator.admission import Limits, admit
+from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.queue import WaitingQueue
+from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.streams import Stream, end_of, refusal
-from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, ShuttingDown, WorkerLost
+from nodeserve.errors import InvalidRequest, NodeServeError, ShuttingDown, WorkerLost
 from nodeserve.metrics import Totals
-from nodeserve.policy.decode_allocation import pick_decode
 from nodeserve.policy.lifecycle import Event, Phase
-from nodeserve.policy.prefill_allocation import pick_prefill
 from nodeserve.types import Role
 from nodeserve.wire.messages import (
     FINISH_REASONS,
+    Alive,
     Cancel,
     Dropped,
     FromWorker,
     KvPulled,
     KvReady,
     KvRefused,
-    Prefill,
     ReleaseKv,
     RequestFailed,
     StepDone,
@@ -44,29 +43,28 @@ MAX_LOSSES = 2  # workers that may end under one request before it ends too
 
 
 class Coordinator:
-    """See the module's head. `now` is a monotonic clock; `wake_flush` asks for one `flush`."""
+    """See the module's head. `now` is a monotonic clock; `wake` asks for one `turn`."""
 
     def __init__(
         self,
         links: list[WorkerLink],
         limits: Limits,
+        policies: Policies,
         now: Callable[[], float],
-        wake_flush: Callable[[], None],
+        wake: Callable[[], None],
     ) -> None:
         self.links = links
         self.limits = limits
         self.requests: dict[int, Request] = {}
         self.streams: set[Stream] = set()  # open connections
-        self.waiting = WaitingQueue()
-        self.parked = WaitingQueue()  # prefilled, pages pinned, no decode room yet
+        self.dispatch = Dispatch(links, self.requests, limits, policies)
         self.totals = Totals()
         self.closing = False
         self.on_idle: Callable[[], None] = lambda: None  # no request is left
         self._now = now
-        self._wake_flush = wake_flush
+        self._wake = wake
         self._moved: dict[Reader, None] = {}
         self._next_id = 1
-        self._assignments = 0
 
     # ---- clients
 
@@ -76,17 +74,17 @@ class Coordinator:
             request = self._accept(stream, message)
         except NodeServeError as error:
             self.totals.rejected += 1
-            stream.send(refusal(message.request_id, error.code, str(error)))
+            stream.send(refusal(message.request_id, error))
             return
         self.requests[request.request_id] = request
         stream.requests[request.client_id] = request
-        self.waiting.push(request)
-        self.dispatch()
+        self.dispatch.push(request, request.stamps.arrived)
+        self._wake()
 
     def abort(self, request: Request) -> None:
         """The client no longer wants it, or is gone."""
         self._end(request, Event.CANCELLED, "cancelled", "cancelled", "cancelled by the client")
-        self.dispatch()
+        self._wake()
 
     def drop_stream(self, stream: Stream, error: NodeServeError | None = None) -> None:
         """A connection ended, or ends now with `error`: all it waited for is cancelled."""
@@ -95,13 +93,22 @@ class Coordinator:
         stream.closed = True
         for request in list(stream.requests.values()):
             self._end(request, Event.CANCELLED, "cancelled", "cancelled", "connection closed")
-        self.dispatch()
+        self._wake()
 
     def end_all(self, error: NodeServeError) -> None:
         """End every request that has not ended."""
         for request in list(self.requests.values()):
             if request.phase is not Phase.DRAINING:
                 self._end(request, Event.CANCELLED, "error", error.code, str(error))
+
+    def turn(self, earliest_s: float = 0.0) -> float | None:
+        """Decide on what came, and send it on; returns when to decide again in any case.
+
+        `earliest_s`: now, if the clock says that it is earlier.
+        """
+        wake_s = self.dispatch.turn(max(self._now(), earliest_s))
+        self.flush()
+        return wake_s
 
     def flush(self) -> None:
         """Send what the last records brought, one frame for each connection."""
@@ -114,60 +121,10 @@ class Coordinator:
             raise ShuttingDown("the server is stopping and takes no new requests")
         if message.request_id in stream.requests:
             raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
-        if len(self.waiting) >= self.limits.max_num_queued_reqs:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
         request = admit(message, self._next_id, stream, self.limits, self._now())
+        self.dispatch.check(request, request.stamps.arrived)
         self._next_id += 1
         return request
-
-    # ---- decisions
-
-    def dispatch(self) -> None:
-        """Hand out what can start now: waiting requests to prefill, parked ones to decode."""
-        while self.parked and self._start_pull(self.parked.first()):
-            self.parked.pop()
-        while self.waiting and self._start_prefill(self.waiting.first()):
-            self.waiting.pop()
-
-    def _start_prefill(self, request: Request) -> bool:
-        limits = self.limits
-        picked = pick_prefill(
-            (link.prefill for link in self.links if link.alive and link.prefills),
-            request.num_blocks(limits.block_size),
-            2 * limits.max_num_batched_tokens,
-            limits.max_num_seqs,
-        )
-        if picked is None:
-            return False
-        link = self.links[picked.instance]
-        self._assignments += 1
-        picked.last_assigned = self._assignments
-        link.promise(request.request_id, request.num_blocks(limits.block_size))
-        link.owe_prefill(request.request_id, len(request.tokens))
-        request.holder = request.prefill_worker = link.index
-        request.on(Event.ADMITTED)
-        if request.stamps.first_token is None:
-            request.stamps.depart(self._now())
-        link.send(Prefill([request.prompt(handoff=link.role is Role.PREFILL)]))
-        return True
-
-    def _start_pull(self, request: Request) -> bool:
-        limits = self.limits
-        num_blocks = request.num_blocks(limits.block_size)
-        picked = pick_decode(
-            (link.decode for link in self.links if link.alive and link.decodes),
-            num_blocks,
-            limits.max_num_seqs,
-        )
-        if picked is None:
-            return False
-        link = self.links[picked.instance]
-        link.promise(request.request_id, num_blocks)
-        request.holder = link.index
-        request.handoff_wait_s += self._now() - request.stamps.parked
-        request.on(Event.PULLING)
-        link.send(request.pull_message())
-        return True
 
     # ---- workers
 
@@ -187,28 +144,28 @@ class Coordinator:
                 self._let_go(link, message.request_id)
             case RequestFailed():
                 self._on_failed(link, message)
+            case Alive():
+                link.report(message.load)
+                self.dispatch.on_alive(link, self._now())
             case _:
                 raise AssertionError(f"{type(message).__name__} from a running worker")
-        self.dispatch()
+        self._wake()
 
     def _on_step(self, link: WorkerLink, step: StepDone) -> None:
         now, requests = self._now(), self.requests
         link.counters.count_step(step, now)
         received = unpack_times(step.received)
         for request_id, received_s in zip(unpack_request_ids(step.started), received, strict=True):
-            link.arrived(request_id)
             if (request := requests.get(request_id)) and request.stamps.first_token is None:
                 request.stamps.received, request.stamps.started = received_s, step.began_s
-        if step.num_prefill_tokens:
-            link.pay_prefill(step.num_prefill_tokens)
         link.report(step.load)
+        self.dispatch.on_step(link, step, now)
         self._take_logprobs(step)
         self._take_tokens(link, step, now)
         for request_id, block_ids in step.kv_ready:
             self._on_kv_ready(link, request_id, block_ids)
         for request_id in unpack_request_ids(step.preempted):
-            self._on_preempted(link, request_id)
-        self._wake_flush()
+            self._on_preempted(request_id)
 
     def _take_logprobs(self, step: StepDone) -> None:
         if step.logprobs is None:
@@ -227,8 +184,8 @@ class Coordinator:
         ):
             request = requests.get(request_id)
             if request is None or request.phase is Phase.DRAINING:
-                if finish:
-                    self._crossed(link, request_id, request)
+                if finish and request is not None:
+                    request.on(Event.FINISHED)
                 continue
             request.tokens.append(token)
             request.stamps.last_token = now
@@ -238,21 +195,14 @@ class Coordinator:
                 request.stream.mark(request)
                 moved[request.stream] = None
             if finish:
-                link.forget(request_id)
                 self._end(request, Event.FINISHED, FINISH_REASONS[finish] or "", None, "")
 
     def _first_token(self, link: WorkerLink, request: Request, prefilled_s: float) -> None:
-        link.prefilled(request.request_id)
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, self._now()
         if link.role is not Role.PREFILL:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
-
-    def _crossed(self, link: WorkerLink, request_id: int, request: Request | None) -> None:
-        link.forget(request_id)
-        if request is not None:
-            request.on(Event.FINISHED)
 
     def _on_kv_ready(self, link: WorkerLink, request_id: int, block_ids: bytes) -> None:
         request = self.requests.get(request_id)
@@ -266,10 +216,9 @@ class Coordinator:
 
     def _park(self, request: Request) -> None:
         request.stamps.parked = self._now()
-        self.parked.push(request)
+        self.dispatch.park(request)
 
-    def _on_preempted(self, link: WorkerLink, request_id: int) -> None:
-        link.forget(request_id)
+    def _on_preempted(self, request_id: int) -> None:
         if request := self.requests.get(request_id):
             request.on(Event.PREEMPTED)
             if request.phase is Phase.WAITING:
@@ -278,10 +227,9 @@ class Coordinator:
     def _put_back(self, request: Request) -> None:
         request.num_preemptions += 1
         request.holder = request.source = -1
-        self.waiting.push(request)
+        self.dispatch.push(request, self._now())
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
-        link.arrived(message.request_id)
         link.counters.handoffs += 1
         link.counters.handoff_bytes += message.num_bytes
         request = self.requests.get(message.request_id)
@@ -296,9 +244,8 @@ class Coordinator:
         self._release_source(request)
 
     def _on_refused(self, link: WorkerLink, message: KvRefused) -> None:
-        link.forget(message.request_id)
         link.report(message.load)
-        link.decode.refused = True
+        link.account.refused = True
         if request := self.requests.get(message.request_id):
             request.on(Event.KV_REFUSED)
             if request.phase is Phase.PARKED:
@@ -314,13 +261,14 @@ class Coordinator:
             self._put_back(request)
 
     def _on_failed(self, link: WorkerLink, message: RequestFailed) -> None:
-        link.forget(message.request_id)
+        link.report(message.load)
         if request := self.requests.get(message.request_id):
             self._end(request, Event.FAILED, "error", message.code, message.message)
 
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone: its requests go back to the window with the tokens they have."""
         link.state = "lost"
+        self.dispatch.lose(link)
         for request in list(self.requests.values()):
             if link.index in request.waiting_for:
                 self._let_go(link, request.request_id)
@@ -329,11 +277,11 @@ class Coordinator:
                 self._park_again(request)
             elif request.holder == link.index and request.phase is not Phase.DRAINING:
                 self._lose_holder(request)
-        self.dispatch()
+        self._wake()
 
     def _lose_holder(self, request: Request) -> None:
         """Again from the window; but whoever saw several workers die may be why they did."""
-        self.parked.remove(request)
+        self.dispatch.remove(request)
         request.num_losses += request.phase is not Phase.PARKED
         if request.num_losses > MAX_LOSSES:
             words = f"{request.num_losses} workers ended while they computed this request"
@@ -351,8 +299,7 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             request.on(event)
             return
-        self.waiting.remove(request)
-        self.parked.remove(request)
+        self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)
         self.totals.count(reason, self._now())
@@ -373,7 +320,6 @@ class Coordinator:
 
     def _let_go(self, link: WorkerLink, request_id: int) -> None:
         """`link` holds nothing of the request any more."""
-        link.forget(request_id)
         request = self.requests.get(request_id)
         if request is None or link.index not in request.waiting_for:
             return

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig
+from nodeserve.config import EngineConfig, Simulated
+from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.profiles import PROFILES, profile_named
+from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
 from nodeserve.types import Role
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -28,13 +31,18 @@ CPU_NUM_SEQS, GPU_NUM_SEQS = 64, 256
 MAX_AUTO_KV_BYTES = 1 << 30  # per CPU worker: 46k tokens of the demo model
 SHM = "/dev/shm"
 CHOICES = {
-    "device": ("auto", "cuda", "cpu"),
+    "device": ("auto", "cuda", "cpu", "sim"),
     "dtype": ("auto", *DTYPE_BYTES),
     "load_format": ("auto", "dummy"),
     "attention_backend": ("auto", "flash-attn", "torch", "triton", "reference"),
     "handoff": ("auto", "ipc", "host"),
+    "admission": ADMISSIONS,
+    "decode_allocation": DECODE_ALLOCATIONS,
+    "on_overload": ("reject", "queue"),
 }
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
+REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
+SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,8 @@ class Place:
     num_threads: int
     gpus: tuple[int, ...] = ()  # its own, then those it may read from; none: a CPU worker
     gpu_share: int = 1  # workers on its own GPU
+    instance: int = 0  # number of its instance, in the layout's order
+    rank: int = 0  # its place in the instance
 
 
 class Placed(NamedTuple):
@@ -65,6 +75,8 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_memory: int | None  # bytes for each worker; None: each GPU worker sees what is left
+    policies: Policies
+    simulated: Simulated | None  # with device "sim"
     notes: tuple[str, ...]  # what a person should know, one line each
 
 
@@ -73,11 +85,14 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     check_numbers(config)
     check_names(config)
     check_device(config, gpus)
+    if config.device == "sim":
+        return resolve_simulated(config, checkpoint)
     on_gpus = config.device != "cpu" and gpus.usable
     layout, places, notes = place_on_gpus(config, gpus) if on_gpus else place_on_cpus(config, gpus)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
-    max_model_len = choose_context(config, checkpoint)
+    max_model_len = choose_context(config.max_model_len, checkpoint.config.max_position)
+    budget = choose_budget(config, max_num_seqs, fills_step(layout, on_gpus))
     token_bytes = checkpoint.config.kv_bytes_per_token(DTYPE_BYTES[dtype])
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
@@ -95,17 +110,56 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
         places=places,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=choose_budget(config, max_num_seqs, fills_step(layout, on_gpus)),
+        max_num_batched_tokens=budget,
         kv_memory=config.kv_memory
         if on_gpus
         else choose_kv_memory(config.kv_memory, least, len(places)),
+        policies=policies_of(config, max_num_seqs, budget),
+        simulated=None,
+        notes=notes,
+    )
+
+
+def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
+    """The profile says what a device holds; of the model, tokenizer and vocabulary count."""
+    assert config.profile is not None, "check_device asks for one"
+    profile = profile_named(config.profile)
+    layout, places, notes = place_simulated(config)
+    max_model_len = choose_context(config.max_model_len, profile.max_model_len)
+    max_num_seqs = config.max_num_seqs or profile.max_num_seqs
+    block_bytes = profile.kv_bytes_per_token * config.block_size
+    check_kv_memory(
+        config.kv_memory, block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
+    )
+    resolved = replace(
+        config,
+        dtype="bfloat16",
+        layout=str(layout),
+        served_model_name=config.served_model_name or checkpoint.served_name,
+    )
+    budget = choose_budget(config, max_num_seqs, profile.max_num_batched_tokens)
+    return Plan(
+        config=resolved,
+        layout=layout,
+        places=places,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        kv_memory=config.kv_memory or profile.num_kv_tokens * profile.kv_bytes_per_token,
+        policies=policies_of(config, max_num_seqs, budget),
+        simulated=Simulated(
+            profile.name,
+            config.seed,
+            checkpoint.config.vocab_size,
+            checkpoint.config.eos_token_ids,
+        ),
         notes=notes,
     )
 
 
 def check_numbers(config: EngineConfig) -> None:
     """Ranges of the plain settings, by their option's name."""
-    for name in ("max_num_seqs", "max_num_queued_reqs"):
+    for name in ("max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
@@ -134,6 +188,10 @@ def check_device(config: EngineConfig, gpus: Gpus) -> None:
         raise ConfigError("--gpus and --device cpu contradict each other: leave one out")
     if config.device == "cuda" and not gpus.usable:
         raise ConfigError(f"--device cuda: {gpus.obstacle}; `nodeserve doctor` says more")
+    if config.device == "sim" and config.profile is None:
+        raise ConfigError(f"--device sim needs a --profile: use one of {', '.join(PROFILES)}")
+    if config.device != "sim" and config.profile is not None:
+        raise ConfigError("--profile is for --device sim: give both or neither")
 
 
 def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:
@@ -159,8 +217,9 @@ def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:
             num_threads=num_threads,
             gpus=(own, *(gpu for gpu in others if gpu != own)),
             gpu_share=asked.count(own),
+            instance=index,
         )
-        for role, own in zip(layout.roles, asked, strict=True)
+        for index, (role, own) in enumerate(zip(layout.roles, asked, strict=True))
     )
     return Placed(layout, places, ())
 
@@ -175,23 +234,47 @@ def place_on_cpus(config: EngineConfig, gpus: Gpus) -> Placed:
         notes.append(f"CPU workers stand in for --gpus {config.gpus}: {gpus.obstacle}")
     elif gpus.found and config.device == "auto":
         notes.append(f"GPUs are here but not used: {gpus.obstacle}")
-    default = EngineConfig()
-    if idle := [name for name in GPU_SETTINGS if getattr(config, name) != getattr(default, name)]:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        notes.append(f"no effect on CPU workers: {names}")
+    notes += without_effect(config, GPU_SETTINGS, "CPU")
     places, more = share_cores(layout.roles, cpus)
     return Placed(layout, places, (*notes, *more))
 
 
-def choose_layout(text: str | None, num_devices: int) -> Layout:
-    """The layout asked for, or half the devices for each phase; only single-worker instances."""
+def place_simulated(config: EngineConfig) -> Placed:
+    """A worker for each rank. They mostly sleep: no core is anybody's own."""
+    asked = None if config.gpus is None else len(parse_gpus(config.gpus))
+    layout = choose_layout(config.layout, asked or SIM_DEVICES, ranks=True)
+    if asked is not None:
+        check_devices(layout, asked)
+    places = tuple(
+        Place(group.role, cpus=(), num_threads=1, instance=index, rank=rank)
+        for index, group in enumerate(layout.instances)
+        for rank in range(group.shape.num_workers)
+    )
+    return Placed(layout, places, tuple(without_effect(config, REAL_SETTINGS, "simulated")))
+
+
+def without_effect(config: EngineConfig, names: tuple[str, ...], kind: str) -> list[str]:
+    """A note on those of these settings that were changed and that such workers do not heed."""
+    default = EngineConfig()
+    changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+    return [f"no effect on {kind} workers: {options}"] if changed else []
+
+
+def choose_layout(text: str | None, num_devices: int, ranks: bool = False) -> Layout:
+    """The layout asked for, or half the devices for each phase; instances of several workers only
+    where they may be `ranks` that share the experts."""
     split = f"{num_devices // 2}p{num_devices - num_devices // 2}d" if num_devices > 1 else "1m"
     layout = parse_layout(split if text is None else text)
-    if any(group.shape != Shape() for group in layout.groups):
-        plain = ",".join(str(replace(group, shape=Shape())) for group in layout.groups)
+    groups = layout.groups
+    kept = [Shape(ep=group.shape.ep) if ranks else Shape() for group in groups]
+    if [group.shape for group in groups] != kept:
+        pairs = zip(groups, kept, strict=True)
+        plain = ",".join(str(replace(group, shape=shape)) for group, shape in pairs)
+        words = "tp, pp" if ranks else "tp, pp, ep"
         raise ConfigError(
-            f"layout {layout}: instances of several workers (tp, pp, ep) are not supported yet;"
-            f" give each instance one worker, for example {plain}"
+            f"layout {layout}: instances of several workers ({words}) are not supported yet;"
+            f" give for example {plain}"
         )
     return layout
 
@@ -206,20 +289,20 @@ def share_cores(
             f"{count} workers share {len(cpus)} cores: steps will take turns,"
             " expect uneven times per token"
         )
-        shared = tuple(Place(role, (cpus[i % len(cpus)],), 1) for i, role in enumerate(roles))
+        shared = tuple(
+            Place(role, (cpus[i % len(cpus)],), 1, instance=i) for i, role in enumerate(roles)
+        )
         return shared, (note,)
     places, first = [], 0
     for index, role in enumerate(roles):
         share = len(cpus) // count + (index < len(cpus) % count)
-        places.append(Place(role, cpus[first : first + share], share))
+        places.append(Place(role, cpus[first : first + share], share, instance=index))
         first += share
     return tuple(places), ()
 
 
-def choose_context(config: EngineConfig, checkpoint: Checkpoint) -> int:
+def choose_context(asked: int | None, trained: int) -> int:
     """Tokens of prompt and output together."""
-    trained = checkpoint.config.max_position
-    asked = config.max_model_len
     if asked is None:
         return trained
     if not 2 <= asked <= trained:

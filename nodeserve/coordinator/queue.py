@@ -1,46 +1,44 @@
-"""Requests that wait: highest priority first, then the earliest arrival."""
+"""Prefilled requests that wait for room on the decode side."""
 
-import heapq
+from bisect import bisect_left, insort
+from operator import itemgetter
+from typing import NamedTuple
 
-from nodeserve.coordinator.request import Request
-
-MAX_STALE = 64  # entries of removed requests that are kept, beyond as many as really wait
+from nodeserve.policy.decode_allocation import ReadyKv
 
 
-class WaitingQueue:
-    """A heap with lazy removal: every operation is O(log n) amortised."""
+class _Place(NamedTuple):
+    key: tuple[int, int]
+    ready: ReadyKv
+
+
+_BY_KEY = itemgetter(0)
+
+
+class ParkedQueue:
+    """Highest priority first, then the earliest arrival.
+
+    Request ids rise with arrival, so one that is parked again keeps its place. O(log n), and a move
+    of pointers, for each operation.
+    """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, int, Request]] = []
-        self._here: set[int] = set()  # request ids that really wait
-        self._pushes = 0
+        self._places: list[_Place] = []
+        self._keys: dict[int, tuple[int, int]] = {}  # by request id
 
     def __len__(self) -> int:
-        return len(self._here)
+        return len(self._places)
 
-    def push(self, request: Request) -> None:
-        assert request.request_id not in self._here
-        self._here.add(request.request_id)
-        # Request ids rise with arrival, so a request that is put back keeps its place in line.
-        self._pushes += 1
-        entry = (-request.priority, request.request_id, self._pushes, request)
-        heapq.heappush(self._heap, entry)
+    def push(self, ready: ReadyKv, priority: int) -> None:
+        assert ready.request_id not in self._keys
+        key = self._keys[ready.request_id] = (-priority, ready.request_id)
+        insort(self._places, _Place(key, ready), key=_BY_KEY)
 
-    def first(self) -> Request:
-        """The next request; it stays in the queue."""
-        while self._heap[0][1] not in self._here:
-            heapq.heappop(self._heap)
-        return self._heap[0][3]
+    def first(self, count: int) -> list[ReadyKv]:
+        """The next ones; they stay."""
+        return [place.ready for place in self._places[:count]]
 
-    def pop(self) -> Request:
-        request = self.first()
-        heapq.heappop(self._heap)
-        self._here.discard(request.request_id)
-        return request
-
-    def remove(self, request: Request) -> None:
+    def remove(self, request_id: int) -> None:
         """Take a request out if it waits here."""
-        self._here.discard(request.request_id)
-        if len(self._heap) > 2 * len(self._here) + MAX_STALE:
-            self._heap = [entry for entry in self._heap if entry[1] in self._here]
-            heapq.heapify(self._heap)
+        if (key := self._keys.pop(request_id, None)) is not None:
+            del self._places[bisect_left(self._places, key, key=_BY_KEY)]

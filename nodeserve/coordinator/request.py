@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.lifecycle import Event, Phase, advance
+from nodeserve.policy.units import Waiting
 from nodeserve.types import Timings
 from nodeserve.wire.messages import End, Prompt, PullKv, pack_ids
 
@@ -63,7 +64,8 @@ class Request:
     num_prompt_tokens: int
     sampling: dict[str, Any]
     slo: dict[str, Any] | None
-    priority: int
+    max_tokens: int
+    waiting: Waiting  # its place in the buffer: the present one, or the last
     stamps: Stamps
     phase: Phase = Phase.WAITING
     num_sent: int = 0
@@ -126,4 +128,5 @@ class Request:
             self.prefill_worker,
             self.decode_worker,
             self.num_preemptions,
+            self.waiting.rounds,
         )

@@ -28,6 +28,7 @@ from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, boun
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import how_they_run, node_stats
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
+from nodeserve.coordinator.turns import Turns
 from nodeserve.errors import (
     NodeServeError,
     ProtocolError,
@@ -93,7 +94,6 @@ class Server:
         self.started_s = time.monotonic()
         self._on_event = on_event
         self._command = command
-        self._flush_is_due = False
         self.error: NodeServeError | None = None  # why it stops, unless it was asked to
         self.serving = False  # before that a worker that ends is a start that failed
         self.leaving = False  # after that it is no news
@@ -114,6 +114,7 @@ class Server:
             ) as supervisor,
         ):
             self.supervisor = supervisor
+            self.turns = Turns(time.monotonic, lambda earliest_s: self.coordinator.turn(earliest_s))
             self.coordinator = self.make_coordinator(supervisor.links)
             tasks: list[asyncio.Task[None]] = []
             try:
@@ -143,11 +144,8 @@ class Server:
             vocab_size=self.checkpoint.config.vocab_size,
             max_model_len=self.plan.max_model_len,
             block_size=config.block_size,
-            max_num_seqs=self.plan.max_num_seqs,
-            max_num_batched_tokens=self.plan.max_num_batched_tokens,
-            max_num_queued_reqs=config.max_num_queued_reqs,
         )
-        return Coordinator(links, limits, time.monotonic, self.wake_flush)
+        return Coordinator(links, limits, self.plan.policies, time.monotonic, self.turns.wake)
 
     # ---- start
 
@@ -156,6 +154,7 @@ class Server:
         links = self.supervisor.links
         self._on_event(StartEvent("workers", None, 0, len(links)))
         await self.supervisor.start()
+        tasks.append(self.guarded(self.turns.run(), "turns"))
         for link in links:
             self.loop.add_reader(link.channel.fileno(), link.rung.set)
             tasks.append(self.guarded(self.pump(link), f"pump:{link.index}"))
@@ -238,8 +237,7 @@ class Server:
                 )
                 self._on_event(event)
             case Ready():
-                link.info, link.state = message, "ready"
-                link.report([0, 0, 0, message.num_blocks, 0, 0])
+                link.is_ready(message)
                 if not link.ready.done():
                     link.ready.set_result(message)
             case Failed():
@@ -258,20 +256,14 @@ class Server:
             return
         logger.error("%s", error)
         self.coordinator.lose(link)
+        for mate in self.supervisor.end_instance(link):
+            logger.error("%s", lost(mate, "is ended"))
+            self.receive(mate)
+            self.coordinator.lose(mate)
         alive = [other for other in self.supervisor.links if other.alive]
         covered = any(x.prefills for x in alive) and any(x.decodes for x in alive)
         if not (self.serving and covered):
             self.stop(error=error)
-
-    def wake_flush(self) -> None:
-        """Flush once per loop turn, however many records it brought."""
-        if not self._flush_is_due:
-            self._flush_is_due = True
-            self.loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        self._flush_is_due = False
-        self.coordinator.flush()
 
     # ---- clients
 

@@ -4,16 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import WorkerLink
+from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.types import Role
 
 
 def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
     """One worker's row."""
-    load, counters, info = link.load, link.counters, link.info
+    load, counters, info = link.account.load, link.counters, link.info
     return {
         "index": link.index,
         "role": link.role.value,
+        "instance": link.instance,
+        "rank": link.rank,
         "pid": link.process.pid if link.process else 0,
         "state": link.state,
         "running": load.num_running,
@@ -50,11 +54,11 @@ def how_they_run(links: Sequence[WorkerLink]) -> list[str]:
 
 def request_stats(coordinator: Coordinator) -> dict[str, int]:
     """How many requests are where, and how the others ended."""
-    totals, queued = coordinator.totals, len(coordinator.waiting)
+    totals, queued = coordinator.totals, len(coordinator.dispatch.dispatcher)
     return {
         "queued": queued,
         "running": len(coordinator.requests) - queued,
-        "parked": len(coordinator.parked),
+        "parked": len(coordinator.dispatch.parked),
         "finished": totals.finished,
         "failed": totals.failed,
         "cancelled": totals.cancelled,
@@ -62,11 +66,38 @@ def request_stats(coordinator: Coordinator) -> dict[str, int]:
     }
 
 
+def dispatch_stats(dispatch: Dispatch) -> dict[str, Any]:
+    """How requests leave the buffer, what waits in it, and who would get some."""
+    dispatcher, policies = dispatch.dispatcher, dispatch.policies
+    window, instances = dispatcher.window, dispatcher.instances
+    interval_s = window.interval_s(sum(one.takes_part for one in instances))
+    return {
+        "admission": policies.dispatch.admission,
+        "decode_allocation": policies.decode_allocation,
+        "window_ms": 1e3 * interval_s,
+        "pass_ms": None if window.pass_s is None else 1e3 * window.pass_s,
+        "falling_back": dispatcher.falling_back,
+        "queued_tokens": dispatcher.num_tokens,
+        "queue": dispatch.queue(),
+        "instances": [{"instance": one.number, "state": state_of(one)} for one in instances],
+    }
+
+
+def state_of(instance: PrefillInstance) -> str:
+    """In a word."""
+    if instance.lost:
+        return "lost"
+    if instance.suspect:
+        return "suspect"
+    return "idle" if instance.empty else "busy"
+
+
 def node_stats(coordinator: Coordinator, now_s: float) -> dict[str, Any]:
     """Everything but what only the server knows (model, layout, uptime)."""
     links = coordinator.links
     return {
         "requests": request_stats(coordinator),
+        "dispatch": dispatch_stats(coordinator.dispatch),
         "rates": {
             "prompt_tokens_per_s": sum(x.counters.prompt_rate.per_s(now_s) for x in links),
             "output_tokens_per_s": sum(x.counters.token_rate.per_s(now_s) for x in links),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nodeserve.coordinator.request import Request
+from nodeserve.errors import NodeServeError, Overloaded
 from nodeserve.types import Timings
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import TO_CLIENT, End, Goodbye, ToClient, Tokens, pack_ids
@@ -111,10 +112,12 @@ class Stream:
 def end_of(request: Request, reason: str, now_s: float, code: str | None, message: str) -> End:
     """The End of a request that ran."""
     timings = asdict(request.timings(now_s))
-    return End(request.client_id, reason, code, message, request.usage(), timings)
+    return End(request.client_id, reason, code, message, request.usage(), timings, None)
 
 
-def refusal(client_id: int, code: str, message: str) -> End:
+def refusal(client_id: int, error: NodeServeError) -> End:
     """The End of a request that never ran."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0}
-    return End(client_id, "error", code, message, usage, asdict(Timings()))
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else None
+    timings = asdict(Timings())
+    return End(client_id, "error", error.code, str(error), usage, timings, retry_after_s)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import posix_ipc
 
@@ -49,6 +50,32 @@ def make_pages_fd(node_id: str, index: int) -> int:
     return int(segment.fd)
 
 
+class LockstepFds(NamedTuple):
+    """What the ranks of one instance share: memory of size 0, which the first of them sizes, and a
+    bell for each."""
+
+    board: int
+    bells: tuple[int, ...]
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        return (self.board, *self.bells) if self.bells else ()
+
+
+NO_LOCKSTEP = LockstepFds(-1, ())
+
+
+def make_lockstep(owner: contextlib.ExitStack, num_ranks: int) -> LockstepFds:
+    """Nameless; closed with `owner`, when every rank has inherited them."""
+    fds = LockstepFds(
+        os.memfd_create("nodeserve-lockstep"),
+        tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(num_ranks)),
+    )
+    for fd in fds.inherited:
+        owner.callback(os.close, fd)
+    return fds
+
+
 class Supervisor:
     """Owns every child process and all that they inherit."""
 
@@ -59,6 +86,7 @@ class Supervisor:
         self._model = model
         self._node_id = node_id
         self._command = command
+        self._lockstep: dict[int, LockstepFds] = {}  # by instance, where ranks need it
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Supervisor":
@@ -70,7 +98,11 @@ class Supervisor:
             self._stack.callback(os.close, pages_fd)
             link = WorkerLink(index, place.role, channel, pages_fd)
             link.gpu = place.gpus[0] if place.gpus else None
+            link.instance, link.rank = place.instance, place.rank
             self.links.append(link)
+        if self._plan.simulated is not None:
+            for instance, group in enumerate(self._plan.layout.instances):
+                self._lockstep[instance] = make_lockstep(self._stack, group.shape.num_workers)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -80,11 +112,12 @@ class Supervisor:
         """Spawn all workers; returns when the processes exist, not when they are ready."""
         pool_fds = [link.pages_fd for link in self.links]
         for link in self.links:
+            lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
             link.process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--spec",
                 self._spec(link).to_json(),
-                pass_fds=(*link.channel.inherited_fds, *pool_fds),
+                pass_fds=(*link.channel.inherited_fds, *pool_fds, *lockstep.inherited),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
@@ -98,6 +131,18 @@ class Supervisor:
             link.stderr_tail.append(text)
             logger.warning("worker %d: %s", link.index, text)
         return describe_exit(await link.process.wait())
+
+    def end_instance(self, link: WorkerLink) -> list[WorkerLink]:
+        """Its worker has ended: kill the other ranks of its instance, which cannot run a pass
+        without it, and return them."""
+        mates = [
+            mate
+            for mate in self.links
+            if mate.instance == link.instance and mate is not link and mate.state != "lost"
+        ]
+        for mate in mates:
+            mate.give_up(WorkerLost(f"rank {link.rank} of its instance ended"))
+        return mates
 
     def attach_pages(self) -> int:
         """Let every worker that decodes map every prefill worker's pool; how many maps that is."""
@@ -143,6 +188,7 @@ class Supervisor:
 
     def _spec(self, link: WorkerLink) -> WorkerSpec:
         config, place = self._plan.config, self._plan.places[link.index]
+        lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
         return WorkerSpec(
             index=link.index,
             role=link.role.value,
@@ -166,6 +212,11 @@ class Supervisor:
             attention_backend=config.attention_backend,
             handoff=config.handoff,
             enforce_eager=config.enforce_eager,
+            instance=link.instance,
+            rank=link.rank,
+            board_fd=lockstep.board,
+            bell_fds=lockstep.bells,
+            simulated=self._plan.simulated,
         )
 
     def _ring_bytes(self) -> int:

@@ -36,7 +36,10 @@ class Account:
             self._sent.popleft()
         self.load = load
         self.refused = False
-        self.outstanding_tokens = load.waiting_tokens + sum(tokens for tokens, _ in self._sent)
-        self.free_blocks = load.num_free_blocks - sum(blocks for _, blocks in self._sent)
-        held = load.num_running + load.num_waiting + load.num_pinned
-        self.num_sequences = held + len(self._sent)
+        self.outstanding_tokens = load.waiting_tokens
+        self.free_blocks = load.num_free_blocks
+        self.num_sequences = load.num_running + load.num_waiting + load.num_pinned
+        for num_tokens, num_blocks in self._sent:
+            self.outstanding_tokens += num_tokens
+            self.free_blocks -= num_blocks
+            self.num_sequences += 1

@@ -108,7 +108,6 @@ class Outcome(NamedTuple):
     finish: list[int]
     kv_ready: list[tuple[int, "array[int]"]]
     kept: list[int]  # places of `token_ids` among the tokens of the step
-    num_prefill_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,7 +278,8 @@ class Dispatcher:
     def _silence_s(self, alive: list[PrefillInstance]) -> float:
         """When to give the window up if no pass ends before, with requests waiting."""
         mean_s = self.times.mean_s
-        if mean_s is None or not self._buffer or any(one.empty for one in alive):
+        waits = len(self._buffer) and not any(one.empty for one in alive)
+        if self.falling_back or mean_s is None or not waits:
             return math.inf
         return self._heard_s + max(SILENCE_PASSES * mean_s, MIN_SILENCE_S)
 

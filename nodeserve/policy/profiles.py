@@ -1,6 +1,7 @@
 """Named devices for simulation: what their passes cost, what they hold."""
 
 from dataclasses import dataclass
+from random import Random
 
 from nodeserve.errors import ConfigError
 from nodeserve.policy.cost import StepCost
@@ -55,3 +56,14 @@ def profile_named(name: str) -> Profile:
         return PROFILES[name]
     except KeyError:
         raise ConfigError(f"no profile {name!r}: use one of {', '.join(PROFILES)}") from None
+
+
+LEAST_FACTOR = 0.5
+
+
+def pass_factor(noise: float, seed: int, instance: int, number: int) -> float:
+    """What a pass's expected duration is multiplied by: normal around 1 with this deviation, the
+    same for the same seed, instance and pass number."""
+    if not noise:
+        return 1.0
+    return max(LEAST_FACTOR, Random(f"{seed} {instance} {number}").gauss(1.0, noise))

@@ -112,8 +112,9 @@ class Scheduler:
 
     # ---- a step
 
-    def next_batch(self, ahead: bool = False) -> Batch | None:
-        """Decodes first, then prefill chunks up to the token budget; None if nothing can run.
+    def next_batch(self, ahead: bool = False, idle: bool = False) -> Batch | None:
+        """Decodes first, then prefill chunks up to the token budget; None if nothing can run, or
+        an empty batch with `idle`: other ranks wait for this one.
 
         `ahead`: behind the one batch that is not committed; None, and nothing changed, also if that
         has to be committed first.
@@ -126,7 +127,7 @@ class Scheduler:
         elif self._plan_decodes_ahead(batch):
             self._plan_prefills(batch, batch.num_decodes)
         assert batch.work or not batch.preempted, "preempted for nobody's benefit"
-        if not batch.work:
+        if not (batch.work or idle):
             return None
         self._launch(batch)
         return batch
@@ -134,7 +135,7 @@ class Scheduler:
     def commit(self, batch: Batch, token_ids: list[int]) -> Outcome:
         """Book the tokens of `batch.sampled`, in that order; of sequences gone they are dropped."""
         assert self._launched.popleft() is batch, "batches end in the order of their launches"
-        outcome = Outcome([], [], [], [], [], _num_prefilled(batch))
+        outcome = Outcome([], [], [], [], [])
         tokens = enumerate(token_ids)
         any_decode_ended = False
         for sequence, _, _, samples, _ in batch.work:
@@ -371,9 +372,3 @@ class Scheduler:
             assert one.stage is Stage.GONE and one.num_launched
         for one in self._running:
             assert one.num_computed - one.num_launched == len(one.token_ids) - 1
-
-
-def _num_prefilled(batch: Batch) -> int:
-    """Prompt tokens of sequences that are still here: of the others nobody waits to hear."""
-    prefills = batch.work[batch.num_decodes :]
-    return sum(work.num_tokens for work in prefills if work.sequence.stage is not Stage.GONE)

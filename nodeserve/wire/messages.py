@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from nodeserve.wire.tagged import Tagged
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # ---- coordinator -> worker
 
@@ -86,7 +86,11 @@ class Shutdown(NamedTuple):
     """Leave the step loop and exit with code 0."""
 
 
-ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown
+class Probe(NamedTuple):
+    """Nothing was heard for longer than expected: say what you hold. Answer: Alive."""
+
+
+ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe
 TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker)
 
 # ---- worker -> coordinator
@@ -133,8 +137,8 @@ class StepDone(NamedTuple):
     list of [request_id, block_ids]. A finished, preempted or failed request holds nothing here any
     more. `started` are requests whose first prefill chunk ran in this step, `received` the times at
     which the worker got them (`pack_times`). Times are seconds of the machine's monotonic clock,
-    which all processes of the node share. `attention` and `kv_tokens` are what policy.cost.RankWork
-    says of the step.
+    which all processes of the node share. The four fields from `num_prefill_tokens` on are what
+    policy.cost.RankWork says of the step, with the work for requests that are gone by now.
     """
 
     request_ids: bytes
@@ -150,6 +154,7 @@ class StepDone(NamedTuple):
     step_s: float
     num_prefill_tokens: int
     attention: float
+    num_decodes: int
     kv_tokens: int
     received: bytes
 
@@ -193,6 +198,7 @@ class RequestFailed(NamedTuple):
     request_id: int
     code: str
     message: str
+    load: list[int]
 
 
 class Failed(NamedTuple):
@@ -200,6 +206,12 @@ class Failed(NamedTuple):
 
     code: str
     message: str
+
+
+class Alive(NamedTuple):
+    """Answer to Probe."""
+
+    load: list[int]
 
 
 FromWorker = (
@@ -214,6 +226,7 @@ FromWorker = (
     | Dropped
     | RequestFailed
     | Failed
+    | Alive
 )
 FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker)
 
@@ -280,7 +293,8 @@ class End(NamedTuple):
 
     With `reason` "stop" or "length", `code` is None; else `reason` is "error" or "cancelled"
     and `code`, `message` name a class of errors.py. `usage` has prompt_tokens and
-    completion_tokens; `timings` the fields of types.Timings.
+    completion_tokens; `timings` the fields of types.Timings. `retry_after_s` comes with
+    "overloaded": when it may be worth another try.
     """
 
     request_id: int
@@ -289,6 +303,7 @@ class End(NamedTuple):
     message: str
     usage: dict[str, int]
     timings: dict[str, Any]
+    retry_after_s: float | None
 
 
 class Stats(NamedTuple):

@@ -142,6 +142,11 @@ class QueueingSender(Sender):
     def num_queued(self) -> int:
         return len(self._queue)
 
+    @property
+    def max_record_bytes(self) -> int:
+        """Larger ones are refused."""
+        return self._ring.max_record_bytes
+
     def post(self, record: bytes) -> None:
         """Sent now or queued behind earlier ones. RingError when the queue is full as well."""
         if not self._queue and self.try_put(record):

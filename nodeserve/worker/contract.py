@@ -24,11 +24,20 @@ class Logprobs(NamedTuple):
     top_logprobs: bytes
 
 
+class Ran(NamedTuple):
+    """When a step ran, where the device itself keeps count of steps."""
+
+    number: int  # the same on all ranks of an instance
+    began_s: float
+    seconds: float
+
+
 class Sampled(NamedTuple):
     """The tokens of `batch.sampled`, in that order, and logprobs of those that asked."""
 
     token_ids: list[int]
     logprobs: list[Logprobs] | None
+    ran: Ran | None = None  # None: from its launch, or the end of the step before, to its end
 
 
 class Flight(Protocol):
@@ -64,6 +73,10 @@ class Executor(Protocol):
         Works with a `feed` then take their input token from the step launched just before, on the
         device. At most one launched step waits behind the one that runs.
         """
+
+    def called(self) -> bool:
+        """Whether other ranks of the instance wait for this one: then it launches an empty batch if
+        it has no other. If they come to wait later, `on_done`'s `wake` tells."""
 
     def launch(self, batch: Batch) -> Flight:
         """Begin a step; steps run in the order of their launches. May compute at once.

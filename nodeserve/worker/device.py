@@ -6,8 +6,12 @@ from nodeserve.worker.contract import Device, Progress
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
+    if spec.device == "sim":
+        from nodeserve.worker import device_sim  # only it knows profiles
+
+        return device_sim.load(spec, progress)
     if spec.device not in ("cpu", "cuda"):
-        raise ConfigError(f"device {spec.device!r}: use cpu or cuda")
+        raise ConfigError(f"device {spec.device!r}: use cpu, cuda or sim")
     progress("torch", 0, 1)
     # Here and not above: it takes most of a second, and by now the coordinator knows we live.
     if spec.device == "cuda":

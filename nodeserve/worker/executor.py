@@ -26,6 +26,9 @@ class ModelExecutor:
     def overlaps(self) -> bool:
         return False
 
+    def called(self) -> bool:
+        return False  # no other rank waits for this one
+
     def on_done(self, wake: Callable[[], None]) -> None:
         """Every step ends in its launch: nobody waits."""
 

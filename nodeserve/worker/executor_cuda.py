@@ -101,6 +101,9 @@ class CudaExecutor:
     def overlaps(self) -> bool:
         return True
 
+    def called(self) -> bool:
+        return False  # no other rank waits for this one
+
     @property
     def graph_sizes(self) -> tuple[int, ...]:
         """Sizes of the captured steps, rising."""

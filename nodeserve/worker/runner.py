@@ -25,6 +25,7 @@ from nodeserve.policy.pacing import Pacer
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import sampling_from
 from nodeserve.wire.messages import (
+    Alive,
     AttachPages,
     Cancel,
     Dropped,
@@ -34,6 +35,7 @@ from nodeserve.wire.messages import (
     KvRefused,
     PagesAttached,
     Prefill,
+    Probe,
     Prompt,
     PullKv,
     ReleaseKv,
@@ -53,6 +55,7 @@ from nodeserve.worker.contract import (
     Logprobs,
     Moved,
     Offered,
+    Ran,
     Ticket,
     Transfer,
 )
@@ -118,6 +121,7 @@ class Runner:
             Cancel: self._cancel,
             AttachPages: self._attach,
             Shutdown: self._shutdown,
+            Probe: self._probe,
         }
 
     def run(self) -> None:
@@ -147,7 +151,7 @@ class Runner:
         due_s = self._due_s()
         if now_s < due_s:
             return min(due_s - now_s, IDLE_WAIT_S)
-        batch = self.scheduler.next_batch(ahead=bool(self._launched))
+        batch = self.scheduler.next_batch(bool(self._launched), self.executor.called())
         if batch is None:
             return IDLE_WAIT_S
         self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
@@ -172,16 +176,17 @@ class Runner:
             self._tell(self._launched.popleft(), self._clock())
 
     def _tell(self, step: Launched, ended_s: float) -> None:
+        sampled = step.flight.result()
         began_s = max(step.launched_s, self._ended_s)
-        seconds = ended_s - began_s
+        self._num_steps += 1
+        ran = sampled.ran or Ran(self._num_steps, began_s, ended_s - began_s)
         self._ended_s = ended_s
         if not step.batch.num_prefill_tokens:
-            self._pacer.ended(step.batch.num_decodes, seconds)
-        sampled = step.flight.result()
+            self._pacer.ended(step.batch.num_decodes, ran.seconds)
         outcome = self.scheduler.commit(step.batch, sampled.token_ids)
         kv_ready = self._offer(outcome)
         logprobs = _told(sampled.logprobs, outcome.kept)
-        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, (began_s, seconds)))
+        self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, ran))
 
     # ---- messages
 
@@ -237,11 +242,14 @@ class Runner:
         self.transfer.attach(*message)
         self.link.put(PagesAttached(message.worker))
 
+    def _probe(self, message: Probe) -> None:
+        self.link.put(Alive(self._load()))
+
     def _shutdown(self, message: Shutdown) -> None:
         self.stopped = True
 
     def _fail(self, request_id: int, problem: NodeServeError) -> None:
-        self.link.put(RequestFailed(request_id, problem.code, str(problem)))
+        self.link.put(RequestFailed(request_id, problem.code, str(problem), self._load()))
 
     # ---- answers
 
@@ -262,10 +270,9 @@ class Runner:
         outcome: Outcome,
         logprobs: list[list[object]] | None,
         kv_ready: list[list[object]],
-        times: tuple[float, float],
+        ran: Ran,
     ) -> StepDone:
-        work, (began_s, seconds) = rank_work(batch), times
-        self._num_steps += 1
+        work = rank_work(batch)
         return StepDone(
             request_ids=pack_request_ids(outcome.request_ids),
             token_ids=pack_ids(outcome.token_ids),
@@ -275,11 +282,12 @@ class Runner:
             started=pack_request_ids(sequence.request_id for sequence in batch.started),
             preempted=pack_request_ids(batch.preempted),
             load=self._load(),
-            step=self._num_steps,
-            began_s=began_s,
-            step_s=seconds,
-            num_prefill_tokens=outcome.num_prefill_tokens,
+            step=ran.number,
+            began_s=ran.began_s,
+            step_s=ran.seconds,
+            num_prefill_tokens=work.prefill_tokens,
             attention=work.attention,
+            num_decodes=work.num_decodes,
             kv_tokens=work.kv_tokens,
             received=pack_times(sequence.received_s for sequence in batch.started),
         )

@@ -102,6 +102,9 @@ class FakeExecutor:
     def overlaps(self) -> bool:
         return False
 
+    def called(self) -> bool:
+        return False
+
     def on_done(self, wake: Callable[[], None]) -> None:
         pass
 

@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nodeserve.config import EngineConfig
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.streams import Stream
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import Role
@@ -21,6 +23,7 @@ from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_WORKER,
+    Alive,
     Cancel,
     Dropped,
     End,
@@ -29,6 +32,7 @@ from nodeserve.wire.messages import (
     KvReady,
     KvRefused,
     Prefill,
+    Probe,
     Prompt,
     PullKv,
     Ready,
@@ -45,6 +49,7 @@ from nodeserve.wire.messages import (
 
 VOCAB = 97
 BLOCK = 16
+STEP_S = 0.0005  # half of what each action takes
 
 
 def next_token(tokens: "array[int] | list[int]") -> int:
@@ -65,6 +70,8 @@ class FakeChannel:
         self.records: deque[bytes] = deque()
         self.inbox = self
 
+    max_record_bytes = 1 << 20
+
     def post(self, record: bytes) -> None:
         self.records.append(record)
 
@@ -76,6 +83,7 @@ class Held:
     limit: int
     state: str  # waiting, running, copying (to where peers can read), pinned
     handoff: bool
+    received_s: float
     blocks: int = 0
 
 
@@ -90,7 +98,6 @@ class FakeWorker:
     out: deque[FromWorker] = field(default_factory=deque)
     lost: bool = False
     num_received: int = 0
-    num_steps: int = 0
 
     @property
     def free(self) -> int:
@@ -124,7 +131,7 @@ class FakeWorker:
                     limit = prompt.num_prompt_tokens + int(prompt.sampling["max_tokens"])
                     self.held[prompt.request_id] = Held(
                         unpack_ids(prompt.token_ids),
-                        *(prompt.num_prompt_tokens, limit, "waiting", prompt.handoff),
+                        *(prompt.num_prompt_tokens, limit, "waiting", prompt.handoff, self.now()),
                     )
             case PullKv():
                 self._pull(message, rng)
@@ -134,6 +141,8 @@ class FakeWorker:
             case Cancel():
                 self.held.pop(message.request_id, None)
                 self.out.append(Dropped(message.request_id, self.load()))
+            case Probe():
+                self.out.append(Alive(self.load()))
 
     def _pull(self, message: PullKv, rng: random.Random) -> None:
         self.num_received += 1
@@ -144,18 +153,14 @@ class FakeWorker:
             self.out.append(KvRefused(message.request_id, self.load()))
             return
         limit = message.num_prompt_tokens + int(message.sampling["max_tokens"])
-        held = Held(tokens, message.num_prompt_tokens, limit, "running", False, need)
+        prompt = message.num_prompt_tokens
+        held = Held(tokens, prompt, limit, "running", False, self.now(), need)
         self.held[message.request_id] = held
         self.out.append(KvPulled(message.request_id, need * 100, 0.001))
 
-    def step(self, rng: random.Random) -> None:
-        ids: list[int] = []
-        sampled: list[int] = []
-        finish: list[int] = []
-        ready: list[tuple[int, bytes]] = []
-        started: list[int] = []
-        preempted: list[int] = []
-        prefilled = 0
+    def step(self, rng: random.Random, number: int, in_lockstep: bool = False) -> None:
+        """Whatever chance gives a place in it; in lockstep an idle rank reports as well."""
+        told = Told()
         for request_id, held in list(self.held.items()):
             if held.state == "pinned" or rng.random() < 0.3:
                 continue
@@ -166,48 +171,71 @@ class FakeWorker:
             grown = blocks_for(len(held.tokens) + 1, BLOCK) - held.blocks
             if grown > self.free:
                 if held.state == "running":
-                    preempted.append(request_id)
+                    told.preempted.append(request_id)
                     del self.held[request_id]
                 continue
-            if held.state == "waiting":
-                started.append(request_id)
-                prefilled += len(held.tokens)
+            told.count(request_id, held)
             held.blocks += grown
-            token = next_token(held.tokens)
-            held.tokens.append(token)
+            held.tokens.append(next_token(held.tokens))
             done = len(held.tokens) >= held.limit
-            ids.append(request_id)
-            sampled.append(token)
-            finish.append(2 if done else 0)
+            told.add(request_id, held.tokens[-1], done)
             if done:
                 del self.held[request_id]
-            elif held.handoff and rng.random() < 0.3:
-                held.state = "copying"
-            elif held.handoff:
-                held.state = "pinned"
-                ready.append((request_id, pack_ids([1])))
-            else:
-                held.state = "running"
-        if ids or preempted:
-            self.out.append(
-                StepDone(
-                    pack_request_ids(ids),
-                    pack_ids(sampled),
-                    bytes(finish),
-                    None,
-                    ready,
-                    pack_request_ids(started),
-                    pack_request_ids(preempted),
-                    self.load(),
-                    step=self.num_steps,
-                    began_s=self.now(),
-                    step_s=0.01,
-                    num_prefill_tokens=prefilled,
-                    attention=0.0,
-                    kv_tokens=0,
-                    received=pack_times([self.now()] * len(started)),
-                )
-            )
+                continue
+            late = rng.random() < 0.3
+            held.state = "running" if not held.handoff else "copying" if late else "pinned"
+            if held.state == "pinned":
+                told.ready.append([request_id, pack_ids([1])])
+        if told.ids or told.preempted or in_lockstep:
+            self.out.append(told.message(self.load(), number, self.now()))
+
+
+@dataclass
+class Told:
+    """What a step will say."""
+
+    ids: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    finish: list[int] = field(default_factory=list)
+    ready: list[list[object]] = field(default_factory=list)
+    started: list[int] = field(default_factory=list)
+    received: list[float] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+    kv_tokens: int = 0
+
+    def count(self, request_id: int, held: Held) -> None:
+        if held.state == "waiting":
+            self.started.append(request_id)
+            self.received.append(held.received_s)
+            self.num_prefill_tokens += len(held.tokens)
+        else:
+            self.kv_tokens += len(held.tokens)
+
+    def add(self, request_id: int, token: int, done: bool) -> None:
+        self.ids.append(request_id)
+        self.sampled.append(token)
+        self.finish.append(2 if done else 0)
+
+    def message(self, load: list[int], number: int, now_s: float) -> StepDone:
+        return StepDone(
+            pack_request_ids(self.ids),
+            pack_ids(self.sampled),
+            bytes(self.finish),
+            None,
+            self.ready,
+            pack_request_ids(self.started),
+            pack_request_ids(self.preempted),
+            load,
+            step=number,
+            began_s=now_s - STEP_S,
+            step_s=STEP_S,
+            num_prefill_tokens=self.num_prefill_tokens,
+            attention=self.num_prefill_tokens / 2,
+            num_decodes=len(self.ids) - len(self.started),
+            kv_tokens=self.kv_tokens,
+            received=pack_times(self.received),
+        )
 
 
 class FakeTransport:
@@ -236,31 +264,47 @@ class FakeTransport:
     abort = close
 
 
-class FakeNode:
-    """The coordinator, its fake workers and a clock that a test moves."""
+LIMITS = Limits(vocab_size=VOCAB, max_model_len=256, block_size=BLOCK)
+POLICIES = policies_of(EngineConfig(max_num_queued_reqs=1000), 8, 128)
 
-    def __init__(self, roles: list[Role], num_blocks: int = 64, **limits: int) -> None:
+
+class FakeNode:
+    """The coordinator, its fake workers and a clock that a test moves.
+
+    A turn of the coordinator is one of the things that happen, when it asked for one or its time
+    has come: a test calls `turn`, or lets `act` choose.
+    """
+
+    def __init__(
+        self,
+        roles: list[Role],
+        num_blocks: int = 64,
+        policies: Policies = POLICIES,
+        instances: list[int] | None = None,
+    ) -> None:
         self.now = 0.0
-        values = {
-            "vocab_size": VOCAB,
-            "max_model_len": 256,
-            "block_size": BLOCK,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 128,
-            "max_num_queued_reqs": 1000,
-        }
+        self.num_steps = 0
+        self.is_woken = False
+        self.wake_s: float | None = None
         links = [
             WorkerLink(index, role, FakeChannel(), -1)  # type: ignore[arg-type]
             for index, role in enumerate(roles)
         ]
-        self.coordinator = Coordinator(
-            links, Limits(**{**values, **limits}), lambda: self.now, lambda: None
-        )
+        for link, instance in zip(links, instances or range(len(roles)), strict=True):
+            link.instance = instance
+        self.coordinator = Coordinator(links, LIMITS, policies, lambda: self.now, self._on_wake)
         self.workers = [FakeWorker(link, num_blocks, lambda: self.now) for link in links]
         for link in links:
-            link.state = "ready"
-            link.info = Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0)
-            link.report([0, 0, 0, num_blocks, 0, 0])
+            link.is_ready(Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0))
+
+    def _on_wake(self) -> None:
+        self.is_woken = True
+
+    def turn(self) -> None:
+        """What the loop does after what came, or when the time has come."""
+        if self.is_woken or (self.wake_s is not None and self.now >= self.wake_s):
+            self.is_woken = False
+            self.wake_s = self.coordinator.turn()
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()
@@ -275,6 +319,15 @@ class FakeNode:
         if worker.out and not worker.lost:
             self.coordinator.handle(worker.link, worker.out.popleft())
 
+    def step(self, worker: FakeWorker, rng: random.Random) -> None:
+        """A step of its instance: all ranks take part."""
+        instance = worker.link.instance
+        ranks = [one for one in self.workers if one.link.instance == instance]
+        self.num_steps += 1
+        for rank in ranks:
+            if not rank.lost:
+                rank.step(rng, self.num_steps, in_lockstep=len(ranks) > 1)
+
     def act(self, rng: random.Random) -> None:
         """One random thing happens somewhere."""
         self.now += 0.001
@@ -282,9 +335,9 @@ class FakeNode:
         rng.choice(
             [
                 lambda: worker.receive(rng),
-                lambda: worker.step(rng),
+                lambda: self.step(worker, rng),
                 lambda: self.deliver(worker),
-                self.coordinator.flush,
+                self.turn,
             ]
         )()
 
@@ -295,7 +348,7 @@ class FakeNode:
     def run_to_idle(self, rng: random.Random, max_actions: int = 200_000) -> None:
         for _ in range(max_actions):
             if not self.coordinator.requests:
-                self.coordinator.flush()
+                self.turn()
                 return
             self.act(rng)
         phases = [request.phase.name for request in self.coordinator.requests.values()]
@@ -303,8 +356,8 @@ class FakeNode:
 
     def check_nothing_held(self) -> None:
         """After the last request: nobody holds blocks, counts or queue places."""
-        coordinator = self.coordinator
-        assert not len(coordinator.waiting) and not len(coordinator.parked)
+        dispatch = self.coordinator.dispatch
+        assert not len(dispatch.dispatcher) and not len(dispatch.parked)
         for worker in self.workers:
             if worker.lost:
                 continue
@@ -313,5 +366,6 @@ class FakeNode:
             while worker.out:
                 self.deliver(worker)
             assert not worker.held and worker.free == worker.num_blocks
-            assert not worker.link.requests and not worker.link.on_the_way
-            assert worker.link.prefill.outstanding_tokens == 0
+            account = worker.link.account
+            assert (account.outstanding_tokens, account.num_sequences) == (0, 0)
+            assert account.free_blocks == worker.num_blocks

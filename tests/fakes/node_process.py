@@ -4,12 +4,14 @@
 told to stop, prints "ready" on stdout once, and exits with the server's own code. `fake` among the
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
+With device "sim" they are simulated ones (tests/fakes/sim_worker.py).
 """
 
 import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -21,6 +23,7 @@ from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import StartEvent
+from tests.fakes.sim_worker import QUICK, SIM_WORKER
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
@@ -40,10 +43,18 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model = settings.pop("gpu_model", None)
-    defaults = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "kv_memory": 1 << 20}
+    defaults: dict[str, Any] = {
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,
+        "kv_memory": 1 << 20,
+    }
+    if settings.get("device") == "sim":
+        defaults = {"profile": QUICK.name}
     config = EngineConfig(**{**defaults, **settings})
     checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
     gpus, command = NO_GPUS, FAKE_WORKER
+    if config.device == "sim":
+        command = SIM_WORKER
     if gpu_model is not None:
         checkpoint = resolve_checkpoint(gpu_model, config.load_format)
         gpus, command = FAKE_GPUS, GPU_WORKER

@@ -67,7 +67,7 @@ class Peer:
             "prompt_tokens": len(submit.token_ids) // 4,
             "completion_tokens": num_tokens,
         }
-        self.send(End(submit.request_id, reason, code, text, usage, asdict(TIMINGS)))
+        self.send(End(submit.request_id, reason, code, text, usage, asdict(TIMINGS), None))
 
     def close(self) -> None:
         self._writer.close()

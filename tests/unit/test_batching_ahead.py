@@ -123,7 +123,7 @@ def test_a_new_prompt_joins_the_batch_behind() -> None:
     assert [one.request_id for one in second.started] == [2]
     commit(scheduler, first, 5)
     assert scheduler.load()[4] == 40, "tokens wait until their step is over"
-    assert commit(scheduler, second, 5).num_prefill_tokens == 31
+    commit(scheduler, second, 5)
     assert scheduler.load()[4] == 9
 
 
@@ -186,7 +186,6 @@ def test_a_prompt_cancelled_while_it_is_computed_is_not_told() -> None:
     assert scheduler.load() == [0, 1, 0, 60, 8 + 32], "the step with 32 tokens still runs"
     outcome = commit(scheduler, batch, 5)
     assert outcome.request_ids == [] and outcome.kv_ready == [] and outcome.kept == []
-    assert outcome.num_prefill_tokens == 12
     assert scheduler.load() == [0, 1, 0, 62, 8]
 
 
@@ -240,7 +239,7 @@ def test_pulls_count_the_prompts_that_are_on_their_way() -> None:
     assert scheduler.begin_pull(sequence_of(3, 5))
     assert not scheduler.begin_pull(sequence_of(4, 5))
     commit(scheduler, batch, 5, 5)
-    assert scheduler.load()[0] == 3, "whoever counts sequences must not miss it"
+    assert scheduler.load()[0] == 3, "the one that is pulled takes a place"
 
 
 def test_a_pull_leaves_a_block_to_a_prompt_that_is_about_to_decode() -> None:

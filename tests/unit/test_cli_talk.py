@@ -22,6 +22,11 @@ STATS: dict[str, Any] = {
     **{"model": "fake", "layout": "1p1d", "pid": 76, "uptime_s": 3725.5},
     "requests": {"queued": 1, "running": 2},
     "rates": {"prompt_tokens_per_s": 1.25, "output_tokens_per_s": 2.5, "requests_per_s": 0.125},
+    "dispatch": {
+        **{"admission": "staggered", "decode_allocation": "cost", "falling_back": False},
+        **{"window_ms": 12.25, "pass_ms": None, "queued_tokens": 9, "queue": []},
+        "instances": [{"instance": 0, "state": "idle"}],
+    },
     "workers": [WORKER, {**WORKER, "index": 1, "role": "decode"}],
 }
 
@@ -54,6 +59,17 @@ async def test_complete_as_json_has_all_there_is(server: FakeServer) -> None:
     assert (done["text"], done["finish_reason"]) == ("Paris", "stop")
     assert done["usage"]["prompt_tokens"] == 1
     assert done["timings"]["decode_worker"] == 1
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+async def test_complete_says_where_the_time_went(server: FakeServer, stream: str) -> None:
+    result = await run(server, "complete", "x", stream, "--timings")
+    first, then = result.stderr.splitlines()
+    assert first == (
+        "first token 750.0 ms = 250.0 in the queue + 0.0 to the worker + 0.0 waiting there"
+        " + 500.0 prefill + 0.0 back"
+    )
+    assert then.startswith("then 0.0 ms") and "workers 0 and 1" in then
 
 
 async def test_complete_reads_stdin(server: FakeServer) -> None:
@@ -119,10 +135,28 @@ async def test_status_shows_node_and_workers(server: FakeServer) -> None:
     assert lines[0] == f"fake  1p1d  pid 76  up 1:02:05  {server.path}"
     assert lines[1] == "requests  1 queued  2 running"
     assert lines[2].endswith("1.2 prompt tokens/s  2.5 output tokens/s  0.12 requests/s")
+    assert lines[3] == "dispatch  staggered  every 12.2 ms  decode by cost"
     rows = [line.split() for line in lines if line.split()[1:2] in (["prefill"], ["decode"])]
     assert [row[:9] for row in rows] == [
         ["0", "prefill", "ready", "77", "1", "2", "3", "40/50", "7"],
         ["1", "decode", "ready", "77", "1", "2", "3", "40/50", "7"],
+    ]
+
+
+async def test_status_tells_who_waits_and_who_is_in_doubt(server: FakeServer) -> None:
+    queue = [
+        {"priority": 5, "best_effort": False, "requests": 3},
+        {"priority": 0, "best_effort": True, "requests": 4},
+    ]
+    doubt = {"queue": queue, "falling_back": True, "pass_ms": 45.625}
+    instances = [{"instance": 2, "state": "suspect"}, {"instance": 3, "state": "busy"}]
+    dispatch = {**STATS["dispatch"], **doubt, "instances": instances}
+    server.stats = {**STATS, "dispatch": dispatch}
+    lines = (await run(server, "status")).stdout.splitlines()
+    assert lines[3:5] == [
+        "dispatch  shortest-queue, for the window cannot be trusted now  a pass takes 45.6 ms"
+        "  suspect: instance 2  decode by cost",
+        "queue     3 of priority 5  4 of priority 0 best effort",
     ]
 
 
@@ -136,7 +170,7 @@ async def test_status_names_gpus_kernels_and_handoffs_where_there_are_any(
     ]
     server.stats = {**STATS, "workers": workers}
     lines = (await run(server, "status")).stdout.splitlines()
-    assert lines[3:6] == [
+    assert lines[4:7] == [
         "kernels   triton attention (worker 0)",
         "kernels   reference (worker 1)",
         "handoff   CUDA IPC",

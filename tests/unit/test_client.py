@@ -140,7 +140,7 @@ async def test_slo_and_priority_travel(server: FakeServer, client: AsyncClient) 
 async def test_timings_of_a_newer_server_are_read(server: FakeServer, client: AsyncClient) -> None:
     async def script(peer: Peer, submit: Submit) -> None:
         timings = {**asdict(Timings(scheduler_wait_s=1.0)), "future_s": 2.0}
-        peer.send(End(submit.request_id, "length", None, "", {}, timings))
+        peer.send(End(submit.request_id, "length", None, "", {}, timings, None))
 
     server.script = script
     done = await client.generate([1, 2])
@@ -179,7 +179,7 @@ async def test_a_stop_string_in_the_last_tokens_needs_no_abort(
     server: FakeServer, client: AsyncClient
 ) -> None:
     async def script(peer: Peer, submit: Submit) -> None:
-        end = End(submit.request_id, "length", None, "", {"completion_tokens": 4}, {})
+        end = End(submit.request_id, "length", None, "", {"completion_tokens": 4}, {}, None)
         items = [[submit.request_id, pack_ids(list(b"a.b.")), None]]
         peer.send_raw(frame(TO_CLIENT.encode(Tokens(items))) + frame(TO_CLIENT.encode(end)))
 
@@ -275,7 +275,7 @@ async def test_tokens_before_an_error_are_delivered(
     server: FakeServer, client: AsyncClient
 ) -> None:
     async def script(peer: Peer, submit: Submit) -> None:
-        end = End(submit.request_id, "error", "overloaded", "enough", {}, {})
+        end = End(submit.request_id, "error", "overloaded", "enough", {}, {}, 2.5)
         items = [[submit.request_id, pack_ids(list(b"ab")), None]]
         peer.send_raw(frame(TO_CLIENT.encode(Tokens(items))) + frame(TO_CLIENT.encode(end)))
 

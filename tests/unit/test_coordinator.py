@@ -1,17 +1,24 @@
 """The coordinator's decisions and promises, with everything interleaved in every order."""
 
 import random
+from typing import Any
 
 import pytest
 
+from nodeserve.config import EngineConfig
+from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.errors import ShuttingDown
 from nodeserve.policy.lifecycle import Phase
-from nodeserve.types import Role
+from nodeserve.types import Role, Timings
 from nodeserve.wire.messages import RequestFailed, Submit, pack_ids
-from tests.fakes.node import FakeNode, expected_stream
+from tests.fakes.node import STEP_S, FakeNode, expected_stream
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
+
+
+def policies(max_num_seqs: int = 8, **settings: Any) -> Policies:
+    return policies_of(EngineConfig(**settings), max_num_seqs, 128)
 
 
 async def test_one_request_is_prefilled_here_and_decoded_there() -> None:
@@ -25,6 +32,11 @@ async def test_one_request_is_prefilled_here_and_decoded_there() -> None:
     assert end.usage == {"prompt_tokens": 3, "completion_tokens": 5}
     assert end.timings["prefill_worker"] == 0 and end.timings["decode_worker"] == 1
     assert end.timings["handoff_bytes"] > 0
+    timings = Timings(**end.timings)
+    stages = [timings.scheduler_wait_s, timings.transit_s, timings.device_wait_s]
+    assert all(stage >= 0.0 for stage in [*stages, timings.prefill_s, timings.return_s])
+    assert timings.prefill_s == pytest.approx(STEP_S) and timings.transit_s > 0.0
+    assert timings.ttft_s + timings.decode_s == pytest.approx(node.now)
     node.check_nothing_held()
 
 
@@ -33,7 +45,7 @@ async def test_one_request_is_prefilled_here_and_decoded_there() -> None:
 async def test_random_life_ends_every_request_once(layout: str, seed: int) -> None:
     """Cancels, disconnects, refusals and preemptions anywhere; small pools force the last two."""
     rng = random.Random(seed)
-    node = FakeNode(LAYOUTS[layout], num_blocks=20, max_num_seqs=5)
+    node = FakeNode(LAYOUTS[layout], num_blocks=20, policies=policies(max_num_seqs=5))
     clients = [node.connect() for _ in range(3)]
     prompts: dict[tuple[int, int], tuple[list[int], int]] = {}
     for request_id in range(40):
@@ -119,7 +131,7 @@ async def test_a_request_id_in_use_is_refused() -> None:
 
 
 async def test_past_the_queue_limit_requests_are_refused_and_the_accepted_finish() -> None:
-    node, rng = FakeNode([P, D], max_num_queued_reqs=50), random.Random(0)
+    node, rng = FakeNode([P, D], policies=policies(max_num_queued_reqs=50)), random.Random(0)
     stream, client = node.connect()
     for request_id in range(200):
         node.submit(stream, request_id, [request_id % 97], 3)
@@ -131,10 +143,11 @@ async def test_past_the_queue_limit_requests_are_refused_and_the_accepted_finish
 
 
 async def test_higher_priority_goes_first() -> None:
-    node, rng = FakeNode([M], max_num_seqs=1), random.Random(0)
+    node, rng = FakeNode([M], policies=policies(max_num_seqs=1)), random.Random(0)
     stream, client = node.connect()
     order: list[int] = []
     for request_id, priority in enumerate([0, 0, 5, 1]):
+        node.turn()
         message = Submit(request_id, pack_ids([1]), {"max_tokens": 2}, None, priority)
         node.coordinator.submit(stream, message)
     while node.coordinator.requests:
@@ -212,7 +225,9 @@ async def test_a_pull_that_fails_after_its_source_died_is_not_kept() -> None:
     decode.out.clear()
     decode.link.channel.records.clear()  # type: ignore[attr-defined]
     decode.held.clear()
-    decode.out.append(RequestFailed(request.request_id, "handoff_failed", "no such pool"))
+    decode.out.append(
+        RequestFailed(request.request_id, "handoff_failed", "no such pool", decode.load())
+    )
     node.deliver(decode)
     assert [end.code for end in client.ends[1]] == ["handoff_failed"]
     assert not node.coordinator.requests
@@ -225,4 +240,4 @@ async def test_cancelled_requests_leave_the_queue() -> None:
         node.submit(stream, request_id, [5], 200)
         if request_id >= 100:
             node.coordinator.abort(stream.requests[request_id])
-    assert len(node.coordinator.waiting._heap) < 500
+    assert len(node.coordinator.dispatch.dispatcher) == 100

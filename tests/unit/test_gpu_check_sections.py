@@ -138,7 +138,7 @@ def test_an_answer_against_the_reference(second: list[float], state: str) -> Non
 
 
 def answer(times_s: list[float], code: str | None = None) -> Answer:
-    end = End(0, "length", code, "", {}, {"handoff_s": 0.001})
+    end = End(0, "length", code, "", {}, {"handoff_s": 0.001}, None)
     return Answer([1] * len(times_s), times_s, end)
 
 
@@ -242,6 +242,9 @@ class Steps:
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []
+
+    def called(self) -> bool:
+        return False
 
     def launch(self, batch: Batch) -> Computed:
         work = [(one.sequence.request_id, one.start, one.feed) for one in batch.work]

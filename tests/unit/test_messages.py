@@ -21,6 +21,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.ReleaseKv(9),
         m.Cancel(9),
         m.Shutdown(),
+        m.Probe(),
     ],
     "FROM_WORKER": [
         m.Mapped(4242),
@@ -29,18 +30,19 @@ SAMPLES: dict[str, list[Any]] = {
         m.PagesAttached(1),
         m.StepDone(
             *(m.pack_request_ids([7]), m.pack_ids([5]), b"\x01", None, [], b"", b"", LOAD),
-            *(1, 5.5, 0.01, 0, 0.0, 99, b""),
+            *(1, 5.5, 0.01, 0, 0.0, 1, 99, b""),
         ),
         m.StepDone(
             *(b"", b"", b"", [[0, -0.5, IDS, b""]], [[7, IDS]], b"", b"", LOAD),
-            *(2, 5.6, 0.01, 512, 1e5, 0, m.pack_times([5.25])),
+            *(2, 5.6, 0.01, 512, 1e5, 0, 0, m.pack_times([5.25])),
         ),
         m.KvReady(7, IDS),
         m.KvPulled(7, 1 << 20, 0.002),
         m.KvRefused(7, LOAD),
         m.Dropped(7, LOAD),
-        m.RequestFailed(7, "internal", "what happened"),
+        m.RequestFailed(7, "internal", "what happened", LOAD),
         m.Failed("bad_model", "what happened"),
+        m.Alive(LOAD),
     ],
     "TO_SERVER": [
         m.Submit(0, IDS, {"max_tokens": 5}, {"ttft_ms": 100}, -1),
@@ -52,8 +54,8 @@ SAMPLES: dict[str, list[Any]] = {
     "TO_CLIENT": [
         m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
         m.Tokens([[0, IDS, None], [1, IDS, [[-0.5, IDS, IDS]]]]),
-        m.End(0, "stop", None, "", {"prompt_tokens": 1}, {"prefill_s": 0.5}),
-        m.End(0, "error", "internal", "what happened", {}, {}),
+        m.End(0, "stop", None, "", {"prompt_tokens": 1}, {"prefill_s": 0.5}, None),
+        m.End(0, "error", "overloaded", "what happened", {}, {}, 1.5),
         m.Stats({"workers": []}),
         m.Goodbye("protocol", "why"),
     ],

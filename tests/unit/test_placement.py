@@ -1,14 +1,19 @@
 """From settings to places: what is chosen, and the words of every refusal."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig, ModelConfig
-from nodeserve.coordinator.placement import choose_layout, resolve, share_cores
+from nodeserve.config import EngineConfig, ModelConfig, Simulated
+from nodeserve.coordinator.placement import Plan, choose_layout, resolve, share_cores
+from nodeserve.coordinator.policies import Policies, parse_window, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
+from nodeserve.policy.flow import FlowOptions
+from nodeserve.policy.profiles import profile_named
+from nodeserve.policy.units import DispatchOptions
 from nodeserve.types import Role
 
 M, P, D = Role.MIXED, Role.PREFILL, Role.DECODE
@@ -26,13 +31,28 @@ REFUSED = {
     "no sequences": (EngineConfig(max_num_seqs=0), "--max-num-seqs must be at least 1"),
     "small budget": (EngineConfig(max_num_batched_tokens=8), "below --max-num-seqs"),
     "dtype": (EngineConfig(dtype="int8"), "--dtype int8: use auto, bfloat16"),
-    "device": (EngineConfig(device="tpu"), "--device tpu: use auto, cuda or cpu"),
+    "device": (EngineConfig(device="tpu"), "--device tpu: use auto, cuda, cpu or sim"),
     "attention": (EngineConfig(attention_backend="fa"), "--attention-backend fa: use auto, flash-"),
+    "admission": (
+        EngineConfig(admission="batched"),
+        "--admission batched: use round-robin, fewest",
+    ),
+    "allocation": (EngineConfig(decode_allocation="best"), "fewest-requests, iqr or cost"),
+    "overload": (EngineConfig(on_overload="drop"), "--on-overload drop: use reject or queue"),
+    "window": (EngineConfig(window="soon"), "--window soon: use auto, off or milliseconds"),
+    "negative window": (EngineConfig(window="-1"), "--window -1: use auto, off or milliseconds"),
+    "endless window": (EngineConfig(window="inf"), "--window inf: use auto, off or milliseconds"),
+    "k": (EngineConfig(window_k=-0.5), "--window-k -0.5: use 0 to 100"),
+    "k of nothing": (EngineConfig(window_k=float("nan")), "--window-k nan: use 0 to 100"),
+    "no queue": (EngineConfig(max_num_queued_tokens=0), "--max-num-queued-tokens must be at least"),
     "utilization": (EngineConfig(gpu_memory_utilization=90.0), "such as 0.9"),
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
     "gpus on cpu": (EngineConfig(device="cpu", gpus="0-1"), "contradict"),
     "gpus and layout": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
     "shape": (EngineConfig(layout="1p:tp2,2d"), "for example 1p,2d"),
+    "shape of ranks": (EngineConfig(layout="1p:ep2,2d"), "for example 1p,2d"),
+    "sim without profile": (EngineConfig(device="sim"), "use one of moe-ep8"),
+    "profile without sim": (EngineConfig(profile="moe-ep8"), "is for --device sim"),
     "context": (EngineConfig(max_model_len=5000), "use 2 to 1024"),
     "pages too small": (EngineConfig(kv_memory=4096), "--kv-memory 4096 is below"),
     "pages too large": (EngineConfig(kv_memory=1 << 50), "--shm-size"),
@@ -55,6 +75,33 @@ def test_auto_is_resolved_to_numbers() -> None:
     assert plan.max_num_seqs == 64
     assert plan.kv_memory is not None and plan.kv_memory >= MODEL.kv_bytes_per_token(2) * 512
     assert [place.role for place in plan.places] == [P, D]
+
+
+@pytest.mark.parametrize(
+    ("text", "window_s"),
+    [("auto", None), ("off", 0.0), ("0", 0.0), ("12.5", 0.0125), ("20ms", 0.02)],
+)
+def test_a_window_is_auto_off_or_milliseconds(text: str, window_s: float | None) -> None:
+    assert parse_window(text) == window_s
+
+
+def test_the_policy_gets_what_was_asked_for() -> None:
+    config = EngineConfig(
+        admission="pull",
+        window="5",
+        window_k=0.5,
+        decode_allocation="iqr",
+        max_num_queued_reqs=7,
+        max_num_queued_tokens=70_000,
+        on_overload="queue",
+    )
+    policies = policies_of(config, max_num_seqs=32, max_num_batched_tokens=512)
+    assert policies == Policies(
+        DispatchOptions("pull", 0.005, 0.5, budget=512, max_num_seqs=32),
+        "iqr",
+        FlowOptions(7, 70_000, "queue"),
+        {},
+    )
 
 
 def test_two_cores_get_a_prefill_and_a_decode_worker() -> None:
@@ -139,3 +186,72 @@ def test_gpus_that_cannot_be_used_are_mentioned() -> None:
 def test_settings_for_gpus_say_that_they_do_nothing_on_cpus() -> None:
     plan = resolve(EngineConfig(layout="1m", handoff="host", enforce_eager=True), CHECKPOINT, NONE)
     assert plan.notes == ("no effect on CPU workers: --handoff, --enforce-eager",)
+
+
+# ---- simulated devices
+
+
+def simulated(**settings: Any) -> Plan:
+    return resolve(EngineConfig(device="sim", profile="moe-ep8", **settings), CHECKPOINT, NONE)
+
+
+def test_a_profile_says_what_a_simulated_device_holds() -> None:
+    plan, profile = simulated(seed=3), profile_named("moe-ep8")
+    assert plan.config.device == "sim" and plan.config.layout == "4p4d" and not plan.notes
+    assert plan.max_model_len == profile.max_model_len > MODEL.max_position
+    assert plan.max_num_seqs == profile.max_num_seqs
+    assert plan.max_num_batched_tokens == profile.max_num_batched_tokens
+    assert plan.kv_memory == profile.num_kv_tokens * profile.kv_bytes_per_token
+    assert plan.simulated == Simulated("moe-ep8", 3, MODEL.vocab_size, MODEL.eos_token_ids)
+    assert all(place.cpus == place.gpus == () for place in plan.places)
+
+
+def test_settings_win_over_a_profile() -> None:
+    plan = simulated(
+        max_model_len=100, max_num_seqs=7, max_num_batched_tokens=64, kv_memory=1 << 30
+    )
+    assert (plan.max_model_len, plan.max_num_seqs) == (100, 7)
+    assert (plan.max_num_batched_tokens, plan.kv_memory) == (64, 1 << 30)
+
+
+def test_every_rank_of_a_simulated_instance_is_a_worker() -> None:
+    plan = simulated(layout="2p:ep3,1d", gpus="0-6")
+    places = [(place.role, place.instance, place.rank) for place in plan.places]
+    prefill = [(P, instance, rank) for instance in (0, 1) for rank in (0, 1, 2)]
+    assert places == [*prefill, (D, 2, 0)]
+
+
+def test_plain_layouts_have_an_instance_for_each_worker() -> None:
+    for plan in (
+        resolve(EngineConfig(layout="2p1d"), CHECKPOINT, NONE),
+        resolve(EngineConfig(layout="2p1d"), CHECKPOINT, gpus(3)),
+        simulated(layout="2p1d"),
+    ):
+        assert [(place.instance, place.rank) for place in plan.places] == [(0, 0), (1, 0), (2, 0)]
+
+
+SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "tp": (
+        {"layout": "1p:tp2.ep4,1d:ep2"},
+        "(tp, pp) are not supported yet; give for example 1p:ep4",
+    ),
+    "pp": ({"layout": "1p,1d:pp2"}, "for example 1p,1d"),
+    "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
+    "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
+    "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),
+}
+
+
+@pytest.mark.parametrize("name", SIM_REFUSED)
+def test_what_cannot_be_simulated_is_refused(name: str) -> None:
+    settings, words = SIM_REFUSED[name]
+    with pytest.raises(ConfigError) as caught:
+        simulated(**settings)
+    assert words in str(caught.value)
+
+
+def test_auto_never_simulates_and_idle_settings_are_named() -> None:
+    plan = resolve(EngineConfig(layout="1m"), CHECKPOINT, NONE)
+    assert plan.config.device == "cpu" and plan.simulated is None
+    (note,) = simulated(dtype="float16", handoff="host").notes
+    assert note == "no effect on simulated workers: --dtype, --handoff"

@@ -299,8 +299,8 @@ def test_a_copy_that_fails_takes_only_its_request_along() -> None:
     problem = HandoffFailed("the pages cannot be copied")
     bench.transfer.moved.append(CopyFailed(2, problem))
     [failed] = bench.turn()
-    assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied")
-    assert bench.runner.scheduler.load() == [1, 0, 0, NUM_BLOCKS - 1, 0]
+    load = [1, 0, 0, NUM_BLOCKS - 1, 0, 2]
+    assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied", load)
     assert set(tokens_of(bench.end_step())) == {1}
 
 
@@ -309,7 +309,8 @@ def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> Non
     bench = Bench()
     bench.transfer.problem = HandoffFailed("the pages cannot be copied")
     [failed] = bench.turn(pull(2))
-    assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied")
+    load = [0, 0, 0, NUM_BLOCKS, 0, 1]
+    assert failed == RequestFailed(2, "handoff_failed", "the pages cannot be copied", load)
     bench.scheduler.check()
     bench.transfer.problem = CudaError("cudaStreamSynchronize: an illegal memory access", 700)
     with pytest.raises(CudaError, match="illegal"):

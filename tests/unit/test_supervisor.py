@@ -1,7 +1,10 @@
 """What the supervisor does without a process: sizes, and lines of any length."""
 
 import asyncio
+import os
+import secrets
 import sys
+from dataclasses import replace
 
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place
@@ -14,7 +17,8 @@ from nodeserve.coordinator.supervisor import (
 )
 from nodeserve.errors import RingError
 from nodeserve.types import Role
-from nodeserve.wire.messages import Shutdown
+from nodeserve.wire.channel import CoordinatorEnd, WorkerEnd
+from nodeserve.wire.messages import TO_WORKER, Prefill, Prompt, Shutdown, pack_ids
 
 
 async def test_a_long_line_is_cut_and_the_next_ones_are_whole() -> None:
@@ -56,3 +60,27 @@ def test_a_gpu_worker_sees_its_own_gpu_first() -> None:
     assert from_prefill["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert from_prefill["OMP_NUM_THREADS"] == "4"
     assert "CUDA_DEVICE_ORDER" not in worker_environment(Place(Role.MIXED, (0,), 1))
+
+
+async def test_a_departure_passes_a_real_ring_whatever_its_size() -> None:
+    """In as few records as the ring takes, nothing twice, in order."""
+    prompts = [Prompt(number, pack_ids([number] * 300), 300, {}, True) for number in range(100)]
+    with CoordinatorEnd(secrets.token_hex(4), "w0", 1 << 15) as channel:
+        fds = dict(
+            zip(
+                ("inbox_fd", "outbox_fd", "eventfd"),
+                map(os.dup, channel.inherited_fds),
+                strict=True,
+            )
+        )
+        with WorkerEnd(replace(channel.spec, **fds)) as worker:
+            WorkerLink(0, Role.PREFILL, channel, -1).send_prompts(prompts)
+            records: list[Prefill] = []
+            while sum(len(one.prompts) for one in records) < len(prompts):
+                for record in worker.inbox.drain():
+                    message = TO_WORKER.decode(record)
+                    assert isinstance(message, Prefill)
+                    records.append(message)
+                channel.inbox.flush()
+    assert [Prompt(*fields) for one in records for fields in one.prompts] == prompts
+    assert 4 <= len(records) <= 16, "a record holds 12 to 25 of them"

@@ -1,0 +1,226 @@
+"""From the policy's decisions to records in the workers' rings.
+
+The policy (policy/dispatcher.py, decode_allocation.py, flow.py) knows units, tokens and times. Here
+it is told what happened, and what it decides is carried out, once for each turn of the loop.
+
+Always true: a request that waits is in the dispatcher's buffer, one that is parked in `parked`, and
+no other is; what a worker's account has booked leaves for that worker in the same order.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nodeserve.coordinator.admission import Limits
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.policies import Policies
+from nodeserve.coordinator.queue import ParkedQueue
+from nodeserve.coordinator.request import Request
+from nodeserve.errors import Overloaded
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.cost import RankWork
+from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
+from nodeserve.policy.dispatcher import Dispatcher
+from nodeserve.policy.flow import Buffered, Verdict, judge
+from nodeserve.policy.lifecycle import Event, Phase
+from nodeserve.policy.units import Departure, PassDone, Unit
+from nodeserve.types import Role
+from nodeserve.wire.messages import Probe, Prompt, StepDone
+
+MAX_ROUND = 256  # parked requests that are placed together
+
+
+class Dispatch:
+    """Owns the policy's objects. `requests` is the coordinator's, by id."""
+
+    def __init__(
+        self,
+        links: Sequence[WorkerLink],
+        requests: Mapping[int, Request],
+        limits: Limits,
+        policies: Policies,
+    ) -> None:
+        self.instances = by_instance(links)
+        self.policies = policies
+        self.parked = ParkedQueue()  # prefilled, pages pinned, no decode room yet
+        self._links = links
+        self._requests = requests
+        self._limits = limits
+        self._units = [Unit(link.index, link.instance, link.account) for link in links]
+        prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
+        self.dispatcher = Dispatcher(
+            [[self._units[link.index] for link in ranks] for ranks in prefills], policies.dispatch
+        )
+        self.allocator = DecodeAllocator(policies.decode_allocation, policies.dispatch.max_num_seqs)
+        self._decoders = [self._units[link.index] for link in links if link.decodes]
+        self._lost: set[int] = set()  # instances
+        self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
+        # Workers whose every step is a pass to the dispatcher: a mixed one's decodes are not, but
+        # in lockstep all ranks have to be heard.
+        self._every_step = {
+            link.index
+            for ranks in prefills
+            for link in ranks
+            if len(ranks) > 1 or link.role is Role.PREFILL
+        }
+        # Of each instance that decodes, what its ranks said of its newest step.
+        self._seen: dict[int, list[StepDone]] = {
+            link.instance: [] for link in links if link.decodes
+        }
+
+    # ---- requests come and go
+
+    def check(self, request: Request, now_s: float) -> None:
+        """May it come in? Overloaded says why not, and when to try again."""
+        dispatcher, waiting = self.dispatcher, request.waiting
+        ttft_ms = {**self.policies.slo, **(request.slo or {})}.get("ttft_ms")
+        buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
+        predicted_s = None
+        if buffered.num_requests or ttft_ms is not None:
+            predicted_s = dispatcher.predict_wait_s(waiting, now_s)
+        slo_s = None if ttft_ms is None else ttft_ms / 1e3
+        judged = judge(self.policies.flow, buffered, waiting.num_tokens, slo_s, predicted_s)
+        if judged.verdict is Verdict.REJECT:
+            raise Overloaded(judged.reason, judged.retry_after_s)
+        waiting.best_effort = judged.verdict is Verdict.BEST_EFFORT
+
+    def push(self, request: Request, now_s: float) -> None:
+        """It waits for prefill, perhaps again: with the tokens that it has by now."""
+        num_blocks = request.num_blocks(self._limits.block_size)
+        request.waiting = replace(
+            request.waiting, num_tokens=len(request.tokens), num_blocks=num_blocks
+        )
+        self.allocator.forget(request.request_id)
+        self.dispatcher.push(request.waiting, now_s)
+
+    def park(self, request: Request) -> None:
+        """Its pages wait for room on the decode side, perhaps again."""
+        block_size = self._limits.block_size
+        num_blocks = request.num_blocks(block_size)
+        longest = min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
+        growth = max(0, blocks_for(longest, block_size) - num_blocks)
+        self.allocator.forget(request.request_id)
+        self.parked.push(ReadyKv(request.request_id, num_blocks, growth), request.waiting.priority)
+
+    def remove(self, request: Request) -> None:
+        """It waits for nothing any more, wherever it stood."""
+        self.dispatcher.remove(request.request_id)
+        self.parked.remove(request.request_id)
+        self.allocator.forget(request.request_id)
+
+    def queue(self) -> list[dict[str, Any]]:
+        """How many wait for prefill, by class, first the one that goes first. O(requests)."""
+        classes = Counter(
+            (-request.waiting.priority, request.waiting.best_effort)
+            for request in self._requests.values()
+            if request.phase is Phase.WAITING
+        )
+        return [
+            {"priority": -behind, "best_effort": best_effort, "requests": count}
+            for (behind, best_effort), count in sorted(classes.items())
+        ]
+
+    # ---- what workers say; their accounts have their loads
+
+    def on_step(self, link: WorkerLink, step: StepDone, now_s: float) -> None:
+        """A step of a worker is over."""
+        instance = link.instance
+        if step.attention or link.index in self._every_step:
+            done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
+            self.dispatcher.on_pass(self._units[link.index], done, now_s)
+        if link.decodes:
+            seen = self._seen[instance]
+            if seen and step.step != seen[0].step:
+                if step.step < seen[0].step:
+                    return  # of those before enough was learned
+                seen.clear()
+            seen.append(step)
+
+    def on_alive(self, link: WorkerLink, now_s: float) -> None:
+        """A probe's answer. The instance lives when all its ranks have answered."""
+        instance = link.instance
+        asked = self._asked.get(instance, set())
+        asked.discard(link.index)
+        if not asked and link.prefills:
+            self.dispatcher.heard(instance, now_s)
+
+    def lose(self, link: WorkerLink) -> None:
+        """A worker is gone, and with it its instance: the ranks of one cannot go on alone."""
+        instance = link.instance
+        if instance in self._lost:
+            return
+        self._lost.add(instance)
+        self._decoders = [unit for unit in self._decoders if unit.instance != instance]
+        self.dispatcher.lose(instance)
+
+    # ---- decisions
+
+    def turn(self, now_s: float) -> float | None:
+        """Hand out what can start now; returns when to look again if nothing comes before."""
+        self._learn()
+        self._start_pulls(now_s)
+        decision = self.dispatcher.decide(now_s)
+        for departure in decision.departures:
+            self._depart(departure, now_s)
+        for instance in decision.probes:
+            self._probe(instance)
+        return decision.wake_s
+
+    def _learn(self) -> None:
+        for instance, steps in self._seen.items():
+            if len(steps) == len(self.instances[instance]):
+                if not any(step.num_prefill_tokens for step in steps):
+                    seconds = max(step.step_s for step in steps)
+                    self.allocator.observe([work_of(step) for step in steps], seconds)
+                steps.clear()
+
+    def _start_pulls(self, now_s: float) -> None:
+        more = bool(self.parked)
+        while more:
+            ready = self.parked.first(MAX_ROUND)
+            placed = self.allocator.place(ready, self._decoders)
+            pulls = [(one.request_id, index) for one, index in placed if index is not None]
+            for request_id, index in pulls:
+                self.parked.remove(request_id)
+                self._pull(self._requests[request_id], self._links[index], now_s)
+            more = len(ready) == MAX_ROUND and bool(pulls)
+
+    def _pull(self, request: Request, link: WorkerLink, now_s: float) -> None:
+        request.holder = link.index
+        request.handoff_wait_s += now_s - request.stamps.parked
+        request.on(Event.PULLING)
+        link.send(request.pull_message())
+
+    def _depart(self, departure: Departure, now_s: float) -> None:
+        """One record for each worker that gets some of it."""
+        prompts: dict[int, list[Prompt]] = {}
+        for waiting, index in departure.boarded:
+            request = self._requests[waiting.request_id]
+            request.holder = request.prefill_worker = index
+            request.on(Event.ADMITTED)
+            if request.stamps.first_token is None:
+                request.stamps.depart(now_s)
+            handoff = self._links[index].role is Role.PREFILL
+            prompts.setdefault(index, []).append(request.prompt(handoff=handoff))
+        for index, batch in prompts.items():
+            self._links[index].send_prompts(batch)
+
+    def _probe(self, instance: int) -> None:
+        """Ask, and do nothing else: silence is no death, only a process's end is."""
+        ranks = [link for link in self.instances[instance] if link.alive]
+        self._asked[instance] = {link.index for link in ranks}
+        for link in ranks:
+            link.send(Probe())
+
+
+def by_instance(links: Sequence[WorkerLink]) -> dict[int, list[WorkerLink]]:
+    """The ranks of each instance."""
+    instances: dict[int, list[WorkerLink]] = {}
+    for link in links:
+        instances.setdefault(link.instance, []).append(link)
+    return instances
+
+
+def work_of(step: StepDone) -> RankWork:
+    return RankWork(step.num_prefill_tokens, step.attention, step.num_decodes, step.kv_tokens)

@@ -1,0 +1,52 @@
+"""The simulated device: passes and copies take the time that a profile says, nothing is computed.
+
+Everything around it is real: rings, step loop, batches, blocks, page pool, handoff. No torch.
+"""
+
+from collections.abc import Sequence
+
+from nodeserve.config import WorkerSpec
+from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.cost import RankWork
+from nodeserve.policy.profiles import pass_factor, profile_named
+from nodeserve.worker.alarm import Alarm
+from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.executor_sim import SimExecutor, Tokens
+from nodeserve.worker.lockstep import Board, Lockstep
+from nodeserve.worker.pages import make_pool, num_blocks_in
+from nodeserve.worker.transfer_sim import SimTransfer
+
+PAGE_BYTES = 8  # of a block in the pool: what is copied matters, not how much
+
+
+def load(spec: WorkerSpec, progress: Progress) -> Device:
+    simulated = spec.simulated
+    assert simulated is not None and spec.kv_memory is not None, "resolved for simulated workers"
+    profile = profile_named(simulated.profile)
+    block_bytes = profile.kv_bytes_per_token * spec.block_size
+    max_blocks = blocks_for(spec.max_model_len, spec.block_size)
+    num_blocks = num_blocks_in(spec.kv_memory, block_bytes, max_blocks)
+    pool = make_pool(spec.pages_fd, num_blocks * PAGE_BYTES)
+    alarm = Alarm(spec.bell_fds[spec.rank])
+    board = Board(spec.board_fd, len(spec.bell_fds))
+
+    def duration(number: int, works: Sequence[RankWork]) -> float:
+        factor = pass_factor(profile.noise, simulated.seed, spec.instance, number)
+        return profile.cost.pass_s(works) * factor
+
+    lockstep = Lockstep(board, spec.rank, spec.bell_fds, duration)
+    progress("profile", 1, 1)
+    return Device(
+        executor=SimExecutor(
+            lockstep, alarm, Tokens(simulated.vocab_size, simulated.eos_token_ids)
+        ),
+        transfer=SimTransfer(pool, PAGE_BYTES, block_bytes, profile.handoff_bytes_per_s, alarm),
+        num_blocks=num_blocks,
+        block_bytes=block_bytes,
+        pages_bytes=num_blocks * PAGE_BYTES,
+        pages_handle=b"",
+        num_threads=spec.num_threads,
+        kernels=f"simulated {profile.name}",
+        handoff=f"simulated, {profile.handoff_bytes_per_s / 1e9:g} GB/s",
+        eos_token_ids=frozenset(simulated.eos_token_ids),
+    )

@@ -1,0 +1,88 @@
+"""A device that computes nothing: it takes the time that a pass would, and makes tokens up."""
+
+import math
+from collections.abc import Callable
+
+from nodeserve.policy.batching import Batch, Work
+from nodeserve.policy.cost import rank_work
+from nodeserve.wire.messages import pack_floats, pack_ids
+from nodeserve.worker.alarm import Alarm
+from nodeserve.worker.contract import Logprobs, Sampled
+from nodeserve.worker.lockstep import Lockstep
+
+
+class Tokens:
+    """Which token follows: a function of the last one and its position alone, so that no batch,
+    worker, preemption or handoff can change a stream. Never one of `eos_token_ids`."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        assert any(token_id not in eos_token_ids for token_id in range(vocab_size))
+        self._vocab_size = vocab_size
+        self._never = frozenset(eos_token_ids)
+
+    def after(self, token_id: int, position: int) -> int:
+        """The token behind `token_id`, which has this position (from 0)."""
+        chosen = (token_id * 31 + position * 17 + 7) % self._vocab_size
+        while chosen in self._never:
+            chosen = (chosen + 1) % self._vocab_size
+        return chosen
+
+    def logprobs(self, row: int, token_id: int, num_top: int) -> Logprobs:
+        """As if each token had half the probability of the one before it, the chosen one 1/2."""
+        count = min(num_top, self._vocab_size)
+        top_ids = [(token_id + place) % self._vocab_size for place in range(count)]
+        values = [-(place + 1) * math.log(2) for place in range(max(count, 1))]
+        return Logprobs(row, values[0], pack_ids(top_ids), pack_floats(values[:count]))
+
+
+class SimFlight:
+    """A pass on its way."""
+
+    def __init__(self, lockstep: Lockstep, number: int, sampled: Sampled) -> None:
+        self._lockstep = lockstep
+        self._number = number
+        self._sampled = sampled
+
+    def done(self) -> bool:
+        return self._lockstep.over(self._number) is not None
+
+    def result(self) -> Sampled:
+        """At once, also before the end: no page is written, and when an instance stops the other
+        ranks may never enter this pass."""
+        return self._sampled._replace(ran=self._lockstep.over(self._number))
+
+
+class SimExecutor:
+    """Passes in lockstep with the other ranks of the instance."""
+
+    overlaps = False
+
+    def __init__(self, lockstep: Lockstep, alarm: Alarm, tokens: Tokens) -> None:
+        self._lockstep = lockstep
+        self._alarm = alarm
+        self._tokens = tokens
+
+    def called(self) -> bool:
+        return self._lockstep.called()
+
+    def on_done(self, wake: Callable[[], None]) -> None:
+        self._alarm.start(self._lockstep.look, wake)
+
+    def launch(self, batch: Batch) -> SimFlight:
+        number = self._lockstep.enter(rank_work(batch))
+        return SimFlight(self._lockstep, number, self._sample(batch))
+
+    def _sample(self, batch: Batch) -> Sampled:
+        sampling = [work for work in batch.work if work.samples]
+        token_ids = [self._next(work) for work in sampling]
+        asked = [work.sequence.sampling.logprobs for work in sampling]
+        logprobs = [
+            self._tokens.logprobs(row, token_id, num_top)
+            for row, (token_id, num_top) in enumerate(zip(token_ids, asked, strict=True))
+            if num_top is not None
+        ]
+        return Sampled(token_ids, logprobs or None)
+
+    def _next(self, work: Work) -> int:
+        last = work.start + work.num_tokens - 1
+        return self._tokens.after(work.sequence.token_ids[last], last)

@@ -1,0 +1,136 @@
+"""Passes that all ranks of an instance run together, each rank in a process of its own.
+
+A pass begins when the last rank has entered it and ends for all at the same time. Whoever enters
+first calls the others; a rank without work answers with an empty batch. So nobody waits for a rank
+that has nothing to do, and an instance without work runs no pass.
+
+The ranks share a board (memory that the coordinator made, nameless and zeroed) and a bell each. The
+board is read and written under a file lock that the kernel gives back when its holder dies; then
+the others wait for a rank that never comes, until the coordinator ends them.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from nodeserve.policy.cost import IDLE, RankWork
+from nodeserve.worker.contract import Ran
+
+# The newest pass, ranks that have not entered it; began, seconds of the last pass that all entered.
+_HEAD = struct.Struct("=qqdd")
+_SLOT = struct.Struct("=?xxxxxxxqdqq")  # a rank sleeps until it is called; its RankWork
+Duration = Callable[[int, Sequence[RankWork]], float]
+
+
+class Board:
+    """The shared memory behind `fd`. Each Board has a lock of its own on it, also in one process:
+    it opens the memory again."""
+
+    def __init__(self, fd: int, num_ranks: int) -> None:
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        num_bytes = _HEAD.size + num_ranks * _SLOT.size
+        os.ftruncate(self._fd, num_bytes)  # each rank to the same size: the first one makes it
+        self._memory = mmap.mmap(self._fd, num_bytes)
+        self._threads = threading.Lock()  # the file lock is for all threads of a process together
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        with self._threads:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def head(self) -> tuple[int, int, float, float]:
+        number, num_missing, began_s, seconds = _HEAD.unpack_from(self._memory)
+        return number, num_missing, began_s, seconds
+
+    def put_head(self, number: int, num_missing: int, began_s: float, seconds: float) -> None:
+        _HEAD.pack_into(self._memory, 0, number, num_missing, began_s, seconds)
+
+    def slots(self) -> list[tuple[bool, RankWork]]:
+        """Of each rank: whether it sleeps, and the work that it brought to its last pass."""
+        slots = _SLOT.iter_unpack(memoryview(self._memory)[_HEAD.size :])
+        return [(sleeps, RankWork(*work)) for sleeps, *work in slots]
+
+    def put_slot(self, rank: int, sleeps: bool, work: RankWork) -> None:
+        _SLOT.pack_into(self._memory, _HEAD.size + rank * _SLOT.size, sleeps, *work)
+
+
+class Lockstep:
+    """One rank's part. `duration` gives a pass's seconds from its number and all ranks' work; the
+    last one to enter asks it. `bell_fds` are the ranks' eventfds in their order; whoever hears ours
+    calls `look`."""
+
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        bell_fds: Sequence[int],
+        duration: Duration,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._board = board
+        self._rank = rank
+        self._bell_fds = list(bell_fds)
+        self._duration = duration
+        self._clock = clock
+        self._entered = 0  # number of the pass that we entered last
+        self._ran = Ran(0, 0.0, 0.0)  # of the last pass that began with us in it
+
+    def called(self) -> bool:
+        """Whether the others wait for us; if not, our bell rings when they do."""
+        with self._board.locked():
+            number, num_missing, _, _ = self._board.head()
+            waited_for = bool(num_missing) and number > self._entered
+            self._board.put_slot(self._rank, not waited_for, IDLE)
+            return waited_for
+
+    def enter(self, work: RankWork) -> int:
+        """Take part in the pass that gathers, or call for one; its number. Not while one that we
+        entered is not over."""
+        board, to_ring = self._board, list[int]()
+        with board.locked():
+            number, num_missing, began_s, seconds = board.head()
+            if is_first := not num_missing:
+                number, num_missing = number + 1, len(self._bell_fds)
+            assert number == self._entered + 1, (number, self._entered)
+            num_missing -= 1
+            board.put_slot(self._rank, False, work)
+            slots = board.slots()
+            if not num_missing:
+                began_s = self._clock()
+                seconds = self._duration(number, [work for _, work in slots])
+                to_ring = self._bell_fds  # ours too: somebody has to wait for the end
+            elif is_first:
+                to_ring = [
+                    fd for fd, (sleeps, _) in zip(self._bell_fds, slots, strict=True) if sleeps
+                ]
+            board.put_head(number, num_missing, began_s, seconds)
+            self._entered = number
+        for bell_fd in to_ring:
+            os.eventfd_write(bell_fd, 1)
+        return number
+
+    def look(self) -> float | None:
+        """What is new on the board; when the step loop is to hear of it, None: there is nothing."""
+        with self._board.locked():
+            number, num_missing, began_s, seconds = self._board.head()
+            begun = number - bool(num_missing)  # others may have entered the pass after it already
+            if begun > self._ran.number:
+                self._ran = Ran(begun, began_s, seconds)
+                return began_s + seconds
+            return self._clock() if number > self._entered else None
+
+    def over(self, number: int) -> Ran | None:
+        """When the pass ran, once it is over."""
+        ran = self._ran
+        if ran.number < number or self._clock() < ran.began_s + ran.seconds:
+            return None
+        return ran

@@ -1,0 +1,72 @@
+"""python -m tests.fakes.sim_worker --spec JSON: the real simulated worker, and a profile for tests.
+
+The profile is added to the known ones when this is imported, so import it in the coordinator's
+process as well. Its passes are short, and its noise would show two ranks that do not agree.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from nodeserve.config import Simulated, WorkerSpec
+from nodeserve.coordinator.supervisor import make_lockstep
+from nodeserve.policy.cost import StepCost
+from nodeserve.policy.profiles import PROFILES, Profile
+from nodeserve.worker.device import load
+from nodeserve.worker.executor_sim import Tokens
+from nodeserve.worker.process import main
+from tests.fakes.harness import default_spec
+
+SIM_WORKER = (sys.executable, "-m", "tests.fakes.sim_worker")
+VOCAB = 97
+EOS = (3, 5)
+QUICK = Profile(
+    "quick",
+    "for tests",
+    StepCost(0.004, 0.002, 1e-5, 0.0, 1e-5, 0.0, 1e-5),
+    noise=0.2,
+    num_kv_tokens=4096,
+    kv_bytes_per_token=1000,
+    handoff_bytes_per_s=1e9,
+    max_num_batched_tokens=64,
+    max_num_seqs=16,
+    max_model_len=1024,
+)
+PROFILES[QUICK.name] = QUICK
+
+
+def expected_stream(
+    prompt: Sequence[int], num_tokens: int, eos_token_ids: tuple[int, ...] = ()
+) -> list[int]:
+    """What a request must get, whatever happens to it on its way."""
+    tokens, stream = Tokens(VOCAB, eos_token_ids), list(prompt)
+    for _ in range(num_tokens):
+        stream.append(tokens.after(stream[-1], len(stream) - 1))
+    return stream[len(prompt) :]
+
+
+def rank_specs(
+    owner: ExitStack, num_ranks: int, instance: int = 0
+) -> tuple[list[WorkerSpec], tuple[int, ...]]:
+    """One instance's workers, and the descriptors that they inherit."""
+    lockstep = make_lockstep(owner, num_ranks)
+    specs = [
+        default_spec(
+            index=num_ranks * instance + rank,
+            device="sim",
+            max_model_len=QUICK.max_model_len,
+            kv_memory=QUICK.num_kv_tokens * QUICK.kv_bytes_per_token,
+            max_num_batched_tokens=QUICK.max_num_batched_tokens,
+            instance=instance,
+            rank=rank,
+            board_fd=lockstep.board,
+            bell_fds=lockstep.bells,
+            simulated=Simulated(QUICK.name, 7, VOCAB, EOS),
+        )
+        for rank in range(num_ranks)
+    ]
+    return specs, lockstep.inherited
+
+
+if __name__ == "__main__":
+    sys.exit(main(load))

@@ -1,0 +1,287 @@
+"""The dispatcher told what happens, event by event; whole lives are in test_simulator.py."""
+
+import math
+
+import pytest
+
+from nodeserve.policy.account import Account
+from nodeserve.policy.cost import RankWork
+from nodeserve.policy.dispatcher import Dispatcher
+from nodeserve.policy.prefill_instance import MIN_DEADLINE_S, PROBE_EVERY_S
+from nodeserve.policy.units import DispatchOptions, PassDone, Unit, Waiting
+from nodeserve.types import Load
+
+BLOCKS = 10_000
+BUDGET = 100
+
+
+class Node:
+    """A dispatcher and what its workers would have: nothing happens unless a test says so."""
+
+    def __init__(self, num_instances: int = 2, num_ranks: int = 1, **options: object) -> None:
+        self.units = [
+            Unit(place, place // num_ranks, Account(BLOCKS))
+            for place in range(num_instances * num_ranks)
+        ]
+        groups = [self.units[at : at + num_ranks] for at in range(0, len(self.units), num_ranks)]
+        self.dispatcher = Dispatcher(
+            groups,
+            DispatchOptions(budget=BUDGET, **options),  # type: ignore[arg-type]
+        )
+        self.received = [0] * len(self.units)
+        self.steps = [0] * num_instances
+        self.next_id = 0
+
+    def push(self, now_s: float, *lengths: int, **fields: object) -> list[int]:
+        ids = []
+        for num_tokens in lengths:
+            self.next_id += 1
+            ids.append(self.next_id)
+            waiting = Waiting(self.next_id, num_tokens, 1, now_s, **fields)  # type: ignore[arg-type]
+            self.dispatcher.push(waiting, now_s)
+        return ids
+
+    def decide(self, now_s: float) -> dict[int, list[int]]:
+        """Instances that left now and the ids on board."""
+        departed = {}
+        for departure in self.dispatcher.decide(now_s).departures:
+            departed[departure.instance] = [one.request_id for one, _ in departure.boarded]
+            for _, unit in departure.boarded:
+                self.received[unit] += 1
+        return departed
+
+    def wake_s(self, now_s: float) -> float | None:
+        decision = self.dispatcher.decide(now_s)
+        assert not decision.departures
+        return decision.wake_s
+
+    def load(self, unit: int, left: int = 0, pinned: int = 0, free: int = BLOCKS) -> None:
+        load = Load(0, bool(left), pinned, free, left, self.received[unit])
+        self.units[unit].account.report(load)
+
+    def end_pass(
+        self, instance: int, began_s: float, now_s: float, tokens: int = 50, left: int = 0
+    ) -> None:
+        """All ranks report; `left` tokens are left on the first."""
+        self.steps[instance] += 1
+        ranks = [unit for unit in self.units if unit.instance == instance]
+        for place, unit in enumerate(ranks):
+            self.load(unit.index, left if place == 0 else 0)
+            work = RankWork(tokens, tokens * tokens / 2)
+            done = PassDone(self.steps[instance], began_s, now_s - began_s, work)
+            self.dispatcher.on_pass(unit.index, done, now_s)
+
+    def learn(self, pass_s: float = 1.0) -> float:
+        """A few passes of each instance, one after the other; when the last one ended."""
+        now_s = 0.0
+        for _ in range(4):
+            for _ in self.steps:
+                self.push(now_s, 50)
+                [left] = self.decide(now_s)
+                self.end_pass(left, now_s, now_s + pass_s)
+                now_s += pass_s
+        return now_s
+
+
+def test_a_request_that_finds_an_idle_node_leaves_at_once() -> None:
+    node = Node(4)
+    now_s = node.learn() + 100.0
+    [first] = node.push(now_s, 10)
+    assert list(node.decide(now_s).values()) == [[first]]
+
+
+def test_departures_rotate_and_none_goes_to_an_instance_whose_pass_runs() -> None:
+    node = Node(2, admission="pull")
+    now_s = node.learn()
+    order: list[int] = []
+    for tick in range(2):
+        node.push(now_s + tick / 10, 10)
+        order.extend(node.decide(now_s + tick / 10))
+    assert sorted(order) == [0, 1]
+    node.push(now_s + 0.5, 10)
+    assert node.decide(now_s + 0.5) == {}
+    node.end_pass(order[0], now_s, now_s + 1.0)
+    assert list(node.decide(now_s + 1.0)) == [order[0]]
+
+
+def test_the_second_of_two_instances_waits_for_the_middle_of_the_pass() -> None:
+    node = Node(2)
+    start_s = node.learn()
+    for tick in range(500):  # dense arrivals, so that holding pays
+        node.dispatcher.window.arrived(start_s - 5 + tick / 100)
+    node.push(start_s, 10)
+    [first] = node.decide(start_s)
+    node.push(start_s + 0.1, 10)
+    wake_s = node.wake_s(start_s + 0.1)
+    assert wake_s is not None and start_s + 0.4 < wake_s < start_s + 0.6
+    assert list(node.decide(wake_s)) == [1 - first]
+
+
+def test_with_prompts_left_the_next_pass_takes_whoever_waits_or_is_told_to_go_on() -> None:
+    node = Node(2)
+    now_s = node.learn()
+    node.push(now_s, 150)
+    [first] = node.decide(now_s)
+    node.end_pass(first, now_s, now_s + 1.0, 100, left=50)
+    assert node.decide(now_s + 1.0) == {first: []}, "nobody waits: go on"
+    node.end_pass(first, now_s + 1.0, now_s + 2.0, 50, left=50)
+    [late] = node.push(now_s + 2.0, 20)
+    assert node.decide(now_s + 2.0)[first] == [late], "whatever the window says"
+
+
+def test_one_departure_carries_the_batch_for_all_ranks() -> None:
+    node = Node(1, num_ranks=4)
+    ids = node.push(0.0, 90, 80, 70, 60, 20)
+    [departure] = node.dispatcher.decide(0.0).departures
+    assert [one.request_id for one, _ in departure.boarded] == ids
+    assert [unit for _, unit in departure.boarded] == [0, 1, 2, 3, 3]
+
+
+def test_a_pass_is_over_when_its_last_rank_has_reported() -> None:
+    node = Node(1, num_ranks=2)
+    node.push(0.0, 50, 50)
+    node.decide(0.0)
+    node.push(0.5, 10)
+    for unit in (0, 1):
+        assert node.decide(1.0) == {}
+        node.load(unit)
+        work = RankWork(50, 1250.0)
+        node.dispatcher.on_pass(unit, PassDone(1, 0.0, 1.0, work), 1.0)
+    assert list(node.decide(1.0)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("admission", "units"),
+    [
+        ("round-robin", [0, 2, 1, 3, 0]),
+        ("shortest-queue", [0, 2, 3, 1, 2]),  # by tokens; of equals the less loaded instance
+        ("fewest-requests", [0, 2, 1, 3, 0]),
+    ],
+)
+def test_immediate_arms_dispatch_on_arrival(admission: str, units: list[int]) -> None:
+    node = Node(2, num_ranks=2, admission=admission)
+    picked: list[int] = []
+    for tick, num_tokens in enumerate([90, 10, 20, 30, 40]):
+        node.push(float(tick), num_tokens)
+        [departure] = node.dispatcher.decide(float(tick)).departures
+        picked.extend(unit for _, unit in departure.boarded)
+    assert picked == units
+    assert not len(node.dispatcher)
+
+
+def test_a_cancelled_request_does_not_board() -> None:
+    node = Node(1)
+    ids = node.push(0.0, 10, 10)
+    assert node.dispatcher.remove(ids[0]) and not node.dispatcher.remove(ids[0])
+    assert node.decide(0.0) == {0: [ids[1]]}
+    assert not node.dispatcher.remove(ids[1]), "it has left"
+
+
+def test_parked_pages_pause_departures_until_they_are_pulled() -> None:
+    node = Node(1)
+    node.load(0, pinned=3, free=BLOCKS // 2 - 1)
+    node.push(0.0, 10)
+    assert node.decide(0.0) == {}
+    node.load(0, pinned=3, free=BLOCKS // 2)
+    assert list(node.decide(1.0)) == [0]
+
+
+def test_a_request_without_memory_is_passed_over_but_not_for_ever() -> None:
+    node = Node(1)
+    node.units[0].account.send(1, 1)
+    node.load(0, free=10)
+    node.received[0] = 1
+    node.units[0].account.report(Load(1, 0, 0, 10, 0, 1))
+    big = Waiting(99, 50, 20, 0.0)
+    node.dispatcher.push(big, 0.0)
+    overtaken = 0
+    for tick in range(40):
+        now_s = 1.0 + tick
+        node.push(now_s, 1)
+        if not node.decide(now_s):
+            break
+        node.units[0].account.report(Load(1, 0, 0, 10, 0, node.received[0]))
+        overtaken += 1
+        node.steps[0] += 1
+        node.dispatcher.on_pass(0, PassDone(node.steps[0], now_s, 0.5, RankWork(1, 0.5)), now_s)
+    assert 10 <= overtaken < 30, "then what comes free is kept for it"
+
+
+def test_an_overdue_instance_is_suspect_and_probed_and_lives_again_with_any_word() -> None:
+    node = Node(2)
+    now_s = node.learn()
+    node.push(now_s, 50)
+    [late] = node.decide(now_s)
+    deadline_s = node.wake_s(now_s)
+    assert deadline_s is not None and deadline_s > now_s + MIN_DEADLINE_S
+    decision = node.dispatcher.decide(deadline_s)
+    assert decision.probes == [late]
+    assert decision.wake_s == pytest.approx(deadline_s + PROBE_EVERY_S)
+    [other] = node.push(deadline_s, 10)
+    assert node.decide(deadline_s) == {1 - late: [other]}, "nobody boards a suspect"
+    node.load(late)  # its answer: it is idle, the report was lost
+    node.dispatcher.heard(late, deadline_s + 0.1)
+    [again] = node.push(deadline_s + 0.1, 10)
+    assert node.decide(deadline_s + 0.1) == {late: [again]}
+
+
+def test_a_busy_suspect_gets_twice_the_time() -> None:
+    node = Node(2)
+    now_s = node.learn()
+    node.push(now_s, 50)
+    [late] = node.decide(now_s)
+    first_s = node.wake_s(now_s)
+    assert first_s is not None
+    node.dispatcher.decide(first_s)
+    node.load(late, left=50)
+    node.dispatcher.heard(late, first_s)
+    assert node.decide(first_s) == {late: []}, "it may be waiting for a word to go on"
+    second_s = node.wake_s(first_s)
+    assert second_s is not None and second_s - first_s > 1.5 * (first_s - now_s)
+
+
+def test_most_instances_silent_falls_back_to_dispatch_on_arrival() -> None:
+    node = Node(2)
+    now_s = node.learn()
+    for tick in range(2):
+        node.push(now_s + 2 * tick, 50)
+        assert node.decide(now_s + 2 * tick)
+    late_s = now_s + 100.0
+    node.dispatcher.decide(late_s)
+    assert node.dispatcher.falling_back
+    [request] = node.push(late_s, 10)
+    assert [request] in node.decide(late_s).values(), "nobody waits for who may never answer"
+    for tick in range(3):
+        for place in range(2):
+            node.end_pass(place, late_s + tick, late_s + tick + 1.0)
+    assert not node.dispatcher.falling_back
+
+
+def test_a_lost_instance_gets_nothing_and_one_that_joins_again_does() -> None:
+    node = Node(2)
+    node.dispatcher.lose(0)
+    for tick in range(3):
+        node.push(float(tick), 10)
+        assert 0 not in node.decide(float(tick))
+        node.end_pass(1, float(tick), tick + 0.5)
+    node.dispatcher.join(0)
+    node.push(9.0, 10)
+    assert list(node.decide(9.0)) == [0], "it left longest ago"
+
+
+def test_the_predicted_wait_grows_with_what_is_ahead() -> None:
+    node = Node(2)
+    assert node.dispatcher.predict_wait_s(Waiting(1, 50, 1, 0.0), 0.0) is None
+    now_s = node.learn()
+    waiting = Waiting(1000, 50, 1, now_s)
+    idle_s = node.dispatcher.predict_wait_s(waiting, now_s)
+    assert idle_s == pytest.approx(1.0, rel=0.2), "its own pass"
+    for _ in range(2):
+        node.push(now_s, 50)
+        node.decide(now_s)
+    node.push(now_s, *[50] * 40)
+    busy_s = node.dispatcher.predict_wait_s(waiting, now_s)
+    assert busy_s is not None and idle_s is not None and busy_s > idle_s + 5.0
+    long_s = node.dispatcher.predict_wait_s(Waiting(1001, 1050, 1, now_s), now_s)
+    assert long_s is not None and long_s > busy_s + 5.0
+    assert math.isfinite(long_s)

@@ -1,0 +1,206 @@
+"""Ranks that run their passes together: in one process here, on one board, with bells of their own.
+
+Every `Board` opens the memory again, so ranks in one process exclude each other as processes do.
+"""
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from random import Random
+
+import pytest
+
+from nodeserve.coordinator.supervisor import make_lockstep
+from nodeserve.policy.cost import IDLE, RankWork
+from nodeserve.worker.alarm import Alarm
+from nodeserve.worker.contract import Ran
+from nodeserve.worker.lockstep import Board, Lockstep
+
+WORK = RankWork(prefill_tokens=10, attention=2.5, num_decodes=3, kv_tokens=40)
+GIVE_UP_S = 20.0  # only ends a broken test
+
+
+class Ranks:
+    """An instance whose time is the test's; a pass takes 1 s for each prompt token of the rank that
+    has most."""
+
+    def __init__(self, owner: contextlib.ExitStack, num_ranks: int) -> None:
+        fds = make_lockstep(owner, num_ranks)
+        self.now_s = 100.0
+        self.asked: list[tuple[int, list[RankWork]]] = []
+        self.bells = fds.bells
+        self.ranks = [
+            Lockstep(Board(fds.board, num_ranks), rank, fds.bells, self.duration, self.clock)
+            for rank in range(num_ranks)
+        ]
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def duration(self, number: int, works: Sequence[RankWork]) -> float:
+        self.asked.append((number, list(works)))
+        return float(max(work.prefill_tokens for work in works))
+
+    def rung(self) -> list[int]:
+        """Ranks whose bells rang since the last time."""
+        ready = set(select.select(self.bells, [], [], 0)[0])
+        for bell in ready:
+            os.eventfd_read(bell)
+        return [rank for rank, bell in enumerate(self.bells) if bell in ready]
+
+
+@pytest.fixture
+def three() -> Iterator[Ranks]:
+    with contextlib.ExitStack() as owner:
+        yield Ranks(owner, 3)
+
+
+def test_a_pass_begins_with_the_last_rank_and_ends_for_all_at_once(three: Ranks) -> None:
+    first, second, third = three.ranks
+    assert first.enter(WORK) == 1
+    three.now_s = 101.0
+    assert third.enter(IDLE) == 1
+    assert not three.asked and first.look() is None and first.over(1) is None
+    three.now_s = 103.0
+    assert second.enter(RankWork(prefill_tokens=4)) == 1
+    assert three.asked == [(1, [WORK, RankWork(prefill_tokens=4), IDLE])]
+    assert three.rung() == [0, 1, 2]
+    assert [rank.look() for rank in three.ranks] == [113.0] * 3
+    three.now_s = 112.9
+    assert not any(rank.over(1) for rank in three.ranks)
+    three.now_s = 113.0
+    assert [rank.over(1) for rank in three.ranks] == [Ran(1, 103.0, 10.0)] * 3
+
+
+def test_only_ranks_that_sleep_are_called_and_only_once(three: Ranks) -> None:
+    first, second, third = three.ranks
+    assert not second.called() and not third.called()
+    first.enter(WORK)
+    assert three.rung() == [1, 2]
+    assert second.look() == three.now_s, "its loop is to be woken now"
+    assert second.called() and third.called()
+    second.enter(IDLE)
+    assert three.rung() == []
+    third.enter(WORK)
+    assert three.rung() == [0, 1, 2]
+
+
+def test_a_rank_that_is_awake_finds_the_others_waiting(three: Ranks) -> None:
+    first, second, third = three.ranks
+    third.called()
+    first.enter(WORK)
+    assert three.rung() == [2], "the second one has not looked for work yet: it needs no bell"
+    assert second.called()
+
+
+def test_who_entered_is_not_called_into_the_same_pass(three: Ranks) -> None:
+    first, second, _ = three.ranks
+    first.enter(WORK)
+    second.enter(WORK)
+    assert first.look() is None and second.look() is None
+
+
+def test_the_next_pass_gathers_only_when_the_last_one_is_over(three: Ranks) -> None:
+    for rank in three.ranks:
+        rank.enter(WORK)
+    assert all(rank.look() == 110.0 and rank.look() is None for rank in three.ranks)
+    three.now_s = 111.0
+    assert not any(rank.called() for rank in three.ranks)
+    assert three.rung() == [0, 1, 2]
+    assert three.ranks[1].enter(IDLE) == 2
+    assert three.rung() == [0, 2]
+    assert three.ranks[0].enter(WORK) == three.ranks[2].enter(IDLE) == 2
+    assert three.asked[1] == (2, [WORK, IDLE, IDLE])
+    assert three.ranks[1].over(2) is None
+    assert three.ranks[1].look() == 121.0
+
+
+def test_a_rank_of_its_own_needs_nobody() -> None:
+    with contextlib.ExitStack() as owner:
+        alone = Ranks(owner, 1)
+        (rank,) = alone.ranks
+        assert not rank.called() and rank.enter(WORK) == 1
+        assert alone.rung() == [0] and rank.look() == 110.0
+
+
+def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:
+    """The others may be in the next one before its bell is heard."""
+    first, second, third = three.ranks
+    for rank in three.ranks:
+        rank.enter(WORK)
+    first.look()
+    three.now_s = 111.0
+    first.enter(WORK)
+    assert second.look() == 110.0 and second.over(1) == Ran(1, 100.0, 10.0)
+    assert second.look() == 111.0 and second.called()
+
+
+class Loop(threading.Thread):
+    """A step loop without anything but passes: has work as its random numbers say."""
+
+    def __init__(self, lockstep: Lockstep, bell: int, seed: int, num_passes: int) -> None:
+        super().__init__(daemon=True)
+        self.ran: list[Ran] = []
+        self._lockstep = lockstep
+        self._woken = threading.Semaphore(0)
+        self._random = Random(seed)
+        self._share = 0.0 if seed else 1.0  # the first rank always has work, so no pass is missing
+        self._num_passes = num_passes
+        Alarm(bell).start(lockstep.look, self._woken.release)
+
+    def run(self) -> None:
+        number = 0
+        while len(self.ran) < self._num_passes:
+            if number and (ran := self._lockstep.over(number)):
+                self.ran.append(ran)
+                number = 0
+                continue
+            has_work = self._random.random() < self._share
+            if not number and (has_work or self._lockstep.called()):
+                number = self._lockstep.enter(WORK if has_work else IDLE)
+            assert self._woken.acquire(timeout=GIVE_UP_S), "nobody woke this rank"
+            self._share = 0.5 if self._share < 1.0 else 1.0
+
+
+def test_no_rank_is_forgotten_however_they_come_and_go() -> None:
+    num_ranks, num_passes = 4, 300
+    with contextlib.ExitStack() as owner:
+        fds = make_lockstep(owner, num_ranks)
+        factors = Random(1)
+
+        def duration(number: int, works: Sequence[RankWork]) -> float:
+            return factors.choice((0.0, 1e-4))
+
+        loops = [
+            Loop(
+                Lockstep(Board(fds.board, num_ranks), rank, fds.bells, duration),
+                os.dup(bell),  # the alarm's thread outlives the test
+                rank,
+                num_passes,
+            )
+            for rank, bell in enumerate(fds.bells)
+        ]
+        for loop in loops:
+            loop.start()
+        for loop in loops:
+            loop.join(GIVE_UP_S)
+        assert [ran.number for ran in loops[0].ran] == list(range(1, num_passes + 1))
+        assert all(loop.ran == loops[0].ran for loop in loops)
+
+
+def test_an_alarm_wakes_at_each_of_its_times() -> None:
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    woken = threading.Semaphore(0)
+    alarm = Alarm(bell)
+    looks = iter([None, time.perf_counter()])
+    alarm.start(lambda: next(looks, None), woken.release)
+    began_s = time.perf_counter()
+    alarm.wake_at(began_s + 0.02)
+    alarm.wake_at(began_s + 0.01)
+    for due_s in (0.0, 0.01, 0.02):
+        assert woken.acquire(timeout=GIVE_UP_S)
+        assert time.perf_counter() >= began_s + due_s
+    assert not woken.acquire(blocking=False)
