@@ -295,6 +295,7 @@ def test_arms_serve_the_same_requests_and_the_windowed_one_keeps_its_queue_in_th
     assert stages == pytest.approx(runs["G"].measures["mean_s"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_results_come_in_the_order_of_the_plan_from_several_processes() -> None:
     plan = replace(SMOKE, requests_per_rank=8)
     alone, together = Campaign(plan, 1), Campaign(plan, 2)
