@@ -118,6 +118,7 @@ class WorkerSpec:
     cpus: tuple[int, ...]  # cores to run on; the first is the step loop's
     num_threads: int
     parent_pid: int  # the coordinator's; the worker dies with it
+    door_s: float  # how long a pass may be held for a Departure at most; 0: never
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
     channel: dict[str, int | str]  # the rings and doorbells: what wire.channel's WorkerEnd takes
     load_format: str  # "auto" or "dummy"

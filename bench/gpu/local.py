@@ -74,7 +74,9 @@ class LocalWorker:
 
     def submit(self, request_id: int, prompt: Sequence[int], **sampling: Any) -> None:
         values = sampling_to(Sampling(**{"temperature": 0.0, "ignore_eos": True, **sampling}))
-        self.link.post(Prefill([Prompt(request_id, pack_ids(prompt), len(prompt), values, False)]))
+        self.link.post(
+            Prefill(0, [Prompt(request_id, pack_ids(prompt), len(prompt), values, False)])
+        )
 
     def turn(self) -> None:
         """One turn of the step loop, and what it told."""

@@ -47,13 +47,16 @@ class Dispatch:
         self._links = links
         self._requests = requests
         self._limits = limits
-        self._units = [Unit(link.index, link.instance, link.account) for link in links]
+        self._units = [
+            Unit(link.index, link.instance, link.account, link.role is Role.MIXED) for link in links
+        ]
         prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
         self.dispatcher = Dispatcher(
             [[self._units[link.index] for link in ranks] for ranks in prefills], policies.dispatch
         )
         self.allocator = DecodeAllocator(policies.decode_allocation, policies.dispatch.max_num_seqs)
         self._decoders = [self._units[link.index] for link in links if link.decodes]
+        self._departures = 0
         self._lost: set[int] = set()  # instances
         self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
         # Workers whose every step is a pass to the dispatcher: a mixed one's decodes are not, but
@@ -128,7 +131,7 @@ class Dispatch:
         instance = link.instance
         if step.attention or link.index in self._every_step:
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
-            self.dispatcher.on_pass(self._units[link.index], done, now_s)
+            self.dispatcher.on_pass(link.index, done, now_s)
         if link.decodes:
             seen = self._seen[instance]
             if seen and step.step != seen[0].step:
@@ -193,7 +196,7 @@ class Dispatch:
         link.send(request.pull_message())
 
     def _depart(self, departure: Departure, now_s: float) -> None:
-        """One record for each worker that gets some of it."""
+        """One record for each worker that gets some of it, or waits for its share of it."""
         prompts: dict[int, list[Prompt]] = {}
         for waiting, index in departure.boarded:
             request = self._requests[waiting.request_id]
@@ -203,8 +206,14 @@ class Dispatch:
                 request.stamps.depart(now_s)
             handoff = self._links[index].role is Role.PREFILL
             prompts.setdefault(index, []).append(request.prompt(handoff=handoff))
+        number = 0
+        if self.policies.dispatch.holds_door:
+            self._departures += 1
+            number = self._departures
+            for link in self.instances[departure.instance]:
+                prompts.setdefault(link.index, [])
         for index, batch in prompts.items():
-            self._links[index].send_prompts(batch)
+            self._links[index].send_prompts(number, batch)
 
     def _probe(self, instance: int) -> None:
         """Ask, and do nothing else: silence is no death, only a process's end is."""

@@ -87,13 +87,13 @@ class WorkerLink:
         """Queue a record; never blocks, never loses. A lost worker gets nothing."""
         self._post(TO_WORKER.encode(message))
 
-    def send_prompts(self, prompts: list[Prompt]) -> None:
+    def send_prompts(self, departure: int, prompts: list[Prompt]) -> None:
         """One Prefill, or as few as the ring's largest record allows."""
-        record = TO_WORKER.encode(Prefill(prompts))
+        record = TO_WORKER.encode(Prefill(departure, prompts))
         if len(record) > self.channel.inbox.max_record_bytes and len(prompts) > 1:
             half = len(prompts) // 2
-            self.send_prompts(prompts[:half])
-            self.send_prompts(prompts[half:])
+            self.send_prompts(0, prompts[:half])
+            self.send_prompts(departure, prompts[half:])
         else:
             self._post(record)
 

@@ -28,6 +28,7 @@ from nodeserve.wire.messages import AttachPages, Shutdown
 WORKER_COMMAND = (sys.executable, "-m", "nodeserve.worker")
 MIN_RING_BYTES = 1 << 20
 EXIT_GRACE_S = 5.0
+DOOR_S = 0.02  # the coordinator answers in a tenth of it; past it a worker goes on by itself
 READ_BYTES = 1 << 16
 MAX_LINE_BYTES = 2000
 
@@ -203,6 +204,7 @@ class Supervisor:
             cpus=place.cpus,
             num_threads=place.num_threads,
             parent_pid=os.getpid(),
+            door_s=DOOR_S if self._holds_door(link) else 0.0,
             pages_fd=link.pages_fd,
             channel=asdict(link.channel.spec),
             load_format=config.load_format,
@@ -218,6 +220,9 @@ class Supervisor:
             bell_fds=lockstep.bells,
             simulated=self._plan.simulated,
         )
+
+    def _holds_door(self, link: WorkerLink) -> bool:
+        return link.role is Role.PREFILL and self._plan.policies.dispatch.holds_door
 
     def _ring_bytes(self) -> int:
         return ring_bytes(self._plan.max_model_len, self._plan.max_num_seqs)

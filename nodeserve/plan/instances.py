@@ -46,8 +46,8 @@ class InstanceDone(NamedTuple):
 class Rank:
     """One worker: its blocks and sequences, and the link over which it pulls pages."""
 
-    def __init__(self, index: int, instance: int, limits: Limits) -> None:
-        self.unit = Unit(index, instance, Account(limits.num_blocks))
+    def __init__(self, index: int, instance: int, role: Role, limits: Limits) -> None:
+        self.unit = Unit(index, instance, Account(limits.num_blocks), role is Role.MIXED)
         self.scheduler = Scheduler(limits)
         self.held: dict[int, Tokens] = {}  # of requests that may still get tokens here
         self.link_free_s = 0.0

@@ -54,8 +54,9 @@ def build_instances(scenario: Scenario) -> list[Instance]:
             )
         for _ in range(group.count):
             index = len(instances)
-            ranks = [Rank(num_ranks + place, index, limits) for place in range(group.shape.ep)]
-            num_ranks += len(ranks)
+            first = num_ranks
+            num_ranks += group.shape.ep
+            ranks = [Rank(at, index, group.role, limits) for at in range(first, num_ranks)]
             random = Random(f"pass {scenario.seed} {index}")
             instances.append(
                 Instance(index, group.role, ranks, profile.cost, scenario.engine, random, noise)

@@ -58,11 +58,11 @@ class Sequence:
 
     def append(self, token_id: int) -> int:
         """Take the next token; whether and why the request ends with it."""
-        place = self.num_output
-        self.token_ids.append(token_id)
-        if token_id in self.stop_ids and place >= self.sampling.min_tokens:
+        tokens = self.token_ids
+        tokens.append(token_id)
+        if token_id in self.stop_ids and self.num_output > self.sampling.min_tokens:
             return STOP
-        return LENGTH if len(self.token_ids) >= self.max_len else GOES_ON
+        return LENGTH if len(tokens) >= self.max_len else GOES_ON
 
 
 class Work(NamedTuple):

@@ -34,15 +34,19 @@ class BlockAllocator:
         """Take `num_blocks`; OutOfBlocks when fewer are free, and then none is taken."""
         if num_blocks > len(self._free):
             raise OutOfBlocks(f"want {num_blocks} KV blocks, have {len(self._free)}")
-        taken = [self._free.pop() for _ in range(num_blocks)]
+        first = len(self._free) - num_blocks
+        taken = self._free[first:]
+        del self._free[first:]
+        taken.reverse()
         self._used.update(taken)
         return taken
 
     def release(self, block_ids: list[int]) -> None:
         """Give blocks back. A block that is not in use is a double free: our bug, let it crash."""
-        for block_id in reversed(block_ids):
-            self._used.remove(block_id)
-            self._free.append(block_id)
+        num_left = len(self._used) - len(block_ids)
+        self._used.difference_update(block_ids)
+        assert len(self._used) == num_left, "a block that is not in use"
+        self._free.extend(reversed(block_ids))
 
     def check(self) -> None:
         """Cheap audit: nothing is lost, nothing is in both places."""

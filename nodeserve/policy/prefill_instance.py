@@ -45,7 +45,7 @@ class PrefillInstance:
         self.probe_s = math.inf  # when to ask next
         self._times = times
         self._budget = budget
-        self._holds_door = holds_door
+        self._holds_door = holds_door and not units[0].decodes
         self._queues = {unit.index: PrefillQueue() for unit in units}
         self._running: dict[int, int] = {}  # tokens by unit; none: no pass runs
         self._patience = 1.0
@@ -117,7 +117,7 @@ class PrefillInstance:
 
     def settle(self) -> None:
         """What was outstanding may be gone without a pass that said so: cancelled, failed."""
-        if self._running and self.empty and not self.suspect:
+        if (self._running or self.at_door) and self.empty and not self.suspect:
             self._end()
 
     def check(self, now_s: float) -> bool:

@@ -136,20 +136,23 @@ class Scheduler:
         """Book the tokens of `batch.sampled`, in that order; of sequences gone they are dropped."""
         assert self._launched.popleft() is batch, "batches end in the order of their launches"
         outcome = Outcome([], [], [], [], [])
-        tokens = enumerate(token_ids)
+        request_ids, kept_ids, finishes, _, kept = outcome
+        gone, waiting = Stage.GONE, Stage.WAITING
+        place = -1
         any_decode_ended = False
         for sequence, _, _, samples, _ in batch.work:
             sequence.num_launched -= 1
-            place, token_id = next(tokens) if samples else (-1, -1)
-            if sequence.stage is Stage.GONE:
+            place += samples
+            if sequence.stage is gone:
                 self._free_if_over(sequence)
             elif samples:
+                token_id = token_ids[place]
                 finish = sequence.append(token_id)
-                outcome.request_ids.append(sequence.request_id)
-                outcome.token_ids.append(token_id)
-                outcome.finish.append(finish)
-                outcome.kept.append(place)
-                if sequence.stage is Stage.WAITING:
+                request_ids.append(sequence.request_id)
+                kept_ids.append(token_id)
+                finishes.append(finish)
+                kept.append(place)
+                if sequence.stage is waiting:
                     self._leave_prefill(sequence, finish, outcome)
                 elif finish:
                     any_decode_ended = True
@@ -157,6 +160,11 @@ class Scheduler:
         if any_decode_ended:
             self._running = [one for one in self._running if one.stage is Stage.RUNNING]
         return outcome
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some prompt is not computed whole."""
+        return bool(self._waiting)
 
     def load(self) -> list[int]:
         """The fields of types.Load but the last."""
@@ -171,9 +179,9 @@ class Scheduler:
     # ---- planning
 
     def _plan_decodes(self, batch: Batch) -> None:
-        block_size, work = self.limits.block_size, batch.work
+        block_size, work, running = self.limits.block_size, batch.work, Stage.RUNNING
         for sequence in tuple(self._running):
-            if sequence.stage is not Stage.RUNNING:
+            if sequence.stage is not running:
                 continue  # an elder took its blocks
             computed = sequence.num_computed
             if computed == len(sequence.block_ids) * block_size and not self._grow(sequence, batch):

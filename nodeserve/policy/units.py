@@ -15,6 +15,7 @@ class Unit:
     index: int  # the worker's
     instance: int
     account: Account
+    decodes: bool = False  # besides prefilling: a mixed one
 
 
 @dataclass(slots=True, eq=False)

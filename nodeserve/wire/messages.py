@@ -48,8 +48,13 @@ class Prompt(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A worker's share of a departure: `prompts` are lists of the fields of Prompt, in order."""
+    """A worker's share of a departure: `prompts` are lists of the fields of Prompt, in order.
 
+    Departures that ranks wait for are numbered, rising; every rank of the instance gets each, be it
+    empty. 0: nobody waits for this one, or more of it follows.
+    """
+
+    departure: int
     prompts: list[Any]
 
 

@@ -74,9 +74,10 @@ class Executor(Protocol):
         device. At most one launched step waits behind the one that runs.
         """
 
-    def called(self) -> bool:
-        """Whether other ranks of the instance wait for this one: then it launches an empty batch if
-        it has no other. If they come to wait later, `on_done`'s `wake` tells."""
+    def called(self, departure: int) -> bool:
+        """Whether other ranks of the instance wait for this one, which has received all up to this
+        departure, and know of no later one: then it launches an empty batch if it has no other.
+        If they come to wait later, `on_done`'s `wake` tells. Asked before each launch."""
 
     def launch(self, batch: Batch) -> Flight:
         """Begin a step; steps run in the order of their launches. May compute at once.

@@ -26,7 +26,7 @@ class ModelExecutor:
     def overlaps(self) -> bool:
         return False
 
-    def called(self) -> bool:
+    def called(self, departure: int) -> bool:
         return False  # no other rank waits for this one
 
     def on_done(self, wake: Callable[[], None]) -> None:

@@ -101,7 +101,7 @@ class CudaExecutor:
     def overlaps(self) -> bool:
         return True
 
-    def called(self) -> bool:
+    def called(self, departure: int) -> bool:
         return False  # no other rank waits for this one
 
     @property

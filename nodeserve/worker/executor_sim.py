@@ -62,8 +62,8 @@ class SimExecutor:
         self._alarm = alarm
         self._tokens = tokens
 
-    def called(self) -> bool:
-        return self._lockstep.called()
+    def called(self, departure: int) -> bool:
+        return self._lockstep.called(departure)
 
     def on_done(self, wake: Callable[[], None]) -> None:
         self._alarm.start(self._lockstep.look, wake)

@@ -17,14 +17,24 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.contract import Ran
 
-# The newest pass, ranks that have not entered it; began, seconds of the last pass that all entered.
-_HEAD = struct.Struct("=qqdd")
+_HEAD = struct.Struct("=qqddq")
 _SLOT = struct.Struct("=?xxxxxxxqdqq")  # a rank sleeps until it is called; its RankWork
 Duration = Callable[[int, Sequence[RankWork]], float]
+
+
+class Head(NamedTuple):
+    """What the ranks share."""
+
+    number: int  # of the newest pass
+    num_missing: int  # ranks that have not entered it
+    began_s: float  # of the last pass that all entered
+    seconds: float  # likewise
+    departure: int  # the newest that anybody had received who entered
 
 
 class Board:
@@ -47,12 +57,11 @@ class Board:
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def head(self) -> tuple[int, int, float, float]:
-        number, num_missing, began_s, seconds = _HEAD.unpack_from(self._memory)
-        return number, num_missing, began_s, seconds
+    def head(self) -> Head:
+        return Head._make(_HEAD.unpack_from(self._memory))
 
-    def put_head(self, number: int, num_missing: int, began_s: float, seconds: float) -> None:
-        _HEAD.pack_into(self._memory, 0, number, num_missing, began_s, seconds)
+    def put_head(self, head: Head) -> None:
+        _HEAD.pack_into(self._memory, 0, *head)
 
     def slots(self) -> list[tuple[bool, RankWork]]:
         """Of each rank: whether it sleeps, and the work that it brought to its last pass."""
@@ -81,23 +90,29 @@ class Lockstep:
         self._bell_fds = list(bell_fds)
         self._duration = duration
         self._clock = clock
+        self._departure = 0  # the newest that we have received
         self._entered = 0  # number of the pass that we entered last
         self._ran = Ran(0, 0.0, 0.0)  # of the last pass that began with us in it
 
-    def called(self) -> bool:
-        """Whether the others wait for us; if not, our bell rings when they do."""
+    def called(self, departure: int) -> bool:
+        """Whether the others wait for us; if not, our bell rings when they do.
+
+        Not yet if one of them has received a later departure than we: our share of it is on its
+        way, and belongs into the same pass.
+        """
+        self._departure = departure
         with self._board.locked():
-            number, num_missing, _, _ = self._board.head()
-            waited_for = bool(num_missing) and number > self._entered
-            self._board.put_slot(self._rank, not waited_for, IDLE)
-            return waited_for
+            head = self._board.head()
+            gathers = bool(head.num_missing) and head.number > self._entered
+            self._board.put_slot(self._rank, not gathers, IDLE)
+            return gathers and departure >= head.departure
 
     def enter(self, work: RankWork) -> int:
         """Take part in the pass that gathers, or call for one; its number. Not while one that we
         entered is not over."""
         board, to_ring = self._board, list[int]()
         with board.locked():
-            number, num_missing, began_s, seconds = board.head()
+            number, num_missing, began_s, seconds, departure = board.head()
             if is_first := not num_missing:
                 number, num_missing = number + 1, len(self._bell_fds)
             assert number == self._entered + 1, (number, self._entered)
@@ -112,7 +127,8 @@ class Lockstep:
                 to_ring = [
                     fd for fd, (sleeps, _) in zip(self._bell_fds, slots, strict=True) if sleeps
                 ]
-            board.put_head(number, num_missing, began_s, seconds)
+            newest = max(departure, self._departure)
+            board.put_head(Head(number, num_missing, began_s, seconds, newest))
             self._entered = number
         for bell_fd in to_ring:
             os.eventfd_write(bell_fd, 1)
@@ -121,12 +137,12 @@ class Lockstep:
     def look(self) -> float | None:
         """What is new on the board; when the step loop is to hear of it, None: there is nothing."""
         with self._board.locked():
-            number, num_missing, began_s, seconds = self._board.head()
-            begun = number - bool(num_missing)  # others may have entered the pass after it already
+            head = self._board.head()
+            begun = head.number - bool(head.num_missing)  # others may be in the pass after it
             if begun > self._ran.number:
-                self._ran = Ran(begun, began_s, seconds)
-                return began_s + seconds
-            return self._clock() if number > self._entered else None
+                self._ran = Ran(begun, head.began_s, head.seconds)
+                return head.began_s + head.seconds
+            return self._clock() if head.number > self._entered else None
 
     def over(self, number: int) -> Ran | None:
         """When the pass ran, once it is over."""

@@ -49,7 +49,13 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
     began = time.perf_counter()
     pin(spec.cpus)
     device = load(spec, throttled(link))
-    runner = Runner(link, Scheduler(limits(spec, device)), device.executor, device.transfer)
+    runner = Runner(
+        link,
+        Scheduler(limits(spec, device)),
+        device.executor,
+        device.transfer,
+        door_s=spec.door_s,
+    )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again
     link.put(

@@ -100,6 +100,7 @@ class Runner:
         executor: Executor,
         transfer: Transfer,
         clock: Callable[[], float] = time.perf_counter,
+        door_s: float = 0.0,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
@@ -110,6 +111,9 @@ class Runner:
         self._pacer = Pacer()
         self._launched: deque[Launched] = deque()  # not told yet; the first runs, at most one waits
         self._ended_s = 0.0  # when the last step ended
+        self._door_s = door_s
+        self._door_until_s = -math.inf  # the next pass waits until then for who may board it
+        self._departure = 0  # the newest that we received whole
         self._num_received = 0
         self._num_steps = 0
         executor.on_done(link.wake)
@@ -148,10 +152,12 @@ class Runner:
     def _begin(self) -> float:
         """Launch a step if it is time and there is one; else how long to wait for what comes."""
         now_s = self._clock()
-        due_s = self._due_s()
+        due_s = max(self._due_s(), self._door_until_s)
         if now_s < due_s:
             return min(due_s - now_s, IDLE_WAIT_S)
-        batch = self.scheduler.next_batch(bool(self._launched), self.executor.called())
+        batch = self.scheduler.next_batch(
+            ahead=bool(self._launched), idle=self.executor.called(self._departure)
+        )
         if batch is None:
             return IDLE_WAIT_S
         self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
@@ -184,6 +190,8 @@ class Runner:
         if not step.batch.num_prefill_tokens:
             self._pacer.ended(step.batch.num_decodes, ran.seconds)
         outcome = self.scheduler.commit(step.batch, sampled.token_ids)
+        if self._door_s and self.scheduler.has_prompts:
+            self._door_until_s = ended_s + self._door_s
         kv_ready = self._offer(outcome)
         logprobs = _told(sampled.logprobs, outcome.kept)
         self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, ran))
@@ -192,6 +200,9 @@ class Runner:
 
     def _prefill(self, message: Prefill) -> None:
         now_s = self._clock()
+        if message.departure:
+            self._departure = message.departure
+            self._door_until_s = -math.inf
         for fields in message.prompts:
             prompt = Prompt(*fields)
             self._num_received += 1

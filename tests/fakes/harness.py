@@ -59,6 +59,7 @@ def default_spec(**changes: Any) -> WorkerSpec:
         cpus=(),
         num_threads=1,
         parent_pid=os.getpid(),
+        door_s=0.0,
         pages_fd=-1,
         channel={},
         load_format="auto",
@@ -100,7 +101,7 @@ class WorkerProcess:
         self, request_id: int, prompt: Sequence[int], handoff: bool = False, **sampling: Any
     ) -> None:
         values = sampling_to(Sampling(**{"temperature": 0.0, **sampling}))
-        self.send(Prefill([Prompt(request_id, pack_ids(prompt), len(prompt), values, handoff)]))
+        self.send(Prefill(0, [Prompt(request_id, pack_ids(prompt), len(prompt), values, handoff)]))
 
     def pull(
         self, source: "WorkerProcess", request_id: int, prompt: Sequence[int], **sampling: Any

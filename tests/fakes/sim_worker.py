@@ -20,6 +20,7 @@ from tests.fakes.harness import default_spec
 SIM_WORKER = (sys.executable, "-m", "tests.fakes.sim_worker")
 VOCAB = 97
 EOS = (3, 5)
+SEED = 7
 QUICK = Profile(
     "quick",
     "for tests",
@@ -61,7 +62,7 @@ def rank_specs(
             rank=rank,
             board_fd=lockstep.board,
             bell_fds=lockstep.bells,
-            simulated=Simulated(QUICK.name, 7, VOCAB, EOS),
+            simulated=Simulated(QUICK.name, SEED, VOCAB, EOS),
         )
         for rank in range(num_ranks)
     ]

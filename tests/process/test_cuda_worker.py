@@ -132,7 +132,7 @@ def finish(worker: WorkerProcess, requests: dict[int, list[int]]) -> dict[int, l
             names[name + 100] = one
             again = sampling_to(Sampling(**{"temperature": 0.0, **SAMPLING[one]}))
             tokens = pack_ids([*requests[one], *streams[one]])
-            worker.send(Prefill([Prompt(name + 100, tokens, len(requests[one]), again, False)]))
+            worker.send(Prefill(0, [Prompt(name + 100, tokens, len(requests[one]), again, False)]))
     return streams
 
 

@@ -207,7 +207,7 @@ async def test_a_server_that_is_still_loading_is_waited_for_in_vain(tmp_path: Pa
 @pytest.mark.parametrize(
     ("welcome", "error", "words"),
     [
-        (Hello(PROTOCOL_VERSION + 1, {}), ProtocolError, "version 2, this client 1"),
+        (Hello(PROTOCOL_VERSION + 1, {}), ProtocolError, "version 3, this client 2"),
         (Stats({}), ProtocolError, "first message is Stats"),
         (Goodbye("shutting_down", "bye"), ShuttingDown, "bye"),
     ],

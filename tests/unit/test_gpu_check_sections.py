@@ -243,7 +243,7 @@ class Steps:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []
 
-    def called(self) -> bool:
+    def called(self, departure: int) -> bool:
         return False
 
     def launch(self, batch: Batch) -> Computed:

@@ -77,11 +77,11 @@ def test_a_pass_begins_with_the_last_rank_and_ends_for_all_at_once(three: Ranks)
 
 def test_only_ranks_that_sleep_are_called_and_only_once(three: Ranks) -> None:
     first, second, third = three.ranks
-    assert not second.called() and not third.called()
+    assert not second.called(0) and not third.called(0)
     first.enter(WORK)
     assert three.rung() == [1, 2]
     assert second.look() == three.now_s, "its loop is to be woken now"
-    assert second.called() and third.called()
+    assert second.called(0) and third.called(0)
     second.enter(IDLE)
     assert three.rung() == []
     third.enter(WORK)
@@ -90,10 +90,10 @@ def test_only_ranks_that_sleep_are_called_and_only_once(three: Ranks) -> None:
 
 def test_a_rank_that_is_awake_finds_the_others_waiting(three: Ranks) -> None:
     first, second, third = three.ranks
-    third.called()
+    third.called(0)
     first.enter(WORK)
     assert three.rung() == [2], "the second one has not looked for work yet: it needs no bell"
-    assert second.called()
+    assert second.called(0)
 
 
 def test_who_entered_is_not_called_into_the_same_pass(three: Ranks) -> None:
@@ -108,7 +108,7 @@ def test_the_next_pass_gathers_only_when_the_last_one_is_over(three: Ranks) -> N
         rank.enter(WORK)
     assert all(rank.look() == 110.0 and rank.look() is None for rank in three.ranks)
     three.now_s = 111.0
-    assert not any(rank.called() for rank in three.ranks)
+    assert not any(rank.called(0) for rank in three.ranks)
     assert three.rung() == [0, 1, 2]
     assert three.ranks[1].enter(IDLE) == 2
     assert three.rung() == [0, 2]
@@ -122,7 +122,7 @@ def test_a_rank_of_its_own_needs_nobody() -> None:
     with contextlib.ExitStack() as owner:
         alone = Ranks(owner, 1)
         (rank,) = alone.ranks
-        assert not rank.called() and rank.enter(WORK) == 1
+        assert not rank.called(0) and rank.enter(WORK) == 1
         assert alone.rung() == [0] and rank.look() == 110.0
 
 
@@ -135,7 +135,7 @@ def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:
     three.now_s = 111.0
     first.enter(WORK)
     assert second.look() == 110.0 and second.over(1) == Ran(1, 100.0, 10.0)
-    assert second.look() == 111.0 and second.called()
+    assert second.look() == 111.0 and second.called(0)
 
 
 class Loop(threading.Thread):
@@ -159,7 +159,7 @@ class Loop(threading.Thread):
                 number = 0
                 continue
             has_work = self._random.random() < self._share
-            if not number and (has_work or self._lockstep.called()):
+            if not number and (has_work or self._lockstep.called(0)):
                 number = self._lockstep.enter(WORK if has_work else IDLE)
             assert self._woken.acquire(timeout=GIVE_UP_S), "nobody woke this rank"
             self._share = 0.5 if self._share < 1.0 else 1.0

@@ -29,7 +29,7 @@ from nodeserve.wire.messages import (
     unpack_ids,
     unpack_request_ids,
 )
-from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ticket
+from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Ticket
 from nodeserve.worker.runner import IDLE_WAIT_S, Runner
 from tests.fakes.late_model import LateExecutor
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
@@ -143,7 +143,7 @@ class Bench:
 
 def prefill(request_id: int, handoff: bool = False, **sampling: Any) -> Prefill:
     values = sampling_to(Sampling(**{"temperature": 0.0, **sampling}))
-    return Prefill([Prompt(request_id, pack_ids(PROMPT), len(PROMPT), values, handoff)])
+    return Prefill(0, [Prompt(request_id, pack_ids(PROMPT), len(PROMPT), values, handoff)])
 
 
 def pull(request_id: int) -> PullKv:
@@ -322,7 +322,7 @@ def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:
     bench.decode(1)
     [prompt] = prefill(2).prompts
     long = prompt._replace(token_ids=pack_ids([1] * 256))
-    [failed] = bench.turn(Prefill([long]))
+    [failed] = bench.turn(Prefill(0, [long]))
     assert isinstance(failed, RequestFailed) and failed.code == "prompt_too_long"
 
 
@@ -364,3 +364,23 @@ def test_a_step_that_failed_is_the_worker_s_end() -> None:
     bench.device.on_the_way[0].end([], RuntimeError("the device is gone"))
     with pytest.raises(RuntimeError, match="gone"):
         bench.turn()
+
+
+def test_a_rank_that_is_called_takes_part_without_work() -> None:
+    bench = Bench()
+    assert bench.turn() == []
+    bench.device.is_called = True
+    bench.turn()
+    bench.device.is_called = False
+    step = bench.end_step(after_s=0.25)
+    assert tokens_of(step) == {} and step.step == 1 and step.step_s == 0.25
+    assert (step.num_prefill_tokens, step.attention, step.kv_tokens) == (0, 0.0, 0)
+    assert not bench.num_on_the_way
+
+
+def test_a_device_that_counts_steps_says_when_they_ran() -> None:
+    bench = Bench()
+    bench.turn(prefill(1, max_tokens=1))
+    bench.device.on_the_way[0].ran = Ran(17, 100.5, 0.25)
+    step = bench.end_step(after_s=1.0)
+    assert (step.step, step.began_s, step.step_s) == (17, 100.5, 0.25)

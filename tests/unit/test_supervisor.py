@@ -66,15 +66,10 @@ async def test_a_departure_passes_a_real_ring_whatever_its_size() -> None:
     """In as few records as the ring takes, nothing twice, in order."""
     prompts = [Prompt(number, pack_ids([number] * 300), 300, {}, True) for number in range(100)]
     with CoordinatorEnd(secrets.token_hex(4), "w0", 1 << 15) as channel:
-        fds = dict(
-            zip(
-                ("inbox_fd", "outbox_fd", "eventfd"),
-                map(os.dup, channel.inherited_fds),
-                strict=True,
-            )
-        )
-        with WorkerEnd(replace(channel.spec, **fds)) as worker:
-            WorkerLink(0, Role.PREFILL, channel, -1).send_prompts(prompts)
+        inbox_fd, outbox_fd, eventfd = map(os.dup, channel.inherited_fds)
+        spec = replace(channel.spec, inbox_fd=inbox_fd, outbox_fd=outbox_fd, eventfd=eventfd)
+        with WorkerEnd(spec) as worker:
+            WorkerLink(0, Role.PREFILL, channel, -1).send_prompts(7, prompts)
             records: list[Prefill] = []
             while sum(len(one.prompts) for one in records) < len(prompts):
                 for record in worker.inbox.drain():
@@ -84,3 +79,5 @@ async def test_a_departure_passes_a_real_ring_whatever_its_size() -> None:
                 channel.inbox.flush()
     assert [Prompt(*fields) for one in records for fields in one.prompts] == prompts
     assert 4 <= len(records) <= 16, "a record holds 12 to 25 of them"
+    numbers = [one.departure for one in records]
+    assert numbers == [0] * (len(records) - 1) + [7], "it is there when its last piece is"
