@@ -13,6 +13,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ SHAPE = Shape(4, 2)
 LETTERS = "ACDG"
 SEED = 11
 AGREE = 0.10  # of the simulator's mean TTFT
+APART = 0.05  # arms that differ by less may come in any order
 RUN_LIMIT_S = 40.0
 STOP_LIMIT_S = 10.0
 
@@ -87,7 +89,7 @@ def main() -> None:
             "layout": SHAPE.layout,
             "requests": args.requests,
             "qps": round(qps, 2),
-            "arms": {letter: one._asdict() for letter, one in found.items()},
+            "arms": {letter: rounded(one) for letter, one in found.items()},
             "aims": [{"aim": text, "met": met} for text, met in verdicts],
             "wall_s": round(wall_s, 1),
         }
@@ -145,8 +147,8 @@ def check(found: dict[str, Found]) -> list[tuple[str, bool]]:
     """The window's signature, and whether simulation and reality say the same."""
     shares = {arm: one.live["device_wait_s"] / one.live["mean_s"] for arm, one in found.items()}
     worst = max(found, key=lambda arm: abs(found[arm].ratio - 1))
-    live = "".join(sorted(found, key=lambda arm: found[arm].live["mean_s"]))
-    simulated = "".join(sorted(found, key=lambda arm: found[arm].predicted["mean_s"]))
+    order = sorted(found, key=lambda arm: found[arm].live["mean_s"])
+    swapped = [f"{a}{b}" for a, b in permutations(found, 2) if swaps(found[a], found[b])]
     failed = sum(one.num_failed for one in found.values())
     return [
         (
@@ -155,10 +157,14 @@ def check(found: dict[str, Found]) -> list[tuple[str, bool]]:
             shares["G"] <= SMALL_DEVICE_WAIT,
         ),
         (
-            f"G before every arm that dispatches on arrival: {live} by mean TTFT",
-            all(found["G"].live["mean_s"] < found[arm].live["mean_s"] for arm in "AC"),
+            f"G before every arm that dispatches on arrival: {' '.join(order)} by mean TTFT",
+            order.index("G") < min(order.index("A"), order.index("C")),
         ),
-        (f"the simulator has the same order: {simulated}", live == simulated),
+        (
+            f"the same order as simulated, of arms {APART:.0%} apart there:"
+            f" {', '.join(swapped) or 'none'} swapped",
+            not swapped,
+        ),
         (
             f"mean TTFT within {AGREE:.0%} of the simulator's:"
             f" at most {found[worst].ratio - 1:+.1%} ({worst})",
@@ -166,6 +172,12 @@ def check(found: dict[str, Found]) -> list[tuple[str, bool]]:
         ),
         (f"every request answered: {failed} failed", not failed),
     ]
+
+
+def swaps(first: Found, second: Found) -> bool:
+    """Whether `first` is clearly ahead of `second` in the simulator and behind it live."""
+    ahead = first.predicted["mean_s"] * (1 + APART) < second.predicted["mean_s"]
+    return ahead and first.live["mean_s"] > second.live["mean_s"]
 
 
 def rows(arm: Arm, found: Found) -> str:
@@ -182,6 +194,21 @@ def rows(arm: Arm, found: Found) -> str:
         f" sent at most {1e3 * found.late_s:.1f} ms late"
     )
     return "\n".join(lines)
+
+
+def rounded(found: Found) -> dict[str, object]:
+    """For the JSON line: times in ms."""
+    sides = {"live": found.live, "simulated": found.predicted}
+    return {
+        **{
+            side: {name.removesuffix("_s") + "_ms": round(1e3 * s, 2) for name, s in values.items()}
+            for side, values in sides.items()
+        },
+        "ratio": round(found.ratio, 4),
+        "failed": found.num_failed,
+        "late_ms": round(1e3 * found.late_s, 2),
+        "client_ms": round(1e3 * found.client_s, 2),
+    }
 
 
 if __name__ == "__main__":

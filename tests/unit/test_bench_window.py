@@ -22,6 +22,7 @@ from bench.window.runs import (
 )
 from bench.window.search import highest_load, limits
 from bench.window.stats import Samples, mean_ratio, p99, p99_ratio, pairs_ratio
+from bench.window_live import Found, check
 from nodeserve.plan.records import Faults, Outcome, Pass
 from nodeserve.plan.summary import STAGES
 from nodeserve.policy.cost import IDLE
@@ -303,3 +304,37 @@ def test_results_come_in_the_order_of_the_plan_from_several_processes() -> None:
     assert [one.to_json() for one in alone.compare()] == [
         one.to_json() for one in together.compare()
     ]
+
+
+# ---- live
+
+
+def found(live_s: float, predicted_s: float, device_wait_s: float = 0.0, failed: int = 0) -> Found:
+    stages = dict.fromkeys(STAGES, 0.1)
+    live = stages | {"mean_s": live_s, "p99_s": live_s, "device_wait_s": device_wait_s}
+    return Found(live, {**stages, "mean_s": predicted_s, "p99_s": predicted_s}, failed, 0.0, live_s)
+
+
+LIVE = {
+    "A": found(0.56, 0.55, 0.2),
+    "C": found(0.57, 0.56, 0.2),
+    "D": found(0.41, 0.40),
+    "G": found(0.40, 0.41),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"G": found(0.40, 0.41, device_wait_s=0.03)}, [0]),
+        ({"A": found(0.39, 0.40)}, [1]),
+        ({"C": found(0.409, 0.44)}, [2]),  # D is 10 % ahead of it when simulated
+        ({"D": found(0.45, 0.40)}, [3]),
+        ({"D": found(0.36, 0.401)}, [3]),
+        ({"A": found(0.56, 0.55, failed=1)}, [4]),
+    ],
+)
+def test_verdicts_of_the_live_run(changed: dict[str, Found], missed: list[int]) -> None:
+    verdicts = check(LIVE | changed)
+    assert [number for number, (_, met) in enumerate(verdicts) if not met] == missed
