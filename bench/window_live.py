@@ -22,7 +22,7 @@ import numpy as np
 from bench.open_loop import Answered, replay
 from bench.report import emit
 from bench.window.aims import SMALL_DEVICE_WAIT
-from bench.window.grid import BY_LETTER, PROFILE, WORKLOAD, Arm, Shape
+from bench.window.grid import BY_LETTER, PROFILE, SEEDS, WORKLOAD, Arm, Shape
 from bench.window.runs import Run, saturation, serve, trace
 from bench.window.stats import p99
 from nodeserve import AsyncClient
@@ -35,7 +35,7 @@ from nodeserve.types import StartEvent
 
 SHAPE = Shape(4, 2)
 LETTERS = "ACDG"
-SEED = 11
+SEED = SEEDS[0]
 AGREE = 0.10  # of the simulator's mean TTFT
 APART = 0.05  # arms that differ by less may come in any order
 RUN_LIMIT_S = 40.0
@@ -70,11 +70,11 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.6, metavar="SHARE", help="of C's most")
     args = parser.parse_args()
     began = time.perf_counter()
-    qps = args.load * saturation(SHAPE, WORKLOAD[1], SEED, 4 * args.requests).qps
+    qps = args.load * saturation(SHAPE, WORKLOAD[1], SEEDS, args.requests).qps
     requests = trace(*WORKLOAD, qps, SEED, args.requests)
     print(f"{SHAPE.layout} of {PROFILE.name}, {args.requests} requests at {qps:.1f} QPS")
     print(f"({args.load:.0%} load, {', '.join(WORKLOAD)} tokens); means in ms, P99 in brackets")
-    print(f"\n{'':32}{'scheduler  transit   device  prefill   return':>45}{'TTFT':>13}")
+    print(f"\n{'':35}{'scheduler  transit   device  prefill   return':>45}{'TTFT':>13}")
     found = {}
     for letter in LETTERS:
         arm = BY_LETTER[letter]
@@ -184,13 +184,13 @@ def rows(arm: Arm, found: Found) -> str:
     """The stages live, simulated, and one over the other where that says something."""
     title = f"{arm.letter} {arm.title}"
     lines = [
-        f"{title:22}{name:10}"
+        f"{title:25}{name:10}"
         + "".join(f"{1e3 * values[stage]:9.1f}" for stage in STAGES)
         + f"{1e3 * values['mean_s']:9.0f} [{1e3 * values['p99_s']:.0f}]"
         for name, values in (("live", found.live), ("simulated", found.predicted))
     ]
     lines.append(
-        f"{'':22}ratio {found.ratio:.3f}; by the client's clock {1e3 * found.client_s:.0f} ms;"
+        f"{'':25}ratio {found.ratio:.3f}; by the client's clock {1e3 * found.client_s:.0f} ms;"
         f" sent at most {1e3 * found.late_s:.1f} ms late"
     )
     return "\n".join(lines)

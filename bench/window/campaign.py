@@ -28,7 +28,7 @@ Rates = dict[str, dict[str, list[tuple[float, float]]]]  # by shape and arm, for
 class _Overload(NamedTuple):
     shape: Shape
     lengths: str
-    seed: int
+    seeds: tuple[int, ...]
     num_requests: int
 
 
@@ -65,7 +65,7 @@ class Campaign:
         keys = [(point.shape, point.lengths) for point in plan.points]
         keys += [(shape, WORKLOAD[1]) for shape in plan.limit_shapes]
         keys = list(dict.fromkeys(keys))
-        tasks = [_Overload(*key, plan.seeds[0], 4 * plan.num_requests(key[0])) for key in keys]
+        tasks = [_Overload(*key, plan.seeds, plan.num_requests(key[0])) for key in keys]
         found = self._each(_overload, tasks, "saturation")
         self._saturations = dict(zip(keys, found, strict=True))
         return self._saturations

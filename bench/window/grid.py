@@ -69,10 +69,10 @@ ARMS = (
     Arm("B", "fewest requests", "fewest-requests"),
     Arm("C", "shortest queue", "shortest-queue"),
     Arm("D", "pull, no timer", "pull"),
-    Arm("E", "C, the engine delays", "shortest-queue", engine=Engine(delay_passes=30)),
-    Arm("F", "G, ranks in turn", "staggered", prefill_allocation="round-robin"),
+    Arm("E", "as C, the engine delays", "shortest-queue", engine=Engine(delay_passes=30)),
+    Arm("F", "as G, ranks in turn", "staggered", prefill_allocation="round-robin"),
     Arm("G", "staggered", "staggered"),
-    Arm("H", "G with faults", "staggered", faulty=True),
+    Arm("H", "as G, with faults", "staggered", faulty=True),
 )
 BY_LETTER = {arm.letter: arm for arm in ARMS}
 IMMEDIATE = "ABCE"  # dispatch on arrival: claims are against the best of these

@@ -74,7 +74,7 @@ def _legend(titles: Mapping[str, str]) -> list[str]:
         x = LEFT + (number % 4) * LEGEND_COLUMN
         y = 46 + (number // 4) * LEGEND_ROW
         parts += [_stroke([(x, y), (x + 26, y)], arm), _marker(x + 13, y, arm)]
-        parts.append(_text(x + 34, y + 4, f"{arm}  {title}", "start"))
+        parts.append(_text(x + 34, y + 4, f"{arm}: {title}", "start"))
     return parts
 
 

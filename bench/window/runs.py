@@ -67,18 +67,20 @@ def trace(arrivals: str, lengths: str, qps: float, seed: int, num_requests: int)
     return generate(workload, PROFILE.max_model_len)
 
 
-def saturation(shape: Shape, lengths: str, seed: int, num_requests: int) -> Saturation:
+def saturation(shape: Shape, lengths: str, seeds: Sequence[int], num_requests: int) -> Saturation:
     """Offer more than any dispatch could serve and see what arm C completes, from the first to the
-    last fifth of all completions."""
-    requests = trace(WORKLOAD[0], lengths, 1.0, seed, num_requests)
-    prompts = [one.num_prompt_tokens for one in requests]
+    last fifth of all completions; mean over seeds."""
+    traces = [trace(WORKLOAD[0], lengths, 1.0, seed, num_requests) for seed in seeds]
+    prompts = [one.num_prompt_tokens for requests in traces for one in requests]
     ceiling_qps = _ceiling_qps(shape, prompts)
-    requests = at_rate(requests, OVERLOAD * ceiling_qps)
-    outcome = simulate(_scenario(BY_LETTER["C"], shape, seed, Faults()), requests)
-    ends = sorted(one.ended_s for one in outcome.served)
-    first, last = len(ends) // 5, 4 * len(ends) // 5
-    qps = (last - first) / (ends[last] - ends[first])
-    return Saturation(qps, ceiling_qps, _floor_s(shape, prompts))
+    found = []
+    for seed, requests in zip(seeds, traces, strict=True):
+        scenario = _scenario(BY_LETTER["C"], shape, seed, Faults())
+        outcome = simulate(scenario, at_rate(requests, OVERLOAD * ceiling_qps))
+        ends = sorted(one.ended_s for one in outcome.served)
+        first, last = len(ends) // 5, 4 * len(ends) // 5
+        found.append((last - first) / (ends[last] - ends[first]))
+    return Saturation(sum(found) / len(found), ceiling_qps, _floor_s(shape, prompts))
 
 
 def _scenario(arm: Arm, shape: Shape, seed: int, faults: Faults) -> Scenario:

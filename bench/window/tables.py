@@ -34,13 +34,13 @@ def stage_tables(compared: Iterable[Compared]) -> Iterator[str]:
             continue
         yield f"\n{one.point}: stages of TTFT in ms, then passes"
         yield (
-            f"{'':24}{'scheduler':>10}{'transit':>9}{'device':>9}{'prefill':>9}{'return':>8}"
+            f"{'':27}{'scheduler':>10}{'transit':>9}{'device':>9}{'prefill':>9}{'return':>8}"
             f"{'pass ms':>10}{'used':>7}{'balance':>9}{'active':>8}{'busy':>7}"
         )
         for arm, values in one.measures.items():
             stages = [1e3 * values[stage] for stage in STAGES]
             yield (
-                f"{arm} {BY_LETTER[arm].title:22}"
+                f"{arm} {BY_LETTER[arm].title:25}"
                 + "".join(f"{ms:>{n}.1f}" for ms, n in zip(stages, (10, 9, 9, 9, 8), strict=True))
                 + f"{1e3 * values['pass_s']:>10.0f}{values['utilisation']:>7.0%}"
                 + f"{values['balance']:>9.2f}{values['active']:>8.2f}{values['busy']:>7.0%}"

@@ -274,7 +274,7 @@ def test_idle_times_are_those_of_living_instances() -> None:
 
 
 def test_saturation_is_below_what_is_possible_and_a_lone_request_takes_its_pass() -> None:
-    found = saturation(Shape(1, 2), "fixed:1500", 11, 300)
+    found = saturation(Shape(1, 2), "fixed:1500", (11, 23), 200)
     # A full rank: 60 ms, 4096 x (0.1 + 0.03) ms, 4096 tokens that see 750 others on average, 6 ns.
     full_s = 0.060 + 4096 * 1.3e-4 + 4096 * 750 * 6e-9
     assert found.ceiling_qps == pytest.approx(2 * 4096 / full_s / 1500)
