@@ -24,6 +24,7 @@ from nodeserve.policy.units import PassDone, Unit
 DEADLINE_PASSES = 3.0  # a pass that takes so many times its prediction is suspect
 MIN_DEADLINE_S = 1.0
 MAX_DEADLINE_PASSES = 10.0
+FIRST_DEADLINE_S = 10.0  # before any pass has shown how long one takes
 PROBE_EVERY_S = 0.2
 MAX_PROBE_EVERY_S = 5.0
 
@@ -180,7 +181,8 @@ class PrefillInstance:
         }
         predicted_s = self._times.predict_s(works)
         if predicted_s is None:
-            return  # no deadline before the first pass has shown how long one takes
+            self.probe_s = now_s + FIRST_DEADLINE_S
+            return
         self.ends_s = began_s + predicted_s
         patience_s = max(DEADLINE_PASSES * predicted_s, MIN_DEADLINE_S) * self._patience
         self.probe_s = max(began_s, now_s) + patience_s

@@ -22,8 +22,9 @@ pays no more once
 
     n >= c * k * rate * max over j of u_j / j                                           (3)
 
-Below 1, c gives up some spacing for not holding at loads where holding hardly pays; 0.7 measured
-best (bench/LOG.md).
+which counts where the right side, the arrivals to be expected, is FEW at most: of many, the number
+says no more about the load than s does, and is noisier. Below 1, c gives up some spacing for not
+holding at loads where holding hardly pays; what is here measured best (bench/LOG.md).
 
 A full batch leaves at once, and so does one whose oldest request has waited MAX_AGE_PASSES passes.
 """
@@ -35,7 +36,7 @@ MAX_AGE_PASSES = 2.0  # no timer holds an older request
 ALPHA = 0.1  # weight of the latest sample in moving means
 RATE_PASSES = 8.0  # the arrival rate is that of the last so many mean passes
 MIN_RATE_SPAN_S = 0.5
-ENOUGH = 0.7  # c of formula (3)
+ENOUGH, FEW = 0.5, 8.0  # of formula (3): c, and expected arrivals up to which it counts
 
 
 @dataclass(slots=True)
@@ -126,7 +127,8 @@ class Window:
             return now_s
         if self._fixed_s is not None:
             return math.inf
-        if moment.num_waiting >= ENOUGH * self.rate.per_s(now_s, self._span_s) * apart_s:
+        expected = self.rate.per_s(now_s, self._span_s) * apart_s
+        if expected <= FEW and moment.num_waiting >= ENOUGH * expected:
             return now_s
         since_s = now_s - self._last_s
         # Waiting brings the last departure further away and the next instances closer.

@@ -72,7 +72,7 @@ async def test_a_departure_larger_than_a_record_is_split_in_order() -> None:
 
 async def test_a_held_batch_leaves_when_its_time_comes_and_nothing_else_happens() -> None:
     """A long fixed window holds the second request, although its instance is free."""
-    node, rng = FakeNode([M, M, M], policies=policies(window="20000")), random.Random(0)
+    node, rng = FakeNode([P, P, P, D], policies=policies(window="20000")), random.Random(0)
     stream, _ = node.connect()
     node.submit(stream, 1, [5] * 100, 50)
     node.turn()
