@@ -1,7 +1,11 @@
 """Settings: frozen, built once, resolved once."""
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass
+
+from nodeserve.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,5 +152,25 @@ class WorkerSpec:
         return WorkerSpec(**values)
 
 
+_SLO_NAMES = {"ttft": "ttft_ms", "tpot": "tpot_ms"}
+_SLO = re.compile(r"\s*(\w+)\s*=\s*(\d*\.?\d+)\s*(ms|s|)\s*")
+
+
 def parse_slo(text: str) -> dict[str, float]:
-    raise NotImplementedError  # PLACEHOLDER until p-decode
+    """Times such as "ttft=500ms,tpot=0.05s" (a bare number is in ms) in the form that a request's
+    `slo` has: {"ttft_ms": 500.0, "tpot_ms": 50.0}. ConfigError says which part is wrong."""
+    slo: dict[str, float] = {}
+    for part in text.split(","):
+        found = _SLO.fullmatch(part)
+        if found is None or found[1] not in _SLO_NAMES:
+            raise ConfigError(
+                f"--slo {text!r}: {part.strip()!r} is no limit; write ttft and tpot such as"
+                " ttft=500ms,tpot=50ms"
+            )
+        name, milliseconds = _SLO_NAMES[found[1]], float(found[2]) * (1e3 if found[3] == "s" else 1)
+        if name in slo:
+            raise ConfigError(f"--slo {text!r}: {found[1]} is given twice, once is enough")
+        if not 0 < milliseconds < math.inf:
+            raise ConfigError(f"--slo {text!r}: {found[1]} must be above 0 and finite")
+        slo[name] = milliseconds
+    return slo

@@ -8,6 +8,7 @@ from nodeserve import __version__
 from nodeserve.cli.doctor.command import doctor
 from nodeserve.cli.launch import start
 from nodeserve.cli.show import status, stop
+from nodeserve.cli.simulate import simulate
 from nodeserve.cli.talk import chat, complete
 from nodeserve.errors import NodeServeError
 from nodeserve.wire.messages import PROTOCOL_VERSION
@@ -34,5 +35,5 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop, doctor):
+for command in (start, complete, chat, status, stop, doctor, simulate):
     main.add_command(command)

@@ -227,7 +227,7 @@ class Coordinator:
     def _put_back(self, request: Request) -> None:
         request.num_preemptions += 1
         request.holder = request.source = -1
-        self.dispatch.push(request, self._now())
+        self.dispatch.put_back(request, self._now())
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
@@ -299,6 +299,8 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             request.on(event)
             return
+        if event is Event.FINISHED:
+            self.dispatch.finish(request)
         self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)

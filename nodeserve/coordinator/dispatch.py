@@ -54,7 +54,9 @@ class Dispatch:
         self.dispatcher = Dispatcher(
             [[self._units[link.index] for link in ranks] for ranks in prefills], policies.dispatch
         )
-        self.allocator = DecodeAllocator(policies.decode_allocation, policies.dispatch.max_num_seqs)
+        self.allocator = DecodeAllocator(
+            policies.decode_allocation, policies.dispatch.max_num_seqs, limits.block_size
+        )
         self._decoders = [self._units[link.index] for link in links if link.decodes]
         self._departures = 0
         self._lost: set[int] = set()  # instances
@@ -78,18 +80,23 @@ class Dispatch:
         """May it come in? Overloaded says why not, and when to try again."""
         dispatcher, waiting = self.dispatcher, request.waiting
         ttft_ms = {**self.policies.slo, **(request.slo or {})}.get("ttft_ms")
-        buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
-        predicted_s = None
-        if buffered.num_requests or ttft_ms is not None:
-            predicted_s = dispatcher.predict_wait_s(waiting, now_s)
         slo_s = None if ttft_ms is None else ttft_ms / 1e3
-        judged = judge(self.policies.flow, buffered, waiting.num_tokens, slo_s, predicted_s)
+        buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
+        facts = self.policies.flow, buffered, waiting.num_tokens, slo_s
+        predicted_s = None if slo_s is None else dispatcher.predict_wait_s(waiting, now_s)
+        judged = judge(*facts, predicted_s)
         if judged.verdict is Verdict.REJECT:
+            if slo_s is None:  # refused for want of room: only now it matters when there is some
+                judged = judge(*facts, dispatcher.predict_wait_s(waiting, now_s))
             raise Overloaded(judged.reason, judged.retry_after_s)
         waiting.best_effort = judged.verdict is Verdict.BEST_EFFORT
 
     def push(self, request: Request, now_s: float) -> None:
-        """It waits for prefill, perhaps again: with the tokens that it has by now."""
+        """It waits for prefill."""
+        self.dispatcher.push(request.waiting, now_s)
+
+    def put_back(self, request: Request, now_s: float) -> None:
+        """It waits for prefill again: since its first arrival, with the tokens it has by now."""
         num_blocks = request.num_blocks(self._limits.block_size)
         request.waiting = replace(
             request.waiting, num_tokens=len(request.tokens), num_blocks=num_blocks
@@ -103,11 +110,17 @@ class Dispatch:
         num_blocks = request.num_blocks(block_size)
         longest = min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
         growth = max(0, blocks_for(longest, block_size) - num_blocks)
+        request.parked_blocks = num_blocks
         self.allocator.forget(request.request_id)
         self.parked.push(ReadyKv(request.request_id, num_blocks, growth), request.waiting.priority)
 
+    def finish(self, request: Request) -> None:
+        """It ended by itself: how much it grew is what others may be expected to."""
+        grown = request.num_blocks(self._limits.block_size) - request.parked_blocks
+        self.allocator.forget(request.request_id, grown)
+
     def remove(self, request: Request) -> None:
-        """It waits for nothing any more, wherever it stood."""
+        """It waits for nothing any more and is nowhere, wherever it stood or was."""
         self.dispatcher.remove(request.request_id)
         self.parked.remove(request.request_id)
         self.allocator.forget(request.request_id)

@@ -75,6 +75,7 @@ class Request:
     holder: int = -1
     source: int = -1
     source_blocks: bytes = b""
+    parked_blocks: int = 0  # that it had when its pages last became ready
     waiting_for: set[int] = field(default_factory=set)  # workers that owe a Dropped
     prefill_worker: int = -1
     decode_worker: int = -1

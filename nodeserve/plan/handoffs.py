@@ -118,8 +118,9 @@ class Handoffs:
             return
         num_blocks = blocks_for(life.num_tokens - 1, self._block_size)
         num_bytes = num_blocks * self._block_size * self._profile.kv_bytes_per_token
-        landed_s = rank.link_for(now_s, num_bytes / self._profile.handoff_bytes_per_s)
-        self._clock.at(landed_s, self._landed, (life, rank, num_bytes, landed_s - now_s))
+        seconds = num_bytes / self._profile.handoff_bytes_per_s
+        landed_s = rank.link_for(now_s, seconds)
+        self._clock.at(landed_s, self._landed, (life, rank, num_bytes, seconds))
 
     def _landed(self, told: tuple[Life, Rank, int, float]) -> None:
         life, rank, _, _ = told

@@ -8,7 +8,6 @@ takes part idle. A pass cannot be interrupted; what arrives meanwhile waits for 
 
 import math
 from collections.abc import Sequence
-from random import Random
 from typing import NamedTuple
 
 from nodeserve.plan.records import Engine, Pass
@@ -16,11 +15,10 @@ from nodeserve.policy.account import Account
 from nodeserve.policy.batching import Batch, Limits
 from nodeserve.policy.batching import Sequence as Tokens
 from nodeserve.policy.cost import IDLE, RankWork, StepCost, rank_work
+from nodeserve.policy.profiles import pass_factor
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.policy.units import Unit
 from nodeserve.types import Load, Role
-
-LEAST_FACTOR = 0.5  # of a pass's expected time, however noisy
 
 
 class RankDone(NamedTuple):
@@ -112,8 +110,8 @@ class Instance:
         ranks: Sequence[Rank],
         cost: StepCost,
         engine: Engine,
-        random: Random,
         noise: float,
+        seed: int,
     ) -> None:
         self.index = index
         self.role = role
@@ -123,8 +121,8 @@ class Instance:
         self.passes: list[Pass] = []
         self._cost = cost
         self._engine = engine
-        self._random = random
         self._noise = noise
+        self._seed = seed
         self._running: list[Batch | None] | None = None
         self._works: tuple[RankWork, ...] = ()
         self._began_s = 0.0
@@ -154,9 +152,7 @@ class Instance:
         if not any(batches):
             return None
         self._works = tuple(rank_work(batch) if batch else IDLE for batch in batches)
-        factor = 1.0
-        if self._noise:
-            factor = max(LEAST_FACTOR, self._random.gauss(1.0, self._noise))
+        factor = pass_factor(self._noise, self._seed, self.index, len(self.passes) + 1)
         seconds = self._cost.pass_s(self._works) * factor
         gap_s = now_s - self._ends_s if self.passes else 0.0
         self.passes.append(Pass(self.index, now_s, seconds, gap_s, self._works))

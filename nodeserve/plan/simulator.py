@@ -57,9 +57,10 @@ def build_instances(scenario: Scenario) -> list[Instance]:
             first = num_ranks
             num_ranks += group.shape.ep
             ranks = [Rank(at, index, group.role, limits) for at in range(first, num_ranks)]
-            random = Random(f"pass {scenario.seed} {index}")
             instances.append(
-                Instance(index, group.role, ranks, profile.cost, scenario.engine, random, noise)
+                Instance(
+                    index, group.role, ranks, profile.cost, scenario.engine, noise, scenario.seed
+                )
             )
     return instances
 

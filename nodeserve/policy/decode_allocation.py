@@ -14,38 +14,6 @@ FIRST_SHARE, PRIOR_BLOCKS = 0.4, 64.0  # growth_share before any request ended, 
 KEEP = 1 - 1 / 256  # of what is known of growth, when one more request ends
 
 
-@dataclass(slots=True)
-class DecodeLoad:
-    """What one decode instance runs or is about to pull.
-
-    `free_blocks` counts what the instance last reported less what was promised since; `refused` is
-    set from a refusal until the instance reports a change.
-    """
-
-    instance: int
-    num_sequences: int
-    free_blocks: int
-    refused: bool
-
-
-def pick_decode(
-    loads: Iterable[DecodeLoad], num_blocks: int, max_sequences: int
-) -> DecodeLoad | None:
-    """The instance with the fewest sequences, then the most free blocks; None: pages stay parked.
-
-    An instance takes a request only with a block to spare for each sequence it runs, so that
-    joining does not force a preemption at the next step. O(instances).
-    """
-    eligible = (
-        load
-        for load in loads
-        if not load.refused
-        and load.num_sequences < max_sequences
-        and load.free_blocks >= num_blocks + min(load.num_sequences, 8)
-    )
-    return min(eligible, key=lambda load: (load.num_sequences, -load.free_blocks), default=None)
-
-
 @dataclass(slots=True, eq=False)
 class ReadyKv:
     """A prefilled request whose pages wait for a unit that decodes it."""
@@ -154,7 +122,8 @@ class DecodeAllocator:
 
         `all_or_none`: None, and nothing changed, if there is such a one.
         """
-        seats = {unit.index: self._seat(unit) for unit in units}
+        share = self.growth_share
+        seats = {unit.index: self._seat(unit, share) for unit in units}
         round_ = self._open(seats.values())
         smallest = min(unit.account.num_blocks for unit in units)
         found: dict[int, Unit] = {}
@@ -187,13 +156,12 @@ class DecodeAllocator:
         kept = [unit for unit in possible if (one.request_id, unit.index) == self._kept]
         return max(kept or possible, key=lambda unit: unit.account.free_blocks, default=None)
 
-    def _seat(self, unit: Unit) -> Seat:
+    def _seat(self, unit: Unit, growth_share: float) -> Seat:
         account, index = unit.account, unit.index
         used = account.num_blocks - account.free_blocks
         grown = used - self._placed_blocks.get(index, 0)
-        expected = self.growth_share * self._growth_blocks.get(index, 0) - max(0, grown)
-        turn = self._turns.get(index, 0)
-        return Seat(unit, turn, account.num_sequences, account.free_blocks, expected)
+        expected = growth_share * self._growth_blocks.get(index, 0) - max(0, grown)
+        return Seat(unit, self._turns.get(index, 0), expected)
 
     def _open(self, seats: Iterable[Seat]) -> Round:
         key, masks = self._order()

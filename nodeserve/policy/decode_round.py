@@ -7,7 +7,6 @@ best unit to the first that it fits, and O(log units) to put that one back in it
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from nodeserve.policy.blocks import watermark
 from nodeserve.policy.units import Unit
@@ -18,33 +17,38 @@ NEAR_MEDIAN = 1.05  # and nothing is an outlier that is so near the median
 Key = tuple[float, ...]  # the lowest is the best; ends with the unit's index, so no two are equal
 
 
-@dataclass(slots=True, eq=False)
 class Seat:
     """A unit in this round. `growth_blocks` is what its sequences are still expected to take,
-    `turn` rises with each request that any unit is given."""
+    `turn` rises with each request that any unit is given.
 
-    unit: Unit
-    turn: int
-    num_sequences: int
-    free_blocks: int
-    growth_blocks: float
+    `room` is the blocks that a newcomer may come to take, its own growth included. An empty unit
+    offers all it has. One that is not keeps what its sequences will grow by: as expected, but at
+    least a block each (each takes one within block_size steps), and what the worker itself keeps.
+    """
 
-    @property
-    def kv_blocks(self) -> int:
-        return self.unit.account.num_blocks - self.free_blocks
+    __slots__ = ("growth_blocks", "kv_blocks", "num_sequences", "room", "turn", "unit")
 
-    @property
-    def room(self) -> float:
-        """Blocks that a newcomer may come to take, its own growth included.
+    def __init__(self, unit: Unit, turn: int, growth_blocks: float) -> None:
+        self.unit = unit
+        self.turn = turn
+        self.growth_blocks = growth_blocks
+        self.num_sequences = unit.account.num_sequences
+        self.kv_blocks = unit.account.num_blocks - unit.account.free_blocks
+        self._find_room()
 
-        An empty unit offers all it has. One that is not keeps what its sequences will grow by: as
-        expected, but at least a block each (each takes one within block_size steps), and what the
-        worker itself keeps.
-        """
-        if not self.num_sequences:
-            return self.free_blocks
-        kept = watermark(self.unit.account.num_blocks)
-        return self.free_blocks - max(kept, self.num_sequences, self.growth_blocks)
+    def take(self, turn: int, num_blocks: int, growth_blocks: float) -> None:
+        """One more sequence."""
+        self.turn = turn
+        self.growth_blocks += growth_blocks
+        self.num_sequences += 1
+        self.kv_blocks += num_blocks
+        self._find_room()
+
+    def _find_room(self) -> None:
+        num_blocks, num_sequences = self.unit.account.num_blocks, self.num_sequences
+        self.room: float = num_blocks - self.kv_blocks
+        if num_sequences:
+            self.room -= max(watermark(num_blocks), num_sequences, self.growth_blocks)
 
 
 class Round:
@@ -81,10 +85,7 @@ class Round:
         """A request takes `num_blocks` there now and `growth_blocks` later."""
         self.remove(seat)
         self._turn += 1
-        seat.turn = self._turn
-        seat.num_sequences += 1
-        seat.free_blocks -= num_blocks
-        seat.growth_blocks += growth_blocks
+        seat.take(self._turn, num_blocks, growth_blocks)
         if self._usable(seat):
             insort(self._line, (self._key(seat), seat), key=_first)
             insort(self._kv_blocks, seat.kv_blocks)
@@ -100,8 +101,8 @@ class Round:
         return seat.num_sequences < self._max_num_seqs and seat.room >= 1
 
     def _highest(self) -> float:
-        """KV above this is an outlier: the rule of staggered batch scheduling, without its trap that
-        among equals a block more stands out. Of three units or fewer none can be one."""
+        """KV above this is an outlier. The rule is that of staggered batch scheduling, without its
+        trap that among equals a block more stands out. Of three units or fewer none can be one."""
         sizes = self._kv_blocks
         if not self._masks or not sizes:
             return math.inf

@@ -112,6 +112,8 @@ class Dispatcher:
 
     def _learn(self, number: int, works: list[RankWork], done: PassDone) -> None:
         self.times.observe(works, done.seconds)
+        num_tokens = sum(work.prefill_tokens for work in works)
+        self.window.constancy.add(num_tokens, done.seconds)
         departed_s = self._awaited.pop(number, None)
         if departed_s is not None:
             self._dispatch.add(max(0.0, done.began_s - departed_s))

@@ -164,6 +164,8 @@ class _Fit:
         off_s = share * (seconds - self._mean_s)
         self._mean_s += off_s
         for i, offset in enumerate(off):
+            if not offset and not covariances[i][i]:
+                continue  # it never varied, its row is all zero
             means[i] += share * offset
             self._with_s[i] = keep * (self._with_s[i] + off_s * offset)
             step = share * offset

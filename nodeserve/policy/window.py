@@ -26,6 +26,10 @@ which counts where the right side, the arrivals to be expected, is FEW at most: 
 says no more about the load than s does, and is noisier. Below 1, c gives up some spacing for not
 holding at loads where holding hardly pays; what is here measured best (bench/LOG.md).
 
+All this takes a pass's time as given. Where it follows what boards, waiting makes the batch larger,
+the pass longer and the gain smaller; passes that differ come free at different times by themselves.
+So k is scaled by how constant pass times are (Constancy): from 1 down to 0, late binding alone.
+
 A full batch leaves at once, and so does one whose oldest request has waited MAX_AGE_PASSES passes.
 """
 
@@ -36,6 +40,8 @@ MAX_AGE_PASSES = 2.0  # no timer holds an older request
 ALPHA = 0.1  # weight of the latest sample in moving means
 RATE_PASSES = 8.0  # the arrival rate is that of the last so many mean passes
 MIN_RATE_SPAN_S = 0.5
+CONSTANCY_PASSES = 64  # passes that Constancy remembers, about
+VARIES, STAYS = 0.2, 0.55  # constancy up to which k is 0, and from which it is as asked for
 ENOUGH, FEW = 0.5, 8.0  # of formula (3): c, and expected arrivals up to which it counts
 
 
@@ -50,6 +56,36 @@ class Mean:
         weight = 1.0 if self.empty else ALPHA
         self.value += weight * (sample - self.value)
         self.empty = False
+
+
+class Constancy:
+    """How little a pass's time depends on what boards it: 1 not at all, 0 in proportion.
+
+    One less the elasticity of the time in the number of tokens, from the line through the last
+    passes, forgetting exponentially.
+    """
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._tokens = self._seconds = 0.0  # means
+        self._variance = self._covariance = 0.0  # sums of weighted products
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        keep = 1.0 - 1.0 / CONSTANCY_PASSES
+        self._weight = keep * self._weight + 1.0
+        off_tokens, off_seconds = num_tokens - self._tokens, seconds - self._seconds
+        self._tokens += off_tokens / self._weight
+        self._seconds += off_seconds / self._weight
+        self._variance = keep * self._variance + off_tokens * (num_tokens - self._tokens)
+        self._covariance = keep * self._covariance + off_tokens * (seconds - self._seconds)
+
+    @property
+    def share(self) -> float:
+        """1 until passes of different sizes have been seen."""
+        if self._variance <= 0.0 or self._seconds <= 0.0:
+            return 1.0
+        slope = self._covariance / self._variance
+        return min(1.0, max(0.0, 1.0 - slope * self._tokens / self._seconds))
 
 
 class ArrivalRate:
@@ -88,9 +124,15 @@ class Window:
         self.pass_s: float | None = None  # T; None until a pass has ended
         self.dead_s = 0.0  # L
         self.rate = ArrivalRate()
+        self.constancy = Constancy()
         self._fixed_s = fixed_s
         self._k = k
         self._last_s = -math.inf
+
+    @property
+    def k(self) -> float:
+        """The multiplier in force: see the module's head."""
+        return self._k * min(1.0, max(0.0, (self.constancy.share - VARIES) / (STAYS - VARIES)))
 
     def arrived(self, now_s: float) -> None:
         self.rate.add(now_s, self._span_s)
@@ -106,7 +148,7 @@ class Window:
             return self._fixed_s
         if self.pass_s is None:
             return 0.0
-        return self._k * (self.pass_s + self.dead_s) / num_instances
+        return self.k * (self.pass_s + self.dead_s) / num_instances
 
     def leaves_s(self, moment: Moment) -> float:
         """When a batch should leave if nothing else happens: `now_s` or earlier is now."""
@@ -120,9 +162,9 @@ class Window:
 
     def _worth_holding_s(self, moment: Moment) -> float:
         """Formulas (2) and (3); a fixed interval is cut short where all others are free alone."""
-        now_s = moment.now_s
+        now_s, k = moment.now_s, self.k
         ahead_s = [(free_s - now_s) / j for j, free_s in enumerate(moment.free_s, 1)]
-        apart_s = self._k * max(ahead_s)
+        apart_s = k * max(ahead_s)
         if apart_s <= 0.0:
             return now_s
         if self._fixed_s is not None:
@@ -133,7 +175,7 @@ class Window:
         since_s = now_s - self._last_s
         # Waiting brings the last departure further away and the next instances closer.
         return now_s + max(
-            (self._k * one_s - since_s) / (1.0 + self._k / j) for j, one_s in enumerate(ahead_s, 1)
+            (k * one_s - since_s) / (1.0 + k / j) for j, one_s in enumerate(ahead_s, 1)
         )
 
     @property

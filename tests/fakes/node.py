@@ -10,6 +10,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.admission import Limits
@@ -265,7 +266,11 @@ class FakeTransport:
 
 
 LIMITS = Limits(vocab_size=VOCAB, max_model_len=256, block_size=BLOCK)
-POLICIES = policies_of(EngineConfig(max_num_queued_reqs=1000), 8, 128)
+
+
+def policies(max_num_seqs: int = 8, **settings: Any) -> Policies:
+    """As `nodeserve start` with these settings, and steps of 128 tokens."""
+    return policies_of(EngineConfig(**settings), max_num_seqs, 128)
 
 
 class FakeNode:
@@ -279,7 +284,7 @@ class FakeNode:
         self,
         roles: list[Role],
         num_blocks: int = 64,
-        policies: Policies = POLICIES,
+        policies: Policies | None = None,
         instances: list[int] | None = None,
     ) -> None:
         self.now = 0.0
@@ -292,6 +297,7 @@ class FakeNode:
         ]
         for link, instance in zip(links, instances or range(len(roles)), strict=True):
             link.instance = instance
+        policies = policies or policies_of(EngineConfig(), 8, 128)
         self.coordinator = Coordinator(links, LIMITS, policies, lambda: self.now, self._on_wake)
         self.workers = [FakeWorker(link, num_blocks, lambda: self.now) for link in links]
         for link in links:

@@ -31,6 +31,9 @@ from nodeserve.wire.messages import (
 )
 from tests.fakes.server import VOCAB_SIZE, FakeServer, Peer, answer, endless, tokens_for
 
+NEXT = PROTOCOL_VERSION + 1
+
+
 # ---- leaving a request
 
 
@@ -207,7 +210,7 @@ async def test_a_server_that_is_still_loading_is_waited_for_in_vain(tmp_path: Pa
 @pytest.mark.parametrize(
     ("welcome", "error", "words"),
     [
-        (Hello(PROTOCOL_VERSION + 1, {}), ProtocolError, "version 3, this client 2"),
+        (Hello(NEXT, {}), ProtocolError, f"version {NEXT}, this client {PROTOCOL_VERSION}"),
         (Stats({}), ProtocolError, "first message is Stats"),
         (Goodbye("shutting_down", "bye"), ShuttingDown, "bye"),
     ],

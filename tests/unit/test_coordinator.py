@@ -1,24 +1,17 @@
 """The coordinator's decisions and promises, with everything interleaved in every order."""
 
 import random
-from typing import Any
 
 import pytest
 
-from nodeserve.config import EngineConfig
-from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.errors import ShuttingDown
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role, Timings
 from nodeserve.wire.messages import RequestFailed, Submit, pack_ids
-from tests.fakes.node import STEP_S, FakeNode, expected_stream
+from tests.fakes.node import STEP_S, FakeNode, expected_stream, policies
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
-
-
-def policies(max_num_seqs: int = 8, **settings: Any) -> Policies:
-    return policies_of(EngineConfig(**settings), max_num_seqs, 128)
 
 
 async def test_one_request_is_prefilled_here_and_decoded_there() -> None:

@@ -1,35 +1,31 @@
 """Decisions carried out: which records leave, when, and what the policy is told."""
 
 import random
-from typing import Any
 
 import pytest
 
-from nodeserve.config import EngineConfig
-from nodeserve.coordinator.policies import Policies, policies_of
+from nodeserve.coordinator.queue import ParkedQueue
 from nodeserve.coordinator.stats import node_stats
-from nodeserve.errors import Overloaded
+from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.flow import FlowOptions, Judgement, Verdict
-from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
+from nodeserve.policy.decode_allocation import ReadyKv
+from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role
 from nodeserve.wire.messages import (
     TO_WORKER,
+    KvRefused,
     Prefill,
     Probe,
     Prompt,
     PullKv,
+    RequestFailed,
     Submit,
     ToWorker,
     pack_ids,
 )
-from tests.fakes.node import FakeNode, FakeWorker, expected_stream
+from tests.fakes.node import FakeNode, FakeWorker, expected_stream, policies
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
-
-
-def policies(max_num_seqs: int = 8, **settings: Any) -> Policies:
-    return policies_of(EngineConfig(**settings), max_num_seqs, 128)
 
 
 def records(worker: FakeWorker) -> list[ToWorker]:
@@ -177,51 +173,97 @@ async def test_ranks_of_a_lost_instance_get_nothing_more() -> None:
     node.check_nothing_held()
 
 
-# ---- flow control
+# ---- accounts and places in line
 
 
-async def test_what_flow_control_says_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = FakeNode([M])
+async def test_an_account_follows_every_answer_that_carries_a_load() -> None:
+    node, rng = FakeNode([P, D]), random.Random(0)
     stream, client = node.connect()
-    said = [
-        Judgement(Verdict.REJECT, 2.5, "not in time"),
-        Judgement(Verdict.BEST_EFFORT),
-        Judgement(Verdict.ADMIT),
-    ]
-    monkeypatch.setattr("nodeserve.coordinator.dispatch.judge", lambda *facts: said.pop(0))
-    for request_id in range(3):
-        node.submit(stream, request_id, [1], 1)
-    (end,) = client.ends.pop(0)
-    assert (end.code, end.message, end.retry_after_s) == (Overloaded.code, "not in time", 2.5)
-    assert not client.ends and node.coordinator.totals.rejected == 1
-    requests = list(node.coordinator.requests.values())
-    assert [one.waiting.best_effort for one in requests] == [True, False]
+    prefill, decode = node.workers
+    assert [worker.link.account.num_blocks for worker in node.workers] == [64, 64]
+    node.submit(stream, 1, [5] * 20, 9)
+    node.turn()
+    account = prefill.link.account
+    assert (account.outstanding_tokens, account.free_blocks, account.num_sequences) == (20, 62, 1)
+    prefill.num_received = 1
+    prefill.out.append(RequestFailed(1, "out_of_blocks", "no", prefill.load()))
+    node.deliver(prefill)
+    assert (account.outstanding_tokens, account.free_blocks, account.num_sequences) == (0, 64, 0)
+    assert client.ends[1][0].code == "out_of_blocks"
+    prefill.link.channel.records.clear()  # type: ignore[attr-defined]
+    node.submit(stream, 2, [5] * 20, 9)
+    (request,) = node.coordinator.requests.values()
+    while request.phase is not Phase.MOVING:
+        node.act(rng)
+    decode.link.channel.records.clear()  # type: ignore[attr-defined]
+    decode.held.clear()
+    decode.out.clear()
+    decode.num_received = 1
+    decode.out.append(KvRefused(2, [3, 0, 0, 40, 0, 1]))
+    account = decode.link.account
+    assert not account.refused
+    node.deliver(decode)
+    assert account.refused and (account.free_blocks, account.num_sequences) == (40, 3)
+    assert request.phase is Phase.PARKED
 
 
-async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request's own SLO goes before the server's; no prediction is asked for without need."""
-    node = FakeNode([M], policies=policies(max_num_queued_reqs=7, on_overload="queue"))
-    node.coordinator.dispatch.policies.slo.update(ttft_ms=500.0)  # type: ignore[attr-defined]
+async def test_who_comes_back_keeps_arrival_and_rounds_and_brings_its_tokens() -> None:
+    node, rng = FakeNode([M, M]), random.Random(0)
     stream, _ = node.connect()
-    facts: list[tuple[Any, ...]] = []
+    node.now = 5.0
+    node.submit(stream, 1, [5] * 30, 60)
+    (request,) = node.coordinator.requests.values()
+    while request.num_output_tokens < 40:
+        node.act(rng)
+    first, request.waiting.rounds = request.waiting, 3
+    node.lose(node.workers[request.holder])
+    again = request.waiting
+    assert (again.num_tokens, again.num_blocks) == (len(request.tokens), 5) and len(again.hits) == 0
+    assert (again.arrived_s, again.rounds) == (5.0, 3)
+    assert again is not first, "what the dispatcher may still have of the first has its old size"
 
-    def judge(*args: Any) -> Judgement:
-        facts.append(args)
-        return Judgement(Verdict.ADMIT)
 
-    monkeypatch.setattr("nodeserve.coordinator.dispatch.judge", judge)
-    monkeypatch.setattr(
-        node.coordinator.dispatch.dispatcher, "predict_wait_s", lambda waiting, now_s: 0.75
-    )
-    node.submit(stream, 1, [1] * 9, 1)
-    node.coordinator.submit(stream, Submit(2, pack_ids([1]), {}, {"ttft_ms": 2000}, 0))
-    node.coordinator.submit(stream, Submit(3, pack_ids([1]), {}, {"tpot_ms": 20}, 0))
-    assert all(options == FlowOptions(7, 1 << 22, "queue") for options, *_ in facts)
-    assert [tuple(rest) for _, *rest in facts] == [
-        ((0, 0), 9, 0.5, 0.75),
-        ((1, 9), 1, 2.0, 0.75),
-        ((2, 10), 1, 0.5, 0.75),
-    ]
+async def test_what_ends_by_itself_shows_how_much_requests_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node, rng = FakeNode([P, D]), random.Random(0)
+    stream, _ = node.connect()
+    grown: dict[int, int] = {}
+
+    def forget(request_id: int, grown_blocks: int | None = None) -> None:
+        if grown_blocks is not None:
+            grown[request_id] = grown_blocks
+
+    monkeypatch.setattr(node.coordinator.dispatch.allocator, "forget", forget)
+    for request_id, max_tokens in ((1, 100), (2, 3), (3, 100)):
+        node.submit(stream, request_id, [5] * 20, max_tokens)
+    third = stream.requests[3]
+    while third.num_output_tokens < 20:
+        node.act(rng)
+    node.coordinator.abort(third)
+    node.run_to_idle(rng)
+    assert grown == {1: blocks_for(121, 16) - 2, 2: 0}
+
+
+async def test_the_timings_count_departures_that_left_a_request_behind() -> None:
+    node, rng = FakeNode([M], policies=policies(max_num_seqs=1, admission="pull")), random.Random(0)
+    stream, client = node.connect()
+    for request_id in range(3):
+        node.submit(stream, request_id, [1] * (30 - request_id), 2)
+    node.run_to_idle(rng)
+    assert [client.ends[one][0].timings["num_rounds"] for one in range(3)] == [0, 1, 2]
+
+
+def test_parked_requests_keep_their_places() -> None:
+    queue = ParkedQueue()
+    for request_id, priority in [(4, 0), (2, 0), (9, 5), (3, -1), (7, 5)]:
+        queue.push(ReadyKv(request_id, 1, 0), priority)
+    assert [ready.request_id for ready in queue.first(9)] == [7, 9, 2, 4, 3]
+    queue.remove(2)
+    queue.remove(2)
+    queue.remove(99)
+    queue.push(ReadyKv(2, 1, 0), 5)
+    assert [ready.request_id for ready in queue.first(3)] == [2, 7, 9] and len(queue) == 5
 
 
 async def test_the_stats_tell_what_waits_and_who_is_in_doubt() -> None:
@@ -246,45 +288,6 @@ async def test_the_stats_tell_what_waits_and_who_is_in_doubt() -> None:
     }
     requests = stats["requests"]
     assert (requests["queued"], requests["running"], requests["parked"]) == (5, 1, 0)
-
-
-# ---- random lives
-
-
-@pytest.mark.parametrize("allocation", DECODE_ALLOCATIONS)
-@pytest.mark.parametrize("admission", ADMISSIONS)
-async def test_random_lives_under_every_policy(admission: str, allocation: str) -> None:
-    """Losses, cancels, refusals and preemptions: each request ends once and misses no token."""
-    rng = random.Random(f"{admission} {allocation}")
-    chosen = policies(max_num_seqs=5, admission=admission, decode_allocation=allocation)
-    roles, instances = [P, P, P, D, D, D, M], [0, 0, 1, 2, 3, 3, 4]
-    node = FakeNode(roles, num_blocks=24, policies=chosen, instances=instances)
-    stream, client = node.connect()
-    wanted: dict[int, tuple[list[int], int]] = {}
-    for request_id in range(60):
-        prompt = [rng.randrange(97) for _ in range(rng.randint(1, 100))]
-        wanted[request_id] = prompt, rng.randint(1, 40)
-        sampling = {"max_tokens": wanted[request_id][1], "temperature": 0.0}
-        message = Submit(request_id, pack_ids(prompt), sampling, None, rng.randint(-1, 1))
-        node.coordinator.submit(stream, message)
-        for _ in range(rng.randint(0, 60)):
-            node.act(rng)
-        if rng.random() < 0.15 and stream.requests:
-            node.coordinator.abort(rng.choice(list(stream.requests.values())))
-        if request_id in (20, 40):
-            instance = {20: 0, 40: 3}[request_id]
-            for worker in node.workers:
-                if worker.link.instance == instance:
-                    node.lose(worker)
-                    for _ in range(rng.randint(0, 30)):
-                        node.act(rng)
-    node.run_to_idle(rng)
-    for request_id, (prompt, max_tokens) in wanted.items():
-        (end,) = client.ends[request_id]
-        got = client.tokens.get(request_id, [])
-        assert got == expected_stream(prompt, max_tokens)[: len(got)]
-        assert end.reason == "cancelled" or len(got) == max_tokens
-    node.check_nothing_held()
 
 
 async def test_a_pull_that_nobody_has_room_for_waits_and_goes() -> None:

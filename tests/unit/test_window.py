@@ -1,10 +1,11 @@
 """When a batch leaves: the interval, and what cuts it short."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 
-from nodeserve.policy.window import ArrivalRate, Mean, Moment, Window
+from nodeserve.policy.window import ArrivalRate, Constancy, Mean, Moment, Window
 
 
 def window(fixed_s: float | None = None, k: float = 1.0, pass_s: float | None = 1.0) -> Window:
@@ -141,3 +142,32 @@ def test_the_arrival_rate_follows_and_forgets() -> None:
         rate.add(place / 100, 1.0)
     assert rate.per_s(10.0, 1.0) == pytest.approx(100, rel=0.02)
     assert rate.per_s(15.0, 1.0) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("law", "share"),
+    [
+        (lambda tokens: 0.3, 1.0),
+        (lambda tokens: 1e-4 * tokens, 0.0),
+        (lambda tokens: 0.1 + 1e-4 * tokens, 0.5),  # passes of 1,000 tokens on average
+        (lambda tokens: 0.4 - 1e-4 * tokens, 1.0),  # noise may look like that
+    ],
+)
+def test_constancy_is_the_part_of_a_pass_that_stays(
+    law: Callable[[int], float], share: float
+) -> None:
+    constancy = Constancy()
+    for place in range(300):
+        tokens = 500 + place * 7919 % 1001
+        constancy.add(tokens, law(tokens))
+    assert constancy.share == pytest.approx(share, abs=0.03)
+
+
+def test_passes_that_grow_with_what_boards_are_not_waited_for() -> None:
+    made = dense(window(), 10.0)
+    made.departed(10.0)
+    assert made.leaves_s(moment(10.0, [10.6])) == pytest.approx(10.3)
+    for tokens in range(100, 2000, 10):
+        made.constancy.add(tokens, 1e-3 * tokens)
+    assert made.leaves_s(moment(10.0, [10.6])) == 10.0
+    assert made.interval_s(2) == 0.0

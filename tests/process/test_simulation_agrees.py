@@ -1,0 +1,73 @@
+"""A node of simulated GPUs in real time, and the simulator: the same trace takes the same time.
+
+Passes last hundreds of milliseconds, so that what the machine adds to them hardly counts. Both
+sides draw the same noise for a pass of the same number.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import pytest
+
+from bench.open_loop import replay
+from nodeserve import AsyncClient
+from nodeserve.plan.records import Arrival, Scenario
+from nodeserve.plan.simulator import simulate
+from nodeserve.plan.workloads import Workload, generate, parse_lengths
+from nodeserve.policy.profiles import profile_named
+from nodeserve.policy.units import DispatchOptions
+from tests.process.conftest import Nodes
+
+LAYOUT, PROFILE, SEED = "2p:ep2,1d:ep2", "moe-ep8", 1
+ARMS = ("round-robin", "shortest-queue", "staggered")
+RATE, NUM_REQUESTS = 11.0, 77  # 60 % of what the layout can serve, for seven seconds
+TRANSIT_S = 0.0005  # about what a ring and two wake-ups take
+LIMIT_S = 60.0
+AGREES = 0.10
+
+
+def trace() -> list[Arrival]:
+    prompt, output = parse_lengths("lognormal:1500"), parse_lengths("3")
+    workload = Workload(RATE, NUM_REQUESTS, prompt, output, seed=SEED)
+    return generate(workload, profile_named(PROFILE).max_model_len)
+
+
+def predicted_ttft_s(admission: str) -> float:
+    profile = profile_named(PROFILE)
+    dispatch = DispatchOptions(
+        admission, budget=profile.max_num_batched_tokens, max_num_seqs=profile.max_num_seqs
+    )
+    scenario = Scenario(LAYOUT, PROFILE, dispatch, seed=SEED, transit_s=TRANSIT_S)
+    served = simulate(scenario, trace()).served
+    return sum(one.timings.ttft_s for one in served) / len(served)
+
+
+async def measured_ttft_s(nodes: Nodes, admission: str) -> float:
+    node = nodes.start(layout=LAYOUT, device="sim", profile=PROFILE, seed=SEED, admission=admission)
+    async with AsyncClient(node.socket) as client:
+        answers = await replay(client, trace(), LIMIT_S)
+        await client.stop_server()
+    node.wait()
+    timings = [one.timings for one in answers if one.timings is not None]
+    assert len(timings) == NUM_REQUESTS, {one.error for one in answers}
+    return sum(one.ttft_s for one in timings) / NUM_REQUESTS
+
+
+def ordered(means: dict[str, float], far_apart: float) -> Iterator[tuple[str, str]]:
+    """Pairs of arms, the faster first, whose means differ by more than this share."""
+    for pair in combinations(means, 2):
+        faster, slower = sorted(pair, key=means.__getitem__)
+        if means[slower] > (1.0 + far_apart) * means[faster]:
+            yield faster, slower
+
+
+@pytest.mark.slow
+async def test_live_and_simulated_times_to_first_token_agree(nodes: Nodes) -> None:
+    predicted = {admission: predicted_ttft_s(admission) for admission in ARMS}
+    measured = {admission: await measured_ttft_s(nodes, admission) for admission in ARMS}
+    for admission in ARMS:
+        assert measured[admission] == pytest.approx(predicted[admission], rel=AGREES), admission
+    told_apart = list(ordered(predicted, AGREES))
+    assert ("staggered", "round-robin") in told_apart
+    for faster, slower in told_apart:
+        assert measured[faster] < measured[slower], (faster, slower)
