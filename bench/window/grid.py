@@ -125,7 +125,7 @@ def points(
 
 
 POISSON, LOGNORMAL = (WORKLOAD[0],), (WORKLOAD[1],)
-FULL = Plan("full", points(SHAPES, ARRIVALS, LENGTHS, LOADS), SEEDS, 120, SHAPES)
+FULL = Plan("full", points(SHAPES, ARRIVALS, LENGTHS, LOADS), SEEDS, 100, SHAPES)
 QUICK = Plan(
     "quick",
     points(SHAPES, POISSON, LOGNORMAL, LOADS[::2])
