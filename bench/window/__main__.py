@@ -27,6 +27,7 @@ from bench.window.grid import (
     P99_LIMIT_S,
     PLANS,
     PROFILE,
+    REPORT_LOSS,
     SOUND,
     WORKLOAD,
 )
@@ -67,6 +68,8 @@ def report(campaign: Campaign, svg: Path | None) -> dict[str, object]:
     print(f"{plan.name}: {len(plan.points)} points x {len(ARMS)} arms x {len(plan.seeds)} seeds,")
     print(f"{plan.requests_per_rank} requests per rank a run, one output token each;")
     print(f"profile {PROFILE.name}: {PROFILE.source}")
+    print("\n".join(f"  {arm.letter} {arm.title}" for arm in ARMS))
+    print(f"H loses {REPORT_LOSS:.0%} of all reports and, of several instances, one after a third")
     saturations = campaign.saturate()
     print("\nWhat is possible: QPS with every token slot of every pass used, QPS that C completes")
     print("when overloaded (the unit of loads), mean TTFT of requests that meet an idle node")
@@ -93,7 +96,7 @@ def report(campaign: Campaign, svg: Path | None) -> dict[str, object]:
         "plan": plan.name,
         "requests_per_rank": plan.requests_per_rank,
         "seeds": plan.seeds,
-        "measures": MEASURES,
+        "measures": [f"{name[:-2]}_ms" if name.endswith("_s") else name for name in MEASURES],
         "saturation_qps": {f"{s} {n}": round(v.qps, 2) for (s, n), v in saturations.items()},
         "points": [one.to_json() for one in compared],
         "limits_s": [MEAN_LIMIT_S, P99_LIMIT_S],

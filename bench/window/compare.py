@@ -16,22 +16,15 @@ class Compared:
 
     point: Point
     qps: float
-    measures: Mapping[
-        str, Mapping[str, float]
-    ]  # means over seeds; mean_s and p99_s of all requests
+    measures: Mapping[str, Mapping[str, float]]  # by the names in runs.MEASURES
     num_lost: Mapping[str, int]
     best: str  # of the immediate arms, by mean TTFT
     mean: Ratio  # TTFT of G over the best immediate arm's
     p99: Ratio
     against: Mapping[str, Ratio]  # mean TTFT of G over each arm's on the same node
 
-    @property
-    def worst(self) -> tuple[str, Ratio]:
-        """The arm against which G does worst."""
-        return max(self.against.items(), key=lambda item: item[1].value)
-
     def to_json(self) -> dict[str, object]:
-        """Short: times in ms, values of an arm in the order of MEASURES."""
+        """Short: values of an arm in the order of MEASURES, times in ms."""
         return {
             "shape": str(self.point.shape),
             "arrivals": self.point.arrivals,
