@@ -117,8 +117,12 @@ class PrefillInstance:
             self._follow(now_s, now_s)
 
     def settle(self) -> None:
-        """What was outstanding may be gone without a pass that said so: cancelled, failed."""
-        if (self._running or self.at_door) and self.empty and not self.suspect:
+        """What was outstanding may be gone without a pass that said so: cancelled, failed.
+
+        Not so while some ranks have reported a pass and others are about to.
+        """
+        reporting = 0 < len(self._reports) < len(self.units)
+        if (self._running or self.at_door) and self.empty and not (self.suspect or reporting):
             self._end()
 
     def check(self, now_s: float) -> bool:

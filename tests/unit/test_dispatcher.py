@@ -150,6 +150,21 @@ def test_a_pass_is_over_when_its_last_rank_has_reported() -> None:
     assert list(node.decide(1.0)) == [0]
 
 
+def test_an_instance_is_not_boarded_between_the_reports_of_its_ranks() -> None:
+    """A rank had no work, so with the other's report nothing is outstanding; its own report would
+    then have been taken for the end of the next pass."""
+    node = Node(1, num_ranks=2)
+    node.push(0.0, 50)
+    node.decide(0.0)
+    node.load(0)
+    node.dispatcher.on_pass(0, PassDone(1, 0.0, 1.0, RankWork(50, 1250.0)), 1.0)
+    node.push(1.0, 10)
+    assert node.decide(1.0) == {}
+    node.load(1)
+    node.dispatcher.on_pass(1, PassDone(1, 0.0, 1.0, RankWork()), 1.0)
+    assert list(node.decide(1.0)) == [0]
+
+
 @pytest.mark.parametrize(
     ("admission", "units"),
     [
