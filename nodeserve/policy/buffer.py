@@ -1,8 +1,12 @@
 """Requests that wait for a departure, in the order in which they are considered for one.
 
 Higher priority first; of the same priority those that can still meet their SLO before best effort;
-of these the earliest arrival, also if it was put back. So nobody is overtaken for ever by others of
-its class. Every operation is O(log n) amortised.
+of these whoever an earlier departure left behind, by arrival, where a prompt counts as if it had
+come later by the time that its tokens take. So short prompts pass a long one, which costs it little
+and saves them much, but only those that come soon after it: nobody is overtaken for ever by others
+of its class. Newcomers follow: longest first where the next departure is near, since the gaps that
+long prompts leave are filled by short ones and not the other way round, else in the same order as
+those left behind. Every operation is O(log n) amortised: a request is entered twice at most.
 """
 
 import heapq
@@ -10,18 +14,22 @@ from collections import Counter
 
 from nodeserve.policy.units import Waiting
 
-_Key = tuple[int, bool, float, int]
+_Key = tuple[int, bool, bool, float, int]
 MAX_STALE = 64  # entries of requests that are gone, beyond as many as really wait
 
 
 class Buffer:
-    """A heap with lazy removal."""
+    """A heap with lazy removal. `token_s`: seconds that a prompt token takes, kept up by the owner;
+    what is in the buffer keeps the one it was entered with."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_first: bool) -> None:
+        self.longest_first = longest_first  # among newcomers
+        self.token_s = 0.0
         self.num_tokens = 0  # prompt tokens of all
         self._waiting: dict[int, Waiting] = {}  # in the order in which they came
         self._heap: list[_Key] = []
         self._keys: dict[int, _Key] = {}  # the valid entry of each
+        self._fresh: dict[int, Waiting] = {}  # came since the last departure
         self._hidden: set[int] = set()
         self._class_tokens: Counter[tuple[int, bool]] = Counter()
         self._departures = 0
@@ -37,9 +45,9 @@ class Buffer:
         self._before[request_id] = self._departures - waiting.rounds
         self.num_tokens += waiting.num_tokens
         self._class_tokens[class_of(waiting)] += waiting.num_tokens
-        key = (*class_of(waiting), waiting.arrived_s, request_id)
-        self._keys[request_id] = key
-        heapq.heappush(self._heap, key)
+        if not waiting.rounds:
+            self._fresh[request_id] = waiting
+        self._enter(waiting)
 
     def remove(self, request_id: int) -> Waiting | None:
         """Take a request out, its rounds counted; None if it does not wait here."""
@@ -47,6 +55,7 @@ class Buffer:
         if waiting is None:
             return None
         waiting.rounds = self.rounds_of(waiting)
+        self._fresh.pop(request_id, None)
         del self._keys[request_id], self._before[request_id]
         self.num_tokens -= waiting.num_tokens
         kind = class_of(waiting)
@@ -84,6 +93,10 @@ class Buffer:
     def departed(self) -> None:
         """A batch has left: whoever is still here was left behind."""
         self._departures += 1
+        fresh, self._fresh = self._fresh, {}
+        if self.longest_first:
+            for waiting in fresh.values():
+                self._enter(waiting)
 
     def rounds_of(self, waiting: Waiting) -> int:
         """Departures that have left it behind."""
@@ -97,6 +110,15 @@ class Buffer:
         """Prompt tokens that are considered before a newcomer like this one. O(classes)."""
         own = class_of(waiting)
         return sum(tokens for kind, tokens in self._class_tokens.items() if kind <= own)
+
+    def _enter(self, waiting: Waiting) -> None:
+        newcomer = self.longest_first and waiting.request_id in self._fresh
+        order = waiting.arrived_s + self.token_s * waiting.num_tokens
+        if newcomer:
+            order = -float(waiting.num_tokens)
+        key = (*class_of(waiting), newcomer, order, waiting.request_id)
+        self._keys[waiting.request_id] = key
+        heapq.heappush(self._heap, key)
 
 
 def class_of(waiting: Waiting) -> tuple[int, bool]:

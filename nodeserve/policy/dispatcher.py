@@ -15,11 +15,12 @@ takes its turn, the one that left longest ago first, which is what keeps departu
 import math
 from collections.abc import Sequence
 
-from nodeserve.policy.buffer import Buffer, class_of
+from nodeserve.policy.boarding import Boarding
+from nodeserve.policy.buffer import Buffer
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.immediate import Immediate
 from nodeserve.policy.pass_times import PassTimes
-from nodeserve.policy.prefill_allocation import RoundRobin, WaterFilling, uncached
+from nodeserve.policy.prefill_allocation import uncached
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.policy.units import (
     IMMEDIATE,
@@ -36,8 +37,6 @@ HISTORY_PASSES = 16  # per instance: what mean pass times are taken over
 SILENCE_PASSES = 5.0  # nobody's pass ended for so many: the window is not to be trusted
 MIN_SILENCE_S = 1.0
 UNKNOWN_AFTER_S = 1.0
-MAX_SKIPPED = 32  # requests without room that one departure looks behind
-MAX_ROUNDS_SKIPPED = 16  # a request left behind so often is not overtaken by smaller ones any more
 
 
 class Dispatcher:
@@ -54,7 +53,8 @@ class Dispatcher:
         self.falling_back = False
         self._by_number = {instance.number: instance for instance in self.instances}
         self._by_unit = {unit.index: one for one in self.instances for unit in one.units}
-        self._buffer = Buffer()
+        self._buffer = Buffer(longest_first=len(instances) > 1)
+        self._boarding = Boarding(self._buffer, self.times, options)
         self._immediate = Immediate(options)
         self._feedback = Mean()  # end of a pass to our knowing it, seconds
         self._dispatch = Mean()  # departure to the start of the pass it was for
@@ -118,6 +118,9 @@ class Dispatcher:
         departed_s = self._awaited.pop(number, None)
         if departed_s is not None:
             self._dispatch.add(max(0.0, done.began_s - departed_s))
+        self._buffer.token_s = (
+            self.times.level_s(self.options.budget, len(works)) / self.options.budget
+        )
         self.window.pass_s = self.times.mean_s
         self.window.dead_s = self._feedback.value + self._dispatch.value
 
@@ -152,13 +155,13 @@ class Dispatcher:
         if self.times.mean_s is None or (idle and now_s > self._heard_s + UNKNOWN_AFTER_S):
             return None
         budget, num_units = self.options.budget, len(alive[0].units)
-        full_s = self.times.predict_s([_work_of(budget)] * num_units) or 0.0
+        full_s = self.times.level_s(budget, num_units)
         batches = self._buffer.tokens_ahead(waiting) // (budget * num_units)
         opens_s = min(one.opens_s(now_s) for one in alive)
         if not math.isfinite(opens_s):
             opens_s = now_s + self.times.mean_s / len(alive)
         own, rest = divmod(waiting.num_tokens, budget)
-        own_s = own * full_s + (self.times.predict_s([_work_of(rest)]) or 0.0 if rest else 0.0)
+        own_s = own * full_s + (self.times.level_s(rest, 1) if rest else 0.0)
         begins_s = max(now_s, opens_s) + batches * full_s / len(alive)
         return begins_s - now_s + own_s + self.window.dead_s
 
@@ -199,7 +202,7 @@ class Dispatcher:
 
     def _depart(self, instance: PrefillInstance, now_s: float) -> Departure | None:
         was_empty = instance.empty
-        boarded = self._board(instance)
+        boarded = self._boarding.board(instance, self._alive(), now_s)
         if not boarded and not instance.at_door:
             return None
         for waiting, unit in boarded:
@@ -212,55 +215,6 @@ class Dispatcher:
             self._awaited[instance.number] = now_s
             self._heard_s = max(self._heard_s, now_s)
         return Departure(instance.number, boarded)
-
-    def _board(self, instance: PrefillInstance) -> list[tuple[Waiting, int]]:
-        """Take as many as there is room for, in the buffer's order, and allocate them."""
-        filling = self._filling(instance)
-        boarded: list[tuple[Waiting, int]] = []
-        unfit: list[Waiting] = []
-        reserved = False
-        while not reserved and len(unfit) < MAX_SKIPPED:
-            batch = self._buffer.hide(filling.room)
-            if not batch:
-                break
-            for waiting in sorted(batch, key=self._placement_order):
-                unit = None if reserved else filling.pick(waiting, self.options.max_num_seqs)
-                if unit is not None:
-                    self._buffer.remove(waiting.request_id)
-                    boarded.append((waiting, unit))
-                else:
-                    unfit.append(waiting)
-                    # What comes free is kept for one that was passed over for long.
-                    reserved |= self._buffer.rounds_of(waiting) >= MAX_ROUNDS_SKIPPED
-        for waiting in unfit:
-            self._buffer.show(waiting)
-        if isinstance(filling, RoundRobin):
-            instance.turn = filling.next
-        return boarded
-
-    def _placement_order(self, waiting: Waiting) -> tuple[tuple[int, bool], bool, int]:
-        """Of those that board, whoever was left behind before goes first, and then the longest:
-        that packs best."""
-        newcomer = not self._buffer.rounds_of(waiting)
-        return class_of(waiting), newcomer, -waiting.num_tokens
-
-    def _filling(self, instance: PrefillInstance) -> WaterFilling | RoundRobin:
-        rooms = instance.rooms()
-        for unit in instance.units:
-            if self._is_clogged(unit):
-                del rooms[unit.index]
-        if self.options.prefill_allocation == "round-robin":
-            return RoundRobin(instance.units, rooms, instance.turn)
-        return WaterFilling(instance.units, rooms, self.options.budget)
-
-    def _is_clogged(self, unit: Unit) -> bool:
-        """Its memory is full of pages that nobody has room to decode: filling it further would
-        only move the queue from the buffer, where it can still be reordered, to there."""
-        account = unit.account
-        if not account.load.num_pinned:
-            return False
-        least = (1.0 - self.options.max_parked_share) * account.num_blocks
-        return account.free_blocks < least
 
     # ---- without a window
 
@@ -301,8 +255,3 @@ class Dispatcher:
 
 def _fixed_s(options: DispatchOptions) -> float | None:
     return options.window_s if options.admission == "staggered" else 0.0
-
-
-def _work_of(num_tokens: int) -> RankWork:
-    """Of one prompt's first pass."""
-    return RankWork(num_tokens, num_tokens * num_tokens / 2)

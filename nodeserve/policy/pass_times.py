@@ -63,6 +63,12 @@ class PassTimes:
         highest = min(times[-1], CUT * _median(times))
         return min(max(fit.predict_s(ranks), times[0] / CUT), CUT * highest)
 
+    def level_s(self, num_tokens: int, num_ranks: int) -> float:
+        """Predicted seconds of a pass with a prompt of so many tokens, from its start, on each of
+        so many ranks; 0 before any pass was seen."""
+        work = RankWork(num_tokens, num_tokens * num_tokens / 2)
+        return self.predict_s([work] * num_ranks) or 0.0
+
     def decode_costs(self, least_passes: int) -> tuple[float, float] | None:
         """Seconds that one more sequence, and one more token of context, add to the slowest rank of
         a pure decode pass; None before so many of those, or while neither shows."""

@@ -22,7 +22,7 @@ class WaterFilling:
         it may get something."""
         self._units = {unit.index: unit for unit in units}
         self._rooms = dict(rooms)
-        self._slack = int(STICKINESS * budget)
+        self._budget = budget
         self._heap = [self._entry(index) for index in rooms]
         heapq.heapify(self._heap)
 
@@ -31,21 +31,27 @@ class WaterFilling:
         """Tokens that still fit the pass that comes; 0: no unit has room for a single one."""
         return sum(room for room in self._rooms.values() if room > 0)
 
-    def pick(self, waiting: Waiting, max_num_seqs: int) -> int | None:
-        """The unit for a request, its level raised and its account booked; None if it fits none."""
+    def pick(self, waiting: Waiting, max_num_seqs: int, may_split: bool = True) -> int | None:
+        """The unit for a request, its level raised and its account booked; None if it fits none.
+
+        Without `may_split` a prompt that an empty pass would hold is not begun in the rest of one:
+        it would take two passes where the next departure's takes one.
+        """
+        whole = not may_split and waiting.num_tokens <= self._budget
         if waiting.hits:
-            picked = self._pick_cached(waiting, max_num_seqs)
+            picked = self._pick_cached(waiting, max_num_seqs, whole)
         else:
-            picked = self._pick_emptiest(waiting, max_num_seqs)
+            picked = self._pick_emptiest(waiting, max_num_seqs, whole)
         if picked is not None:
             self._units[picked].account.send(waiting.num_tokens, waiting.num_blocks)
             self._rooms[picked] -= uncached(waiting, picked)
             heapq.heappush(self._heap, self._entry(picked))
         return picked
 
-    def _pick_emptiest(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+    def _pick_emptiest(self, waiting: Waiting, max_num_seqs: int, whole: bool) -> int | None:
+        least = waiting.num_tokens if whole else 1
         skipped, picked = [], None
-        while (entry := self._top()) is not None and -entry[0] > 0:
+        while (entry := self._top()) is not None and -entry[0] >= least:
             if fits(self._units[entry[2]], waiting, max_num_seqs):
                 picked = entry[2]
                 break
@@ -54,18 +60,20 @@ class WaterFilling:
             heapq.heappush(self._heap, entry)
         return picked
 
-    def _pick_cached(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+    def _pick_cached(self, waiting: Waiting, max_num_seqs: int, whole: bool) -> int | None:
         """As above with the levels as they would become, and a preference for the longest hit."""
         levels = {
             index: room - uncached(waiting, index)
             for index, room in self._rooms.items()
-            if room > 0 and fits(self._units[index], waiting, max_num_seqs)
+            if room >= (uncached(waiting, index) if whole else 1)
+            and fits(self._units[index], waiting, max_num_seqs)
         }
         if not levels:
             return None
         best = max(levels, key=lambda index: (levels[index], -index))
         cached = max(levels, key=lambda index: (waiting.hits.get(index, 0), levels[index], -index))
-        return cached if levels[cached] >= levels[best] - self._slack else best
+        slack = int(STICKINESS * self._budget)
+        return cached if levels[cached] >= levels[best] - slack else best
 
     def _entry(self, index: int) -> tuple[int, int, int]:
         return (-self._rooms[index], -self._units[index].account.free_blocks, index)
@@ -89,7 +97,7 @@ class RoundRobin:
     def room(self) -> int:
         return sum(room for room in self._rooms.values() if room > 0)
 
-    def pick(self, waiting: Waiting, max_num_seqs: int) -> int | None:
+    def pick(self, waiting: Waiting, max_num_seqs: int, may_split: bool = True) -> int | None:
         for offset in range(len(self._units)):
             unit = self._units[(self.next + offset) % len(self._units)]
             if self._rooms[unit.index] > 0 and fits(unit, waiting, max_num_seqs):

@@ -153,7 +153,9 @@ def test_a_mixed_worker_gives_the_tokens_of_the_cpu(
         worker.until(lambda: len(worker.streams.get(8, [])) > 2)
         worker.send(Cancel(8))
         worker.expect(Dropped, 8)
-        worker.until(lambda: worker.load[:5] == [0, 0, 0, 5, 0])  # once no launched step writes there
+        worker.until(
+            lambda: worker.load[:5] == [0, 0, 0, 5, 0]
+        )  # once no launched step writes there
         worker.send(Shutdown())
         assert worker.process.wait(DEADLINE_S) == 0
 

@@ -33,14 +33,38 @@ def drain(buffer: Buffer) -> list[int]:
 def test_requests_are_considered_by_class_then_arrival(
     requests: list[tuple[Any, ...]], order: list[int]
 ) -> None:
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     for request_id, num_tokens, *rest in requests:
         buffer.push(Waiting(request_id, num_tokens, 1, *(rest or (0.0,))))
     assert drain(buffer) == order
 
 
+def test_newcomers_board_longest_first_behind_those_left_behind() -> None:
+    buffer = Buffer(longest_first=True)
+    for request_id, num_tokens in ((1, 10), (2, 30), (3, 20)):
+        buffer.push(waiting(request_id, num_tokens, float(request_id)))
+    first = buffer.first()
+    assert first is not None and first.request_id == 2
+    buffer.remove(2)
+    buffer.departed()
+    buffer.push(waiting(4, 5, 4.0))
+    buffer.push(waiting(5, 50, 5.0))
+    assert drain(buffer) == [1, 3, 5, 4]
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_a_long_prompt_lets_short_ones_pass_that_come_soon_after_it(longest_first: bool) -> None:
+    buffer = Buffer(longest_first)
+    buffer.token_s = 0.01
+    buffer.push(waiting(1, 1000, 0.0))
+    buffer.push(waiting(2, 10, 9.0))
+    buffer.push(waiting(3, 10, 11.0))
+    buffer.departed()
+    assert drain(buffer) == [2, 1, 3]
+
+
 def test_best_effort_boards_behind_those_of_its_priority_that_can_meet_their_slo() -> None:
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     buffer.push(Waiting(1, 10, 1, 0.0, best_effort=True))
     buffer.push(Waiting(2, 5, 1, 1.0))
     buffer.push(Waiting(3, 5, 1, 2.0, priority=1, best_effort=True))
@@ -48,7 +72,7 @@ def test_best_effort_boards_behind_those_of_its_priority_that_can_meet_their_slo
 
 
 def test_rounds_count_the_departures_that_left_it_behind() -> None:
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     buffer.departed()
     buffer.push(waiting(1))
     buffer.departed()
@@ -64,7 +88,7 @@ def test_rounds_count_the_departures_that_left_it_behind() -> None:
 
 
 def test_hidden_requests_are_passed_over_and_come_back() -> None:
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     for request_id in (1, 2, 3, 4):
         buffer.push(waiting(request_id, 30, float(request_id)))
     hidden = buffer.hide(31)
@@ -78,7 +102,7 @@ def test_hidden_requests_are_passed_over_and_come_back() -> None:
 
 
 def test_tokens_ahead_are_those_of_its_class_and_of_better_ones() -> None:
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     buffer.push(waiting(1, 100, priority=1))
     buffer.push(waiting(2, 10))
     buffer.push(Waiting(3, 1000, 1, 0.0, best_effort=True))
@@ -92,7 +116,7 @@ def test_tokens_ahead_are_those_of_its_class_and_of_better_ones() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nobody_is_lost_or_boards_twice_in_any_order(seed: int) -> None:
-    rng, buffer, here = random.Random(seed), Buffer(), set()
+    rng, buffer, here = random.Random(seed), Buffer(longest_first=bool(seed % 2)), set()
     boarded: list[int] = []
     for request_id in range(2000):
         match rng.randrange(4):
@@ -116,7 +140,7 @@ def test_nobody_is_lost_or_boards_twice_in_any_order(seed: int) -> None:
 
 
 def test_entries_of_those_who_left_do_not_pile_up() -> None:
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     for request_id in range(10_000):
         buffer.push(waiting(request_id))
         buffer.departed()
@@ -126,7 +150,7 @@ def test_entries_of_those_who_left_do_not_pile_up() -> None:
 
 def test_sweeping_out_stale_entries_does_not_bring_hidden_ones_back() -> None:
     """A request that was considered twice would have departed twice."""
-    buffer = Buffer()
+    buffer = Buffer(longest_first=False)
     for request_id in range(1000):
         buffer.push(waiting(request_id, 1, float(request_id)))
     [hidden] = buffer.hide(1)

@@ -117,6 +117,55 @@ def test_the_second_of_two_instances_waits_for_the_middle_of_the_pass() -> None:
     assert list(node.decide(wake_s)) == [1 - first]
 
 
+def learn_lengths(node: Node, now_s: float) -> float:
+    """Passes whose time is that of their tokens, 10 ms each."""
+    for tokens in (10, 100, 30, 60, 10, 100):
+        node.push(now_s, tokens)
+        [left] = node.decide(now_s)
+        node.end_pass(left, now_s, now_s + tokens / 100, tokens)
+        now_s += tokens / 100
+    return now_s
+
+
+def test_instances_that_open_together_share_a_burst() -> None:
+    """Filled to the brim, one pass would be long while the other instance is empty."""
+    node = Node(2, num_ranks=2, admission="pull")
+    now_s = learn_lengths(node, 0.0)
+    node.push(now_s, *[20] * 8)
+    assert [len(boarded) for boarded in node.decide(now_s).values()] == [4, 4]
+
+
+def test_where_a_full_pass_takes_no_longer_nobody_shares() -> None:
+    node = Node(2, num_ranks=2, admission="pull")
+    now_s = node.learn()
+    node.push(now_s, *[20] * 8)
+    assert [len(boarded) for boarded in node.decide(now_s).values()] == [8]
+
+
+def test_a_burst_is_not_spread_below_its_longest_prompt() -> None:
+    node = Node(2, num_ranks=2, admission="pull")
+    now_s = learn_lengths(node, 0.0)
+    ids = node.push(now_s, 90, 10, 10, 10, 10)
+    [boarded] = node.decide(now_s).values()
+    assert boarded == ids, "the pass is as long as that prompt in any case"
+
+
+def test_a_prompt_boards_where_it_fits_whole_until_it_is_left_behind() -> None:
+    node = Node(3, admission="pull")
+    now_s = node.learn()
+    for instance in node.push(now_s, 100, 100, 100):  # one for each
+        assert instance
+    assert len(node.decide(now_s)) == 3
+    [one, two] = node.push(now_s, 60, 60)
+    node.end_pass(0, now_s, now_s + 1.0)
+    assert node.decide(now_s + 1.0) == {0: [one]}, "60 do not fit the other 40"
+    [three] = node.push(now_s + 1.0, 60)
+    node.end_pass(1, now_s, now_s + 1.5)
+    assert node.decide(now_s + 1.5) == {1: [two]}
+    node.end_pass(0, now_s + 1.0, now_s + 2.0)
+    assert node.decide(now_s + 2.0) == {0: [three]}
+
+
 def test_with_prompts_left_the_next_pass_takes_whoever_waits_or_is_told_to_go_on() -> None:
     node = Node(2)
     now_s = node.learn()

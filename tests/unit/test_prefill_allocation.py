@@ -38,6 +38,24 @@ def test_the_emptiest_unit_gets_the_next(
     assert [filling.pick(waiting(n), 64) for n in lengths] == picked
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "hits", "may_split", "picked"),
+    [
+        (50, {}, True, 10),
+        (50, {}, False, None),
+        (40, {}, False, 10),
+        (101, {}, False, 10),  # no pass would hold it
+        (50, {11: 20}, False, 11),  # 30 have to be computed
+        (50, {11: 5}, False, None),
+    ],
+)
+def test_a_prompt_that_a_pass_would_hold_is_not_begun_in_the_rest_of_one(
+    num_tokens: int, hits: dict[int, int], may_split: bool, picked: int | None
+) -> None:
+    filling = WaterFilling(units_of(MANY, MANY), {10: 40, 11: 30}, 100)
+    assert filling.pick(waiting(num_tokens, hits=hits), 64, may_split) == picked
+
+
 def test_what_is_picked_is_booked_and_an_instance_says_what_room_is_left() -> None:
     units = units_of(MANY, MANY)
     filling = WaterFilling(units, {10: 20, 11: 10}, 100)
