@@ -12,9 +12,11 @@ from nodeserve.policy.pass_times import PassTimes
 from nodeserve.policy.prefill_allocation import RoundRobin, WaterFilling
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.policy.units import DispatchOptions, Unit, Waiting
+from nodeserve.policy.window import Mean
 
 MAX_SKIPPED = 32  # requests without room that one departure looks behind
 MAX_ROUNDS_SKIPPED = 16  # a request left behind so often is not overtaken by smaller ones any more
+VARIED = 0.3  # coefficient of variation of prompt lengths from which shorter ones fill gaps
 
 
 class Boarding:
@@ -24,6 +26,7 @@ class Boarding:
         self._buffer = buffer
         self._times = times
         self._options = options
+        self._tokens, self._squares = Mean(), Mean()  # of the lengths of those that boarded
 
     def board(
         self, instance: PrefillInstance, alive: Sequence[PrefillInstance], now_s: float
@@ -38,7 +41,7 @@ class Boarding:
             most = max(longest, self._share(instance, alive, room, now_s))
             rooms = {index: min(room, most) for index, room in rooms.items()}
         filling = self._filling(instance, rooms)
-        alone = len(alive) == 1
+        may_split = len(alive) == 1 or not self._lengths_vary
         boarded: list[tuple[Waiting, int]] = []
         unfit: list[Waiting] = []
         reserved = False
@@ -47,9 +50,10 @@ class Boarding:
                 rounds = self._buffer.rounds_of(waiting)
                 unit = None
                 if not reserved:
-                    unit = filling.pick(waiting, self._options.max_num_seqs, alone or rounds > 0)
+                    max_num_seqs = self._options.max_num_seqs
+                    unit = filling.pick(waiting, max_num_seqs, may_split or rounds > 0)
                 if unit is not None:
-                    self._buffer.remove(waiting.request_id)
+                    self._take(waiting)
                     boarded.append((waiting, unit))
                 else:
                     unfit.append(waiting)
@@ -62,6 +66,16 @@ class Boarding:
         if isinstance(filling, RoundRobin):
             instance.turn = filling.next
         return boarded
+
+    def _take(self, waiting: Waiting) -> None:
+        self._buffer.remove(waiting.request_id)
+        self._tokens.add(waiting.num_tokens)
+        self._squares.add(waiting.num_tokens**2)
+
+    @property
+    def _lengths_vary(self) -> bool:
+        """Whether a place too short for one prompt is likely to be filled by another."""
+        return self._squares.value > (1 + VARIED**2) * self._tokens.value**2
 
     def _placement_order(self, waiting: Waiting) -> tuple[tuple[int, bool], bool, int]:
         """Of those that board, whoever was left behind before goes first, and then the longest:

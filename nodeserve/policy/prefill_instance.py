@@ -110,10 +110,12 @@ class PrefillInstance:
         return works
 
     def heard(self, now_s: float) -> None:
-        """It lives: whatever it is late with has twice the time from now."""
+        """It lives. If it still works, it has twice the time from now; if nothing is left to do, it
+        was in time and only its report was lost."""
         if self.suspect:
             self.suspect = False
-            self._patience = min(2.0 * self._patience, MAX_DEADLINE_PASSES / DEADLINE_PASSES)
+            longest = MAX_DEADLINE_PASSES / DEADLINE_PASSES
+            self._patience = 1.0 if self.empty else min(2.0 * self._patience, longest)
             self._follow(now_s, now_s)
 
     def settle(self) -> None:

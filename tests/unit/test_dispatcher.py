@@ -152,9 +152,8 @@ def test_a_burst_is_not_spread_below_its_longest_prompt() -> None:
 
 def test_a_prompt_boards_where_it_fits_whole_until_it_is_left_behind() -> None:
     node = Node(3, admission="pull")
-    now_s = node.learn()
-    for instance in node.push(now_s, 100, 100, 100):  # one for each
-        assert instance
+    now_s = learn_lengths(node, 0.0)
+    node.push(now_s, 100, 100, 100)  # one for each
     assert len(node.decide(now_s)) == 3
     [one, two] = node.push(now_s, 60, 60)
     node.end_pass(0, now_s, now_s + 1.0)
@@ -164,6 +163,14 @@ def test_a_prompt_boards_where_it_fits_whole_until_it_is_left_behind() -> None:
     assert node.decide(now_s + 1.5) == {1: [two]}
     node.end_pass(0, now_s + 1.0, now_s + 2.0)
     assert node.decide(now_s + 2.0) == {0: [three]}
+
+
+def test_prompts_of_one_length_share_passes_as_they_come() -> None:
+    """Nobody shorter would fill the place that is left."""
+    node = Node(2, admission="pull")
+    now_s = node.learn()
+    first, second, third = node.push(now_s, 60, 60, 60)
+    assert node.decide(now_s) == {0: [first, second], 1: [third]}
 
 
 def test_with_prompts_left_the_next_pass_takes_whoever_waits_or_is_told_to_go_on() -> None:
