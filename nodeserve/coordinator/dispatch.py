@@ -69,9 +69,9 @@ class Dispatch:
             for link in ranks
             if len(ranks) > 1 or link.role is Role.PREFILL
         }
-        # Of each instance that decodes, what its ranks said of its newest step.
-        self._seen: dict[int, list[StepDone]] = {
-            link.instance: [] for link in links if link.decodes
+        # Of each instance that decodes, what its ranks, by worker, said of its newest step.
+        self._seen: dict[int, dict[int, StepDone]] = {
+            link.instance: {} for link in links if link.decodes
         }
 
     # ---- requests come and go
@@ -141,17 +141,17 @@ class Dispatch:
 
     def on_step(self, link: WorkerLink, step: StepDone, now_s: float) -> None:
         """A step of a worker is over."""
-        instance = link.instance
         if step.attention or link.index in self._every_step:
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
             self.dispatcher.on_pass(link.index, done, now_s)
         if link.decodes:
-            seen = self._seen[instance]
-            if seen and step.step != seen[0].step:
-                if step.step < seen[0].step:
-                    return  # of those before enough was learned
+            seen = self._seen[link.instance]
+            newest = next(iter(seen.values())).step if seen else step.step
+            if step.step < newest:
+                return  # of those before enough was learned
+            if step.step > newest:
                 seen.clear()
-            seen.append(step)
+            seen[link.index] = step
 
     def on_alive(self, link: WorkerLink, now_s: float) -> None:
         """A probe's answer. The instance lives when all its ranks have answered."""
@@ -186,9 +186,10 @@ class Dispatch:
     def _learn(self) -> None:
         for instance, steps in self._seen.items():
             if len(steps) == len(self.instances[instance]):
-                if not any(step.num_prefill_tokens for step in steps):
-                    seconds = max(step.step_s for step in steps)
-                    self.allocator.observe([work_of(step) for step in steps], seconds)
+                ranks = list(steps.values())
+                if not any(step.num_prefill_tokens for step in ranks):
+                    seconds = max(step.step_s for step in ranks)
+                    self.allocator.observe([work_of(step) for step in ranks], seconds)
                 steps.clear()
 
     def _start_pulls(self, now_s: float) -> None:

@@ -23,7 +23,7 @@ from nodeserve.wire.messages import (
     ToWorker,
     pack_ids,
 )
-from tests.fakes.node import FakeNode, FakeWorker, expected_stream, policies
+from tests.fakes.node import FakeNode, FakeWorker, Told, expected_stream, policies
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 
@@ -155,6 +155,13 @@ async def test_the_step_of_an_instance_is_learned_once_all_ranks_have_told_it(
     assert 0 < decodes <= 6 * 7
     assert all(work.kv_tokens >= 20 * work.num_decodes for ranks in seen for work in ranks)
     assert any(RankWork() in ranks for ranks in seen), "idle ranks take part"
+    seen.clear()
+    for index, done in ((1, 0), (1, 0), (2, 1)):  # one rank twice is not two ranks
+        worker = node.workers[index]
+        worker.out.append(Told().message(worker.load(), number=10**6, now_s=node.now))
+        node.deliver(worker)
+        node.turn()
+        assert len(seen) == done
 
 
 async def test_ranks_of_a_lost_instance_get_nothing_more() -> None:
