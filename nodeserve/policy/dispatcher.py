@@ -20,7 +20,7 @@ from nodeserve.policy.buffer import Buffer
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.immediate import Immediate
 from nodeserve.policy.pass_times import PassTimes
-from nodeserve.policy.prefill_allocation import uncached
+from nodeserve.policy.prefill_allocation import book, uncached
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.policy.units import (
     IMMEDIATE,
@@ -227,8 +227,7 @@ class Dispatcher:
         while (waiting := self._buffer.first()) is not None:
             self._buffer.remove(waiting.request_id)
             unit = self._immediate.pick(usable, self.falling_back)
-            unit.account.send(waiting.num_tokens, waiting.num_blocks)
-            self._by_number[unit.instance].boarded(unit.index, uncached(waiting, unit.index))
+            self._by_number[unit.instance].boarded(unit.index, book(unit, waiting))
             boarded.setdefault(unit.instance, []).append((waiting, unit.index))
         for one in alive:
             if one.at_door:

@@ -18,9 +18,15 @@ BUDGET = 100
 class Node:
     """A dispatcher and what its workers would have: nothing happens unless a test says so."""
 
-    def __init__(self, num_instances: int = 2, num_ranks: int = 1, **options: object) -> None:
+    def __init__(
+        self,
+        num_instances: int = 2,
+        num_ranks: int = 1,
+        decodes: bool = False,
+        **options: object,
+    ) -> None:
         self.units = [
-            Unit(place, place // num_ranks, Account(BLOCKS))
+            Unit(place, place // num_ranks, Account(BLOCKS), decodes)
             for place in range(num_instances * num_ranks)
         ]
         groups = [self.units[at : at + num_ranks] for at in range(0, len(self.units), num_ranks)]
@@ -164,6 +170,16 @@ def test_a_prompt_boards_where_it_fits_whole_until_it_is_left_behind() -> None:
     assert node.decide(now_s + 1.5) == {1: [two]}
     node.end_pass(0, now_s + 1.0, now_s + 2.0)
     assert node.decide(now_s + 2.0) == {0: [three]}
+
+
+def test_running_decodes_do_not_keep_out_a_prompt_as_long_as_a_pass() -> None:
+    """With them no pass would ever hold it whole."""
+    node = Node(2, decodes=True)
+    now_s = node.learn()
+    for unit in node.units:
+        unit.account.report(Load(1, 0, 0, BLOCKS - 5, 0, node.received[unit.index]))
+    [request] = node.push(now_s, BUDGET)
+    assert list(node.decide(now_s).values()) == [[request]]
 
 
 def test_with_prompts_left_the_next_pass_takes_whoever_waits_or_is_told_to_go_on() -> None:
