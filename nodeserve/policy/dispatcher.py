@@ -13,7 +13,7 @@ takes its turn, the one that left longest ago first, which is what keeps departu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from nodeserve.policy.boarding import Boarding
 from nodeserve.policy.buffer import Buffer
@@ -183,7 +183,7 @@ class Dispatcher:
                     wake_s = leaves_s
                     break
             tried.add(instance.number)
-            if departure := self._depart(instance, now_s):
+            if departure := self._depart(instance, tried, now_s):
                 departures.append(departure)
         return departures, wake_s
 
@@ -200,9 +200,12 @@ class Dispatcher:
             free_s=sorted(one.opens_s(now_s) for one in others),
         )
 
-    def _depart(self, instance: PrefillInstance, now_s: float) -> Departure | None:
-        was_empty = instance.empty
-        boarded = self._boarding.board(instance, self._alive(), now_s)
+    def _depart(self, instance: PrefillInstance, tried: Set[int], now_s: float) -> Departure | None:
+        """`tried` were offered what waits, this one among them: of these, none that is still open
+        comes into question for the rest."""
+        was_empty, alive = instance.empty, self._alive()
+        others = [one for one in alive if not (one.is_open and one.number in tried)]
+        boarded = self._boarding.board(instance, others, now_s, may_split=len(alive) == 1)
         if not boarded and not instance.at_door:
             return None
         for waiting, unit in boarded:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from nodeserve.policy import prefill_allocation
 from nodeserve.policy.account import Account
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.dispatcher import Dispatcher
@@ -139,6 +140,14 @@ def test_instances_that_open_together_share_a_burst() -> None:
     now_s = learn_lengths(node, 0.0)
     node.push(now_s, *[20] * 8)
     assert [len(boarded) for boarded in node.decide(now_s).values()] == [4, 4]
+
+
+def test_a_burst_that_mixed_instances_share_boards_whole() -> None:
+    """They are open all the time: those that have their share already do not take another."""
+    node = Node(4, decodes=True, admission="pull")
+    now_s = learn_lengths(node, 0.0)
+    node.push(now_s, *[20] * 16)
+    assert [len(boarded) for boarded in node.decide(now_s).values()] == [4, 4, 4, 4]
 
 
 def test_where_a_full_pass_takes_no_longer_nobody_shares() -> None:
@@ -285,6 +294,27 @@ def test_a_request_without_memory_is_passed_over_but_not_for_ever() -> None:
         node.steps[0] += 1
         node.dispatcher.on_pass(0, PassDone(node.steps[0], now_s, 0.5, RankWork(1, 0.5)), now_s)
     assert 10 <= overtaken < 30, "then what comes free is kept for it"
+
+
+@pytest.mark.parametrize(("free", "max_num_seqs", "most"), [(1, 256, 32 * 8), (BLOCKS, 1, 0)])
+def test_a_departure_looks_behind_few_that_find_no_room(
+    free: int, max_num_seqs: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+
+    def fits(unit: Unit, waiting: Waiting, max_num_seqs: int) -> bool:
+        looked.append(waiting.request_id)
+        return prefill_allocation_fits(unit, waiting, max_num_seqs)
+
+    prefill_allocation_fits = prefill_allocation.fits
+    monkeypatch.setattr(prefill_allocation, "fits", fits)
+    node = Node(1, num_ranks=8, max_num_seqs=max_num_seqs)
+    for unit in node.units:
+        unit.account.report(Load(1, 0, 0, free, 0, 0))
+    for request_id in range(500):
+        node.dispatcher.push(Waiting(request_id, 1, 2, 0.0), 0.0)
+    assert not node.decide(0.0)
+    assert len(looked) <= most
 
 
 def test_an_overdue_instance_is_suspect_and_probed_and_lives_again_with_any_word() -> None:
