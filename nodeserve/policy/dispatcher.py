@@ -147,8 +147,9 @@ class Dispatcher:
         UNKNOWN_AFTER_S and the node is empty: else an estimate that is too high, by which everybody
         is refused, would never be corrected.
 
-        Requests before it board as whole passes that come in turn, then its own passes run. Meant
-        low rather than high: what shares its passes is not counted.
+        First what an instance has is computed, then requests before it board as whole passes that
+        come in turn, then its own passes run. Meant low rather than high: what shares its passes is
+        not counted.
         """
         alive = self._alive() or self.instances
         idle = not self._buffer and all(one.empty for one in alive)
@@ -157,12 +158,12 @@ class Dispatcher:
         budget, num_units = self.options.budget, len(alive[0].units)
         full_s = self.times.level_s(budget, num_units)
         batches = self._buffer.tokens_ahead(waiting) // (budget * num_units)
-        opens_s = min(one.opens_s(now_s) for one in alive)
-        if not math.isfinite(opens_s):
-            opens_s = now_s + self.times.mean_s / len(alive)
+        takes_in_s = min(one.takes_in_s(now_s, full_s) for one in alive)
+        if not math.isfinite(takes_in_s):
+            takes_in_s = now_s + self.times.mean_s / len(alive)
         own, rest = divmod(waiting.num_tokens, budget)
         own_s = own * full_s + (self.times.level_s(rest, 1) if rest else 0.0)
-        begins_s = max(now_s, opens_s) + batches * full_s / len(alive)
+        begins_s = takes_in_s + batches * full_s / len(alive)
         return begins_s - now_s + own_s + self.window.dead_s
 
     def _leave_in_turn(self, now_s: float) -> tuple[list[Departure], float]:
