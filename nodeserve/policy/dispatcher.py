@@ -99,6 +99,7 @@ class Dispatcher:
     def heard(self, instance: int, now_s: float) -> None:
         """A suspect answered a probe, and its accounts have what it said."""
         self._by_number[instance].heard(now_s)
+        self._awaited.pop(instance, None)  # of that pass, nothing more may be said
         self._heard_s = now_s
 
     def lose(self, instance: int) -> None:

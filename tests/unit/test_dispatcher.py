@@ -129,6 +129,19 @@ def test_an_overdue_instance_is_suspect_and_probed_and_lives_again_with_any_word
     assert node.decide(deadline_s + 0.1) == {late: [again]}
 
 
+def test_a_lost_report_is_no_dead_time() -> None:
+    node = Node(2)
+    now_s = node.learn()
+    node.push(now_s, 50)
+    [late] = node.decide(now_s)
+    node.dispatcher.decide(now_s + 20.0)
+    node.load(late, left=50)
+    node.dispatcher.heard(late, now_s + 20.0)
+    node.decide(now_s + 20.0)
+    node.end_pass(late, now_s + 20.0, now_s + 21.0)
+    assert node.dispatcher.window.dead_s == pytest.approx(0.0)
+
+
 def test_a_busy_suspect_gets_twice_the_time() -> None:
     node = Node(2)
     now_s = node.learn()
