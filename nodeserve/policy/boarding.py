@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nodeserve.policy.buffer import Buffer, class_of
 from nodeserve.policy.pass_times import PassTimes
-from nodeserve.policy.prefill_allocation import RoundRobin, WaterFilling
+from nodeserve.policy.prefill_allocation import RoundRobin, WaterFilling, has_place
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.policy.units import DispatchOptions, Unit, Waiting
 from nodeserve.policy.window import Mean
@@ -29,19 +29,24 @@ class Boarding:
         self._tokens, self._squares = Mean(), Mean()  # of the lengths of those that boarded
 
     def board(
-        self, instance: PrefillInstance, alive: Sequence[PrefillInstance], now_s: float
+        self,
+        instance: PrefillInstance,
+        others: Sequence[PrefillInstance],
+        now_s: float,
+        may_split: bool,
     ) -> list[tuple[Waiting, int]]:
         """Take as many as there is room for, in the buffer's order, and allocate them: requests
-        and the index of the unit of each. `alive` are all instances that take part."""
+        and the index of the unit of each. `others` are those that may take a share, `may_split` is
+        WaterFilling's for newcomers."""
         rooms = self._rooms(instance)
         room = sum(room for room in rooms.values() if room > 0)
         batch = self._buffer.hide(room)
         if batch:
             longest = max(waiting.num_tokens for waiting in batch)
-            most = max(longest, self._share(instance, alive, room, now_s))
+            most = max(longest, self._share(instance, others, room, now_s))
             rooms = {index: min(room, most) for index, room in rooms.items()}
         filling = self._filling(instance, rooms)
-        may_split = len(alive) == 1 or not self._lengths_vary
+        may_split |= not self._lengths_vary
         boarded: list[tuple[Waiting, int]] = []
         unfit: list[Waiting] = []
         reserved = False
@@ -49,9 +54,9 @@ class Boarding:
             for waiting in sorted(batch, key=self._placement_order):
                 rounds = self._buffer.rounds_of(waiting)
                 unit = None
-                if not reserved:
-                    max_num_seqs = self._options.max_num_seqs
-                    unit = filling.pick(waiting, max_num_seqs, may_split or rounds > 0)
+                if not reserved and len(unfit) < MAX_SKIPPED:
+                    splits = may_split or rounds > 0
+                    unit = filling.pick(waiting, self._options.max_num_seqs, splits)
                 if unit is not None:
                     self._take(waiting)
                     boarded.append((waiting, unit))
@@ -86,15 +91,13 @@ class Boarding:
     def _rooms(self, instance: PrefillInstance) -> dict[int, int]:
         """Tokens, by unit, that still fit the pass that comes."""
         rooms = instance.rooms()
-        return {
-            unit.index: rooms[unit.index] for unit in instance.units if not self._is_clogged(unit)
-        }
+        return {unit.index: rooms[unit.index] for unit in instance.units if self._has_place(unit)}
 
     def _share(
-        self, leaving: PrefillInstance, alive: Sequence[PrefillInstance], room: int, now_s: float
+        self, leaving: PrefillInstance, others: Sequence[PrefillInstance], room: int, now_s: float
     ) -> int:
-        """Tokens of each unit if all instances that open soon share those who wait: filled to the
-        brim, this one's pass would be long while the others' are empty. Soon is before the time is
+        """Tokens of each unit if the others that open soon share those who wait: filled to the
+        brim, this one's pass would be long while theirs are empty. Soon is before the time is
         over that half the tokens save, so where all passes take as long nothing is shared.
 
         The caller does not go below the longest prompt, as long as which the pass takes anyway.
@@ -102,8 +105,8 @@ class Boarding:
         num_tokens, num_units = self._buffer.num_tokens, len(leaving.units)
         level = min(num_tokens, room) // num_units
         saved_s = self._times.level_s(level, num_units) - self._times.level_s(level // 2, num_units)
-        for one in alive:
-            if one is not leaving and one.opens_s(now_s) < now_s + saved_s:
+        for one in others:
+            if one.opens_s(now_s) < now_s + saved_s:
                 num_units += len(one.units)
         return room if num_units == len(leaving.units) else math.ceil(num_tokens / num_units)
 
@@ -113,6 +116,10 @@ class Boarding:
         if self._options.prefill_allocation == "round-robin":
             return RoundRobin(instance.units, rooms, instance.turn)
         return WaterFilling(instance.units, rooms, self._options.budget)
+
+    def _has_place(self, unit: Unit) -> bool:
+        empty = not unit.account.num_sequences
+        return empty or (has_place(unit, self._options.max_num_seqs) and not self._is_clogged(unit))
 
     def _is_clogged(self, unit: Unit) -> bool:
         """Its memory is full of pages that nobody has room to decode: filling it further would

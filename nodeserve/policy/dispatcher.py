@@ -13,14 +13,14 @@ takes its turn, the one that left longest ago first, which is what keeps departu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from nodeserve.policy.boarding import Boarding
 from nodeserve.policy.buffer import Buffer
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.immediate import Immediate
 from nodeserve.policy.pass_times import PassTimes
-from nodeserve.policy.prefill_allocation import uncached
+from nodeserve.policy.prefill_allocation import book, uncached
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.policy.units import (
     IMMEDIATE,
@@ -99,6 +99,7 @@ class Dispatcher:
     def heard(self, instance: int, now_s: float) -> None:
         """A suspect answered a probe, and its accounts have what it said."""
         self._by_number[instance].heard(now_s)
+        self._awaited.pop(instance, None)  # of that pass, nothing more may be said
         self._heard_s = now_s
 
     def lose(self, instance: int) -> None:
@@ -147,8 +148,9 @@ class Dispatcher:
         UNKNOWN_AFTER_S and the node is empty: else an estimate that is too high, by which everybody
         is refused, would never be corrected.
 
-        Requests before it board as whole passes that come in turn, then its own passes run. Meant
-        low rather than high: what shares its passes is not counted.
+        First what an instance has is computed, then requests before it board as whole passes that
+        come in turn, then its own passes run. Meant low rather than high: what shares its passes is
+        not counted.
         """
         alive = self._alive() or self.instances
         idle = not self._buffer and all(one.empty for one in alive)
@@ -157,12 +159,12 @@ class Dispatcher:
         budget, num_units = self.options.budget, len(alive[0].units)
         full_s = self.times.level_s(budget, num_units)
         batches = self._buffer.tokens_ahead(waiting) // (budget * num_units)
-        opens_s = min(one.opens_s(now_s) for one in alive)
-        if not math.isfinite(opens_s):
-            opens_s = now_s + self.times.mean_s / len(alive)
+        takes_in_s = min(one.takes_in_s(now_s, full_s) for one in alive)
+        if not math.isfinite(takes_in_s):
+            takes_in_s = now_s + self.times.mean_s / len(alive)
         own, rest = divmod(waiting.num_tokens, budget)
         own_s = own * full_s + (self.times.level_s(rest, 1) if rest else 0.0)
-        begins_s = max(now_s, opens_s) + batches * full_s / len(alive)
+        begins_s = takes_in_s + batches * full_s / len(alive)
         return begins_s - now_s + own_s + self.window.dead_s
 
     def _leave_in_turn(self, now_s: float) -> tuple[list[Departure], float]:
@@ -183,7 +185,7 @@ class Dispatcher:
                     wake_s = leaves_s
                     break
             tried.add(instance.number)
-            if departure := self._depart(instance, now_s):
+            if departure := self._depart(instance, tried, now_s):
                 departures.append(departure)
         return departures, wake_s
 
@@ -200,9 +202,12 @@ class Dispatcher:
             free_s=sorted(one.opens_s(now_s) for one in others),
         )
 
-    def _depart(self, instance: PrefillInstance, now_s: float) -> Departure | None:
-        was_empty = instance.empty
-        boarded = self._boarding.board(instance, self._alive(), now_s)
+    def _depart(self, instance: PrefillInstance, tried: Set[int], now_s: float) -> Departure | None:
+        """`tried` were offered what waits, this one among them: of these, none that is still open
+        comes into question for the rest."""
+        was_empty, alive = instance.empty, self._alive()
+        others = [one for one in alive if not (one.is_open and one.number in tried)]
+        boarded = self._boarding.board(instance, others, now_s, may_split=len(alive) == 1)
         if not boarded and not instance.at_door:
             return None
         for waiting, unit in boarded:
@@ -227,8 +232,7 @@ class Dispatcher:
         while (waiting := self._buffer.first()) is not None:
             self._buffer.remove(waiting.request_id)
             unit = self._immediate.pick(usable, self.falling_back)
-            unit.account.send(waiting.num_tokens, waiting.num_blocks)
-            self._by_number[unit.instance].boarded(unit.index, uncached(waiting, unit.index))
+            self._by_number[unit.instance].boarded(unit.index, book(unit, waiting))
             boarded.setdefault(unit.instance, []).append((waiting, unit.index))
         for one in alive:
             if one.at_door:

@@ -85,6 +85,13 @@ class PrefillInstance:
         """When it can be boarded next, as far as can be told."""
         return now_s if self.is_open else max(now_s, self.ends_s)
 
+    def takes_in_s(self, now_s: float, full_s: float) -> float:
+        """When its least loaded unit begins a pass that has a place, if nobody else comes; passes
+        take `full_s`. Inf while a pass runs of which nothing is predicted."""
+        begins_s = max(now_s, self.ends_s) if self._running else now_s
+        behind = min(unit.account.outstanding_tokens - self._taken(unit) for unit in self.units)
+        return begins_s + behind // self._budget * full_s
+
     def boarded(self, unit: int, num_tokens: int) -> None:
         self._queues[unit].send(num_tokens)
 
@@ -146,6 +153,9 @@ class PrefillInstance:
     def join(self) -> None:
         """Back, with accounts that start anew."""
         self.lost = self.suspect = False
+        self._patience = 1.0
+        self._decoding = {unit.index: IDLE for unit in self.units}
+        self._step, self._reports = -1, {}
         self._end()
         for queue in self._queues.values():
             queue.sync(0)

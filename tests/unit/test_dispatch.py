@@ -158,6 +158,7 @@ async def test_the_step_of_an_instance_is_learned_once_all_ranks_have_told_it(
     seen.clear()
     for index, done in ((1, 0), (1, 0), (2, 1)):  # one rank twice is not two ranks
         worker = node.workers[index]
+        worker.out.clear()
         worker.out.append(Told().message(worker.load(), number=10**6, now_s=node.now))
         node.deliver(worker)
         node.turn()

@@ -4,83 +4,10 @@ import math
 
 import pytest
 
-from nodeserve.policy.account import Account
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.prefill_instance import MIN_DEADLINE_S, PROBE_EVERY_S
-from nodeserve.policy.units import DispatchOptions, PassDone, Unit, Waiting
-from nodeserve.types import Load
-
-BLOCKS = 10_000
-BUDGET = 100
-
-
-class Node:
-    """A dispatcher and what its workers would have: nothing happens unless a test says so."""
-
-    def __init__(self, num_instances: int = 2, num_ranks: int = 1, **options: object) -> None:
-        self.units = [
-            Unit(place, place // num_ranks, Account(BLOCKS))
-            for place in range(num_instances * num_ranks)
-        ]
-        groups = [self.units[at : at + num_ranks] for at in range(0, len(self.units), num_ranks)]
-        self.dispatcher = Dispatcher(
-            groups,
-            DispatchOptions(budget=BUDGET, **options),  # type: ignore[arg-type]
-        )
-        self.received = [0] * len(self.units)
-        self.steps = [0] * num_instances
-        self.next_id = 0
-
-    def push(self, now_s: float, *lengths: int, **fields: object) -> list[int]:
-        ids = []
-        for num_tokens in lengths:
-            self.next_id += 1
-            ids.append(self.next_id)
-            waiting = Waiting(self.next_id, num_tokens, 1, now_s, **fields)  # type: ignore[arg-type]
-            self.dispatcher.push(waiting, now_s)
-        return ids
-
-    def decide(self, now_s: float) -> dict[int, list[int]]:
-        """Instances that left now and the ids on board."""
-        departed = {}
-        for departure in self.dispatcher.decide(now_s).departures:
-            departed[departure.instance] = [one.request_id for one, _ in departure.boarded]
-            for _, unit in departure.boarded:
-                self.received[unit] += 1
-        return departed
-
-    def wake_s(self, now_s: float) -> float | None:
-        decision = self.dispatcher.decide(now_s)
-        assert not decision.departures
-        return decision.wake_s
-
-    def load(self, unit: int, left: int = 0, pinned: int = 0, free: int = BLOCKS) -> None:
-        load = Load(0, bool(left), pinned, free, left, self.received[unit])
-        self.units[unit].account.report(load)
-
-    def end_pass(
-        self, instance: int, began_s: float, now_s: float, tokens: int = 50, left: int = 0
-    ) -> None:
-        """All ranks report; `left` tokens are left on the first."""
-        self.steps[instance] += 1
-        ranks = [unit for unit in self.units if unit.instance == instance]
-        for place, unit in enumerate(ranks):
-            self.load(unit.index, left if place == 0 else 0)
-            work = RankWork(tokens, tokens * tokens / 2)
-            done = PassDone(self.steps[instance], began_s, now_s - began_s, work)
-            self.dispatcher.on_pass(unit.index, done, now_s)
-
-    def learn(self, pass_s: float = 1.0) -> float:
-        """A few passes of each instance, one after the other; when the last one ended."""
-        now_s = 0.0
-        for _ in range(4):
-            for _ in self.steps:
-                self.push(now_s, 50)
-                [left] = self.decide(now_s)
-                self.end_pass(left, now_s, now_s + pass_s)
-                now_s += pass_s
-        return now_s
+from nodeserve.policy.units import PassDone, Waiting
+from tests.fakes.dispatch import BUDGET, Node
 
 
 def test_a_request_that_finds_an_idle_node_leaves_at_once() -> None:
@@ -117,62 +44,6 @@ def test_the_second_of_two_instances_waits_for_the_middle_of_the_pass() -> None:
     assert list(node.decide(wake_s)) == [1 - first]
 
 
-def learn_lengths(node: Node, now_s: float) -> float:
-    """Passes whose time is that of their tokens, 10 ms each."""
-    for tokens in (10, 100, 30, 60, 10, 100):
-        node.push(now_s, tokens)
-        [left] = node.decide(now_s)
-        node.end_pass(left, now_s, now_s + tokens / 100, tokens)
-        now_s += tokens / 100
-    return now_s
-
-
-def test_instances_that_open_together_share_a_burst() -> None:
-    """Filled to the brim, one pass would be long while the other instance is empty."""
-    node = Node(2, num_ranks=2, admission="pull")
-    now_s = learn_lengths(node, 0.0)
-    node.push(now_s, *[20] * 8)
-    assert [len(boarded) for boarded in node.decide(now_s).values()] == [4, 4]
-
-
-def test_where_a_full_pass_takes_no_longer_nobody_shares() -> None:
-    node = Node(2, num_ranks=2, admission="pull")
-    now_s = node.learn()
-    node.push(now_s, *[20] * 8)
-    assert [len(boarded) for boarded in node.decide(now_s).values()] == [8]
-
-
-def test_a_burst_is_not_spread_below_its_longest_prompt() -> None:
-    node = Node(2, num_ranks=2, admission="pull")
-    now_s = learn_lengths(node, 0.0)
-    ids = node.push(now_s, 90, 10, 10, 10, 10)
-    [boarded] = node.decide(now_s).values()
-    assert boarded == ids, "the pass is as long as that prompt in any case"
-
-
-def test_a_prompt_boards_where_it_fits_whole_until_it_is_left_behind() -> None:
-    node = Node(3, admission="pull")
-    now_s = learn_lengths(node, 0.0)
-    node.push(now_s, 100, 100, 100)  # one for each
-    assert len(node.decide(now_s)) == 3
-    [one, two] = node.push(now_s, 60, 60)
-    node.end_pass(0, now_s, now_s + 1.0)
-    assert node.decide(now_s + 1.0) == {0: [one]}, "60 do not fit the other 40"
-    [three] = node.push(now_s + 1.0, 60)
-    node.end_pass(1, now_s, now_s + 1.5)
-    assert node.decide(now_s + 1.5) == {1: [two]}
-    node.end_pass(0, now_s + 1.0, now_s + 2.0)
-    assert node.decide(now_s + 2.0) == {0: [three]}
-
-
-def test_prompts_of_one_length_share_passes_as_they_come() -> None:
-    """Nobody shorter would fill the place that is left."""
-    node = Node(2, admission="pull")
-    now_s = node.learn()
-    first, second, third = node.push(now_s, 60, 60, 60)
-    assert node.decide(now_s) == {0: [first, second], 1: [third]}
-
-
 def test_with_prompts_left_the_next_pass_takes_whoever_waits_or_is_told_to_go_on() -> None:
     node = Node(2)
     now_s = node.learn()
@@ -183,14 +54,6 @@ def test_with_prompts_left_the_next_pass_takes_whoever_waits_or_is_told_to_go_on
     node.end_pass(first, now_s + 1.0, now_s + 2.0, 50, left=50)
     [late] = node.push(now_s + 2.0, 20)
     assert node.decide(now_s + 2.0)[first] == [late], "whatever the window says"
-
-
-def test_one_departure_carries_the_batch_for_all_ranks() -> None:
-    node = Node(1, num_ranks=4)
-    ids = node.push(0.0, 90, 80, 70, 60, 20)
-    [departure] = node.dispatcher.decide(0.0).departures
-    assert [one.request_id for one, _ in departure.boarded] == ids
-    assert [unit for _, unit in departure.boarded] == [0, 1, 2, 3, 3]
 
 
 def test_a_pass_is_over_when_its_last_rank_has_reported() -> None:
@@ -248,36 +111,6 @@ def test_a_cancelled_request_does_not_board() -> None:
     assert not node.dispatcher.remove(ids[1]), "it has left"
 
 
-def test_parked_pages_pause_departures_until_they_are_pulled() -> None:
-    node = Node(1)
-    node.load(0, pinned=3, free=BLOCKS // 2 - 1)
-    node.push(0.0, 10)
-    assert node.decide(0.0) == {}
-    node.load(0, pinned=3, free=BLOCKS // 2)
-    assert list(node.decide(1.0)) == [0]
-
-
-def test_a_request_without_memory_is_passed_over_but_not_for_ever() -> None:
-    node = Node(1)
-    node.units[0].account.send(1, 1)
-    node.load(0, free=10)
-    node.received[0] = 1
-    node.units[0].account.report(Load(1, 0, 0, 10, 0, 1))
-    big = Waiting(99, 50, 20, 0.0)
-    node.dispatcher.push(big, 0.0)
-    overtaken = 0
-    for tick in range(40):
-        now_s = 1.0 + tick
-        node.push(now_s, 1)
-        if not node.decide(now_s):
-            break
-        node.units[0].account.report(Load(1, 0, 0, 10, 0, node.received[0]))
-        overtaken += 1
-        node.steps[0] += 1
-        node.dispatcher.on_pass(0, PassDone(node.steps[0], now_s, 0.5, RankWork(1, 0.5)), now_s)
-    assert 10 <= overtaken < 30, "then what comes free is kept for it"
-
-
 def test_an_overdue_instance_is_suspect_and_probed_and_lives_again_with_any_word() -> None:
     node = Node(2)
     now_s = node.learn()
@@ -294,6 +127,19 @@ def test_an_overdue_instance_is_suspect_and_probed_and_lives_again_with_any_word
     node.dispatcher.heard(late, deadline_s + 0.1)
     [again] = node.push(deadline_s + 0.1, 10)
     assert node.decide(deadline_s + 0.1) == {late: [again]}
+
+
+def test_a_lost_report_is_no_dead_time() -> None:
+    node = Node(2)
+    now_s = node.learn()
+    node.push(now_s, 50)
+    [late] = node.decide(now_s)
+    node.dispatcher.decide(now_s + 20.0)
+    node.load(late, left=50)
+    node.dispatcher.heard(late, now_s + 20.0)
+    node.decide(now_s + 20.0)
+    node.end_pass(late, now_s + 20.0, now_s + 21.0)
+    assert node.dispatcher.window.dead_s == pytest.approx(0.0)
 
 
 def test_a_busy_suspect_gets_twice_the_time() -> None:
@@ -356,3 +202,44 @@ def test_the_predicted_wait_grows_with_what_is_ahead() -> None:
     long_s = node.dispatcher.predict_wait_s(Waiting(1001, 1050, 1, now_s), now_s)
     assert long_s is not None and long_s > busy_s + 5.0
     assert math.isfinite(long_s)
+
+
+def busy_node(admission: str) -> tuple[Node, float]:
+    """Two instances that ended passes of 1 s, and have nothing to do."""
+    node = Node(2, admission=admission)
+    now_s = 0.0
+    for _ in range(8):
+        node.push(now_s, BUDGET, BUDGET)
+        node.decide(now_s)
+        for instance in (0, 1):
+            node.end_pass(instance, now_s, now_s + 1.0, BUDGET)
+        now_s += 1.0
+    return node, now_s
+
+
+@pytest.mark.parametrize("admission", ["round-robin", "shortest-queue", "pull", "staggered"])
+@pytest.mark.parametrize("lengths", [[BUDGET] * 40, [20 * BUDGET] * 2])
+def test_the_predicted_wait_counts_what_the_instances_have(
+    admission: str, lengths: list[int]
+) -> None:
+    node, now_s = busy_node(admission)
+    node.push(now_s, *lengths)
+    node.decide(now_s)
+    wait_s = node.dispatcher.predict_wait_s(Waiting(9999, 50, 1, now_s), now_s)
+    assert wait_s == pytest.approx(21.0, abs=1.5), "20 passes of each, then its own"
+
+
+def test_one_that_joins_knows_nothing_of_its_earlier_life() -> None:
+    node = Node(2, num_ranks=2)
+    now_s = node.learn()
+    instance = node.dispatcher.instances[0]
+    node.dispatcher.on_pass(0, PassDone(99, now_s, 1.0, RankWork(5, 12.5, 7, 700)), now_s + 1.0)
+    node.dispatcher.lose(0)
+    node.dispatcher.join(0)
+    assert instance.next_pass() == [RankWork(), RankWork()]
+    [request] = node.push(now_s, 10)
+    assert node.decide(now_s) == {0: [request]}
+    node.load(0)  # it was cancelled there
+    assert instance.is_open is False
+    node.decide(now_s)
+    assert instance.is_open, "no rank of this life has still to report"

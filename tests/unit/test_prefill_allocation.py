@@ -56,6 +56,27 @@ def test_a_prompt_that_a_pass_would_hold_is_not_begun_in_the_rest_of_one(
     assert filling.pick(waiting(num_tokens, hits=hits), 64, may_split) == picked
 
 
+def test_what_a_pass_would_hold_is_less_where_sequences_run() -> None:
+    units = units_of(MANY, MANY)
+    units[1].account.report(Load(20, 0, 0, MANY, 0, 0))
+    filling = WaterFilling(units, {10: 85, 11: 80}, 100)
+    assert filling.pick(waiting(90), 64, may_split=False) == 11, "80 is all that it will ever have"
+    assert filling.pick(waiting(95), 64, may_split=False) is None, "the other may hold it whole"
+
+
+@pytest.mark.parametrize("kind", ["water-filling", "round-robin"])
+def test_what_is_booked_is_what_has_to_be_computed(kind: str) -> None:
+    units = units_of(MANY)
+    filling = (
+        WaterFilling(units, {10: 100}, 100)
+        if kind == "water-filling"
+        else RoundRobin(units, {10: 100}, 0)
+    )
+    assert filling.pick(waiting(50, hits={10: 20}), 64) == 10
+    assert units[0].account.outstanding_tokens == 30
+    assert filling.room == 70
+
+
 def test_what_is_picked_is_booked_and_an_instance_says_what_room_is_left() -> None:
     units = units_of(MANY, MANY)
     filling = WaterFilling(units, {10: 20, 11: 10}, 100)
