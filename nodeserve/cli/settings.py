@@ -188,5 +188,8 @@ def _value(path: Path, key: str, option: Option, value: Any) -> Any:
 def to_arguments(config: EngineConfig) -> list[str]:
     """The command line that gives the same settings again."""
     values = ((option, getattr(config, option.name)) for option in ENGINE_OPTIONS)
-    given = [(option, value) for option, value in values if value not in (None, False)]
+    # By identity: 0 equals False.
+    given = [
+        (option, value) for option, value in values if value is not None and value is not False
+    ]
     return [option.flag if value is True else f"{option.flag}={value}" for option, value in given]

@@ -157,7 +157,7 @@ class Coordinator:
         received = unpack_times(step.received)
         for request_id, received_s in zip(unpack_request_ids(step.started), received, strict=True):
             if (request := requests.get(request_id)) and request.stamps.first_token is None:
-                request.stamps.received, request.stamps.started = received_s, step.began_s
+                request.stamps.start(received_s, step.began_s)
         link.report(step.load)
         self.dispatch.on_step(link, step, now)
         self._take_logprobs(step)
@@ -190,16 +190,18 @@ class Coordinator:
             request.tokens.append(token)
             request.stamps.last_token = now
             if request.phase is Phase.PREFILL:
-                self._first_token(link, request, step.began_s + step.step_s)
+                self._first_token(link, request, step.began_s + step.step_s, now)
             if not request.dirty:
                 request.stream.mark(request)
                 moved[request.stream] = None
             if finish:
                 self._end(request, Event.FINISHED, FINISH_REASONS[finish] or "", None, "")
 
-    def _first_token(self, link: WorkerLink, request: Request, prefilled_s: float) -> None:
+    def _first_token(
+        self, link: WorkerLink, request: Request, prefilled_s: float, now: float
+    ) -> None:
         if request.stamps.first_token is None:
-            request.stamps.prefilled, request.stamps.first_token = prefilled_s, self._now()
+            request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
         if link.role is not Role.PREFILL:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)

@@ -46,11 +46,10 @@ class WorkerLink:
     def __init__(self, index: int, role: Role, channel: CoordinatorEnd, pages_fd: int) -> None:
         self.index = index
         self.role = role
-        self.instance = index  # the instance that it is a rank of
         self.channel = channel
         self.pages_fd = pages_fd
         self.gpu: int | None = None  # its number, for people
-        self.instance = index  # its number; the ranks of an instance share one
+        self.instance = index  # number of its instance; the ranks of one share it
         self.rank = 0  # its place in the instance
         self.state = "starting"
         self.process: asyncio.subprocess.Process | None = None

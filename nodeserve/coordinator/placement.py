@@ -43,6 +43,7 @@ CHOICES = {
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
 REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
 SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
+MAX_SIM_BLOCKS = 1 << 22  # the imitated memory costs none, but each of its blocks some 50 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
     check_kv_memory(
         config.kv_memory, block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
     )
+    check_simulated_memory(config.kv_memory, MAX_SIM_BLOCKS * block_bytes)
     resolved = replace(
         config,
         dtype="bfloat16",
@@ -337,6 +339,13 @@ def check_kv_memory(asked: int | None, least: int) -> None:
         raise ConfigError(
             f"--kv-memory {asked} is below the {least} bytes that one sequence of the full"
             " context takes: raise it or lower --max-model-len"
+        )
+
+
+def check_simulated_memory(asked: int | None, most: int) -> None:
+    if asked is not None and asked > most:
+        raise ConfigError(
+            f"--kv-memory {asked}: at most {most} bytes, {MAX_SIM_BLOCKS} blocks, can be simulated"
         )
 
 

@@ -40,6 +40,12 @@ class Stamps:
         self.departed = now_s
         self.received = self.started = self.prefilled = None
 
+    def start(self, received_s: float, began_s: float) -> None:
+        """Its first pass has ended. A turn may be dated half a millisecond ahead (turns.py), and
+        nothing is received before it departs."""
+        self.received = received_s if self.departed is None else max(received_s, self.departed)
+        self.started = max(began_s, self.received)
+
     def ttft_stages(self, now_s: float) -> tuple[float, float, float, float, float]:
         """The first five of Timings: the one that it is in ends now, later ones are 0."""
         times = (self.arrived, self.departed, self.received, self.started, self.prefilled)

@@ -19,7 +19,7 @@ import posix_ipc
 from nodeserve.config import WorkerSpec
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place, Plan
-from nodeserve.errors import WorkerLost
+from nodeserve.errors import ConfigError, RingError, WorkerLost
 from nodeserve.log import logger
 from nodeserve.types import Role
 from nodeserve.wire.channel import CoordinatorEnd
@@ -91,6 +91,14 @@ class Supervisor:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Supervisor":
+        try:
+            self._make_links()
+        except (OSError, RingError, posix_ipc.Error) as problem:
+            self._stack.close()
+            raise self._does_not_fit(problem) from None
+        return self
+
+    def _make_links(self) -> None:
         for index, place in enumerate(self._plan.places):
             channel = self._stack.enter_context(
                 CoordinatorEnd(self._node_id, f"w{index}", self._ring_bytes())
@@ -104,13 +112,24 @@ class Supervisor:
         if self._plan.simulated is not None:
             for instance, group in enumerate(self._plan.layout.instances):
                 self._lockstep[instance] = make_lockstep(self._stack, group.shape.num_workers)
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
     async def start(self) -> None:
         """Spawn all workers; returns when the processes exist, not when they are ready."""
+        try:
+            await self._spawn()
+        except OSError as problem:
+            raise self._does_not_fit(problem) from None
+
+    def _does_not_fit(self, problem: Exception) -> ConfigError:
+        return ConfigError(
+            f"layout {self._plan.layout} does not fit this machine: {problem}; use fewer workers,"
+            " raise `ulimit -n` or the size of /dev/shm, or lower --max-model-len or --max-num-seqs"
+        )
+
+    async def _spawn(self) -> None:
         pool_fds = [link.pages_fd for link in self.links]
         for link in self.links:
             lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)

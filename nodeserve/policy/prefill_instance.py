@@ -105,7 +105,9 @@ class PrefillInstance:
     def on_pass(self, index: int, done: PassDone, now_s: float) -> list[RankWork] | None:
         """A rank's report; the work of all ranks once the last one of the pass has reported."""
         self.heard(now_s)
-        if done.step != self._step:
+        if done.step < self._step:
+            return None  # another rank's next one is known already, this one never will be whole
+        if done.step > self._step:
             self._step, self._reports = done.step, {}
         self._reports[index] = done
         self._decoding[index] = done.work._replace(prefill_tokens=0, attention=0.0)

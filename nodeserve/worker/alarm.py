@@ -40,10 +40,13 @@ class Alarm:
                 heapq.heappush(self._times, time_s)
 
     def _run(self) -> None:
+        # select counts microseconds, where poll has only milliseconds, but takes no descriptor
+        # above 1023. An inherited one of a large node may be; the lowest free number is not.
+        bell_fd = os.dup(self._bell_fd)
         self._add(self._look())
         while True:
-            if select.select([self._bell_fd], [], [], self._left_s())[0]:
-                os.eventfd_read(self._bell_fd)
+            if select.select([bell_fd], [], [], self._left_s())[0]:
+                os.eventfd_read(bell_fd)
                 self._add(self._look())
             if self._drop_past():
                 self._wake()

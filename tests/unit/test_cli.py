@@ -146,6 +146,12 @@ def test_settings_survive_being_written_as_a_command_line(serve: FakeServe) -> N
     assert serve.config == config
 
 
+def test_a_zero_is_written_out_and_not_taken_for_unset(serve: FakeServe) -> None:
+    config = EngineConfig(socket="/s", window_k=0.0, max_num_seqs=0, kv_memory=0, seed=0)
+    assert run("start", *to_arguments(config)).exit_code == 0
+    assert serve.config == config
+
+
 # ---- the file
 
 

@@ -234,3 +234,33 @@ async def test_cancelled_requests_leave_the_queue() -> None:
         if request_id >= 100:
             node.coordinator.abort(stream.requests[request_id])
     assert len(node.coordinator.dispatch.dispatcher) == 100
+
+
+class TickingNode(FakeNode):
+    """Its clock goes on whenever anybody reads it, and turns are dated ahead as timers' are."""
+
+    @property
+    def now(self) -> float:
+        self._now += 1e-5
+        return self._now
+
+    @now.setter
+    def now(self, now_s: float) -> None:
+        self._now = now_s
+
+    def turn(self) -> None:
+        self.wake_s = self.coordinator.turn(self.now + 5e-4)
+
+
+async def test_no_stage_is_negative_and_one_token_takes_no_decoding() -> None:
+    node, rng = TickingNode([P, D]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 7, [3, 1, 4], 1)
+    node.turn()
+    node.workers[0].receive(rng)
+    node.run_to_idle(rng)
+    (end,) = client.ends[7]
+    timings = Timings(**end.timings)
+    assert timings.decode_s == 0.0 and timings.scheduler_wait_s >= 5e-4
+    stages = [timings.transit_s, timings.device_wait_s, timings.prefill_s, timings.return_s]
+    assert all(stage >= 0.0 for stage in stages)

@@ -1,8 +1,11 @@
 """Parts of a simulated device: tokens made up, copies that take their time, noise."""
 
+import fcntl
 import mmap
 import os
+import resource
 import statistics
+import threading
 from array import array
 from collections.abc import Iterator
 from math import exp
@@ -169,3 +172,23 @@ def test_only_the_last_chunk_of_a_prompt_gives_a_token() -> None:
     assert first.token_ids == [] and first.logprobs is None
     assert last.token_ids == [tokens.after(9, 9)] and last.logprobs is not None
     assert [work.prefill_tokens for work in alone.entered] == [6, 4]
+
+
+def test_an_alarm_hears_a_bell_whatever_its_number() -> None:
+    """Those of a large node are above what `select` takes; the thread died and nothing said so."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] <= 2048:
+        pytest.skip("no more than 2048 open files are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+    low_fd = os.eventfd(0, os.EFD_NONBLOCK)
+    high_fd = fcntl.fcntl(low_fd, fcntl.F_DUPFD_CLOEXEC, 1024)
+    os.close(low_fd)
+    woke = threading.Event()
+    try:
+        alarm = Alarm(high_fd, clock=lambda: 1.0)
+        alarm.start(lambda: None, woke.set)
+        alarm.wake_at(1.0)
+        assert woke.wait(10.0)
+    finally:
+        os.close(high_fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

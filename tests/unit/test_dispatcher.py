@@ -69,6 +69,21 @@ def test_a_pass_is_over_when_its_last_rank_has_reported() -> None:
     assert list(node.decide(1.0)) == [0]
 
 
+def test_a_rank_read_after_another_one_s_next_pass_hides_neither_its_end() -> None:
+    """As when the coordinator was busy for a pass: both reports of a rank, then both of another."""
+    node = Node(1, num_ranks=2, admission="shortest-queue")
+    now_s = 10.0
+    node.push(now_s, 150, 150)
+    node.decide(now_s)
+    for unit in (0, 1):
+        for step, left in ((1, 50), (2, 0)):
+            node.load(unit, left)
+            work = RankWork(100 - left, 100.0)
+            node.dispatcher.on_pass(unit, PassDone(step, now_s + step, 1.0, work), now_s + 3.0)
+    assert node.dispatcher.times.mean_s == 1.0
+    assert node.wake_s(now_s + 3.0) is None
+
+
 def test_an_instance_is_not_boarded_between_the_reports_of_its_ranks() -> None:
     """A rank had no work, so with the other's report nothing is outstanding; its own report would
     then have been taken for the end of the next pass."""

@@ -239,6 +239,7 @@ SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
     "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
     "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),
+    "pages too large": ({"kv_memory": 10**15}, f"--kv-memory {10**15}: at most 4715"),
 }
 
 

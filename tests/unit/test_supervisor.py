@@ -2,22 +2,30 @@
 
 import asyncio
 import os
+import resource
 import secrets
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.placement import Place
+from nodeserve.coordinator.placement import Place, resolve
 from nodeserve.coordinator.supervisor import (
     MAX_LINE_BYTES,
+    Supervisor,
     describe_exit,
     ring_bytes,
     short_lines,
     worker_environment,
 )
-from nodeserve.errors import RingError
+from nodeserve.errors import ConfigError, RingError
+from nodeserve.gpus import Gpus
 from nodeserve.types import Role
-from nodeserve.wire.channel import CoordinatorEnd, WorkerEnd
+from nodeserve.wire.channel import SHM, CoordinatorEnd, WorkerEnd
 from nodeserve.wire.messages import TO_WORKER, Prefill, Prompt, Shutdown, pack_ids
 
 
@@ -81,3 +89,19 @@ async def test_a_departure_passes_a_real_ring_whatever_its_size() -> None:
     assert 4 <= len(records) <= 16, "a record holds 12 to 25 of them"
     numbers = [one.departure for one in records]
     assert numbers == [0] * (len(records) - 1) + [7], "it is there when its last piece is"
+
+
+async def test_a_node_too_large_for_the_machine_is_refused_and_leaves_nothing() -> None:
+    model = ModelConfig("llama", 100, 64, 128, 2, 4, 2, 16, 1024, 1e-5, 1e4)
+    config = EngineConfig(device="sim", profile="moe-ep8", layout="4p4d", max_model_len=1024)
+    plan = resolve(config, Checkpoint(Path("x"), "gguf", model, "tiny"), Gpus(obstacle="none"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="4p4d does not fit .*open files.*`ulimit -n`"):
+            Supervisor(plan, "x", "abcd", ()).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert not [path for path in SHM.iterdir() if f"-{os.getpid()}-abcd-" in path.name]
