@@ -47,8 +47,13 @@ class Handoffs:
     def park(self, life: Life) -> None:
         """Its pages are ready at `life.source`."""
         life.parked_s = self._clock.now_s
+        life.parked_blocks = blocks_for(life.num_tokens + 1, self._block_size)
         self.parked[life.request_id] = life
         self._news = True
+
+    def finish(self, life: Life) -> None:
+        """It ended by itself: how much it grew is what others may be expected to."""
+        self.allocator.forget(life.request_id, life.grown_blocks(self._block_size))
 
     def room_changed(self) -> None:
         """A decoding rank reported."""

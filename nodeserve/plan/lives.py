@@ -14,14 +14,17 @@ from nodeserve.types import Sampling, Timings
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """`num_tokens` are those of the prompt and those that the coordinator has seen since; `holder`
+    """`num_tokens` are those of the prompt and those that the coordinator has seen since, `max_len`
+    those with which it ends, `parked_blocks` its blocks when its pages last became ready. `holder`
     is the rank that computes it, `source` the one whose pinned pages wait for, or are read by, the
     holder. Times are None until they are reached."""
 
     request_id: int
     arrival: Arrival
     num_tokens: int
+    max_len: int
     sampling: Sampling
+    best_effort: bool = False
     phase: Phase = Phase.WAITING
     holder: int = -1
     source: int = -1
@@ -32,6 +35,7 @@ class Life:
     prefilled_s: float = 0.0
     first_token_s: float | None = None
     parked_s: float = 0.0
+    parked_blocks: int = 0
     handoff_wait_s: float = 0.0
     handoff_s: float = 0.0
     handoff_bytes: int = 0
@@ -51,16 +55,20 @@ class Life:
             blocks_for(self.num_tokens + 1, block_size),
             self.arrival.arrived_s,
             self.arrival.priority,
+            self.best_effort,
             rounds=self.num_rounds,
         )
 
     def ready(self, block_size: int) -> ReadyKv:
         """What the decode allocator is told of it."""
-        num_blocks = blocks_for(self.num_tokens + 1, block_size)
-        longest = self.arrival.num_prompt_tokens + self.arrival.num_output_tokens
+        num_blocks = self.parked_blocks
         return ReadyKv(
-            self.request_id, num_blocks, max(0, blocks_for(longest, block_size) - num_blocks)
+            self.request_id, num_blocks, max(0, blocks_for(self.max_len, block_size) - num_blocks)
         )
+
+    def grown_blocks(self, block_size: int) -> int:
+        """What it took more when it ended."""
+        return blocks_for(self.max_len + 1, block_size) - self.parked_blocks
 
     def tokens(self, now_s: float, *, handoff: bool) -> Tokens:
         """What travels to a rank: the number of tokens counts, their values do not."""

@@ -83,7 +83,9 @@ class Simulation:
         self.handoffs = Handoffs(
             self.clock,
             self.instances,
-            DecodeAllocator(scenario.decode_allocation, scenario.dispatch.max_num_seqs),
+            DecodeAllocator(
+                scenario.decode_allocation, scenario.dispatch.max_num_seqs, scenario.block_size
+            ),
             scenario.resolved_profile,
             scenario.block_size,
             scenario.transit_s,
@@ -146,8 +148,7 @@ class Simulation:
         sampling = self._samplings.get(num_output)
         if sampling is None:
             sampling = self._samplings[num_output] = Sampling(max_tokens=num_output)
-        life = Life(request_id, arrival, arrival.num_prompt_tokens, sampling)
-        self.lives[request_id] = life
+        life = self._live(request_id, arrival, sampling)
         try:
             self._admit(life)
         except NodeServeError as error:
@@ -155,19 +156,25 @@ class Simulation:
             self._over(life, error.code)
         self._changed()
 
+    def _live(self, request_id: int, arrival: Arrival, sampling: Sampling) -> Life:
+        num_prompt = arrival.num_prompt_tokens
+        max_len = min(num_prompt + arrival.num_output_tokens, self.limits.max_model_len)
+        life = self.lives[request_id] = Life(request_id, arrival, num_prompt, max_len, sampling)
+        return life
+
     def _admit(self, life: Life) -> None:
         now_s, flow = self.clock.now_s, self.scenario.flow
         self.limits.check_fits(life.tokens(now_s, handoff=False))
-        waiting = life.waiting(self.scenario.block_size)
         if flow is not None:
             buffered = Buffered(len(self.dispatcher), self.dispatcher.num_tokens)
+            waiting = life.waiting(self.scenario.block_size)
             predicted_s = self.dispatcher.predict_wait_s(waiting, now_s)
             slo_s = life.arrival.ttft_slo_s
             judged = judge(flow, buffered, waiting.num_tokens, slo_s, predicted_s)
             if judged.verdict is Verdict.REJECT:
                 raise Overloaded(judged.reason)
-            waiting.best_effort = judged.verdict is Verdict.BEST_EFFORT
-        self.dispatcher.push(waiting, now_s)
+            life.best_effort = judged.verdict is Verdict.BEST_EFFORT
+        self.dispatcher.push(life.waiting(self.scenario.block_size), now_s)
 
     # ---- decisions
 
@@ -295,7 +302,7 @@ class Simulation:
             if life.phase is Phase.PREFILL:
                 self._first_token(life, done)
             life.on(Event.FINISHED)
-            self.handoffs.allocator.forget(request_id)
+            self.handoffs.finish(life)
             self._over(life, "length")
         for request_id, num_tokens in told.preempted:
             life = lives[request_id]
@@ -318,8 +325,7 @@ class Simulation:
         self._changed()
 
     def _over(self, life: Life, outcome: str) -> None:
-        num_output = self.limits.max_model_len - life.arrival.num_prompt_tokens
-        num_output = min(num_output, life.arrival.num_output_tokens)
+        num_output = life.max_len - life.arrival.num_prompt_tokens
         self.served[life.request_id] = life.served(self.clock.now_s, outcome, num_output)
         del self.lives[life.request_id]
         self.num_open -= 1
@@ -362,7 +368,6 @@ class Simulation:
         while self._num_arrived < len(self.arrivals):
             arrival = self.arrivals[self._num_arrived]
             self.clock.now_s = max(self.clock.now_s, arrival.arrived_s)
-            life = Life(self._num_arrived, arrival, arrival.num_prompt_tokens, Sampling())
-            self.lives[life.request_id] = life
+            life = self._live(self._num_arrived, arrival, Sampling())
             self._num_arrived += 1
             self._over(life, WorkerLost.code)

@@ -4,12 +4,12 @@ import pytest
 
 from nodeserve.errors import ConfigError
 from nodeserve.plan.records import Arrival, Engine, Faults, Outcome
-from nodeserve.plan.simulator import simulate
+from nodeserve.plan.simulator import Simulation, simulate
 from nodeserve.plan.supervisor import HEARTBEAT_S, NUM_PROBES, PROBE_TIMEOUT_S
 from nodeserve.policy.cost import IDLE
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.prefill_instance import MIN_DEADLINE_S
-from nodeserve.policy.units import DispatchOptions
+from nodeserve.policy.units import DispatchOptions, Waiting
 from tests.fakes.simulation import PASS_S, STEP_S, TRANSIT_S, profile, scenario
 
 ROUND_ROBIN = DispatchOptions("round-robin", budget=4096)
@@ -129,6 +129,34 @@ def test_pages_wait_for_room_on_the_decode_side() -> None:
     assert outcomes(outcome) == {"length"}
     assert max(one.ranks[0].num_decodes for one in outcome.passes) <= 3
     assert max(one.timings.handoff_wait_s for one in outcome.served) > 60 * STEP_S
+
+
+def test_decode_allocation_learns_growth_and_knows_the_blocks() -> None:
+    node = scenario("1p1d", profile=profile(), block_size=32)
+    simulation = Simulation(node, [Arrival(0.1 * place, 100, 100) for place in range(30)])
+    allocator = simulation.handoffs.allocator
+    assert allocator.block_size == 32
+    simulation.run()
+    assert allocator.growth_share > 0.75, "all took what they may"
+
+
+def test_best_effort_stays_so_when_a_request_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = FlowOptions(100, 100_000, "queue")
+    arrivals = [Arrival(0.0, 32, 1)] * 2 + [Arrival(0.15, 32, 1, ttft_slo_s=0.01)] * 4
+    faults = Faults(kill_instance=0, kill_at_s=0.2)
+    node = scenario("2p1d", dispatch=ROUND_ROBIN, flow=flow, faults=faults)
+    simulation = Simulation(node, arrivals)
+    pushed: dict[int, list[bool]] = {}
+    push = simulation.dispatcher.push
+
+    def spy(waiting: Waiting, now_s: float) -> None:
+        pushed.setdefault(waiting.request_id, []).append(waiting.best_effort)
+        push(waiting, now_s)
+
+    monkeypatch.setattr(simulation.dispatcher, "push", spy)
+    simulation.run()
+    again = [kinds for kinds in pushed.values() if len(kinds) > 1]
+    assert again and all(set(kinds) == {True} for kinds in again)
 
 
 def test_a_preempted_request_comes_back_with_its_tokens() -> None:
