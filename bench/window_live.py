@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300, metavar="N", help="of each arm")
     parser.add_argument("--load", type=float, default=0.6, metavar="SHARE", help="of C's most")
     args = parser.parse_args()
+    if args.requests < 1 or not 0 < args.load < math.inf:
+        parser.error("--requests needs at least 1, --load a number above 0")
     began = time.perf_counter()
     qps = args.load * saturation(SHAPE, WORKLOAD[1], SEEDS, args.requests).qps
     requests = trace(*WORKLOAD, qps, SEED, args.requests)

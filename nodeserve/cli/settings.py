@@ -36,7 +36,8 @@ ENGINE_HELP = {
     " [default: 8192 on GPUs, 2048 with mixed workers, 128 on CPUs]",
     "max_num_queued_reqs": "Requests that may wait before prefill; more are refused.",
     "max_num_queued_tokens": "Prompt tokens that may wait before prefill; more are refused.",
-    "slo": "What requests expect that do not say it themselves, such as ttft=500ms,tpot=50ms.",
+    "slo": "What requests expect that do not say it themselves, such as ttft=500ms,tpot=50ms;"
+    " the TTFT decides who comes in.",
     "on_overload": "A request whose first token would come later than its SLO: reject refuses it at"
     " once, queue takes it behind the others.",
     "admission": "When requests leave for prefill. On arrival: round-robin, fewest-requests or"

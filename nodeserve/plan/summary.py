@@ -127,7 +127,7 @@ def met_slo(served: Served) -> bool:
     )
 
 
-def _over(count: int, seconds: float) -> float:
+def _over(count: float, seconds: float) -> float:
     return count / seconds if seconds > 0.0 else 0.0
 
 
@@ -155,7 +155,7 @@ def _prefill_passes(
         chunk_utilisation=sum(work.prefill_tokens for one in filled for work in one.ranks) / room,
         balance=sum(balances) / len(balances) if balances else 1.0,
         active_ranks=sum(active) / len(active),
-        busy_share=_busy_s(inside, ended_s) / (num_instances * (ended_s - began_s)),
+        busy_share=_over(_busy_s(inside, ended_s), num_instances * (ended_s - began_s)),
         gap_s=math.fsum(one.gap_s for one in filled) / len(filled),
         phase_spread=_phase_spread(inside, num_instances),
     )

@@ -51,6 +51,8 @@ class Supervisor:
                 f"there is no instance {victim} to kill: the layout has {len(self._instances)},"
                 " counted from 0"
             )
+        if not faults.kill_at_s >= 0.0:
+            raise ConfigError(f"an instance killed at {faults.kill_at_s:g} s: use 0 or later")
         self._clock.at(faults.kill_at_s, self._kill, self._instances[victim])
 
     def probe(self, instance: Instance) -> None:

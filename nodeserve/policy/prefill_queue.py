@@ -36,15 +36,13 @@ class PrefillQueue:
             if not prompt[0]:
                 self._prompts.popleft()
 
-    def work(self, budget: int, skip: int = 0) -> RankWork:
-        """Of a pass with room for `budget` tokens, behind one that takes the first `skip`."""
+    def work(self, budget: int) -> RankWork:
+        """Of a pass with room for `budget` tokens."""
         tokens, attention = 0, 0.0
         for left, done in self._prompts:
             if tokens >= budget:
                 break
-            passed = min(left, skip)
-            skip -= passed
-            count = min(left - passed, budget - tokens)
+            count = min(left, budget - tokens)
             tokens += count
-            attention += count * (done + passed + count / 2)
+            attention += count * (done + count / 2)
         return RankWork(tokens, attention)

@@ -102,6 +102,8 @@ def test_a_node_that_serves_nobody_says_so() -> None:
         ("--lose-reports 2", "--lose-reports 2: use a share"),
         ("--kill 1", "--kill 1: use INSTANCE@SECONDS"),
         ("--kill 9@1", "no instance 9 to kill"),
+        ("--kill 0@-1", "killed at -1 s: use 0 or later"),
+        ("--kill 0@nan", "killed at nan s: use 0 or later"),
         ("--transit 200", "transit of 0.2 s"),
         ("--slo often", "--slo"),
         ("--max-num-seqs 0", "--max-num-seqs must be at least 1"),

@@ -53,6 +53,12 @@ def test_stages_and_rates() -> None:
     assert summary.attained is None and summary.goodput_per_s is None
 
 
+def test_one_request_has_no_rates() -> None:
+    summary = summarize(run([a_pass(0, 0.0, 10, 0)], num=1), SCENARIO)
+    assert summary is not None and summary.prefill is not None
+    assert (summary.requests_per_s, summary.prefill.busy_share) == (0.0, 0.0)
+
+
 def test_nobody_served_is_no_summary() -> None:
     lost = Outcome([served(0, outcome="worker_lost")], [], 1.0)
     assert summarize(lost, SCENARIO) is None

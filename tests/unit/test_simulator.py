@@ -143,8 +143,9 @@ def test_decode_allocation_learns_growth_and_knows_the_blocks() -> None:
 def test_best_effort_stays_so_when_a_request_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = FlowOptions(100, 100_000, "queue")
     arrivals = [Arrival(0.0, 32, 1)] * 2 + [Arrival(0.15, 32, 1, ttft_slo_s=0.01)] * 4
-    faults = Faults(kill_instance=1, kill_at_s=0.2)
-    simulation = Simulation(scenario("2p1d", flow=flow, faults=faults), arrivals)
+    faults = Faults(kill_instance=0, kill_at_s=0.2)
+    node = scenario("2p1d", dispatch=ROUND_ROBIN, flow=flow, faults=faults)
+    simulation = Simulation(node, arrivals)
     pushed: dict[int, list[bool]] = {}
     push = simulation.dispatcher.push
 
