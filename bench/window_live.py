@@ -10,6 +10,7 @@ engine: socket, coordinator, rings, worker processes in lockstep. The last line 
 
 import argparse
 import asyncio
+import math
 import tempfile
 import time
 from collections.abc import Sequence
