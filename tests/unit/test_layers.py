@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "coordinator": BASE | {"wire", "policy"},
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
-    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy"},
+    "loadgen": BASE | {"wire", "text", "client", "plan"},
+    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy", "loadgen"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -35,7 +36,10 @@ MAY_NOT_USE = {
     "policy": {"torch", "asyncio", "time", "os", "socket"},
     "wire": {"torch", "asyncio"},
     "worker": {"asyncio"},
-    **{name: {"torch"} for name in (*BASE, "text", "client", "coordinator", "plan", "cli")},
+    **{
+        name: {"torch"}
+        for name in (*BASE, "text", "client", "coordinator", "plan", "loadgen", "cli")
+    },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 ALL_FILES = [
