@@ -63,7 +63,7 @@ class Session:
         self.limits = limits_for(options)
         self.settings = run_options(options, self.limits)
         self.target = target_options(options, self.source, self.limits)
-        self.rates = [None] if options["find_goodput"] else rates_of(options)
+        self.rates = rates_of(options)
         if options["figures"] is not None:
             from nodeserve.loadgen.figures import check_matplotlib
 
@@ -99,8 +99,7 @@ class Session:
         return 0 if all(one.report.punctuality.valid for one in self.results) else INVALID
 
     async def _search(self, bench: "Bench", requests: "Requests", show: Any) -> "Found":
-        rate = self.options["rate"]
-        start = float(rate) if rate else requests.own_rate or FIRST_RATE
+        start = self.rates[0] or requests.own_rate or FIRST_RATE
 
         def on_result(result: "Result") -> None:
             self.results.append(result)

@@ -22,6 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 LIMIT = "--goodput"
+FLOOR = 16.0  # a search goes down to this part of its first rate
 
 
 class BenchCommand(click.Command):
@@ -79,6 +80,8 @@ OPTIONS = (
         help="Limits in ms, as ttft:200 tpot:50 e2el:9000, or as multiples of an idle server's"
         " times, as ttft:5x tpot:2x. [default: the workload's]",
     ),
+    _option("--min-rate", type=float, help="Search no lower. [default: a 16th of the first rate]"),
+    _option("--max-rate", type=float, default=math.inf, help="Search no higher."),
     _option("--goal", type=float, default=GOAL, show_default=True, help="Share of good requests."),
     _option("--confidence", type=float, default=CONFIDENCE, show_default=True),
     _option("--tolerance", type=float, default=0.05, show_default=True, help="Of the search."),
@@ -176,6 +179,8 @@ def search_options(options: dict[str, Any], start: float, available: int | None)
     most = min(options["max_requests"], available or options["max_requests"])
     return SearchOptions(
         start=start,
+        low=start / FLOOR if options["min_rate"] is None else options["min_rate"],
+        high=options["max_rate"],
         goal=options["goal"],
         confidence=options["confidence"],
         tolerance=options["tolerance"],
@@ -185,14 +190,15 @@ def search_options(options: dict[str, Any], start: float, available: int | None)
 
 
 def rates_of(options: dict[str, Any]) -> list[float | None]:
-    """The rates of the runs; [None] for the trace's own, or a closed loop."""
+    """The rates of the runs, or the first of a search; [None] for the trace's own, for a closed
+    loop, and for a search that is told none."""
     ways = ("sweep", "find_goodput", "concurrency")
     chosen = [f"--{name.replace('_', '-')}" for name in ways if options[name]]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} do not go together: use one")
     text = options["sweep"] or options["rate"]
     if text is None:
-        if options["trace"] is None and not options["concurrency"]:
+        if not (options["trace"] or options["concurrency"] or options["find_goodput"]):
             raise ConfigError("at which rate? use --rate, --sweep or --concurrency")
         return [None]
     try:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from nodeserve.errors import NodeServeError
 from nodeserve.loadgen.drive import Driver, Load
 from nodeserve.loadgen.records import Job, Sample
-from nodeserve.loadgen.targets import TargetOptions, target_of
+from nodeserve.loadgen.targets import Target, TargetOptions
 
 LENGTH_BYTES = 8
 TELL_S = 0.2  # between messages about requests that have ended
@@ -143,6 +143,17 @@ class Client:
         data = memoryview(packed(message))
         while data:
             data = data[os.write(self._output, data) :]
+
+
+def target_of(options: TargetOptions) -> Target:
+    """The client for a URL, or for the node's socket."""
+    if options.url is None:
+        from nodeserve.loadgen.socket_target import SocketTarget
+
+        return SocketTarget(options)
+    from nodeserve.loadgen.openai_target import OpenAITarget
+
+    return OpenAITarget(options)
 
 
 async def _serve(input_: Any, output: int) -> None:

@@ -61,14 +61,3 @@ class Target(Protocol):
         ...
 
     async def close(self) -> None: ...
-
-
-def target_of(options: TargetOptions) -> Target:
-    """The client for a URL, or for the node's socket."""
-    if options.url is None:
-        from nodeserve.loadgen.socket_target import SocketTarget
-
-        return SocketTarget(options)
-    from nodeserve.loadgen.openai_target import OpenAITarget
-
-    return OpenAITarget(options)
