@@ -129,14 +129,17 @@ class Session:
             path: Path = self.options["save"]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        if self.options["as_json"]:
+            click.echo(json.dumps(everything))
+        else:
+            self._show(about, requests, found)
         if self.options["figures"] is not None:
             from nodeserve.loadgen.figures import draw
 
             goal, folder = self.settings.goal, self.options["figures"]
             draw(self.results, bench.slo_of, goal, folder, ("svg", "png"))
-        if self.options["as_json"]:
-            click.echo(json.dumps(everything))
-            return
+
+    def _show(self, about: "About", requests: "Requests", found: "Found | None") -> None:
         click.echo(heading(about, self, requests))
         for note in notes(about, self.results, requests):
             click.echo(f"note: {note}")

@@ -45,11 +45,10 @@ def draw(
 
 def attainment(axes: "Axes", results: Sequence[Result], goal: float) -> None:
     """The share of good requests with its interval, by rate; probes that were cut are left out."""
-    whole = [one for one in results if one.rate is not None and not one.given_up]
-    line = sorted((one.rate or 0.0, one.report.tally) for one in whole)
-    rates = [rate for rate, _ in line]
-    shares = [tally.share for _, tally in line]
-    bounds = [tally.interval() for _, tally in line]
+    whole = {one.rate: one.report.tally for one in results if one.rate and not one.given_up}
+    rates = sorted(whole)  # of several runs the last one, which has the most requests
+    shares = [whole[rate].share for rate in rates]
+    bounds = [whole[rate].interval() for rate in rates]
     below = [max(0.0, share - low) for share, (low, _) in zip(shares, bounds, strict=True)]
     above = [max(0.0, high - share) for share, (_, high) in zip(shares, bounds, strict=True)]
     axes.errorbar(rates, shares, yerr=[below, above], marker="o", capsize=3)
@@ -74,6 +73,8 @@ def scales(axes: "Axes", results: Sequence[Result], slo_of: SloOf, goal: float) 
 def _latency(results: Sequence[Result], title: str, attribute: str) -> Any:
     def paint(axes: "Axes") -> None:
         for result in results:
+            if result.given_up:
+                continue
             known = [getattr(one, attribute) for one in result.samples if one.error is None]
             line = sorted(1e3 * one for one in known if one is not None)
             shares = [(place + 1) / len(line) for place in range(len(line))]
