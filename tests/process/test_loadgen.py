@@ -62,10 +62,10 @@ async def test_times_and_goodput_are_those_that_the_server_sent(
         result = await bench.run(60.0, 240)
     pairs = list(zip(sorted(result.samples, key=lambda one: one.sent_s), told, strict=True))
     report = result.report
-    for name in ("ttft", "tpot"):
+    for name, close_s in (("ttft", CLOSE_S), ("tpot", CLOSE_S / 7)):  # of eight tokens
         errors = [getattr(one, f"{name}_s") - getattr(sent, f"{name}_s") for one, sent in pairs]
-        assert abs(statistics.median(errors)) < CLOSE_S
-        assert sum(abs(error) < CLOSE_S for error in errors) >= 0.9 * len(errors)
+        assert abs(statistics.median(errors)) < close_s
+        assert sum(abs(error) < close_s for error in errors) >= 0.8 * len(errors)
     slo = Slo(0.06, 0.012)
     good = sum(slo.met(sent.ttft_s, sent.tpot_s) for _, sent in pairs)
     assert 0.5 < good / 240 < 0.8  # neither limit alone explains it: 3/4 and 9/10

@@ -107,14 +107,16 @@ def test_the_stage_that_took_more_than_usual_is_to_blame() -> None:
     handed = Timings(scheduler_wait_s=0.01, prefill_s=0.08, handoff_wait_s=0.7, decode_s=0.9)
     slowly = Timings(scheduler_wait_s=0.01, prefill_s=0.08, decode_s=0.9)
     samples = [sample(i, timings=usual) for i in range(9)]
+    longest = Timings(scheduler_wait_s=0.07, prefill_s=0.085, decode_s=0.2)  # but as ever
     samples += [
         sample(9, 0.3, timings=queued),
+        sample(13, 0.21, timings=longest),
         sample(10, tpot_s=0.09, timings=handed),
         sample(11, tpot_s=0.09, timings=slowly),
         sample(12, 0.4, timings=usual),  # the server was done long before
     ]
     assert report_of(samples).blame == {
-        **{"scheduler wait": 1, "handoff wait": 1, "decode": 1, "outside": 1}
+        **{"scheduler wait": 2, "handoff wait": 1, "decode": 1, "outside": 1}
     }
 
 
