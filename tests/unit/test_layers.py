@@ -131,6 +131,7 @@ def test_exceptions_to_the_length_are_needed() -> None:
         ("from nodeserve import Client, AsyncClient", "torch nodeserve._host uvloop tokenizers"),
         ("import nodeserve.cli", "torch nodeserve._host uvloop tokenizers rich numpy"),
         ("import nodeserve.coordinator.server", "torch tokenizers"),
+        ("import nodeserve.loadgen.bench", "torch numpy uvloop rich tokenizers matplotlib"),
         (
             "import nodeserve.worker.device_sim, nodeserve.worker.process",
             "torch numpy asyncio gguf",
