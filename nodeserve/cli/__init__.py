@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from nodeserve import __version__
+from nodeserve.cli.bench import bench
 from nodeserve.cli.doctor.command import doctor
 from nodeserve.cli.launch import start
 from nodeserve.cli.show import status, stop
@@ -35,5 +36,5 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop, doctor, simulate):
+for command in (start, complete, chat, status, stop, doctor, simulate, bench):
     main.add_command(command)

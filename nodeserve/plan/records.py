@@ -19,6 +19,7 @@ class Arrival(NamedTuple):
     priority: int = 0
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    block_ids: tuple[int, ...] = ()  # who has the same begins with the same tokens
 
 
 @dataclass(frozen=True, slots=True)

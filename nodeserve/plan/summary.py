@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nodeserve.layout import parse_layout
+from nodeserve.plan.goodput import Slo
 from nodeserve.plan.records import Outcome, Pass, Scenario, Served
 from nodeserve.types import Role
 
@@ -119,12 +120,8 @@ def met_slo(served: Served) -> bool:
     """Whether a request ended well and in time; one without a TPOT has none to miss."""
     if served.outcome not in ("stop", "length"):
         return False
-    limits = (served.arrival.ttft_slo_s, served.arrival.tpot_slo_s)
-    times = (served.timings.ttft_s, served.tpot_s)
-    return all(
-        limit_s is None or time_s is None or time_s <= limit_s
-        for limit_s, time_s in zip(limits, times, strict=True)
-    )
+    arrival = served.arrival
+    return Slo(arrival.ttft_slo_s, arrival.tpot_slo_s).met(served.timings.ttft_s, served.tpot_s)
 
 
 def _over(count: float, seconds: float) -> float:

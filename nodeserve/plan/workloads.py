@@ -6,13 +6,15 @@ by pair.
 """
 
 import csv
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from nodeserve.errors import ConfigError
+from nodeserve.plan.grids import Grid
 from nodeserve.plan.records import Arrival
 
 SIGMA = 0.8  # of a log-normal length, unless it is given
@@ -20,6 +22,7 @@ ALPHA = 1.2  # of a Pareto length's tail, likewise
 MOST_TOKENS = 32_768  # that a Pareto length may have, likewise
 MAX_SIGMA = 5.0
 MAX_ALPHA = 10.0
+BLOCK_TOKENS = 512  # of a trace's shared prefixes
 TRACE_COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 
 
@@ -37,6 +40,17 @@ class Gaps:
         if self.cv == 1.0:
             return random.expovariate(1.0)
         return random.gammavariate(self.cv**-2, self.cv**2)
+
+
+@dataclass(frozen=True, slots=True)
+class GridGaps:
+    """Times between arrivals from the quantiles of a trace's gaps."""
+
+    grid: Grid
+
+    def draw(self, random: Random) -> float:
+        """A gap of mean 1."""
+        return self.grid.quantile(random.random()) / self.grid.mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +81,9 @@ class Workload:
 
     rate: float
     num_requests: int
-    prompt: Lengths
-    output: Lengths
-    gaps: Gaps = Gaps()
+    prompt: Lengths | Grid
+    output: Lengths | Grid
+    gaps: Gaps | GridGaps = Gaps()
     seed: int = 0
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
@@ -134,8 +148,13 @@ def generate(workload: Workload, max_model_len: int) -> list[Arrival]:
 
 def read_trace(path: Path, num_requests: int | None = None) -> list[Arrival]:
     """The first requests of a CSV file with the columns arrival_s, input_tokens, output_tokens and
-    perhaps more; by time, the first one at 0. ConfigError names the line that cannot be read."""
+    perhaps more; by time, the first one at 0. ConfigError names the line that cannot be read.
+
+    Where there are prefix_row and prefix_blocks512, a row begins with so many blocks of 512 tokens
+    of an earlier row, counted from 0 (-1: of none); `block_ids` then names all its blocks.
+    """
     arrivals: list[Arrival] = []
+    fresh = itertools.count()
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
@@ -145,7 +164,11 @@ def read_trace(path: Path, num_requests: int | None = None) -> list[Arrival]:
             for row in rows:
                 if len(arrivals) == num_requests:
                     break
-                arrivals.append(_row(row, f"trace {path}, line {rows.line_num}"))
+                place = f"trace {path}, line {rows.line_num}"
+                arrival = _row(row, place)
+                if "prefix_row" in row and "prefix_blocks512" in row:
+                    arrival = arrival._replace(block_ids=_blocks(row, arrivals, fresh, place))
+                arrivals.append(arrival)
     except OSError as error:
         raise ConfigError(f"trace {path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -174,6 +197,19 @@ def _row(row: dict[str, str], place: str) -> Arrival:
     if arrived_s < 0.0 or num_prompt < 1 or num_output < 1:
         raise ConfigError(f"{place}: a time is 0 or later, a length 1 token or more")
     return Arrival(arrived_s, int(num_prompt), int(num_output))
+
+
+def _blocks(
+    row: dict[str, str], earlier: Sequence[Arrival], fresh: Iterator[int], place: str
+) -> tuple[int, ...]:
+    """The blocks that the row shares, and new ones for the rest of its prompt."""
+    from_row, num_shared = _number(row["prefix_row"]), _number(row["prefix_blocks512"])
+    num_blocks = math.ceil(float(row["input_tokens"]) / BLOCK_TOKENS)
+    if from_row is None or num_shared is None or not -1 <= from_row < len(earlier):
+        raise ConfigError(f"{place}: prefix_row must be -1 or the number of an earlier row")
+    shared = earlier[int(from_row)].block_ids[: int(num_shared)] if from_row >= 0 else ()
+    shared = shared[:num_blocks]
+    return (*shared, *itertools.islice(fresh, num_blocks - len(shared)))
 
 
 def _number(text: str) -> float | None:

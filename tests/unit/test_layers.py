@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "coordinator": BASE | {"wire", "policy"},
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
-    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy"},
+    "loadgen": BASE | {"wire", "text", "client", "plan"},
+    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy", "loadgen"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -35,7 +36,10 @@ MAY_NOT_USE = {
     "policy": {"torch", "asyncio", "time", "os", "socket"},
     "wire": {"torch", "asyncio"},
     "worker": {"asyncio"},
-    **{name: {"torch"} for name in (*BASE, "text", "client", "coordinator", "plan", "cli")},
+    **{
+        name: {"torch"}
+        for name in (*BASE, "text", "client", "coordinator", "plan", "loadgen", "cli")
+    },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 ALL_FILES = [
@@ -127,6 +131,7 @@ def test_exceptions_to_the_length_are_needed() -> None:
         ("from nodeserve import Client, AsyncClient", "torch nodeserve._host uvloop tokenizers"),
         ("import nodeserve.cli", "torch nodeserve._host uvloop tokenizers rich numpy"),
         ("import nodeserve.coordinator.server", "torch tokenizers"),
+        ("import nodeserve.loadgen.bench", "torch numpy uvloop rich tokenizers matplotlib"),
         (
             "import nodeserve.worker.device_sim, nodeserve.worker.process",
             "torch numpy asyncio gguf",

@@ -1,0 +1,125 @@
+"""Goodput: how many of the requests offered meet all their limits, and what that says.
+
+A request counts as good when its time to first token *and* its time per output token (and its time
+from end to end, where that has a limit) are within their limits. The share is of all requests that
+were offered: whatever was refused, failed or never ended is a miss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+GOAL = 0.9  # share of requests that must be good for a rate to count as goodput
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Limits in seconds; None: no limit."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def missed(
+        self, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None = None
+    ) -> tuple[str, ...]:
+        """Names of the limits that a request with these times misses.
+
+        A request with one token has no TPOT and cannot miss it; one without a first token misses
+        any limit of the TTFT.
+        """
+        late = []
+        if self.ttft_s is not None and (ttft_s is None or ttft_s > self.ttft_s):
+            late.append("ttft")
+        if self.tpot_s is not None and tpot_s is not None and tpot_s > self.tpot_s:
+            late.append("tpot")
+        if self.e2e_s is not None and (e2e_s is None or e2e_s > self.e2e_s):
+            late.append("e2e")
+        return tuple(late)
+
+    def met(self, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None = None) -> bool:
+        """Whether a request that ended well was good."""
+        return not self.missed(ttft_s, tpot_s, e2e_s)
+
+    def scaled(self, factor: float) -> "Slo":
+        """Every limit times `factor`: the SLO scale of DistServe's plots."""
+        return Slo(*(None if one is None else one * factor for one in self.limits))
+
+    @property
+    def limits(self) -> tuple[float | None, float | None, float | None]:
+        return (self.ttft_s, self.tpot_s, self.e2e_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Good requests among those offered."""
+
+    num_offered: int
+    num_good: int
+
+    @property
+    def share(self) -> float:
+        """The attainment; nothing offered is nothing attained."""
+        return self.num_good / self.num_offered if self.num_offered else 0.0
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Wilson's score interval of the share, for requests that are independent of each other.
+
+        Requests of one run share its queues, so the truth is somewhat wider.
+        """
+        if not self.num_offered:
+            return 0.0, 1.0
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        number, share = self.num_offered, self.share
+        weight = z * z / number
+        middle = share + weight / 2
+        half = z * math.sqrt(share * (1.0 - share) / number + weight / number / 4)
+        low, high = (middle - half) / (1.0 + weight), (middle + half) / (1.0 + weight)
+        return max(0.0, low), min(1.0, high)
+
+
+def crossing(points: Sequence[tuple[float, float]], goal: float = GOAL) -> float | None:
+    """Where attainment crosses the goal on its way down, on straight lines between the points.
+
+    `points` are (rate, share) and may come in any order. None where no rate reaches the goal; the
+    highest rate where none misses it.
+    """
+    line = sorted(points)
+    last = max((place for place, (_, share) in enumerate(line) if share >= goal), default=None)
+    if last is None:
+        return None
+    if last == len(line) - 1:
+        return line[last][0]
+    (rate, share), (next_rate, next_share) = line[last], line[last + 1]
+    return rate + (share - goal) / (share - next_share) * (next_rate - rate)
+
+
+def smallest_scale(needed: Sequence[float], goal: float = GOAL) -> float | None:
+    """The smallest SLO scale at which the share `goal` of the requests is good.
+
+    `needed` has for each request offered the scale from which on it is good, infinity for one that
+    never is. None: no scale is enough.
+    """
+    line = sorted(needed)
+    place = math.ceil(goal * len(line) - 1e-9) - 1
+    scale = line[max(0, place)] if line else math.inf
+    return scale if math.isfinite(scale) else None
+
+
+def needed_scale(
+    slo: Slo, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None = None
+) -> float:
+    """The smallest scale of `slo` at which a request with these times is good."""
+    scales = [0.0]
+    for limit, time_s, always in (
+        (slo.ttft_s, ttft_s, True),
+        (slo.tpot_s, tpot_s, False),
+        (slo.e2e_s, e2e_s, True),
+    ):
+        if limit is not None and time_s is not None:
+            scales.append(time_s / limit)
+        elif limit is not None and always:
+            return math.inf
+    return max(scales)
