@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from nodeserve.config import WorkerSpec
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.profiles import pass_factor, profile_named
+from nodeserve.policy.profile import pass_factor
+from nodeserve.policy.profiles import profile_named
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
