@@ -7,6 +7,7 @@ import click
 from nodeserve import __version__
 from nodeserve.cli.doctor.command import doctor
 from nodeserve.cli.launch import start
+from nodeserve.cli.plan import plan
 from nodeserve.cli.show import status, stop
 from nodeserve.cli.simulate import simulate
 from nodeserve.cli.talk import chat, complete
@@ -35,5 +36,5 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop, doctor, simulate):
+for command in (start, complete, chat, status, stop, doctor, simulate, plan):
     main.add_command(command)

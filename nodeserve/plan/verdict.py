@@ -1,0 +1,104 @@
+"""What a plan says in words: why this layout, and how to start it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nodeserve.layout import Shape, parse_layout
+from nodeserve.plan.candidates import Candidate
+from nodeserve.plan.evaluate import count
+from nodeserve.plan.goodput import Slo
+from nodeserve.plan.planner import Estimate, Report
+
+WORDS = {"ttft": "the first token is late", "tpot": "tokens are slow", "e2e": "the end is late"}
+CHECKED = 1000  # requests of the run that says what the other kind misses
+ABOVE = 1.15  # times its goodput, or the best rate if that is more: where misses show
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`disaggregate` is None where no layout serves, or both kinds are within each other's range.
+    `misses` are those of the other kind's best at the `checked_rate`, by limit."""
+
+    disaggregate: bool | None
+    reason: str
+    checked_rate: float = 0.0
+    attained: float | None = None
+    misses: Mapping[str, int] | None = None
+
+
+def verdict(report: Report) -> Verdict:
+    """Which kind won, by how much, and what holds the other one back, by one more simulation."""
+    best = report.best
+    if best is None:
+        return Verdict(None, _nothing(report))
+    other_kind = "split" if best.candidate.kind == "mixed" else "mixed"
+    other = report.best_of(other_kind)
+    split = best.candidate.kind == "split"
+    head = "disaggregate" if split else "do not disaggregate"
+    if other is None or other.goodput <= 0.0:
+        return Verdict(split, f"{head}: no {other_kind} layout serves enough requests in time")
+    gain = best.goodput / other.goodput - 1.0
+    rate = max(best.goodput, ABOVE * other.goodput)
+    tally, misses = count(report.question, other.candidate, rate, CHECKED)
+    seen = dict(misses.most_common())
+    numbers = (
+        f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
+        f" {other.candidate.layout} {other.goodput:.3g}"
+    )
+    if _overlap(best, other):
+        reason = f"no clear winner: {numbers}, within what the runs can tell apart"
+        return Verdict(None, reason, rate, tally.share, seen)
+    reason = f"{head}: {numbers} ({gain:+.0%})"
+    if seen:
+        limit, number = next(iter(seen.items()))
+        share = number / (tally.num_offered - tally.num_good)
+        reason += (
+            f"; at {rate:.3g}/s {other.candidate.layout} has {tally.share:.0%} in time, and of the"
+            f" misses {share:.0%} are because {WORDS.get(limit, limit)}"
+        )
+    return Verdict(split, reason, rate, tally.share, seen)
+
+
+def _overlap(one: Estimate, other: Estimate) -> bool:
+    return other.high is None or other.high > one.goodput or one.low < other.goodput
+
+
+def _nothing(report: Report) -> str:
+    question = report.question
+    if report.num_impossible == report.num_candidates:
+        return (
+            f"no layout of {question.num_gpus} GPUs can serve {question.goal:.0%} of these requests"
+            " in time, not even one at a time: loosen the limits"
+        )
+    return f"no layout of {question.num_gpus} GPUs serves {question.goal:.0%} in time at any rate"
+
+
+def settings_of(candidate: Candidate) -> dict[str, str | int]:
+    """The candidate as settings of a server, by the fields of EngineConfig."""
+    settings: dict[str, str | int] = {
+        "layout": candidate.layout,
+        "max_num_batched_tokens": candidate.max_num_batched_tokens,
+    }
+    if candidate.window_s is not None:
+        settings["window"] = "off" if candidate.window_s == 0.0 else f"{1e3 * candidate.window_s:g}"
+    return settings
+
+
+def start_command(candidate: Candidate, slo: Slo, model: str | None, profile: str | None) -> str:
+    """How a node like this is started; on simulated devices if a profile is given."""
+    words = ["nodeserve start", *([model] if model else [])]
+    if profile is not None:
+        words.append(f"--device sim --profile {profile}")
+    for name, value in settings_of(candidate).items():
+        words.append(f"--{name.replace('_', '-')} {value}")
+    limits = [
+        f"{name}={1e3 * limit_s:g}ms"
+        for name, limit_s in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s))
+        if limit_s is not None
+    ]
+    return " ".join([*words, *(["--slo " + ",".join(limits)] if limits else [])])
+
+
+def startable(candidate: Candidate) -> bool:
+    """Whether `nodeserve start` can run it on real devices: one worker an instance."""
+    return all(group.shape == Shape() for group in parse_layout(candidate.layout).groups)
