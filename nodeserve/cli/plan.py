@@ -25,7 +25,7 @@ from nodeserve.plan.pool import searching
 from nodeserve.plan.records import Arrival
 from nodeserve.plan.verdict import Verdict, start_command, startable, verdict
 from nodeserve.plan.workloads import read_trace
-from nodeserve.policy.profiles import find_profile
+from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,7 +120,7 @@ def question_of(options: dict[str, Any]) -> Question:
     if num_seqs is not None and num_seqs < 1:
         raise ConfigError(f"--max-num-seqs {num_seqs}: use 1 or more")
     return Question(
-        model=find_profile(options["profile"]),
+        model=profile_or_family(options["profile"]),
         traffic=traffic,
         slo=slo_of(options["slo"], traffic),
         num_gpus=options["num_gpus"],

@@ -32,7 +32,8 @@ from nodeserve.types import Role
 FREE = Shape(tp=512)  # the shape of a prefill instance that takes no time
 ONE_TOKEN = Lengths("fixed", 1)
 INSTANT = StepCost(1e-6, 1e-6, 0.0, 0.0, 0.0, 0.0)
-ENOUGH = 1 << 40  # tokens, or bytes a second
+AT_ONCE = 1e30  # bytes a second
+ROOM = 4  # times what the decode instance holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +162,12 @@ def _free_prefill(kind: Kind) -> Family:
         kind.profile,
         cost=INSTANT,
         noise=0.0,
-        num_kv_tokens=ENOUGH,
-        handoff_bytes_per_s=float(ENOUGH) ** 2,
+        num_kv_tokens=ROOM * kind.profile.num_kv_tokens,
+        handoff_bytes_per_s=AT_ONCE,
         num_stages=1,
         num_gpus=FREE.num_workers,
     )
-    real = replace(kind.profile, handoff_bytes_per_s=float(ENOUGH) ** 2)
+    real = replace(kind.profile, handoff_bytes_per_s=AT_ONCE)
     shapes: Mapping[tuple[int, int], Profile] = {
         (FREE.tp, FREE.pp): free,
         (kind.shape.tp, kind.shape.pp): real,

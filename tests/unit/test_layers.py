@@ -23,11 +23,13 @@ MAY_IMPORT = {
     "policy": BASE,
     "text": BASE,
     "model": BASE | {"_host"},
-    "worker": BASE | {"wire", "policy", "model", "_cuda", "_host"},
-    "coordinator": BASE | {"wire", "policy"},
+    "profile_store": BASE | {"policy"},
+    "worker": BASE | {"wire", "policy", "profile_store", "model", "_cuda", "_host"},
+    "coordinator": BASE | {"wire", "policy", "profile_store"},
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
-    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy"},
+    "profiling": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store"},
+    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store", "profiling"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -35,7 +37,10 @@ MAY_NOT_USE = {
     "policy": {"torch", "asyncio", "time", "os", "socket"},
     "wire": {"torch", "asyncio"},
     "worker": {"asyncio"},
-    **{name: {"torch"} for name in (*BASE, "text", "client", "coordinator", "plan", "cli")},
+    **{
+        name: {"torch"}
+        for name in (*BASE, "text", "client", "coordinator", "plan", "profiling", "cli")
+    },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 ALL_FILES = [
