@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from nodeserve import __version__
+from nodeserve.cli.bench import bench
 from nodeserve.cli.doctor.command import doctor
 from nodeserve.cli.launch import start
 from nodeserve.cli.plan import plan
@@ -37,5 +38,5 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop, doctor, simulate, plan, profile):
+for command in (start, complete, chat, status, stop, doctor, simulate, bench, plan, profile):
     main.add_command(command)

@@ -342,7 +342,8 @@ class Planner:
         }
         points = [(rate, probe.tally.share) for rate, probe in last.items()]
         low, high = decided_range(list(last.values()), question.goal, question.confidence)
-        rate = crossing(points, question.goal) or 0.0
+        # More than the bound is what a run too short for a queue to grow would seem to serve.
+        rate = min(most, crossing(points, question.goal) or 0.0)
         return Estimate(
             candidate,
             rate,

@@ -7,17 +7,16 @@ from nodeserve.layout import Shape, parse_layout
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.evaluate import count
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Estimate, Report
+from nodeserve.plan.planner import Report
 
 WORDS = {"ttft": "the first token is late", "tpot": "tokens are slow", "e2e": "the end is late"}
 CHECKED = 1000  # requests of the run that says what the other kind misses
-ABOVE = 1.15  # times its goodput, or the best rate if that is more: where misses show
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`disaggregate` is None where no layout serves, or both kinds are within each other's range.
-    `misses` are those of the other kind's best at the `checked_rate`, by limit."""
+    """`disaggregate` is None where no layout serves, or where the other kind's best does not surely
+    miss the goal at the winner's goodput, the `checked_rate`; `misses` are its misses there."""
 
     disaggregate: bool | None
     reason: str
@@ -38,14 +37,14 @@ def verdict(report: Report) -> Verdict:
     if other is None or other.goodput <= 0.0:
         return Verdict(split, f"{head}: no {other_kind} layout serves enough requests in time")
     gain = best.goodput / other.goodput - 1.0
-    rate = max(best.goodput, ABOVE * other.goodput)
-    tally, misses = count(report.question, other.candidate, rate, CHECKED)
+    rate, question = best.goodput, report.question
+    tally, misses = count(question, other.candidate, rate, CHECKED)
     seen = dict(misses.most_common())
     numbers = (
         f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
         f" {other.candidate.layout} {other.goodput:.3g}"
     )
-    if _overlap(best, other):
+    if tally.interval(question.confidence)[1] >= question.goal:
         reason = f"no clear winner: {numbers}, within what the runs can tell apart"
         return Verdict(None, reason, rate, tally.share, seen)
     reason = f"{head}: {numbers} ({gain:+.0%})"
@@ -57,10 +56,6 @@ def verdict(report: Report) -> Verdict:
             f" misses {share:.0%} are because {WORDS.get(limit, limit)}"
         )
     return Verdict(split, reason, rate, tally.share, seen)
-
-
-def _overlap(one: Estimate, other: Estimate) -> bool:
-    return other.high is None or other.high > one.goodput or one.low < other.goodput
 
 
 def _nothing(report: Report) -> str:

@@ -28,8 +28,11 @@ MAY_IMPORT = {
     "coordinator": BASE | {"wire", "policy", "profile_store"},
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
+    "loadgen": BASE | {"wire", "text", "client", "plan"},
     "profiling": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store"},
-    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store", "profiling"},
+    "cli": BASE
+    | {"wire", "coordinator", "client", "plan", "policy", "profile_store"}
+    | {"loadgen", "profiling"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -39,7 +42,11 @@ MAY_NOT_USE = {
     "worker": {"asyncio"},
     **{
         name: {"torch"}
-        for name in (*BASE, "text", "client", "coordinator", "plan", "profiling", "cli")
+        for name in (
+            *BASE,
+            *("text", "client", "coordinator", "plan", "profile_store"),
+            *("loadgen", "profiling", "cli"),
+        )
     },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,105 @@
+"""Figures of runs: attainment against rate and against the SLO's scale, and latencies."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nodeserve.errors import ConfigError
+from nodeserve.loadgen.bench import Result
+from nodeserve.loadgen.measure import SloOf, needed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE_INCHES = (5.0, 3.4)
+LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "worst gap": "worst_gap_s", "E2E": "e2e_s"}
+
+
+def check_matplotlib() -> None:
+    """ConfigError where figures cannot be drawn: better before an hour's run than after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "figures need matplotlib: pip install 'nodeserve[plot]', or leave --figures out"
+        ) from None
+
+
+def draw(
+    results: Sequence[Result], slo_of: SloOf, goal: float, folder: Path, kinds: Sequence[str]
+) -> list[Path]:
+    """Write the figures that these results allow, one file for each of `kinds` (svg, png)."""
+    check_matplotlib()
+    import matplotlib
+
+    matplotlib.use("agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"slo_scale": lambda axes: scales(axes, results, slo_of, goal)}
+    if len({one.rate for one in results if one.rate is not None}) > 1:
+        figures["attainment"] = lambda axes: attainment(axes, results, goal)
+    for title, attribute in LATENCIES.items():
+        name = title.lower().replace(" ", "_")
+        figures[name] = _latency(results, title, attribute)
+    return [path for name, paint in figures.items() for path in _save(folder / name, paint, kinds)]
+
+
+def attainment(axes: "Axes", results: Sequence[Result], goal: float) -> None:
+    """The share of good requests with its interval, by rate; probes that were cut are left out."""
+    whole = [one for one in results if one.rate is not None and not one.given_up]
+    line = sorted((one.rate or 0.0, one.report.tally) for one in whole)
+    rates = [rate for rate, _ in line]
+    shares = [tally.share for _, tally in line]
+    bounds = [tally.interval() for _, tally in line]
+    below = [max(0.0, share - low) for share, (low, _) in zip(shares, bounds, strict=True)]
+    above = [max(0.0, high - share) for share, (_, high) in zip(shares, bounds, strict=True)]
+    axes.errorbar(rates, shares, yerr=[below, above], marker="o", capsize=3)
+    axes.axhline(goal, linestyle=":", color="grey")
+    axes.set(xlabel="requests/s offered", ylabel="attainment", ylim=(0.0, 1.02))
+
+
+def scales(axes: "Axes", results: Sequence[Result], slo_of: SloOf, goal: float) -> None:
+    """The share of good requests if all limits were multiplied, from the same runs."""
+    for result in results:
+        if result.given_up:
+            continue
+        needs = sorted(needed(one, slo_of(one.job.arrival)) for one in result.samples)
+        shares = [(place + 1) / len(needs) for place in range(len(needs))]
+        axes.step(needs, shares, where="post", label=_name(result))
+    axes.axhline(goal, linestyle=":", color="grey")
+    axes.axvline(1.0, linestyle=":", color="grey")
+    axes.set(xlabel="SLO scale", ylabel="attainment", xlim=(0.0, 3.0), ylim=(0.0, 1.02))
+    _legend(axes)
+
+
+def _latency(results: Sequence[Result], title: str, attribute: str) -> Any:
+    def paint(axes: "Axes") -> None:
+        for result in results:
+            known = [getattr(one, attribute) for one in result.samples if one.error is None]
+            line = sorted(1e3 * one for one in known if one is not None)
+            shares = [(place + 1) / len(line) for place in range(len(line))]
+            axes.step(line, shares, where="post", label=_name(result))
+        axes.set(xlabel=f"{title}, ms", ylabel="share of requests", ylim=(0.0, 1.02))
+        axes.set_xscale("log")
+        _legend(axes)
+
+    return paint
+
+
+def _legend(axes: "Axes") -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+
+
+def _name(result: Result) -> str:
+    return f"{result.rate:.3g}/s" if result.rate is not None else "all"
+
+
+def _save(stem: Path, paint: Any, kinds: Sequence[str]) -> list[Path]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    paint(figure.subplots())
+    paths = [stem.with_suffix(f".{kind}") for kind in kinds]
+    for path in paths:
+        figure.savefig(path, dpi=160)
+    return paths

@@ -1,0 +1,195 @@
+"""Requests to any server that speaks OpenAI's completions or chat completions, streamed.
+
+A token event is a choice with text, or one without text and without an end (half a character). A
+first delta that only names the role is none. How many tokens an event brings nobody says: the
+server's usage has the sum, and times between tokens are times between events.
+"""
+
+import json
+import time
+from typing import Any
+
+from nodeserve.errors import (
+    ConfigError,
+    InvalidRequest,
+    ModelError,
+    NodeServeError,
+    Overloaded,
+    ProtocolError,
+)
+from nodeserve.loadgen.http import EventReader
+from nodeserve.loadgen.http_client import HttpClient, parse_url
+from nodeserve.loadgen.prompts import (
+    VOCAB_SIZE,
+    chat_counter,
+    rough_text,
+    text_counter,
+    text_prompt,
+    token_ids,
+)
+from nodeserve.loadgen.records import Job, Sample
+from nodeserve.loadgen.targets import About, TargetOptions
+from nodeserve.text import Tokenizer
+
+ROUTES = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+TEXTS = ("content", "reasoning_content", "reasoning")  # of a delta
+MAX_ERROR_CHARS = 300
+
+
+class OpenAITarget:
+    """Output lengths are forced by max_tokens and ignore_eos, which most servers know."""
+
+    def __init__(self, options: TargetOptions) -> None:
+        assert options.url is not None
+        self._options = options
+        self._client = HttpClient(parse_url(options.url), options.connect_timeout_s)
+        self._model = options.model
+        self._tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+
+    async def open(self) -> About:
+        listed = await self._models()
+        if self._model is None:
+            if not listed:
+                raise ConfigError("the server lists no model on /v1/models: name it with --model")
+            self._model = str(listed[0]["id"])
+        limit = next((one.get("max_model_len") for one in listed if one["id"] == self._model), None)
+        text = self._options.api == "chat" or self._options.prompts_as_text
+        return About(
+            model=self._model,
+            kind="openai",
+            max_model_len=limit,
+            exact_prompts=not text or self._tokenizer is not None,
+        )
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def payload(self, job: Job, run: int) -> bytes:
+        body: dict[str, Any] = {
+            "model": self._model,
+            **self._prompt(job, run),
+            "max_tokens": job.arrival.num_output_tokens,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._options.ignore_eos:
+            body["ignore_eos"] = True
+        body.update(self._options.extra_body)
+        data = json.dumps(body, separators=(",", ":")).encode()
+        headers = {**self._headers(), "Accept": "text/event-stream"}
+        return self._client.request("POST", ROUTES[self._options.api], headers, data)
+
+    async def ask(self, job: Job, payload: bytes, sample: Sample, began_s: float) -> None:
+        answer = _Answer(sample, began_s)
+        sample.sent_s = time.perf_counter() - began_s
+        response = await self._client.exchange(payload, answer.on_body)
+        if response.status != 200:
+            raise refusal(response.status, answer.error_text)
+        answer.finish()
+
+    def _prompt(self, job: Job, run: int) -> dict[str, Any]:
+        options, tokenizer = self._options, self._tokenizer
+        if options.api == "chat":
+            count = chat_counter(tokenizer) if tokenizer else None
+            text = text_prompt(job, run, count) if count else rough_text(job, run)
+            return {"messages": [{"role": "user", "content": text}]}
+        if options.prompts_as_text:
+            if tokenizer is None:
+                return {"prompt": rough_text(job, run)}
+            return {"prompt": text_prompt(job, run, text_counter(tokenizer))}
+        vocab_size = options.vocab_size or (tokenizer.vocab_size if tokenizer else VOCAB_SIZE)
+        return {"prompt": token_ids(job, run, vocab_size, options.block_tokens).tolist()}
+
+    def _headers(self) -> dict[str, str]:
+        return {"Content-Type": "application/json", **self._options.headers}
+
+    async def _models(self) -> list[dict[str, Any]]:
+        """What /v1/models lists; nothing where there is no such route."""
+        parts: list[bytes] = []
+        request = self._client.request("GET", "/v1/models", self._headers(), b"")
+        response = await self._client.exchange(request, lambda data, _: parts.append(data))
+        if response.status in (401, 403):
+            raise refusal(response.status, b"".join(parts).decode("utf-8", "replace"))
+        try:
+            listed = json.loads(b"".join(parts))["data"]
+            return [one for one in listed if isinstance(one, dict) and "id" in one]
+        except (ValueError, KeyError, TypeError):
+            return []
+
+
+class _Answer:
+    """Turns the events of one response into a sample's times."""
+
+    def __init__(self, sample: Sample, began_s: float) -> None:
+        self._sample = sample
+        self._began_s = began_s
+        self._events = EventReader()
+        self._raw = bytearray()  # the beginning, for what an error says
+        self._done = False
+
+    @property
+    def error_text(self) -> str:
+        return self._raw.decode("utf-8", "replace")
+
+    def on_body(self, data: bytes, at_s: float) -> None:
+        if len(self._raw) < 4 * MAX_ERROR_CHARS:
+            self._raw += data
+        for event in self._events.feed(data):
+            if event == "[DONE]":
+                self._done = True
+            else:
+                self._on_event(event, at_s)
+
+    def finish(self) -> None:
+        """After the response; NodeServeError if it was no whole answer."""
+        sample = self._sample
+        if not sample.times:
+            raise ProtocolError(f"the answer has no token: {self.error_text[:MAX_ERROR_CHARS]!r}")
+        told = sample.told_output_tokens
+        if not self._done and told is None:
+            raise ProtocolError("the stream ended without [DONE]")
+
+    def _on_event(self, event: str, at_s: float) -> None:
+        try:
+            message = json.loads(event)
+        except ValueError:
+            raise ProtocolError(f"an event of the stream is no JSON: {event[:80]!r}") from None
+        if not isinstance(message, dict):
+            raise ProtocolError(f"an event of the stream is no object: {event[:80]!r}")
+        if message.get("error"):
+            raise ProtocolError(f"the server ended the stream: {str(message['error'])[:200]}")
+        usage, choices = message.get("usage"), message.get("choices")
+        if isinstance(usage, dict):
+            self._sample.told_prompt_tokens = usage.get("prompt_tokens")
+            self._sample.told_output_tokens = usage.get("completion_tokens")
+        choices = choices if isinstance(choices, list) else []
+        if any(has_token(one) for one in choices if isinstance(one, dict)):
+            self._sample.times.append(at_s - self._began_s)
+            self._sample.counts.append(1)
+
+
+def has_token(choice: dict[str, Any]) -> bool:
+    """Whether a choice of a stream brings a token."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        texts = [choice.get("text")]
+    else:
+        texts = [delta[name] for name in TEXTS if delta.get(name) is not None]
+        if not any(texts) and "role" in delta:
+            return False
+    if any(texts):
+        return True
+    return "" in texts and choice.get("finish_reason") is None
+
+
+def refusal(status: int, text: str) -> NodeServeError:
+    """The error that a status other than 200 stands for."""
+    words = f"HTTP {status}: {' '.join(text.split())[:MAX_ERROR_CHARS]}"
+    if status in (429, 503):
+        return Overloaded(words)
+    if status == 404:
+        return ModelError(words)
+    if 400 <= status < 500:
+        return InvalidRequest(words)
+    return NodeServeError(words)
