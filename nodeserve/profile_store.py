@@ -129,6 +129,8 @@ def to_json(profile: Profile) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> Profile:
     """The reverse; ValueError, TypeError or KeyError where that is not what it is."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("cost"), Mapping):
+        raise TypeError("there is no cost in it")
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError(f"format {values['format']!r}, this nodeserve reads {FORMAT}")
     known = {one.name for one in fields(Profile)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nodeserve.cli.progress import start_report
 from nodeserve.cli.settings import ENGINE_OPTIONS, given
 from nodeserve.config import EngineConfig
 from nodeserve.errors import ConfigError
+from nodeserve.types import StartEvent
 
 AIM = 0.05  # of what a pass takes: a mean error above it is said
 SETTINGS = (
@@ -70,7 +72,7 @@ def profile(
     profile_store.check_name(name)
     with start_report() as report:
         result = measure_profile(
-            config, checkpoint, gpus, count, name, report.on_event, lambda _: None
+            config, checkpoint, gpus, count, name, report.on_event, told(report.on_event)
         )
     measured = {
         "model": checkpoint.served_name,
@@ -90,6 +92,11 @@ def profile(
         return
     show(result.noted(), result.num_passes)
     click.echo(f"{name}: {path}")
+
+
+def told(on_event: Callable[[StartEvent], None]) -> Callable[[str], None]:
+    """Experiments as notes among the lines of the start."""
+    return lambda text: on_event(StartEvent("note", None, 0, 0, text))
 
 
 def show(errors: dict[str, Any], num_passes: int) -> None:

@@ -19,6 +19,7 @@ LEAST_PASSES = 8  # of a kind
 TRIMS = 3  # rounds of leaving out what is far off
 FAR = 4.0  # usual errors
 BETTER = 0.75  # of one line's error that two must be below
+GOOD = 0.01  # an error with which one line will do
 TO_SPREAD = 1.4826  # a normal distribution's deviation over its median absolute error
 
 
@@ -101,7 +102,7 @@ def _decode_lines(passes: Sequence[Timed]) -> tuple[Line, Line | None, int]:
         both = (small_off * len(below) + large_off * len(above)) / len(passes)
         if best is None or both < best[0]:
             best = (both, small, large, size)
-    if best is None or best[0] > BETTER * error:
+    if best is None or error < GOOD or best[0] > BETTER * error:
         return whole, None, 0
     return best[1], best[2], best[3]
 

@@ -10,13 +10,15 @@ from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import Report
 
 WORDS = {"ttft": "the first token is late", "tpot": "tokens are slow", "e2e": "the end is late"}
-CHECKED = 1000  # requests of the run that says what the other kind misses
+CHECKED = 1000  # requests of the runs that compare the winner with the other kind's best
+ABOVE = 1.2  # times the loser's goodput: where its first misses show
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """`disaggregate` is None where no layout serves, or where the other kind's best does not surely
-    miss the goal at the winner's goodput, the `checked_rate`; `misses` are its misses there."""
+    miss the goal at the winner's goodput, the `checked_rate`, where it `attained` so much. `misses`
+    are its first ones, by limit: a little above its own goodput."""
 
     disaggregate: bool | None
     reason: str
@@ -38,24 +40,27 @@ def verdict(report: Report) -> Verdict:
         return Verdict(split, f"{head}: no {other_kind} layout serves enough requests in time")
     gain = best.goodput / other.goodput - 1.0
     rate, question = best.goodput, report.question
-    tally, misses = count(question, other.candidate, rate, CHECKED)
-    seen = dict(misses.most_common())
+    at_winners, _ = count(question, other.candidate, rate, CHECKED)
     numbers = (
         f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
         f" {other.candidate.layout} {other.goodput:.3g}"
     )
-    if tally.interval(question.confidence)[1] >= question.goal:
+    if at_winners.interval(question.confidence)[1] >= question.goal:
         reason = f"no clear winner: {numbers}, within what the runs can tell apart"
-        return Verdict(None, reason, rate, tally.share, seen)
+        return Verdict(None, reason, rate, at_winners.share)
+    # Far above its goodput everything is late; what it misses first shows a little above it.
+    little = min(rate, ABOVE * other.goodput)
+    tally, misses = count(question, other.candidate, little, CHECKED)
+    seen = dict(misses.most_common())
     reason = f"{head}: {numbers} ({gain:+.0%})"
     if seen:
         limit, number = next(iter(seen.items()))
         share = number / (tally.num_offered - tally.num_good)
         reason += (
-            f"; at {rate:.3g}/s {other.candidate.layout} has {tally.share:.0%} in time, and of the"
-            f" misses {share:.0%} are because {WORDS.get(limit, limit)}"
+            f"; at {little:.3g}/s {other.candidate.layout} has {tally.share:.0%} in time, and of"
+            f" the misses {share:.0%} are because {WORDS.get(limit, limit)}"
         )
-    return Verdict(split, reason, rate, tally.share, seen)
+    return Verdict(split, reason, rate, at_winners.share, seen)
 
 
 def _nothing(report: Report) -> str:

@@ -17,11 +17,11 @@ from nodeserve.wire.messages import StepDone
 
 WRITTEN = 12  # tokens of a sequence whose decode steps are timed
 WARM = 2  # first passes of anything, left out
-LARGEST = 32  # chunks that the prompts of one experiment may fill
+LARGEST = 8  # chunks that the prompts of one experiment may fill
 FIT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HELD_BATCHES = (3, 6, 12, 24, 48, 96, 192)
-FIT_PROMPTS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)  # in chunks
-HELD_PROMPTS = (1 / 16, 3 / 16, 3 / 8, 3 / 4, 3.0, 6.0)
+FIT_PROMPTS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # in chunks
+HELD_PROMPTS = (1 / 16, 3 / 16, 3 / 8, 3 / 4, 3.0)
 SHORT, LONG = 16, 1024  # tokens of context
 CONTIGUOUS = 0.5  # of a pass: a longer gap after it was a wait
 REPEATS = 3

@@ -28,6 +28,7 @@ from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
 
 FAST = Effort(40, 100, 200, 1, 0.1, 1)
+TINY = Effort(30, 60, 120, 1, 0.2, 1)
 # One prompt token takes 0.1 ms, a pass 10 ms beside it, and sequences decode almost for nothing.
 PLAIN = Profile(
     name="plain",
@@ -74,22 +75,16 @@ def test_where_nothing_is_gained_by_it_phases_are_not_taken_apart() -> None:
 
 @pytest.mark.slow
 def test_where_prompts_hold_up_decoding_phases_are_taken_apart() -> None:
-    report = plan(question(CLUMSY, "synthetic(200,8)", Slo(1.0, 0.012)), FAST)
+    """Eight tokens at 10 ms, a limit of 20 ms: one prompt beside them is too much."""
+    report = plan(question(CLUMSY, "synthetic(200,8)", Slo(1.0, 0.020)), TINY)
     said = verdict(report)
     assert report.best is not None
     assert report.best.candidate.layout == "1p1d"
     assert said.disaggregate is True
     mixed = report.best_of("mixed")
-    assert mixed is None or mixed.goodput < report.best.goodput / 2
-
-
-@pytest.mark.slow
-def test_the_misses_of_the_loser_say_why_it_lost() -> None:
-    report = plan(question(CLUMSY, "synthetic(200,8)", Slo(1.0, 0.025)), FAST)
-    said = verdict(report)
-    if report.best_of("mixed") is not None and said.misses:
-        assert next(iter(said.misses)) == "tpot"
-        assert "tokens are slow" in said.reason
+    assert mixed is not None and mixed.goodput < report.best.goodput / 2
+    assert said.misses is not None and next(iter(said.misses)) == "tpot"
+    assert "tokens are slow" in said.reason
 
 
 @pytest.mark.slow
@@ -98,7 +93,7 @@ def test_prefill_gets_as_many_instances_as_it_needs() -> None:
     asked = question(workload="synthetic(2000,2)", slo=Slo(2.0, 0.1), num_gpus=4)
     three, two = goodput_of(asked, "3p1d"), goodput_of(asked, "2p2d")
     assert three > 1.3 * two > 0.0
-    report = plan(asked, FAST)
+    report = plan(asked, TINY)
     splits = [one for one in report.ranked if one.candidate.layout in ("3p1d", "2p2d")]
     assert splits[0].candidate.layout == "3p1d"
 
@@ -130,16 +125,16 @@ def summary(report: Report) -> list[tuple[str, int, float, float]]:
 @pytest.mark.slow
 def test_the_same_question_has_the_same_answer() -> None:
     asked = question(workload="synthetic(lognormal:500,8)")
-    first = summary(plan(asked, FAST))
-    assert summary(plan(asked, FAST)) == first
-    assert summary(plan(replace(asked, seed=1), FAST)) != first
+    first = summary(plan(asked, TINY))
+    assert summary(plan(asked, TINY)) == first
+    assert summary(plan(replace(asked, seed=1), TINY)) != first
 
 
 @pytest.mark.slow
 def test_the_number_of_processes_does_not_change_the_plan() -> None:
     asked = question(workload="synthetic(lognormal:500,8)")
     with searching(2) as run:
-        assert summary(plan(asked, FAST, run)) == summary(plan(asked, FAST, in_turn))
+        assert summary(plan(asked, TINY, run)) == summary(plan(asked, TINY, in_turn))
 
 
 def test_estimates_lie_within_their_ranges_and_bounds() -> None:
