@@ -7,7 +7,7 @@ import pytest
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape, parse_layout
 from nodeserve.plan.affinity import phase_alone, place
-from nodeserve.plan.bounds import bound, capacity, demand_of
+from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
 from nodeserve.plan.candidates import (
     Candidate,
     all_candidates,
@@ -199,13 +199,16 @@ def test_no_simulation_beats_its_bound(layout: str, slo: Slo) -> None:
 
 def test_bounds_grow_with_instances() -> None:
     kinds = kinds_of(PLAIN, 4)
-    demand = demand_of([(500, 8)])
+    short, long = demand_of([(500, 8)]), demand_of([(10, 1000)])
 
-    def most(layout: str) -> float:
+    def most(layout: str, demand: Demand) -> float:
         return bound(Candidate(layout, 1024), kinds, demand, Slo(1.0, 1.0), 0.9, 64)
 
-    assert most("3p1d") == pytest.approx(3 * most("1p1d"))
-    assert most("4m") == pytest.approx(2 * most("2m"))
+    assert most("3p1d", short) == pytest.approx(3 * most("1p1d", short))
+    assert most("1p3d", short) == pytest.approx(most("1p1d", short))
+    assert most("1p3d", long) == pytest.approx(3 * most("1p1d", long))
+    assert most("1p1d2m", long) == pytest.approx(3 * most("1p1d", long))
+    assert most("4m", short) == pytest.approx(2 * most("2m", short))
 
 
 # ---- candidates
