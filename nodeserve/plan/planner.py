@@ -55,7 +55,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(150, 300, 600, 2, 0.08, 1),
-    "normal": Effort(200, 500, 2000, 3, 0.05, 2),
+    "normal": Effort(200, 500, 4000, 2, 0.05, 1),
     "thorough": Effort(500, 2000, 8000, 5, 0.02, 6),
 }
 
@@ -86,6 +86,7 @@ class Report:
     num_bounded: int  # left out on paper
     num_behind: int  # after a coarse run or two
     num_requests: int  # simulated
+    most_requests: int  # in one run
 
     @property
     def best(self) -> Estimate | None:
@@ -154,6 +155,7 @@ class Planner:
             self.num_bounded,
             self.num_behind,
             self.num_requests,
+            self.effort.most_requests,
         )
 
     def units(self, candidates: Sequence[Candidate]) -> list[Estimate]:

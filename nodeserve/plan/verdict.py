@@ -10,7 +10,6 @@ from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import Report
 
 WORDS = {"ttft": "the first token is late", "tpot": "tokens are slow", "e2e": "the end is late"}
-CHECKED = 1000  # requests of the runs that compare the winner with the other kind's best
 ABOVE = 1.2  # times the loser's goodput: where its first misses show
 
 
@@ -40,7 +39,8 @@ def verdict(report: Report) -> Verdict:
         return Verdict(split, f"{head}: no {other_kind} layout serves enough requests in time")
     gain = best.goodput / other.goodput - 1.0
     rate, question = best.goodput, report.question
-    at_winners, _ = count(question, other.candidate, rate, CHECKED)
+    # As many as in the closest looks: a short run at a high rate ends before anybody is late.
+    at_winners, _ = count(question, other.candidate, rate, report.most_requests)
     numbers = (
         f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
         f" {other.candidate.layout} {other.goodput:.3g}"
@@ -50,7 +50,7 @@ def verdict(report: Report) -> Verdict:
         return Verdict(None, reason, rate, at_winners.share)
     # Far above its goodput everything is late; what it misses first shows a little above it.
     little = min(rate, ABOVE * other.goodput)
-    tally, misses = count(question, other.candidate, little, CHECKED)
+    tally, misses = count(question, other.candidate, little, report.most_requests)
     seen = dict(misses.most_common())
     reason = f"{head}: {numbers} ({gain:+.0%})"
     if seen:
