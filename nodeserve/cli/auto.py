@@ -21,18 +21,13 @@ from nodeserve.plan.planner import EFFORTS, plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.verdict import settings_of, verdict
 
-AUTO = "auto"
 WORKLOAD = "chat"
 EFFORT = EFFORTS["quick"]
 
 
 def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
-    """The settings with a layout, a chunk and a window in place of "auto", said on stderr. Others
-    stay as they are. ConfigError where nothing is known to plan with, or nothing is in time."""
-    if config.layout != AUTO:
-        if config.workload is not None:
-            raise ConfigError("--workload is what --layout auto plans for: give both or neither")
-        return config
+    """Settings whose layout is "auto", with a layout, a chunk and a window in its place; said on
+    stderr. ConfigError where nothing is known to plan with, or nothing is in time."""
     if config.slo is None:
         raise ConfigError("--layout auto plans for limits: give --slo such as ttft=500ms,tpot=50ms")
     began_s = time.monotonic()

@@ -43,7 +43,7 @@ def start(
 ) -> None:
     """Serve MODEL (a folder, a .gguf file or a hub name) until stopped."""
     config = engine_config(model_argument, config_file, given(options))
-    if config.layout == "auto" or config.workload is not None:
+    if config.layout == "auto":
         from nodeserve.cli.auto import planned
         from nodeserve.gpus import find_gpus
 

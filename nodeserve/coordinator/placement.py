@@ -191,8 +191,10 @@ def check_device(config: EngineConfig, gpus: Gpus) -> None:
         raise ConfigError(f"--device cuda: {gpus.obstacle}; `nodeserve doctor` says more")
     if config.device == "sim" and config.profile is None:
         raise ConfigError(f"--device sim needs a --profile: use one of {', '.join(PROFILES)}")
+    if config.workload is not None:
+        raise ConfigError("--workload is what --layout auto plans for: give both or neither")
     if config.device != "sim" and config.profile is not None:
-        raise ConfigError("--profile is for --device sim: give both or neither")
+        raise ConfigError("--profile is for --device sim or --layout auto: leave it out otherwise")
 
 
 def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:

@@ -11,6 +11,7 @@ from nodeserve import profile_store
 from nodeserve.cli import auto, main
 from nodeserve.cli.plan import eps_of
 from nodeserve.config import EngineConfig
+from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.plan import planner
@@ -139,11 +140,9 @@ def test_start_plans_and_says_so(
     assert (real.layout, real.profile, real.max_num_batched_tokens) == ("2m", None, 512)
 
 
-def test_start_without_auto_is_left_alone() -> None:
-    config = EngineConfig(layout="1p1d")
-    assert auto.planned(config, Gpus()) is config
+def test_a_workload_without_auto_is_refused() -> None:
     with pytest.raises(ConfigError, match="--layout auto plans for"):
-        auto.planned(replace(config, workload="chat"), Gpus())
+        check_device(EngineConfig(layout="1p1d", workload="chat"), Gpus())
 
 
 def test_auto_says_what_it_needs() -> None:
