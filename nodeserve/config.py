@@ -63,7 +63,8 @@ class EngineConfig:
     """What `nodeserve start` was asked for. `None` and "auto" are resolved once, in `resolve`."""
 
     model: str | None = None  # folder, .gguf file or hub name; None: the embedded demo model
-    layout: str | None = None  # None: 1p1d with two devices or more, else 1m
+    # None: 1p1d with two devices or more, else 1m; auto: planned before anything starts
+    layout: str | None = None
     gpus: str | None = None
     device: str = "auto"  # auto, cuda, cpu, sim
     socket: str | None = None
@@ -85,8 +86,9 @@ class EngineConfig:
     load_format: str = (
         "auto"  # auto: the checkpoint's weights; dummy: random ones from a fixed seed
     )
-    # For simulated devices only.
-    profile: str | None = None  # whose passes are timed: a name in policy/profiles.py
+    workload: str | None = None  # that layout "auto" is planned for
+    # For simulated devices, and to plan with.
+    profile: str | None = None  # whose passes are timed: a name that profile_store knows
     seed: int = 0  # of the noise on their durations
     # The rest is for GPUs only.
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, pages, activations

@@ -8,6 +8,8 @@ from nodeserve import __version__
 from nodeserve.cli.bench import bench
 from nodeserve.cli.doctor.command import doctor
 from nodeserve.cli.launch import start
+from nodeserve.cli.plan import plan
+from nodeserve.cli.profile import profile
 from nodeserve.cli.show import status, stop
 from nodeserve.cli.simulate import simulate
 from nodeserve.cli.talk import chat, complete
@@ -36,5 +38,5 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop, doctor, simulate, bench):
+for command in (start, complete, chat, status, stop, doctor, simulate, bench, plan, profile):
     main.add_command(command)

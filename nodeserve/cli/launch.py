@@ -43,6 +43,11 @@ def start(
 ) -> None:
     """Serve MODEL (a folder, a .gguf file or a hub name) until stopped."""
     config = engine_config(model_argument, config_file, given(options))
+    if config.layout == "auto":
+        from nodeserve.cli.auto import planned
+        from nodeserve.gpus import find_gpus
+
+        config = planned(config, find_gpus().seen_through(os.environ.get(VISIBLE_GPUS)))
     if detach:
         run_detached(config)
         return

@@ -24,7 +24,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 ENGINE_HELP = {
     "model": "Folder, .gguf file or hub name; without it the embedded demo model.",
-    "layout": "Instances and their roles: 1p1d, 4p4d, 8m. [default: 1p1d, on one core 1m]",
+    "layout": "Instances and their roles: 1p1d, 4p4d, 8m; auto plans one for --slo and --workload."
+    " [default: 1p1d, on one core 1m]",
     "gpus": "GPUs, such as 0-7 or 0,2,5, one for each worker; 0,0 puts two workers on one.",
     "device": "auto, cuda, cpu, or sim: passes that are only timed, see --profile.",
     "socket": "Path of the Unix socket.",
@@ -48,7 +49,10 @@ ENGINE_HELP = {
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",
-    "profile": f"Whose passes --device sim imitates: {', '.join(PROFILES)}.",
+    "profile": f"Whose passes --device sim imitates: {', '.join(PROFILES)}, or one that `nodeserve"
+    " profile` stored. With --layout auto: what the layout is planned with.",
+    "workload": "With --layout auto: the requests to expect, a name as in `nodeserve plan`."
+    " [default: chat]",
     "seed": "Of the noise on simulated passes.",
     "gpu_memory_utilization": "Share of each GPU's memory for weights, KV pages and activations.",
     "attention_backend": "auto, flash-attn, torch, triton or reference (GPUs).",

@@ -23,8 +23,8 @@ from nodeserve.plan.workloads import (
     parse_lengths,
     read_trace,
 )
-from nodeserve.policy.profiles import profile_named
 from nodeserve.policy.units import ADMISSIONS
+from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,7 +128,8 @@ def scenario_of(options: dict[str, Any]) -> tuple[Scenario, dict[str, float]]:
     config = replace(DEFAULTS, **given({name: options[name] for name in SETTINGS}))
     check_numbers(config)
     check_names(config)
-    profile = profile_named(str(config.profile))
+    model = profile_or_family(str(config.profile))
+    profile = Scenario(str(config.layout), model).resolved_profile
     policies = policies_of(
         config,
         config.max_num_seqs or profile.max_num_seqs,
@@ -142,7 +143,7 @@ def scenario_of(options: dict[str, Any]) -> tuple[Scenario, dict[str, float]]:
         raise ConfigError(f"--lose-reports {loss:g}: use a share from 0 to 1, such as 0.1")
     scenario = Scenario(
         layout=str(config.layout),
-        profile=profile,
+        profile=model,
         dispatch=replace(policies.dispatch, prefill_allocation=allocation),
         decode_allocation=policies.decode_allocation,
         flow=policies.flow,

@@ -16,8 +16,9 @@ from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
 from nodeserve.policy.blocks import blocks_for
-from nodeserve.policy.profiles import PROFILES, profile_named
+from nodeserve.policy.profiles import PROFILES
 from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
+from nodeserve.profile_store import one_profile, path_of
 from nodeserve.types import Role
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -124,7 +125,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
 def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
     """The profile says what a device holds; of the model, tokenizer and vocabulary count."""
     assert config.profile is not None, "check_device asks for one"
-    profile = profile_named(config.profile)
+    profile = one_profile(config.profile)
     layout, places, notes = place_simulated(config)
     max_model_len = choose_context(config.max_model_len, profile.max_model_len)
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
@@ -150,7 +151,7 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
         kv_memory=config.kv_memory or profile.num_kv_tokens * profile.kv_bytes_per_token,
         policies=policies_of(config, max_num_seqs, budget),
         simulated=Simulated(
-            profile.name,
+            config.profile if config.profile in PROFILES else str(path_of(config.profile)),
             config.seed,
             checkpoint.config.vocab_size,
             checkpoint.config.eos_token_ids,
@@ -192,8 +193,10 @@ def check_device(config: EngineConfig, gpus: Gpus) -> None:
         raise ConfigError(f"--device cuda: {gpus.obstacle}; `nodeserve doctor` says more")
     if config.device == "sim" and config.profile is None:
         raise ConfigError(f"--device sim needs a --profile: use one of {', '.join(PROFILES)}")
+    if config.workload is not None:
+        raise ConfigError("--workload is what --layout auto plans for: give both or neither")
     if config.device != "sim" and config.profile is not None:
-        raise ConfigError("--profile is for --device sim: give both or neither")
+        raise ConfigError("--profile is for --device sim or --layout auto: leave it out otherwise")
 
 
 def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:

@@ -1,7 +1,7 @@
 """From prefill to decode in a simulation: parked requests, pulls over a link, releases.
 
 The steps and messages are those of the live coordinator and worker; a pull takes the pages' bytes
-over the profile's rate, one after the other on the puller's link.
+over the lower of both sides' rates, one after the other on the puller's link.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ from nodeserve.plan.lives import Life
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.lifecycle import Event
-from nodeserve.policy.profiles import Profile
 from nodeserve.types import Load
 
 ROUND = 256  # requests that are placed together; more are tried while there is room
@@ -27,7 +26,6 @@ class Handoffs:
         clock: Clock,
         instances: Sequence[Instance],
         allocator: DecodeAllocator,
-        profile: Profile,
         block_size: int,
         transit_s: float,
     ) -> None:
@@ -39,7 +37,6 @@ class Handoffs:
         self._clock = clock
         self._instances = instances
         self._ranks = [rank for instance in instances for rank in instance.ranks]
-        self._profile = profile
         self._block_size = block_size
         self._transit_s = transit_s
         self._news = False  # since the last round
@@ -122,8 +119,9 @@ class Handoffs:
             self._clock.after(self._transit_s, self._refused, (life, rank, rank.load()))
             return
         num_blocks = blocks_for(life.num_tokens - 1, self._block_size)
-        num_bytes = num_blocks * self._block_size * self._profile.kv_bytes_per_token
-        seconds = num_bytes / self._profile.handoff_bytes_per_s
+        ends = [self._instance_of(one).profile for one in (rank, self._ranks[life.source])]
+        num_bytes = num_blocks * self._block_size * ends[0].kv_bytes_per_token
+        seconds = num_bytes / min(end.handoff_bytes_per_s for end in ends)
         landed_s = rank.link_for(now_s, seconds)
         self._clock.at(landed_s, self._landed, (life, rank, num_bytes, seconds))
 

@@ -4,6 +4,10 @@ Each DP rank has a real `Scheduler` over real blocks, so chunks, preemptions and
 a live worker. The ranks of an instance run their passes together: all plan when a pass starts, it
 lasts what the cost model says of the work of all, all commit when it ends. A rank without work
 takes part idle. A pass cannot be interrupted; what arrives meanwhile waits for the next one.
+
+An instance with pipeline stages is simulated as several, one for each stage, which share the stages
+and split the memory: its lanes. Each has a batch of its own in flight, so passes of
+different lanes overlap, and a sequence never waits for itself.
 """
 
 import math
@@ -14,8 +18,8 @@ from nodeserve.plan.records import Engine, Pass
 from nodeserve.policy.account import Account
 from nodeserve.policy.batching import Batch, Limits
 from nodeserve.policy.batching import Sequence as Tokens
-from nodeserve.policy.cost import IDLE, RankWork, StepCost, rank_work
-from nodeserve.policy.profiles import pass_factor
+from nodeserve.policy.cost import IDLE, RankWork, rank_work
+from nodeserve.policy.profile import Profile, pass_factor
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.policy.units import Unit
 from nodeserve.types import Load, Role
@@ -41,12 +45,51 @@ class InstanceDone(NamedTuple):
     ranks: list[RankDone]
 
 
+class Pipeline:
+    """Stages that passes go through in order, each stage one pass at a time."""
+
+    def __init__(self, num_stages: int = 1) -> None:
+        self.num_stages = num_stages
+        self._free_s = [-math.inf] * num_stages
+
+    @property
+    def opens_s(self) -> float:
+        """When the first stage can take the next pass."""
+        return self._free_s[0]
+
+    def run(self, now_s: float, seconds: float) -> float:
+        """Send a pass through that takes so long alone; when it is out. O(stages)."""
+        ends_s = now_s
+        for stage, free_s in enumerate(self._free_s):
+            ends_s = max(ends_s, free_s) + seconds / self.num_stages
+            self._free_s[stage] = ends_s
+        return ends_s
+
+
+class PrefillFirst(Scheduler):
+    """Steps as vLLM 0.2 composed them, to compare with: prompts before anybody decodes, and never
+    both in one step. Ours would never do so, hence it is no option of the engine."""
+
+    def next_batch(self, ahead: bool = False, idle: bool = False) -> Batch | None:
+        assert not (ahead or idle or self._launched), "alone, and one batch at a time"
+        batch = Batch()
+        self._plan_prefills(batch, len(self._running))
+        if not batch.work:
+            self._plan_decodes(batch)
+        if not batch.work:
+            return None
+        self._launch(batch)
+        return batch
+
+
 class Rank:
     """One worker: its blocks and sequences, and the link over which it pulls pages."""
 
-    def __init__(self, index: int, instance: int, role: Role, limits: Limits) -> None:
+    def __init__(
+        self, index: int, instance: int, role: Role, limits: Limits, prefill_first: bool = False
+    ) -> None:
         self.unit = Unit(index, instance, Account(limits.num_blocks), role is Role.MIXED)
-        self.scheduler = Scheduler(limits)
+        self.scheduler = PrefillFirst(limits) if prefill_first else Scheduler(limits)
         self.held: dict[int, Tokens] = {}  # of requests that may still get tokens here
         self.link_free_s = 0.0
         self._num_received = 0
@@ -108,7 +151,8 @@ class Instance:
         index: int,
         role: Role,
         ranks: Sequence[Rank],
-        cost: StepCost,
+        profile: Profile,
+        pipeline: Pipeline,
         engine: Engine,
         noise: float,
         seed: int,
@@ -119,7 +163,9 @@ class Instance:
         self.alive = True
         self.lost = False  # declared dead
         self.passes: list[Pass] = []
-        self._cost = cost
+        self.profile = profile
+        self._pipeline = pipeline
+        self._looks_s = -math.inf  # when it will look again whether the first stage is free
         self._engine = engine
         self._noise = noise
         self._seed = seed
@@ -148,15 +194,18 @@ class Instance:
             return flush_s, False
         if now_s < self._door_until_s:
             return self._door_until_s, False
+        if now_s < self._pipeline.opens_s:
+            return self._look_again()
         batches = [rank.scheduler.next_batch() for rank in self.ranks]
         if not any(batches):
             return None
         self._works = tuple(rank_work(batch) if batch else IDLE for batch in batches)
         factor = pass_factor(self._noise, self._seed, self.index, len(self.passes) + 1)
-        seconds = self._cost.pass_s(self._works) * factor
+        ends_s = self._pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
+        seconds = ends_s - now_s
         gap_s = now_s - self._ends_s if self.passes else 0.0
         self.passes.append(Pass(self.index, now_s, seconds, gap_s, self._works))
-        self._running, self._began_s, self._ends_s = batches, now_s, now_s + seconds
+        self._running, self._began_s, self._ends_s = batches, now_s, ends_s
         self._flush_s = None
         return self._ends_s, True
 
@@ -174,6 +223,14 @@ class Instance:
         """Who may board is here."""
         self._door_until_s = -math.inf
 
+    def _look_again(self) -> tuple[float, bool] | None:
+        """When the first stage is free, unless it was said already."""
+        opens_s = self._pipeline.opens_s
+        if self._looks_s >= opens_s or not any(map(_has_work, self.ranks)):
+            return None
+        self._looks_s = opens_s
+        return opens_s, False
+
     def _delayed_until(self, now_s: float) -> float:
         """An engine that holds a prefill pass back while only some of its ranks have work."""
         loads = [rank.scheduler.load() for rank in self.ranks]
@@ -185,3 +242,8 @@ class Instance:
         if self._flush_s is None:
             self._flush_s = now_s + self._engine.delay_passes * self._engine.delay_tick_s
         return self._flush_s
+
+
+def _has_work(rank: Rank) -> bool:
+    num_running, num_waiting, *_ = rank.scheduler.load()
+    return num_running + num_waiting > 0

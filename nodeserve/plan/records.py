@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from nodeserve.errors import ConfigError
+from nodeserve.layout import Shape, parse_layout
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.flow import FlowOptions
-from nodeserve.policy.profiles import Profile, profile_named
+from nodeserve.policy.profile import Family, Profile
+from nodeserve.policy.profiles import find_profile
 from nodeserve.policy.units import DispatchOptions
-from nodeserve.types import Timings
+from nodeserve.types import Role, Timings
 
 
 class Arrival(NamedTuple):
@@ -37,15 +40,24 @@ class Engine:
 
     delay_passes: int = 0  # a prefill pass waits until all ranks have work, for so many ticks
     delay_tick_s: float = 0.005
+    prefill_first: bool = False  # mixed: a pass is all prefill, while anybody waits, or all decode
+
+
+class Simulated(NamedTuple):
+    """One instance of a layout as it is simulated."""
+
+    role: Role
+    shape: Shape
+    profile: Profile
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """A node to simulate. The budget and the number of sequences in `dispatch` are also those of
-    its ranks, whatever the profile suggests."""
+    its ranks, whatever the profile suggests. A layout with shapes needs a family of profiles."""
 
     layout: str
-    profile: str | Profile
+    profile: str | Profile | Family
     dispatch: DispatchOptions = field(default_factory=DispatchOptions)
     decode_allocation: str = "cost"
     flow: FlowOptions | None = None  # None: whatever comes is taken
@@ -58,8 +70,32 @@ class Scenario:
 
     @property
     def resolved_profile(self) -> Profile:
-        """ConfigError if no profile has this name."""
-        return profile_named(self.profile) if isinstance(self.profile, str) else self.profile
+        """That of the first instance. ConfigError if no profile has this name or shape."""
+        return self.instances[0].profile
+
+    @property
+    def instances(self) -> tuple[Simulated, ...]:
+        """Role, shape and profile of each instance of the layout, in its order."""
+        return tuple(
+            Simulated(group.role, group.shape, self._profile_of(group.shape))
+            for group in parse_layout(self.layout).instances
+        )
+
+    @property
+    def lanes(self) -> tuple[Simulated, ...]:
+        """The same, once for each of an instance's pipeline stages: what `Pass.instance` counts."""
+        return tuple(one for one in self.instances for _ in range(one.profile.num_stages))
+
+    def _profile_of(self, shape: Shape) -> Profile:
+        found = find_profile(self.profile) if isinstance(self.profile, str) else self.profile
+        if isinstance(found, Family):
+            return found.of(shape)
+        if shape.tp > 1 or shape.pp > 1:
+            raise ConfigError(
+                f"layout {self.layout}: profile {found.name} describes a whole rank, whatever it is"
+                " made of; give ranks of an instance as epN, for example 4p:ep8,1d:ep8"
+            )
+        return found
 
 
 @dataclass(slots=True)
@@ -76,7 +112,7 @@ class Served:
 class Pass(NamedTuple):
     """One pass of one instance."""
 
-    instance: int
+    instance: int  # its place in Scenario.lanes
     began_s: float
     seconds: float
     gap_s: float  # since the pass before ended

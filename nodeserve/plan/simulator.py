@@ -6,14 +6,13 @@ moment is one burst: its messages are all taken, then decisions fall, and when n
 at that moment, passes begin. The same scenario and arrivals give the same outcome, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
-from nodeserve.errors import ConfigError, NodeServeError, Overloaded, WorkerLost
-from nodeserve.layout import parse_layout
+from nodeserve.errors import NodeServeError, Overloaded, WorkerLost
 from nodeserve.plan.clock import Clock
 from nodeserve.plan.handoffs import Handoffs
-from nodeserve.plan.instances import Instance, InstanceDone, Rank, RankDone
+from nodeserve.plan.instances import Instance, InstanceDone, Pipeline, Rank, RankDone
 from nodeserve.plan.lives import Life
 from nodeserve.plan.records import Arrival, Outcome, Pass, Scenario, Served
 from nodeserve.plan.supervisor import Supervisor
@@ -34,35 +33,35 @@ def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
 
 
 def build_instances(scenario: Scenario) -> list[Instance]:
-    """The instances of the layout, in its order; ranks are numbered through."""
-    profile = scenario.resolved_profile
-    limits = Limits(
-        profile.num_kv_tokens // scenario.block_size,
-        scenario.block_size,
-        profile.max_model_len,
-        scenario.dispatch.max_num_seqs,
-        scenario.dispatch.budget,
-    )
-    noise = profile.noise if scenario.noise is None else scenario.noise
+    """The lanes of the layout's instances, in its order; ranks are numbered through."""
     instances: list[Instance] = []
     num_ranks = 0
-    for group in parse_layout(scenario.layout).groups:
-        if group.shape.tp > 1 or group.shape.pp > 1:
-            raise ConfigError(
-                f"layout {scenario.layout}: a profile describes a whole rank, whatever it is made"
-                " of; give ranks of an instance as epN, for example 4p:ep8,1d:ep8"
-            )
-        for _ in range(group.count):
-            index = len(instances)
-            first = num_ranks
-            num_ranks += group.shape.ep
-            ranks = [Rank(at, index, group.role, limits) for at in range(first, num_ranks)]
+    for role, shape, profile in scenario.instances:
+        pipeline = Pipeline(profile.num_stages)
+        limits = Limits(
+            profile.num_kv_tokens // profile.num_stages // scenario.block_size,
+            scenario.block_size,
+            profile.max_model_len,
+            scenario.dispatch.max_num_seqs,
+            scenario.dispatch.budget,
+        )
+        noise = profile.noise if scenario.noise is None else scenario.noise
+        engine = scenario.engine
+        prefill_first = engine.prefill_first and role is Role.MIXED
+        for _ in range(profile.num_stages):
+            index, first = len(instances), num_ranks
+            num_ranks += shape.ep
+            ranks = [Rank(at, index, role, limits, prefill_first) for at in range(first, num_ranks)]
             instances.append(
-                Instance(
-                    index, group.role, ranks, profile.cost, scenario.engine, noise, scenario.seed
-                )
+                Instance(index, role, ranks, profile, pipeline, engine, noise, scenario.seed)
             )
     return instances
+
+
+def _smallest(instances: Iterable[Instance]) -> Limits:
+    """What binds whoever may come to any of these."""
+    limits = [rank.scheduler.limits for instance in instances for rank in instance.ranks]
+    return min(limits, key=lambda one: one.num_blocks)
 
 
 class Simulation:
@@ -73,7 +72,8 @@ class Simulation:
         self.clock = Clock()
         self.instances = build_instances(scenario)
         self.ranks = [rank for instance in self.instances for rank in instance.ranks]
-        self.limits = self.ranks[0].scheduler.limits
+        self.prompt_limits = _smallest(one for one in self.instances if one.prefills)
+        self.limits = _smallest(one for one in self.instances if one.decodes)
         prefilling = [
             [rank.unit for rank in instance.ranks]
             for instance in self.instances
@@ -86,7 +86,6 @@ class Simulation:
             DecodeAllocator(
                 scenario.decode_allocation, scenario.dispatch.max_num_seqs, scenario.block_size
             ),
-            scenario.resolved_profile,
             scenario.block_size,
             scenario.transit_s,
         )
@@ -164,7 +163,10 @@ class Simulation:
 
     def _admit(self, life: Life) -> None:
         now_s, flow = self.clock.now_s, self.scenario.flow
-        self.limits.check_fits(life.tokens(now_s, handoff=False))
+        tokens = life.tokens(now_s, handoff=False)
+        self.limits.check_fits(tokens)
+        tokens.handoff = True
+        self.prompt_limits.check_fits(tokens)
         if flow is not None:
             buffered = Buffered(len(self.dispatcher), self.dispatcher.num_tokens)
             waiting = life.waiting(self.scenario.block_size)

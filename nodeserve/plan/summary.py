@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nodeserve.layout import parse_layout
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.records import Outcome, Pass, Scenario, Served
 from nodeserve.types import Role
@@ -131,21 +130,20 @@ def _over(count: float, seconds: float) -> float:
 def _prefill_passes(
     passes: Sequence[Pass], scenario: Scenario, began_s: float, ended_s: float
 ) -> PrefillPasses | None:
-    roles = parse_layout(scenario.layout).roles
+    lanes = scenario.lanes
     inside = [
         one
         for one in passes
-        if began_s <= one.began_s <= ended_s and roles[one.instance] is not Role.DECODE
+        if began_s <= one.began_s <= ended_s and lanes[one.instance].role is not Role.DECODE
     ]
     filled = [one for one in inside if any(work.prefill_tokens for work in one.ranks)]
     if not filled:
         return None
-    own_s = scenario.resolved_profile.cost.own_s
-    costs = [[own_s(work) for work in one.ranks] for one in filled]
+    costs = [[lanes[one.instance].profile.cost.own_s(work) for work in one.ranks] for one in filled]
     balances = [sum(own) / len(own) / max(own) for own in costs if max(own)]
     room = sum(len(one.ranks) for one in filled) * scenario.dispatch.budget
     active = [sum(work.prefill_tokens > 0 for work in one.ranks) for one in filled]
-    num_instances = sum(role is not Role.DECODE for role in roles)
+    num_instances = sum(lane.role is not Role.DECODE for lane in lanes)
     return PrefillPasses(
         num_passes=len(filled),
         mean_s=math.fsum(one.seconds for one in filled) / len(filled),

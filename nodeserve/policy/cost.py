@@ -8,7 +8,8 @@
 collectives); it differs with and without prefill. The ranks of an expert-parallel instance wait for
 the slowest at every layer, hence the maximum; the experts' own work is spread over all of them.
 The prefill terms follow the cost model of the staggered batch scheduling study, the decode terms
-are those of DistServe's fits (time = a + b * context tokens + c * sequences).
+are those of DistServe's fits (time = a + b * context tokens + c * sequences). Those fits change at
+a batch size, where other kernels take over: `large` holds from there on.
 """
 
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class StepCost:
     decode_seq_s: float
     kv_token_s: float
     expert_token_s: float = 0.0
+    large: "StepCost | None" = None  # instead of this, once a rank decodes `large_seqs` or more
+    large_seqs: int = 0
 
     def own_s(self, work: RankWork) -> float:
         """What a rank adds to its pass if it is the slowest."""
@@ -64,6 +67,8 @@ class StepCost:
 
     def pass_s(self, ranks: Sequence[RankWork]) -> float:
         """Duration of one pass of an instance; `ranks` has one entry for each of its ranks."""
+        if self.large and max(work.num_decodes for work in ranks) >= self.large_seqs:
+            return self.large.pass_s(ranks)
         prefills = any(work.prefill_tokens for work in ranks)
         tokens = sum(work.prefill_tokens + work.num_decodes for work in ranks)
         return (

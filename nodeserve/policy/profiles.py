@@ -1,27 +1,18 @@
 """Named devices for simulation: what their passes cost, what they hold."""
 
-from dataclasses import dataclass
-from random import Random
-
 from nodeserve.errors import ConfigError
+from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
+from nodeserve.policy.opt_a100 import opt_family
+from nodeserve.policy.profile import Family, Profile
 
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """One rank's device with one model. `source` says where the numbers are from."""
-
-    name: str
-    source: str
-    cost: StepCost
-    noise: float  # standard deviation of a pass's duration, as a share of it
-    num_kv_tokens: int  # that a rank's memory holds
-    kv_bytes_per_token: int
-    handoff_bytes_per_s: float
-    max_num_batched_tokens: int  # default prefill chunk of a rank
-    max_num_seqs: int
-    max_model_len: int
-
+FAMILIES = {
+    family.name: family
+    for family in (
+        *(opt_family(model) for model in ("opt-13b", "opt-66b", "opt-175b")),
+        *(opt_family(model, "vllm") for model in ("opt-13b", "opt-66b", "opt-175b")),
+    )
+}
 
 PROFILES = {
     profile.name: profile
@@ -72,26 +63,7 @@ PROFILES = {
             max_num_seqs=256,
             max_model_len=65_536,
         ),
-        Profile(
-            "opt-13b-a100",
-            "DistServe's own fits (LLMServe/DistServe 82831f16: its engine, TP 1, batches below 96)"
-            " and its count of KV tokens, exactly; handoff: NVLink's nominal rate; noise assumed",
-            StepCost(
-                prefill_fix_s=18.1025e-3,
-                decode_fix_s=19.9347e-3,
-                token_s=1.01912e-4,
-                attention_s=2 * 7.12226e-9,  # theirs counts len^2, ours half of it
-                decode_seq_s=3.8507e-5,
-                kv_token_s=6.26936e-7,
-            ),
-            noise=0.02,
-            num_kv_tokens=66_144,
-            kv_bytes_per_token=819_200,
-            handoff_bytes_per_s=300e9,
-            max_num_batched_tokens=2048,
-            max_num_seqs=95,
-            max_model_len=2048,
-        ),
+        FAMILIES["opt-13b-a100"].of(Shape()),
         Profile(
             "llama-2-70b-tp8-h100",
             "Splitwise's medians (Mutinifni/splitwise-sim 8f99e7dc), eight GPUs as one rank: decode"
@@ -125,12 +97,12 @@ def profile_named(name: str) -> Profile:
         raise ConfigError(f"no profile {name!r}: use one of {', '.join(PROFILES)}") from None
 
 
-LEAST_FACTOR = 0.5
-
-
-def pass_factor(noise: float, seed: int, instance: int, number: int) -> float:
-    """What a pass's expected duration is multiplied by: normal around 1 with this deviation, the
-    same for the same seed, instance and pass number."""
-    if not noise:
-        return 1.0
-    return max(LEAST_FACTOR, Random(f"{seed} {instance} {number}").gauss(1.0, noise))
+def find_profile(name: str) -> Profile | Family:
+    """A family where there is one of this name: its plain shape is the profile of that name.
+    ConfigError lists the names there are."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name in PROFILES:
+        return PROFILES[name]
+    known = dict.fromkeys([*PROFILES, *FAMILIES])
+    raise ConfigError(f"no profile {name!r}: use one of {', '.join(known)}")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from nodeserve.config import WorkerSpec
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.profiles import pass_factor, profile_named
+from nodeserve.policy.profile import pass_factor
+from nodeserve.profile_store import one_profile
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
@@ -22,7 +23,7 @@ PAGE_BYTES = 8  # of a block in the pool: what is copied matters, not how much
 def load(spec: WorkerSpec, progress: Progress) -> Device:
     simulated = spec.simulated
     assert simulated is not None and spec.kv_memory is not None, "resolved for simulated workers"
-    profile = profile_named(simulated.profile)
+    profile = one_profile(simulated.profile)
     block_bytes = profile.kv_bytes_per_token * spec.block_size
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     num_blocks = num_blocks_in(spec.kv_memory, block_bytes, max_blocks)

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from nodeserve.config import Simulated, WorkerSpec
 from nodeserve.coordinator.supervisor import make_lockstep
 from nodeserve.policy.cost import StepCost
-from nodeserve.policy.profiles import PROFILES, Profile
+from nodeserve.policy.profile import Profile
+from nodeserve.policy.profiles import PROFILES
 from nodeserve.worker.device import load
 from nodeserve.worker.executor_sim import Tokens
 from nodeserve.worker.process import main

@@ -4,15 +4,17 @@ from typing import Any
 
 from nodeserve.plan.records import Scenario
 from nodeserve.policy.cost import StepCost
-from nodeserve.policy.profiles import Profile
+from nodeserve.policy.profile import Profile
 from nodeserve.policy.units import DispatchOptions
 
 PASS_S, STEP_S, TRANSIT_S = 0.1, 0.01, 0.002
 
 
-def profile(num_blocks: int = 1024, max_num_seqs: int = 256, **cost: float) -> Profile:
+def profile(
+    num_blocks: int = 1024, max_num_seqs: int = 256, num_stages: int = 1, **cost: float
+) -> Profile:
     """Constant passes, unless `cost` says more; blocks of 16 tokens that travel in 16 ms."""
-    coefficients = {
+    coefficients: dict[str, Any] = {
         "prefill_fix_s": PASS_S,
         "decode_fix_s": STEP_S,
         **dict.fromkeys(("token_s", "attention_s", "decode_seq_s", "kv_token_s"), 0.0),
@@ -29,6 +31,7 @@ def profile(num_blocks: int = 1024, max_num_seqs: int = 256, **cost: float) -> P
         max_num_batched_tokens=4096,
         max_num_seqs=max_num_seqs,
         max_model_len=4096,
+        num_stages=num_stages,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.profiles import pass_factor
+from nodeserve.policy.profile import pass_factor
 from nodeserve.wire.messages import PagesAttached, Shutdown, StepDone, unpack_request_ids
 from tests.fakes.harness import DEADLINE_S, WorkerProcess, hand_over, started
 from tests.fakes.sim_worker import EOS, QUICK, SEED, SIM_WORKER, expected_stream, rank_specs

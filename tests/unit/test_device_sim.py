@@ -15,7 +15,8 @@ import pytest
 from nodeserve.errors import ConfigError, HandoffFailed
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.profiles import PROFILES, pass_factor, profile_named
+from nodeserve.policy.profile import pass_factor
+from nodeserve.policy.profiles import PROFILES, profile_named
 from nodeserve.types import Sampling
 from nodeserve.wire.messages import pack_ids, unpack_floats, unpack_ids
 from nodeserve.worker.alarm import Alarm

@@ -23,12 +23,16 @@ MAY_IMPORT = {
     "policy": BASE,
     "text": BASE,
     "model": BASE | {"_host"},
-    "worker": BASE | {"wire", "policy", "model", "_cuda", "_host"},
-    "coordinator": BASE | {"wire", "policy"},
+    "profile_store": BASE | {"policy"},
+    "worker": BASE | {"wire", "policy", "profile_store", "model", "_cuda", "_host"},
+    "coordinator": BASE | {"wire", "policy", "profile_store"},
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
     "loadgen": BASE | {"wire", "text", "client", "plan"},
-    "cli": BASE | {"wire", "coordinator", "client", "plan", "policy", "loadgen"},
+    "profiling": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store"},
+    "cli": BASE
+    | {"wire", "coordinator", "client", "plan", "policy", "profile_store"}
+    | {"loadgen", "profiling"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -38,7 +42,11 @@ MAY_NOT_USE = {
     "worker": {"asyncio"},
     **{
         name: {"torch"}
-        for name in (*BASE, "text", "client", "coordinator", "plan", "loadgen", "cli")
+        for name in (
+            *BASE,
+            *("text", "client", "coordinator", "plan", "profile_store"),
+            *("loadgen", "profiling", "cli"),
+        )
     },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

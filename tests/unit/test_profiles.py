@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from nodeserve.layout import Shape
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.profiles import PROFILES, Profile, profile_named
+from nodeserve.policy.profile import Profile
+from nodeserve.policy.profiles import FAMILIES, PROFILES, profile_named
 
 DATA = Path(os.environ.get("NODESERVE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 Row = tuple[RankWork, float]  # a pass of one rank, and its measured seconds
@@ -90,19 +92,24 @@ def test_llama_8b_decodes_as_published() -> None:
 def test_opt_13b_is_distserves_own_model() -> None:
     profile = profile_named("opt-13b-a100")
     [fit] = published("distserve_a100_fits", engine="distserve", model="facebook/opt-13b", tp="1")
-    a, b, c = (1e-3 * float(fit[f"prefill_{name}"]) for name in "abc")
+    corrected = 1.1  # by their hand, after the paper: not in the profile
+    a, b, c = (1e-3 / corrected * float(fit[f"prefill_{name}"]) for name in "abc")
+    launch, token = 2e-3, 1e-7  # that their simulator adds for an engine that runs
+    a, b = a + launch, b + token
     rows = [
         (prefill(lengths), a + b * sum(lengths) + c * sum(length**2 for length in lengths))
         for lengths in ([1], [512], [2048], [100, 400, 700])
     ]
-    a, b, c = (1e-3 * float(fit[f"dec_small_{name}"]) for name in "abc")
-    rows += [
-        (decode(num_seqs, context), a + b * num_seqs * context + c * num_seqs)
-        for num_seqs in (1, 40, profile.max_num_seqs)
-        for context in (10, 600, 2000)
-    ]
-    assert max(errors(profile, rows)) < 1e-6
-    assert profile.max_num_seqs <= int(fit["batch_threshold"])
+    threshold = int(fit["batch_threshold"])
+    for part, batches in ("small", (1, 40, threshold - 1)), ("large", (threshold, 200)):
+        a, b, c = (1e-3 * float(fit[f"dec_{part}_{name}"]) for name in "abc")
+        a, b = a + launch, b + token
+        rows += [
+            (decode(num_seqs, context), a + b * num_seqs * context + c * num_seqs)
+            for num_seqs in batches
+            for context in (10, 600, 2000)
+        ]
+    assert max(errors(profile, rows)) < 1e-5
     [capacity] = published("distserve_kv_capacity", model="facebook/opt-13b", tp="1", pp="1")
     assert profile.num_kv_tokens == int(capacity["max_num_tokens"])
 
@@ -146,3 +153,33 @@ def test_a_profile_holds_together(profile: Profile) -> None:
     assert 0.0 <= profile.noise < 0.2 and profile.source
     light, heavy = decode(1, 100), decode(profile.max_num_seqs, 1000)
     assert 0.0 < profile.cost.pass_s([light]) < profile.cost.pass_s([heavy]) < 1.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_holds_together(name: str) -> None:
+    """Of every shape passes take time, memory holds a request for each stage, and more GPUs do
+    not hold less."""
+    shapes = FAMILIES[name].shapes
+    for (tp, pp), profile in shapes.items():
+        assert (profile.num_stages, profile.num_gpus) == (pp, tp * pp)
+        assert profile.num_kv_tokens // pp > profile.max_model_len
+        step = profile.cost.pass_s([decode(8, 500)])
+        assert 0.001 < step < profile.cost.pass_s([decode(200, 500)])
+        assert profile.cost.pass_s([prefill([64])]) < profile.cost.pass_s([prefill([2000])])
+        if (tp, 2 * pp) in shapes:
+            assert shapes[tp, 2 * pp].num_kv_tokens > profile.num_kv_tokens
+    assert FAMILIES[name].of(Shape(*next(iter(shapes)))) in shapes.values()
+
+
+@pytest.mark.parametrize("model", ["opt-13b", "opt-66b", "opt-175b"])
+def test_memory_of_opt_is_distserves_count(model: str) -> None:
+    rows = {
+        (int(row["tp"]), int(row["pp"])): int(row["max_num_tokens"])
+        for row in published("distserve_kv_capacity", model=f"facebook/{model}")
+    }
+    found = 0
+    for shape, profile in FAMILIES[f"{model}-a100"].shapes.items():
+        if shape in rows:
+            assert profile.num_kv_tokens == pytest.approx(rows[shape], rel=1e-3)
+            found += 1
+    assert found >= 5

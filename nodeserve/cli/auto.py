@@ -1,0 +1,90 @@
+"""`nodeserve start --layout auto`: plan first, then start what came of it."""
+
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from nodeserve import profile_store
+from nodeserve.checkpoint import resolve as resolve_checkpoint
+from nodeserve.cli.plan import progress, slo_of
+from nodeserve.config import EngineConfig
+from nodeserve.coordinator.placement import SIM_DEVICES
+from nodeserve.errors import ConfigError
+from nodeserve.gpus import Gpus
+from nodeserve.layout import parse_gpus
+from nodeserve.plan.evaluate import Question
+from nodeserve.plan.named import workload_named
+from nodeserve.plan.planner import EFFORTS, plan
+from nodeserve.plan.pool import searching
+from nodeserve.plan.verdict import settings_of, verdict
+
+WORKLOAD = "chat"
+EFFORT = EFFORTS["quick"]
+
+
+def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
+    """Settings whose layout is "auto", with a layout, a chunk and a window in its place; said on
+    stderr. ConfigError where nothing is known to plan with, or nothing is in time."""
+    if config.slo is None:
+        raise ConfigError("--layout auto plans for limits: give --slo such as ttft=500ms,tpot=50ms")
+    began_s = time.monotonic()
+    name = config.profile or measured_name(config, gpus)
+    workload = workload_named(config.workload or WORKLOAD)
+    num_devices = devices_of(config, gpus, name)
+    model = profile_store.profile_or_family(name)
+    question = Question(
+        model,
+        workload,
+        slo_of(config.slo, workload),
+        num_devices,
+        plain=True,
+        seed=config.seed,
+        max_num_seqs=config.max_num_seqs,
+    )
+    click.echo(f"planning for {workload.name} on {num_devices} devices, profile {name}", err=True)
+    with searching() as run, progress(quiet=False) as tell:
+        report = plan(question, EFFORT, run, tell)
+        said = verdict(report)
+    if report.best is None:
+        raise ConfigError(f"--layout auto: {said.reason}")
+    settings: dict[str, Any] = settings_of(report.best.candidate)
+    if config.max_num_batched_tokens is not None:
+        del settings["max_num_batched_tokens"]  # it was asked for
+    click.echo(
+        f"layout {report.best.candidate.layout}: {said.reason}"
+        f" (planned in {time.monotonic() - began_s:.0f} s)",
+        err=True,
+    )
+    on_devices = config if config.device == "sim" else replace(config, profile=None)
+    return replace(on_devices, workload=None, **settings)
+
+
+def measured_name(config: EngineConfig, gpus: Gpus) -> str:
+    """The name under which `nodeserve profile` stores this model on this machine."""
+    if config.device == "sim":
+        raise ConfigError("--device sim needs a --profile, also with --layout auto")
+    model = resolve_checkpoint(config.model, config.load_format).served_name
+    kind = gpus.found[0].name if config.device != "cpu" and gpus.usable else "cpu"
+    name = profile_store.name_for(model, kind)
+    if name not in profile_store.stored_names():
+        command = " ".join(["nodeserve profile", *([config.model] if config.model else [])])
+        raise ConfigError(
+            f"--layout auto knows nothing of {model} on this machine: run `{command}` once, or give"
+            " a --profile"
+        )
+    return name
+
+
+def devices_of(config: EngineConfig, gpus: Gpus, name: str) -> int:
+    """Workers that a layout may have: GPUs, or shares of the cores as large as those profiled."""
+    if config.gpus is not None:
+        return len(parse_gpus(config.gpus))
+    if config.device == "sim":
+        return SIM_DEVICES
+    if config.device != "cpu" and gpus.usable:
+        return len(gpus.found)
+    threads = profile_store.measured(name).get("threads", 1)
+    return max(1, len(os.sched_getaffinity(0)) // max(1, int(threads)))

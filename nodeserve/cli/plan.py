@@ -1,0 +1,356 @@
+"""`nodeserve plan`: limits, requests and GPUs in, a layout out."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nodeserve.cli.show import show_table
+from nodeserve.cli.simulate import plain_table
+from nodeserve.config import parse_slo
+from nodeserve.errors import ConfigError
+from nodeserve.plan.affinity import Placement, place
+from nodeserve.plan.evaluate import Question
+from nodeserve.plan.goodput import Slo
+from nodeserve.plan.named import NAMED, Named, workload_named
+from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
+from nodeserve.plan.planner import plan as search_plan
+from nodeserve.plan.pool import searching
+from nodeserve.plan.records import Arrival
+from nodeserve.plan.verdict import Verdict, start_command, startable, verdict
+from nodeserve.plan.workloads import read_trace
+from nodeserve.profile_store import profile_or_family
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ALGORITHMS = ("search", "high", "low")
+MIN_TRACE = 100  # requests: with fewer, a share of them says little
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--profile", required=True, help="What passes cost: a name, see `simulate --help`.")
+@click.option("--gpus", "num_gpus", type=int, required=True, help="How many there are.")
+@click.option("--slo", help="Such as ttft=500ms,tpot=50ms. [default: the workload's own]")
+@click.option(
+    "--workload",
+    default="chat",
+    show_default=True,
+    help=f"{', '.join(NAMED)}, or synthetic(IN,OUT).",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="CSV file with arrival_s,input_tokens,output_tokens, instead.",
+)
+@click.option(
+    "--algorithm",
+    type=click.Choice(ALGORITHMS),
+    default="search",
+    show_default=True,
+    help="search: every layout of these GPUs, mixed ones too. high, low: DistServe's two, for high"
+    " and low node affinity.",
+)
+@click.option("--rate", type=float, help="Requests a second that high and low have to serve.")
+@click.option("--ep", "eps", default="1", show_default=True, help="Expert parallel degrees: 4,8.")
+@click.option("--startable", is_flag=True, help="Only what `nodeserve start` runs on GPUs today.")
+@click.option("--goal", type=float, default=0.9, show_default=True, help="Share to be in time.")
+@click.option("--effort", type=click.Choice(tuple(EFFORTS)), default="normal", show_default=True)
+@click.option("--max-num-seqs", type=int, help="In one decode step. [default: the profile's]")
+@click.option("--noise", type=float, help="Deviation of passes. [default: the profile's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of requests and noise.")
+@click.option("--processes", type=click.IntRange(min=1), help="[default: one for each core]")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw it: a .png or .svg file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def plan(
+    model: str | None, figure: Path | None, as_json: bool, processes: int | None, **options: Any
+) -> None:
+    """Find the layout with the most goodput for a workload and its limits.
+
+    Layouts are simulated with the policy of the real engine; nothing is started. MODEL only goes
+    into the command that is printed.
+    """
+    question = question_of(options)
+    if figure is not None:
+        check_drawing(figure)
+    effort, began_s = EFFORTS[options["effort"]], time.monotonic()
+    with searching(processes) as run, progress(as_json) as tell:
+        if options["algorithm"] != "search":
+            placement = place(question, options["algorithm"], options["rate"], effort, run, tell)
+            seconds = time.monotonic() - began_s
+            show_placement(placement, question, model, options["profile"], as_json, seconds)
+            return
+        if options["rate"] is not None:
+            raise ConfigError("--rate is for --algorithm high and low: search uses all GPUs given")
+        report = search_plan(question, effort, run, tell)
+        said = verdict(report)
+    seconds = time.monotonic() - began_s
+    if figure is not None:
+        draw(report, figure)
+    if as_json:
+        click.echo(json.dumps(as_numbers(report, said, model, options["profile"], seconds)))
+        return
+    show_report(report, said, model, options["profile"], seconds)
+
+
+# ---- what was asked for
+
+
+def question_of(options: dict[str, Any]) -> Question:
+    """ConfigError says which option cannot be."""
+    trace, noise, goal = options["trace"], options["noise"], options["goal"]
+    traffic: Named | tuple[Arrival, ...] = (
+        trace_of(trace) if trace else workload_named(options["workload"])
+    )
+    if not 0.0 < goal < 1.0:
+        raise ConfigError(f"--goal {goal:g}: use a share between 0 and 1, such as 0.9")
+    if noise is not None and not 0.0 <= noise <= 1.0:
+        raise ConfigError(f"--noise {noise:g}: use 0 to 1, such as 0.03")
+    rate = options["rate"]
+    if rate is not None and not 0.0 < rate <= 1e6:
+        raise ConfigError(f"--rate {rate:g}: use a number above 0 of requests a second")
+    num_seqs = options["max_num_seqs"]
+    if num_seqs is not None and num_seqs < 1:
+        raise ConfigError(f"--max-num-seqs {num_seqs}: use 1 or more")
+    return Question(
+        model=profile_or_family(options["profile"]),
+        traffic=traffic,
+        slo=slo_of(options["slo"], traffic),
+        num_gpus=options["num_gpus"],
+        eps=eps_of(options["eps"]),
+        plain=options["startable"],
+        goal=goal,
+        seed=options["seed"],
+        noise=noise,
+        max_num_seqs=num_seqs,
+    )
+
+
+def slo_of(text: str | None, traffic: Named | tuple[Arrival, ...]) -> Slo:
+    """The one given, else the workload's."""
+    if text is None:
+        return traffic.slo if isinstance(traffic, Named) else Slo()
+    limits = parse_slo(text)
+    return Slo(*(limits[name] / 1e3 if name in limits else None for name in ("ttft_ms", "tpot_ms")))
+
+
+def trace_of(path: Path) -> tuple[Arrival, ...]:
+    arrivals = read_trace(path)
+    if len(arrivals) < MIN_TRACE:
+        raise ConfigError(
+            f"trace {path} has {len(arrivals)} requests: a plan needs {MIN_TRACE} or more"
+        )
+    return tuple(arrivals)
+
+
+def eps_of(text: str) -> tuple[int, ...]:
+    try:
+        degrees = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        degrees = (0,)
+    if not all(1 <= degree <= 1024 for degree in degrees):
+        raise ConfigError(f"--ep {text}: use degrees from 1 to 1024, such as 1 or 4,8")
+    return degrees
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Tell]:
+    """A line that says how far it is, where a person looks."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("planning") as status:
+        yield lambda text: status.update(f"planning: {text}")
+
+
+# ---- what came of it
+
+
+def show_report(
+    report: Report, said: Verdict, model: str | None, profile: str, seconds: float
+) -> None:
+    question = report.question
+    click.echo(heading(question, profile))
+    show_table(ranking(report))
+    click.echo(f"{said.reason}.")
+    click.echo(
+        f"{report.num_candidates} layouts: {report.num_impossible} can serve nobody in time,"
+        f" {report.num_bounded} cannot win on paper, {report.num_behind} were behind;"
+        f" {report.num_requests} requests simulated in {seconds:.0f} s"
+    )
+    if report.best is not None:
+        show_command(report.best, question, model, profile)
+
+
+def heading(question: Question, profile: str) -> str:
+    slo = question.slo
+    limits = ", ".join(
+        f"{name} {1e3 * limit_s:g} ms"
+        for name, limit_s in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s))
+        if limit_s is not None
+    )
+    traffic = question.traffic
+    what = traffic.name if isinstance(traffic, Named) else f"{len(traffic)} requests of a trace"
+    return (
+        f"{profile} on {question.num_gpus} GPUs, {what}; {question.goal:.0%} of the requests with"
+        f" {limits}"
+    )
+
+
+def ranking(report: Report) -> "Table":
+    table = plain_table(
+        "layout", "GPUs", "chunk", "window", "goodput/s", "a GPU", "95 % range", "at most"
+    )
+    for one in report.ranked:
+        table.add_row(*cells(one, report.question))
+    return table
+
+
+def cells(one: Estimate, question: Question) -> list[str]:
+    high = "" if one.high is None else f"{one.high:.3g}"
+    return [
+        one.candidate.layout,
+        str(one.num_gpus),
+        str(one.candidate.max_num_batched_tokens),
+        "auto" if one.candidate.window_s is None else "off",
+        f"{one.goodput:.3g}",
+        f"{one.goodput / question.num_gpus:.3g}",
+        f"{one.low:.3g} to {high}",
+        f"{one.most:.3g}",
+    ]
+
+
+def show_command(one: Estimate, question: Question, model: str | None, profile: str) -> None:
+    candidate = one.candidate
+    if startable(candidate):
+        click.echo(start_command(candidate, question.slo, model, None))
+    else:
+        click.echo("instances of several GPUs start only as simulated ones so far:")
+        click.echo(start_command(candidate, question.slo, model, profile))
+
+
+def as_numbers(
+    report: Report, said: Verdict, model: str | None, profile: str, seconds: float
+) -> dict[str, Any]:
+    """Everything, for a program."""
+    question, best = report.question, report.best
+    return {
+        "profile": profile,
+        "workload": question.traffic.name if isinstance(question.traffic, Named) else "trace",
+        "slo": asdict(question.slo),
+        "num_gpus": question.num_gpus,
+        "goal": question.goal,
+        "confidence": question.confidence,
+        "seed": question.seed,
+        "best": best and best.candidate.layout,
+        "command": best and start_command(best.candidate, question.slo, model, None),
+        "verdict": asdict(said),
+        "ranked": [as_row(one, question) for one in report.ranked],
+        "num_candidates": report.num_candidates,
+        "num_impossible": report.num_impossible,
+        "num_bounded": report.num_bounded,
+        "num_behind": report.num_behind,
+        "num_requests": report.num_requests,
+        "seconds": seconds,
+    }
+
+
+def as_row(one: Estimate, question: Question) -> dict[str, Any]:
+    return {
+        **asdict(one.candidate),
+        "kind": one.candidate.kind,
+        "num_gpus": one.num_gpus,
+        "goodput": one.goodput,
+        "goodput_per_gpu": one.goodput / question.num_gpus,
+        "low": one.low,
+        "high": one.high,
+        "bound": one.most,
+        "probes": [
+            {"rate": probe.rate, "requests": probe.tally.num_offered, "attained": probe.tally.share}
+            for probe in one.probes
+        ],
+    }
+
+
+def show_placement(
+    placement: Placement,
+    question: Question,
+    model: str | None,
+    profile: str,
+    as_json: bool,
+    seconds: float,
+) -> None:
+    """One of DistServe's algorithms: what it looked at, what it says, what a simulation says."""
+    whole = placement.estimate
+    if as_json:
+        numbers = {
+            "algorithm": placement.algorithm,
+            "layout": placement.layout,
+            "num_gpus": placement.num_gpus,
+            "whole": as_row(whole, question),
+            "phases": [
+                {**asdict(one), "role": one.role.value, "shape": str(one.shape)}
+                for one in placement.phases
+            ],
+            "units": [as_row(one, question) for one in placement.units],
+            "seconds": seconds,
+        }
+        click.echo(json.dumps(numbers))
+        return
+    click.echo(heading(question, profile))
+    table = plain_table("one of", "GPUs", "goodput/s", "a GPU")
+    for phase in placement.phases:
+        name = f"{phase.role.value} {phase.shape}".strip()
+        table.add_row(name, str(phase.num_gpus), f"{phase.goodput:.3g}", f"{phase.per_gpu:.3g}")
+    for unit in placement.units:
+        layout, per_gpu = unit.candidate.layout, unit.goodput / unit.num_gpus
+        table.add_row(layout, str(unit.num_gpus), f"{unit.goodput:.3g}", f"{per_gpu:.3g}")
+    show_table(table)
+    click.echo(
+        f"{placement.layout} on {placement.num_gpus} GPUs: {whole.goodput:.3g} requests/s in time,"
+        f" {whole.goodput / placement.num_gpus:.3g} a GPU, simulated as a whole; {seconds:.0f} s"
+    )
+    show_command(whole, question, model, profile)
+
+
+# ---- the figure
+
+
+def check_drawing(path: Path) -> None:
+    """Before anything takes long."""
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--figure {path}: use a name that ends in .png or .svg")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("--figure needs matplotlib: pip install 'nodeserve[plot]'") from None
+
+
+def draw(report: Report, path: Path) -> None:
+    """Attainment against the rate of each finalist, and the goal."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for one in report.ranked:
+        rates = [probe.rate / report.question.num_gpus for probe in one.probes]
+        shares = [100 * probe.tally.share for probe in one.probes]
+        label = f"{one.candidate.layout}, chunk {one.candidate.max_num_batched_tokens}"
+        axes.plot(rates, shares, marker="o", label=label)
+    axes.axhline(100 * report.question.goal, color="grey", linestyle=":")
+    axes.set_xlabel("requests a second and GPU")
+    axes.set_ylabel("in time, %")
+    axes.set_ylim(0, 102)
+    axes.legend()
+    figure.savefig(path)

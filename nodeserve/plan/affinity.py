@@ -1,0 +1,211 @@
+"""DistServe's two placement algorithms, on this simulator.
+
+High node affinity: pages may go from anywhere to anywhere, so each phase is optimised alone. The
+shape with the most goodput a GPU is found for prefill under the TTFT, and for decode under the
+TPOT; then there are as many instances of each as the traffic asks for.
+
+Low node affinity: a prefill and a decode instance that share a node are searched together, because
+pages must stay in it, and the unit is repeated. Here on one node, so a unit is one of each, and it
+stays within the GPUs given; units that span nodes have no place.
+
+Without a traffic to serve, both are spread over the GPUs given: phases apart as evenly as their
+goodputs allow, units as often as they fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+
+from nodeserve.errors import ConfigError
+from nodeserve.layout import Group, Layout, Shape, parse_layout
+from nodeserve.plan.candidates import Candidate, Kind
+from nodeserve.plan.evaluate import Question
+from nodeserve.plan.goodput import Slo
+from nodeserve.plan.named import Named
+from nodeserve.plan.planner import Effort, Estimate, Planner, Run, Tell
+from nodeserve.plan.records import Arrival
+from nodeserve.plan.workloads import Lengths
+from nodeserve.policy.cost import StepCost
+from nodeserve.policy.profile import Family, Profile
+from nodeserve.types import Role
+
+FREE = Shape(tp=512)  # the shape of a prefill instance that takes no time
+ONE_TOKEN = Lengths("fixed", 1)
+INSTANT = StepCost(1e-6, 1e-6, 0.0, 0.0, 0.0, 0.0)
+AT_ONCE = 1e30  # bytes a second
+ROOM = 4  # times what the decode instance holds
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A shape's goodput at one phase alone, requests a second of one instance."""
+
+    role: Role
+    shape: Shape
+    num_gpus: int
+    goodput: float
+
+    @property
+    def per_gpu(self) -> float:
+        return self.goodput / self.num_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`estimate` is the whole layout's, simulated. `phases` or `unit` are what it was made from:
+    the best first. `num_gpus` may be more than the node has, where the traffic asks for them."""
+
+    algorithm: str
+    layout: str
+    num_gpus: int
+    estimate: Estimate
+    phases: tuple[Phase, ...] = ()
+    units: tuple[Estimate, ...] = ()
+
+
+def place(
+    question: Question,
+    algorithm: str,
+    rate: float | None,
+    effort: Effort,
+    run: Run,
+    tell: Tell = lambda _: None,
+) -> Placement:
+    """`algorithm` is high or low; `rate` the traffic to serve, None: what the GPUs can."""
+    if algorithm == "high":
+        return _high(question, rate, effort, run, tell)
+    return _low(question, rate, effort, run, tell)
+
+
+# ---- high node affinity
+
+
+def _high(
+    question: Question, rate: float | None, effort: Effort, run: Run, tell: Tell
+) -> Placement:
+    phases: list[Phase] = []
+    for role in (Role.PREFILL, Role.DECODE):
+        most = question.num_gpus - 1  # the other phase needs one
+        kinds = [one for one in Planner(question, effort, run).kinds if one.num_gpus <= most]
+        tell(f"{role.value} alone: {len(kinds)} shapes")
+        found = [phase_alone(question, kind, role, effort, run) for kind in kinds]
+        phases += sorted(found, key=lambda one: (-one.per_gpu, one.num_gpus))
+    prefill = next((one for one in phases if one.role is Role.PREFILL), None)
+    decode = next((one for one in phases if one.role is Role.DECODE), None)
+    if prefill is None or decode is None or not prefill.goodput * decode.goodput:
+        raise ConfigError(
+            "no shape serves both phases in time apart: loosen --slo, or give more GPUs"
+        )
+    counts = _counts(prefill, decode, question.num_gpus, rate)
+    layout = Layout(
+        tuple(
+            Group(number, one.role, one.shape)
+            for number, one in zip(counts, (prefill, decode), strict=True)
+        )
+    )
+    num_gpus = counts[0] * prefill.num_gpus + counts[1] * decode.num_gpus
+    guess = min(counts[0] * prefill.goodput, counts[1] * decode.goodput)
+    estimate = _whole(replace(question, num_gpus=num_gpus), str(layout), guess, effort, run)
+    return Placement("high", str(layout), num_gpus, estimate, tuple(phases))
+
+
+def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) -> tuple[int, int]:
+    """Instances of each: for the traffic, or those that serve the most on these GPUs."""
+    if rate is not None:
+        return ceil(rate / prefill.goodput), ceil(rate / decode.goodput)
+    fits = [
+        (number, (num_gpus - number * prefill.num_gpus) // decode.num_gpus)
+        for number in range(1, num_gpus // prefill.num_gpus + 1)
+    ]
+    possible = [pair for pair in fits if pair[1] > 0]
+    if not possible:
+        raise ConfigError(
+            f"{num_gpus} GPUs do not hold the best shape of each phase: give more, or --algorithm"
+            " search"
+        )
+    return max(
+        possible,
+        key=lambda pair: (min(pair[0] * prefill.goodput, pair[1] * decode.goodput), -sum(pair)),
+    )
+
+
+def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run: Run) -> Phase:
+    """One instance that does nothing but one phase: prompts whose first token is the last, under
+    the limit of the TTFT; or prompts that take no time, under that of the TPOT."""
+    slo = question.slo
+    if role is Role.PREFILL:
+        alone = replace(
+            question, slo=Slo(ttft_s=slo.ttft_s, e2e_s=slo.e2e_s), traffic=_one_token(question)
+        )
+        layout = str(Layout((Group(1, Role.MIXED, kind.shape),)))
+    else:
+        alone = replace(question, slo=Slo(tpot_s=slo.tpot_s, e2e_s=slo.e2e_s))
+        alone = replace(alone, model=_free_prefill(kind))
+        decode = Group(1, Role.DECODE, kind.shape)
+        layout = str(Layout((Group(1, Role.PREFILL, FREE), decode)))
+    if alone.slo == Slo():
+        raise ConfigError("phases apart need both limits: give --slo ttft=..,tpot=..")
+    alone = replace(alone, num_gpus=kind.num_gpus + (role is Role.DECODE) * FREE.num_workers)
+    estimate = _whole(alone, layout, 0.0, effort, run)
+    return Phase(role, kind.shape, kind.num_gpus, estimate.goodput)
+
+
+def _one_token(question: Question) -> Named | tuple[Arrival, ...]:
+    if isinstance(question.traffic, Named):
+        return replace(question.traffic, output=ONE_TOKEN)
+    return tuple(one._replace(num_output_tokens=1) for one in question.traffic)
+
+
+def _free_prefill(kind: Kind) -> Family:
+    """The model with one more shape, whose passes and handoffs take no time."""
+    free = replace(
+        kind.profile,
+        cost=INSTANT,
+        noise=0.0,
+        num_kv_tokens=ROOM * kind.profile.num_kv_tokens,
+        handoff_bytes_per_s=AT_ONCE,
+        num_stages=1,
+        num_gpus=FREE.num_workers,
+    )
+    real = replace(kind.profile, handoff_bytes_per_s=AT_ONCE)
+    shapes: Mapping[tuple[int, int], Profile] = {
+        (FREE.tp, FREE.pp): free,
+        (kind.shape.tp, kind.shape.pp): real,
+    }
+    return Family(kind.profile.name, "decode alone", shapes)
+
+
+def _whole(question: Question, layout: str, guess: float, effort: Effort, run: Run) -> Estimate:
+    """One layout, simulated."""
+    budget = max(question.any_profile.max_num_batched_tokens, question.num_seqs)
+    return Planner(question, effort, run).alone(Candidate(layout, budget), guess)
+
+
+# ---- low node affinity
+
+
+def _low(question: Question, rate: float | None, effort: Effort, run: Run, tell: Tell) -> Placement:
+    planner = Planner(question, effort, run, tell)
+    budget = question.any_profile.max_num_batched_tokens
+    pairs = [
+        Candidate(
+            str(Layout((Group(1, Role.PREFILL, one.shape), Group(1, Role.DECODE, two.shape)))),
+            max(budget, question.num_seqs),
+        )
+        for one in planner.kinds
+        for two in planner.kinds
+        if one.num_gpus + two.num_gpus <= question.num_gpus
+    ]
+    units = planner.units(pairs)
+    if not units or not units[0].goodput:
+        raise ConfigError("no pair of instances serves enough in time: loosen --slo, or more GPUs")
+    best = units[0]
+    fits = question.num_gpus // best.num_gpus
+    number = fits if rate is None else ceil(rate / best.goodput)
+    unit = parse_layout(best.candidate.layout)
+    groups = Layout(tuple(replace(one, count=number * one.count) for one in unit.groups))
+    num_gpus = number * best.num_gpus
+    whole = _whole(
+        replace(question, num_gpus=num_gpus), str(groups), number * best.goodput, effort, run
+    )
+    return Placement("low", str(groups), num_gpus, whole, units=tuple(units))

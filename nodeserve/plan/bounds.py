@@ -1,0 +1,144 @@
+"""What a layout can serve at most, on paper: a search leaves out what cannot win.
+
+Fluid limits of a steady state, before any queue. With W seconds of work that a request brings
+beside the fixed part F of a pass, S tokens that it writes and a pass that takes T, an instance that
+gets r requests a second runs r S T sequences, and T = F + r W T. So T <= TPOT gives
+r <= (1 - F / TPOT) / W, and memory for B sequences, r S T <= B, gives r <= B / (S F + B W). A
+prefill pass takes at most a budget of tokens, which adds its fixed part to every so many. Requests
+whose first pass alone is later than the TTFT are lost whatever the rate.
+
+The bounds are generous: queues, noise, handoffs and uneven loads only make it worse.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, inf
+
+from nodeserve.layout import parse_layout
+from nodeserve.plan.candidates import Candidate, Kind
+from nodeserve.plan.goodput import Slo
+from nodeserve.policy.cost import StepCost
+from nodeserve.policy.profile import Profile
+from nodeserve.types import Role
+
+SLACK = 1.1  # what fluctuations of a finite run may add
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Requests, on average. `lengths` are prompts' tokens, a sample."""
+
+    lengths: tuple[int, ...]
+    prompt: float  # tokens
+    prompt_pairs: float  # of tokens that a prompt's attention looks at
+    output: float  # tokens, all but the first, which prefill gives
+    context: float  # tokens that a decode step reads of one sequence
+
+
+def demand_of(lengths: Sequence[tuple[int, int]]) -> Demand:
+    """Of a sample of (prompt, output) tokens."""
+    number = len(lengths)
+    steps = sum(output - 1 for _, output in lengths)
+    reads = sum((output - 1) * (prompt + output / 2) for prompt, output in lengths)
+    return Demand(
+        tuple(prompt for prompt, _ in lengths),
+        sum(prompt for prompt, _ in lengths) / number,
+        sum(prompt * prompt / 2 for prompt, _ in lengths) / number,
+        steps / number,
+        reads / steps if steps else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Requests a second of one instance, doing one phase alone or both; infinite where there is
+    nothing to do. `in_time` is the share whose prompts could make the TTFT on an idle instance."""
+
+    prefill: float
+    decode: float
+    mixed: float
+    in_time: float
+
+
+def capacity(kind: Kind, demand: Demand, slo: Slo, budget: int, max_num_seqs: int) -> Capacity:
+    """Of an instance of this kind with so many tokens a pass."""
+    profile, cost = kind.profile, kind.profile.cost
+    lanes = profile.num_stages * kind.shape.ep
+    token_s = cost.token_s + cost.expert_token_s
+    prefill_s = token_s * demand.prompt + cost.attention_s * demand.prompt_pairs
+    filled_s = prefill_s + cost.prefill_fix_s * demand.prompt / budget
+    limit_s = inf if slo.ttft_s is None else slo.ttft_s
+    in_time = sum(_alone_s(cost, tokens, budget) <= limit_s for tokens in demand.lengths)
+    decodes = [
+        _decode_rate(profile, one, demand, slo, max_num_seqs, beside_s)
+        for beside_s in (0.0, prefill_s)
+        for one in (cost, cost.large)
+        if one is not None
+    ]
+    half = len(decodes) // 2
+    return Capacity(
+        lanes / filled_s if filled_s else inf,
+        lanes * max(decodes[:half]),
+        lanes * min(max(decodes[half:]), 1.0 / prefill_s if prefill_s else inf),
+        in_time / len(demand.lengths),
+    )
+
+
+def _alone_s(cost: StepCost, tokens: int, budget: int) -> float:
+    """A prompt by itself, on one rank."""
+    own_s = (cost.token_s + cost.expert_token_s) * tokens + cost.attention_s * tokens * tokens / 2
+    return ceil(tokens / budget) * cost.prefill_fix_s + own_s
+
+
+def _decode_rate(
+    profile: Profile,
+    cost: StepCost,
+    demand: Demand,
+    slo: Slo,
+    max_num_seqs: int,
+    beside_s: float,
+) -> float:
+    """Requests a second of one lane whose passes also do `beside_s` of other work for each."""
+    if not demand.output:
+        return inf
+    token_s = cost.decode_seq_s + cost.expert_token_s + cost.kv_token_s * demand.context
+    work_s = beside_s + demand.output * token_s
+    fix_s = cost.decode_fix_s
+    most = float(max_num_seqs)
+    if demand.context:
+        most = min(most, profile.num_kv_tokens / profile.num_stages / demand.context)
+    by_memory = most / (demand.output * fix_s + most * work_s) if fix_s or work_s else inf
+    if slo.tpot_s is None:
+        return by_memory
+    by_time = (1.0 - fix_s / slo.tpot_s) / work_s if work_s else inf
+    return max(0.0, min(by_memory, by_time))
+
+
+def bound(
+    candidate: Candidate,
+    kinds: Sequence[Kind],
+    demand: Demand,
+    slo: Slo,
+    goal: float,
+    max_num_seqs: int,
+) -> float:
+    """Requests a second that the layout's goodput cannot exceed. Refused requests take nothing, and
+    `goal` says how many there may be."""
+    known = {kind.shape: kind for kind in kinds}
+    prefill = decode = both = 0.0
+    in_time = 0.0
+    for group in parse_layout(candidate.layout).groups:
+        kind = known[group.shape]
+        one = capacity(kind, demand, slo, candidate.max_num_batched_tokens, max_num_seqs)
+        if group.role is not Role.DECODE:
+            prefill += group.count * one.prefill
+            in_time = max(in_time, one.in_time)
+        if group.role is not Role.PREFILL:
+            decode += group.count * one.decode
+        both += group.count * one.mixed
+    if in_time < goal:
+        return 0.0
+    # A mixed instance may do one phase alone, as far as these two know; with nothing but mixed
+    # ones the third is what counts.
+    mixed_only = both if candidate.kind == "mixed" else inf
+    return SLACK * min(prefill, decode, mixed_only) / goal

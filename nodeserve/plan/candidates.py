@@ -1,0 +1,161 @@
+"""Layouts that could be planned: what fits the GPUs, in every shape whose passes are known.
+
+A layout is of a kind: "mixed" has instances that do both phases and no others, "split" has phases
+apart. Layouts that are both are reached from the best of each kind by moves, one instance at a
+time (`neighbours`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from nodeserve.errors import ConfigError
+from nodeserve.layout import Group, Layout, Shape, parse_layout
+from nodeserve.policy.profile import Family, Profile
+from nodeserve.types import Role
+
+MAX_BATCHED_TOKENS = 16_384
+MIXED_CHUNKS = (0.25, 1.0)  # times the profile's own: what mixed instances are tried with
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout and the settings that are planned with it."""
+
+    layout: str
+    max_num_batched_tokens: int
+    window_s: float | None = None  # as in DispatchOptions
+
+    @property
+    def kind(self) -> str:
+        """mixed, or split."""
+        roles = set(parse_layout(self.layout).roles)
+        return "mixed" if roles == {Role.MIXED} else "split"
+
+
+class Kind(NamedTuple):
+    """A shape that instances may have."""
+
+    shape: Shape
+    profile: Profile  # of one rank
+    num_gpus: int  # of an instance
+
+
+def kinds_of(
+    model: Profile | Family, num_gpus: int, eps: Sequence[int] = (1,), plain: bool = False
+) -> list[Kind]:
+    """Shapes that fit so many GPUs, small ones first. `eps` are the expert parallel degrees to try;
+    `plain` leaves out tensor and pipeline parallel ones. ConfigError if there is none."""
+    if isinstance(model, Family):
+        ranks = {Shape(tp, pp): profile for (tp, pp), profile in model.shapes.items()}
+        if plain:
+            ranks = {shape: profile for shape, profile in ranks.items() if shape == Shape()}
+    else:
+        ranks = {Shape(): model}
+    kinds = [
+        Kind(replace(shape, ep=ep), profile, profile.num_gpus * ep)
+        for shape, profile in ranks.items()
+        for ep in eps
+        if profile.num_gpus * ep <= num_gpus
+    ]
+    if not kinds:
+        least = min((one.num_gpus for one in ranks.values()), default=0) * min(eps)
+        needs = f"needs {least} GPUs or more" if least else "has no shape that can be started"
+        raise ConfigError(f"{model.name} {needs}, {num_gpus} given")
+    return sorted(kinds, key=lambda kind: (kind.num_gpus, kind.shape.pp))
+
+
+def gpus_of(layout: Layout, kinds: Iterable[Kind]) -> int:
+    """GPUs that a layout takes."""
+    sizes = {kind.shape: kind.num_gpus for kind in kinds}
+    return sum(group.count * sizes[group.shape] for group in layout.groups)
+
+
+def mixed_layouts(kinds: Iterable[Kind], num_gpus: int) -> Iterator[Layout]:
+    """As many mixed instances of each shape as fit."""
+    for kind in kinds:
+        yield Layout((Group(num_gpus // kind.num_gpus, Role.MIXED, kind.shape),))
+
+
+def split_layouts(kinds: Sequence[Kind], num_gpus: int) -> Iterator[Layout]:
+    """Every pair of shapes and every number of prefill instances, the rest decodes. Not those that
+    leave room for one more."""
+    for prefill in kinds:
+        for decode in kinds:
+            for num_prefill in range(1, num_gpus // prefill.num_gpus + 1):
+                rest = num_gpus - num_prefill * prefill.num_gpus
+                num_decode = rest // decode.num_gpus
+                left = rest - num_decode * decode.num_gpus
+                if num_decode and left < prefill.num_gpus:
+                    yield Layout(
+                        (
+                            Group(num_prefill, Role.PREFILL, prefill.shape),
+                            Group(num_decode, Role.DECODE, decode.shape),
+                        )
+                    )
+
+
+def all_candidates(kinds: Sequence[Kind], num_gpus: int, max_num_seqs: int) -> list[Candidate]:
+    """Mixed and split layouts; the mixed ones with several sizes of a chunk, which decides how long
+    a prompt holds up those that decode beside it."""
+    budget = max(kind.profile.max_num_batched_tokens for kind in kinds)
+    mixed = [
+        Candidate(str(layout), chunk)
+        for layout in mixed_layouts(kinds, num_gpus)
+        for chunk in chunks(budget, MIXED_CHUNKS, max_num_seqs)
+    ]
+    whole = max(budget, max_num_seqs)
+    return mixed + [Candidate(str(layout), whole) for layout in split_layouts(kinds, num_gpus)]
+
+
+def chunks(budget: int, factors: Iterable[float], max_num_seqs: int) -> list[int]:
+    """Budgets of a pass: these multiples, within what a server takes."""
+    sizes = (
+        min(max(round(budget * factor), max_num_seqs), MAX_BATCHED_TOKENS) for factor in factors
+    )
+    return list(dict.fromkeys(sizes))
+
+
+def neighbours(candidate: Candidate) -> list[Candidate]:
+    """Layouts in which one instance has another role, or another phase one instance more, of
+    groups that share a shape."""
+    groups = parse_layout(candidate.layout).groups
+    roles = (Role.PREFILL, Role.DECODE, Role.MIXED)
+    found: dict[str, None] = {}
+    for group in groups:
+        for role in roles:
+            if role is not group.role:
+                moved = _moved(groups, group, role)
+                if moved is not None:
+                    found[str(moved)] = None
+    return [replace(candidate, layout=layout) for layout in found]
+
+
+def _moved(groups: tuple[Group, ...], source: Group, role: Role) -> Layout | None:
+    """With one instance of `source` in this role; None if then a phase has nobody."""
+    counts = {(group.role, group.shape): group.count for group in groups}
+    counts[source.role, source.shape] -= 1
+    counts[role, source.shape] = counts.get((role, source.shape), 0) + 1
+    order = list(Role)
+    left = sorted(
+        (Group(count, *key) for key, count in counts.items() if count),
+        key=lambda group: order.index(group.role),
+    )
+    has = {group.role for group in left}
+    if Role.MIXED in has or {Role.PREFILL, Role.DECODE} <= has:
+        return Layout(tuple(left))
+    return None
+
+
+def variations(candidate: Candidate, max_num_seqs: int) -> list[Candidate]:
+    """The same layout with other chunks, and without the window where there is one."""
+    sizes = chunks(candidate.max_num_batched_tokens, (0.5, 2.0, 4.0), max_num_seqs)
+    tried = [
+        replace(candidate, max_num_batched_tokens=size)
+        for size in sizes
+        if size != candidate.max_num_batched_tokens
+    ]
+    prefilling = [role for role in parse_layout(candidate.layout).roles if role is not Role.DECODE]
+    if len(prefilling) > 1:
+        tried.append(replace(candidate, window_s=0.0))
+    return tried

@@ -1,0 +1,188 @@
+"""How many requests of a workload a candidate serves in time: one simulation, or a search of rates.
+
+Candidates see the same requests: gaps and lengths come from streams that depend on the seed alone
+(common random numbers), so two candidates differ by what they are and not by what they drew.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from nodeserve.errors import ConfigError
+from nodeserve.plan.candidates import Candidate
+from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
+from nodeserve.plan.named import Named
+from nodeserve.plan.records import Arrival, Outcome, Scenario, Served
+from nodeserve.plan.search import Found, Probe, SearchOptions, find_goodput
+from nodeserve.plan.simulator import simulate
+from nodeserve.plan.summary import kept
+from nodeserve.plan.workloads import Workload, at_rate, generate
+from nodeserve.policy.flow import FlowOptions
+from nodeserve.policy.profile import Family, Profile
+from nodeserve.policy.units import DispatchOptions
+
+STAYS = 4.0  # a run lasts so many stays of a request that just meets its limits
+FIRST_LOOK = 0.3  # of a run: enough to see that a rate is far too high
+FLOW = FlowOptions(4096, 1 << 22)  # a server's own bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a layout is wanted for."""
+
+    model: Profile | Family
+    traffic: Named | tuple[Arrival, ...]  # a kind of requests, or a trace
+    slo: Slo
+    num_gpus: int
+    eps: tuple[int, ...] = (1,)  # expert parallel degrees to try
+    plain: bool = False  # only what `nodeserve start` can start
+    goal: float = GOAL
+    confidence: float = CONFIDENCE
+    seed: int = 0
+    transit_s: float = 0.0025  # as a Scenario
+    noise: float | None = None
+    max_num_seqs: int | None = None  # None: the profile's
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise ConfigError(f"--gpus {self.num_gpus}: use 1 or more")
+        if self.slo.ttft_s is None and self.slo.tpot_s is None and self.slo.e2e_s is None:
+            raise ConfigError("a plan needs limits: give --slo such as ttft=500ms,tpot=50ms")
+
+    @property
+    def any_profile(self) -> Profile:
+        """For what does not depend on the shape."""
+        model = self.model
+        return next(iter(model.shapes.values())) if isinstance(model, Family) else model
+
+    @property
+    def num_seqs(self) -> int:
+        return self.max_num_seqs or self.any_profile.max_num_seqs
+
+    def requests(self, rate: float, num_requests: int) -> list[Arrival]:
+        """The first so many, so many a second; a trace has no more than it has."""
+        if not isinstance(self.traffic, Named):
+            return [
+                one._replace(ttft_slo_s=self.slo.ttft_s, tpot_slo_s=self.slo.tpot_s)
+                for one in at_rate(self.traffic[:num_requests], rate)
+            ]
+        named = self.traffic
+        workload = Workload(
+            rate,
+            num_requests,
+            named.prompt,
+            named.output,
+            named.gaps,
+            self.seed,
+            self.slo.ttft_s,
+            self.slo.tpot_s,
+        )
+        return generate(workload, self.any_profile.max_model_len)
+
+    def lengths(self, num_requests: int = 1000) -> list[tuple[int, int]]:
+        """Prompt and output tokens of a sample."""
+        return [
+            (one.num_prompt_tokens, one.num_output_tokens)
+            for one in self.requests(1.0, num_requests)
+        ]
+
+    def scenario(self, candidate: Candidate) -> Scenario:
+        """A node that refuses what would be late, as a server with these SLOs does."""
+        return Scenario(
+            layout=candidate.layout,
+            profile=self.model,
+            dispatch=DispatchOptions(
+                window_s=candidate.window_s,
+                budget=candidate.max_num_batched_tokens,
+                max_num_seqs=self.num_seqs,
+            ),
+            flow=FLOW,
+            seed=self.seed,
+            noise=self.noise,
+            transit_s=self.transit_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One search. `stay_s` is how long a request stays that just meets its limits."""
+
+    question: Question
+    candidate: Candidate
+    options: SearchOptions
+    stay_s: float
+
+
+def stay_s(question: Question, mean_output: float) -> float:
+    """How long a request is there at most if it is good, on average: its limits say."""
+    slo = question.slo
+    limits = (slo.ttft_s or 0.0) + mean_output * (slo.tpot_s or 0.0)
+    return limits if slo.e2e_s is None else min(limits or slo.e2e_s, slo.e2e_s)
+
+
+def search(job: Job) -> Found:
+    """The goodput of a candidate, in requests a second of the whole layout."""
+
+    def ask(rate: float, num_requests: int) -> Probe:
+        # A run that ends before memory has filled would flatter the layout.
+        span = ceil(STAYS * job.stay_s * rate)
+        number = min(max(num_requests, span), job.options.max_requests)
+        # Short runs flatter, so what fails in one fails.
+        for share in (FIRST_LOOK, 1.0):
+            tally, _ = count(job.question, job.candidate, rate, max(2, round(share * number)))
+            probe = Probe(rate, tally)
+            if tally.interval(job.options.confidence)[1] < job.options.goal:
+                break
+        return probe
+
+    return find_goodput(ask, job.options)
+
+
+def count(
+    question: Question, candidate: Candidate, rate: float, num_requests: int
+) -> tuple[Tally, Counter[str]]:
+    """Good requests of a run without its beginning and end; and what the others missed: limits by
+    name, or the error that they ended with."""
+    outcome = run(question, candidate, rate, num_requests)
+    judged = kept(outcome.served)
+    misses: Counter[str] = Counter()
+    num_good = 0
+    for served in judged:
+        missed = missed_by(served, question.slo)
+        num_good += not missed
+        misses.update(missed)
+    return Tally(len(judged), num_good), misses
+
+
+def run(question: Question, candidate: Candidate, rate: float, num_requests: int) -> Outcome:
+    """One simulation."""
+    return simulate(question.scenario(candidate), question.requests(rate, num_requests))
+
+
+def missed_by(served: Served, slo: Slo) -> tuple[str, ...]:
+    """The limits that a request missed; a refused one missed its first token's."""
+    if served.outcome == "overloaded":
+        return ("ttft",)
+    if served.outcome not in ("stop", "length"):
+        return (served.outcome,)
+    e2e_s = served.ended_s - served.arrival.arrived_s
+    return slo.missed(served.timings.ttft_s, served.tpot_s, e2e_s)
+
+
+def decided_range(
+    probes: Sequence[Probe], goal: float, confidence: float
+) -> tuple[float, float | None]:
+    """The highest rate that surely passes, 0 if none, and the lowest above it that surely does
+    not; None where none was asked."""
+    sure = [one for one in probes if one.decided(goal, confidence)]
+    low = max((one.rate for one in sure if one.tally.share >= goal), default=0.0)
+    high = min(
+        (one.rate for one in sure if one.tally.share < goal and one.rate > low), default=None
+    )
+    return low, high
+
+
+def with_start(options: SearchOptions, start: float, low: float, high: float) -> SearchOptions:
+    """The same search from another rate."""
+    return replace(options, start=start, low=low, high=high)

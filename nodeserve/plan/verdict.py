@@ -1,0 +1,104 @@
+"""What a plan says in words: why this layout, and how to start it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nodeserve.layout import Shape, parse_layout
+from nodeserve.plan.candidates import Candidate
+from nodeserve.plan.evaluate import count
+from nodeserve.plan.goodput import Slo
+from nodeserve.plan.planner import Report
+
+WORDS = {"ttft": "the first token is late", "tpot": "tokens are slow", "e2e": "the end is late"}
+ABOVE = 1.2  # times the loser's goodput: where its first misses show
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`disaggregate` is None where no layout serves, or where the other kind's best does not surely
+    miss the goal at the winner's goodput, the `checked_rate`, where it `attained` so much. `misses`
+    are its first ones, by limit: a little above its own goodput."""
+
+    disaggregate: bool | None
+    reason: str
+    checked_rate: float = 0.0
+    attained: float | None = None
+    misses: Mapping[str, int] | None = None
+
+
+def verdict(report: Report) -> Verdict:
+    """Which kind won, by how much, and what holds the other one back, by one more simulation."""
+    best = report.best
+    if best is None:
+        return Verdict(None, _nothing(report))
+    other_kind = "split" if best.candidate.kind == "mixed" else "mixed"
+    other = report.best_of(other_kind)
+    split = best.candidate.kind == "split"
+    head = "disaggregate" if split else "do not disaggregate"
+    if other is None or other.goodput <= 0.0:
+        return Verdict(split, f"{head}: no {other_kind} layout serves enough requests in time")
+    gain = best.goodput / other.goodput - 1.0
+    rate, question = best.goodput, report.question
+    # As many as in the closest looks: a short run at a high rate ends before anybody is late.
+    at_winners, _ = count(question, other.candidate, rate, report.most_requests)
+    numbers = (
+        f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
+        f" {other.candidate.layout} {other.goodput:.3g}"
+    )
+    if at_winners.interval(question.confidence)[1] >= question.goal:
+        reason = f"no clear winner: {numbers}, within what the runs can tell apart"
+        return Verdict(None, reason, rate, at_winners.share)
+    # Far above its goodput everything is late; what it misses first shows a little above it.
+    little = min(rate, ABOVE * other.goodput)
+    tally, misses = count(question, other.candidate, little, report.most_requests)
+    seen = dict(misses.most_common())
+    reason = f"{head}: {numbers} ({gain:+.0%})"
+    if seen:
+        limit, number = next(iter(seen.items()))
+        share = number / (tally.num_offered - tally.num_good)
+        reason += (
+            f"; at {little:.3g}/s {other.candidate.layout} has {tally.share:.0%} in time, and of"
+            f" the misses {share:.0%} are because {WORDS.get(limit, limit)}"
+        )
+    return Verdict(split, reason, rate, at_winners.share, seen)
+
+
+def _nothing(report: Report) -> str:
+    question = report.question
+    if report.num_impossible == report.num_candidates:
+        return (
+            f"no layout of {question.num_gpus} GPUs can serve {question.goal:.0%} of these requests"
+            " in time, not even one at a time: loosen the limits"
+        )
+    return f"no layout of {question.num_gpus} GPUs serves {question.goal:.0%} in time at any rate"
+
+
+def settings_of(candidate: Candidate) -> dict[str, str | int]:
+    """The candidate as settings of a server, by the fields of EngineConfig."""
+    settings: dict[str, str | int] = {
+        "layout": candidate.layout,
+        "max_num_batched_tokens": candidate.max_num_batched_tokens,
+    }
+    if candidate.window_s is not None:
+        settings["window"] = "off" if candidate.window_s == 0.0 else f"{1e3 * candidate.window_s:g}"
+    return settings
+
+
+def start_command(candidate: Candidate, slo: Slo, model: str | None, profile: str | None) -> str:
+    """How a node like this is started; on simulated devices if a profile is given."""
+    words = ["nodeserve start", *([model] if model else [])]
+    if profile is not None:
+        words.append(f"--device sim --profile {profile}")
+    for name, value in settings_of(candidate).items():
+        words.append(f"--{name.replace('_', '-')} {value}")
+    limits = [
+        f"{name}={1e3 * limit_s:g}ms"
+        for name, limit_s in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s))
+        if limit_s is not None
+    ]
+    return " ".join([*words, *(["--slo " + ",".join(limits)] if limits else [])])
+
+
+def startable(candidate: Candidate) -> bool:
+    """Whether `nodeserve start` can run it on real devices: one worker an instance."""
+    return all(group.shape == Shape() for group in parse_layout(candidate.layout).groups)

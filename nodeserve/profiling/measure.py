@@ -1,0 +1,117 @@
+"""From a model and a machine to a profile: measure, fit, check on what was held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.config import EngineConfig
+from nodeserve.coordinator.server import OnEvent
+from nodeserve.gpus import Gpus
+from nodeserve.plan.fit import Errors, errors_of, fit_cost, spread_of
+from nodeserve.policy.profile import Profile
+from nodeserve.profiling.experiments import Measured, Tell, measure_handoffs, measure_passes
+from nodeserve.profiling.node import Node, with_node
+
+UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A profile and how well it predicts what it was not made from; None: nothing was held out."""
+
+    profile: Profile
+    prefill: Errors | None
+    decode: Errors | None
+    handoff: Errors | None
+    num_passes: int
+
+    def noted(self) -> dict[str, object]:
+        """The errors, for the profile's file."""
+        return {
+            name: one and one._asdict()
+            for name, one in (
+                ("prefill", self.prefill),
+                ("decode", self.decode),
+                ("handoff", self.handoff),
+            )
+        }
+
+
+def measure_profile(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    gpus: Gpus,
+    num_workers: int,
+    name: str,
+    on_event: OnEvent,
+    tell: Tell,
+) -> Result:
+    """Run `num_workers` mixed workers, then a pair with a handoff between them if there are two."""
+    mixed = replace(config, layout=f"{num_workers}m")
+
+    async def passes(node: Node) -> tuple[Measured, Profile]:
+        measured = await measure_passes(node, num_workers, tell)
+        return measured, _profile(node, name, measured)
+
+    measured, profile = with_node(mixed, checkpoint, gpus, on_event, passes)
+    handoff = None
+    if num_workers > 1:
+        pair = replace(config, layout=f"1p{num_workers - 1}d")
+        pulls, held = with_node(
+            pair, checkpoint, gpus, on_event, lambda node: measure_handoffs(node, tell)
+        )
+        rate = _rate(pulls)
+        profile = replace(profile, handoff_bytes_per_s=rate)
+        handoff = _handoff_errors(held, rate)
+    return _result(profile, measured, handoff)
+
+
+def _profile(node: Node, name: str, measured: Measured) -> Profile:
+    plan = node.plan
+    cost = fit_cost(measured.fit, measured.gap_s)
+    devices = plan.config.device
+    return Profile(
+        name=name,
+        source=f"measured by `nodeserve profile`: {plan.config.served_model_name} on {devices},"
+        f" {len(plan.places)} workers at once, {node.kernels}",
+        cost=cost,
+        noise=round(spread_of(measured.fit, cost, measured.gap_s), 4),
+        num_kv_tokens=node.num_kv_tokens,
+        kv_bytes_per_token=node.block_bytes // plan.config.block_size,
+        handoff_bytes_per_s=UNMEASURED_BYTES_PER_S,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_num_seqs=plan.max_num_seqs,
+        max_model_len=plan.max_model_len,
+    )
+
+
+def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Result:
+    def errors(prefill: bool) -> Errors | None:
+        chosen = [one for one in measured.held_out if bool(one.work.prefill_tokens) is prefill]
+        return errors_of(chosen, profile.cost, measured.gap_s)
+
+    return Result(
+        profile,
+        errors(prefill=True),
+        errors(prefill=False),
+        handoff,
+        len(measured.fit) + len(measured.held_out),
+    )
+
+
+def _rate(pulls: Sequence[tuple[int, float]]) -> float:
+    """Bytes a second, with errors as shares of what each copy took."""
+    shares = [num_bytes / seconds for num_bytes, seconds in pulls if seconds > 0.0]
+    if not shares:
+        return UNMEASURED_BYTES_PER_S
+    return sum(share * share for share in shares) / sum(shares)
+
+
+def _handoff_errors(pulls: Sequence[tuple[int, float]], rate: float) -> Errors | None:
+    """Of copies of the same size together."""
+    sizes: dict[int, list[float]] = {}
+    for num_bytes, seconds in pulls:
+        sizes.setdefault(num_bytes, []).append(seconds)
+    off = [abs(num_bytes / rate / fmean(times) - 1.0) for num_bytes, times in sizes.items()]
+    return Errors(fmean(off), max(off), len(off)) if off else None

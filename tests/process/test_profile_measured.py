@@ -1,0 +1,59 @@
+"""A profile measured on real worker processes whose passes take what is known: simulated ones."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nodeserve import profile_store
+from nodeserve.checkpoint import resolve
+from nodeserve.config import EngineConfig
+from nodeserve.gpus import Gpus
+from nodeserve.policy.cost import StepCost
+from nodeserve.policy.profiles import PROFILES
+from nodeserve.profiling.measure import measure_profile
+
+# Milliseconds, so that what a busy machine adds to a pass is little.
+TRUE = replace(
+    PROFILES["llama-3.1-8b-h100"],
+    name="known",
+    cost=StepCost(0.030, 0.020, 2e-4, 2e-7, 1e-3, 4e-6),
+    noise=0.01,
+    num_kv_tokens=4096,
+    kv_bytes_per_token=1000,
+    handoff_bytes_per_s=20e6,
+    max_num_batched_tokens=64,
+    max_num_seqs=16,
+    max_model_len=512,
+)
+
+
+@pytest.mark.slow
+def test_a_measured_profile_is_the_true_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODESERVE_PROFILES", str(tmp_path))
+    profile_store.write(TRUE, {})
+    said: list[str] = []
+    result = measure_profile(
+        EngineConfig(device="sim", profile="known"),
+        resolve(None),
+        Gpus(),
+        2,
+        "measured",
+        lambda _: None,
+        said.append,
+    )
+    found, true = result.profile, TRUE
+    assert found.num_kv_tokens == true.num_kv_tokens
+    assert found.kv_bytes_per_token == true.kv_bytes_per_token
+    assert found.max_num_batched_tokens == true.max_num_batched_tokens
+    # What lies between two passes is part of the fixed terms, and more on a busy machine.
+    for name, share in (("prefill_fix_s", 0.3), ("decode_fix_s", 0.3), ("token_s", 0.1)):
+        assert getattr(found.cost, name) == pytest.approx(getattr(true.cost, name), rel=share), name
+    for errors in (result.prefill, result.decode, result.handoff):
+        assert errors is not None
+        assert errors.mean < 0.05
+        assert errors.num_groups >= 3
+    assert found.handoff_bytes_per_s == pytest.approx(true.handoff_bytes_per_s, rel=0.1)
+    assert any("handoff" in text for text in said)

@@ -1,0 +1,59 @@
+"""What a profile is measured with stays within what workers take; passes are read off as told."""
+
+import pytest
+
+from nodeserve.policy.cost import RankWork
+from nodeserve.profiling.experiments import WARM, Experiment, experiments, timed_passes
+from nodeserve.wire.messages import StepDone
+
+
+@pytest.mark.parametrize("limits", [(128, 64, 2048, 40_000), (8192, 256, 65_536, 400_000)])
+def test_experiments_fit_a_worker(limits: tuple[int, int, int, int]) -> None:
+    _, max_num_seqs, max_model_len, num_kv_tokens = limits
+    planned = experiments(*limits)
+    assert {one.held_out for one in planned} == {True, False}
+    for one in planned:
+        assert one.batch <= max_num_seqs
+        assert one.prompt + one.output <= max_model_len
+        assert one.batch * (one.prompt + one.output) <= num_kv_tokens
+    shapes = {(one.batch, one.prompt, one.output): one.held_out for one in planned}
+    fitted = {shape for shape, held_out in shapes.items() if not held_out}
+    assert fitted.isdisjoint(shape for shape, held_out in shapes.items() if held_out)
+
+
+def test_a_small_worker_has_fewer() -> None:
+    planned = experiments(64, 4, 128, 300)
+    assert max(one.batch for one in planned) == 4
+    assert max(one.prompt for one in planned) < 128
+
+
+def step(began_s: float, seconds: float, prefill: int = 0, decodes: int = 2) -> StepDone:
+    return StepDone(
+        *(b"", b"", b"", None, [], b"", b"", [], 0),
+        began_s,
+        seconds,
+        prefill,
+        prefill * prefill / 2,
+        decodes,
+        decodes * 10,
+        b"",
+    )
+
+
+def test_passes_and_the_gaps_between_them() -> None:
+    experiment = Experiment("2 x 16", 2, 16, 12, held_out=False)
+    steps = [
+        (0, step(0.0, 1.0, prefill=32, decodes=0)),
+        (1, step(0.5, 1.0)),
+        (0, step(1.1, 1.0)),
+        (0, step(2.2, 1.0)),
+        (0, step(9.0, 1.0)),  # after a wait
+    ]
+    timed, gaps = timed_passes(steps, experiment)
+    assert [one.work for one in timed] == [
+        RankWork(32, 512.0, 0, 0),
+        RankWork(0, 0.0, 2, 20),  # the third decode pass of worker 0
+    ]
+    assert WARM == 2
+    assert gaps == pytest.approx([0.1, 0.1])
+    assert {one.group for one in timed} == {"2 x 16"}

@@ -1,0 +1,309 @@
+"""The search on cost models so plain that the answer is known beforehand."""
+
+from dataclasses import replace
+
+import pytest
+
+from nodeserve.errors import ConfigError
+from nodeserve.layout import Shape, parse_layout
+from nodeserve.plan.affinity import phase_alone, place
+from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
+from nodeserve.plan.candidates import (
+    Candidate,
+    all_candidates,
+    gpus_of,
+    kinds_of,
+    neighbours,
+    split_layouts,
+    variations,
+)
+from nodeserve.plan.evaluate import Question, count
+from nodeserve.plan.goodput import Slo
+from nodeserve.plan.named import workload_named
+from nodeserve.plan.planner import Effort, Planner, Report, in_turn, plan
+from nodeserve.plan.pool import searching
+from nodeserve.plan.verdict import start_command, verdict
+from nodeserve.policy.cost import StepCost
+from nodeserve.policy.profile import Family, Profile
+from nodeserve.types import Role
+
+FAST = Effort(40, 100, 200, 1, 0.1, 1)
+TINY = Effort(30, 60, 120, 1, 0.2, 1)
+# One prompt token takes 0.1 ms, a pass 10 ms beside it, and sequences decode almost for nothing.
+PLAIN = Profile(
+    name="plain",
+    source="a test",
+    cost=StepCost(0.010, 0.010, 1e-4, 0.0, 1e-5, 0.0),
+    noise=0.0,
+    num_kv_tokens=100_000,
+    kv_bytes_per_token=1000,
+    handoff_bytes_per_s=1e10,
+    max_num_batched_tokens=1024,
+    max_num_seqs=64,
+    max_model_len=4096,
+)
+LOOSE = Slo(1.0, 1.0)
+# The same, but a pass with any prompt in it takes 100 ms: nobody can decode beside that.
+CLUMSY = replace(PLAIN, name="clumsy", cost=replace(PLAIN.cost, prefill_fix_s=0.100))
+
+
+def question(
+    model: Profile | Family = PLAIN,
+    workload: str = "synthetic(500,8)",
+    slo: Slo = LOOSE,
+    num_gpus: int = 2,
+) -> Question:
+    return Question(model, workload_named(workload), slo, num_gpus)
+
+
+def goodput_of(asked: Question, layout: str) -> float:
+    return Planner(asked, FAST).alone(Candidate(layout, 1024)).goodput
+
+
+# ---- answers that are known
+
+
+def test_where_nothing_is_gained_by_it_phases_are_not_taken_apart() -> None:
+    """Decoding is next to free and its limit loose: an instance for it alone is wasted."""
+    report = plan(question(), FAST)
+    said = verdict(report)
+    assert report.best is not None
+    assert report.best.candidate.layout == "2m"
+    assert said.disaggregate is False
+    assert said.reason.startswith("do not disaggregate: 2m serves")
+
+
+@pytest.mark.slow
+def test_where_prompts_hold_up_decoding_phases_are_taken_apart() -> None:
+    """Eight tokens at 10 ms, a limit of 20 ms: one prompt beside them is too much."""
+    report = plan(question(CLUMSY, "synthetic(200,8)", Slo(1.0, 0.020)), TINY)
+    said = verdict(report)
+    assert report.best is not None
+    assert report.best.candidate.layout == "1p1d"
+    assert said.disaggregate is True
+    mixed = report.best_of("mixed")
+    assert mixed is not None and mixed.goodput < report.best.goodput / 2
+    assert said.misses is not None and next(iter(said.misses)) == "tpot"
+    assert "tokens are slow" in said.reason
+
+
+@pytest.mark.slow
+def test_prefill_gets_as_many_instances_as_it_needs() -> None:
+    """Prompts of 2,000 tokens with two tokens to write: 3p1d beats 2p2d by half."""
+    asked = question(workload="synthetic(2000,2)", slo=Slo(2.0, 0.1), num_gpus=4)
+    three, two = goodput_of(asked, "3p1d"), goodput_of(asked, "2p2d")
+    assert three > 1.3 * two > 0.0
+    report = plan(asked, TINY)
+    splits = [one for one in report.ranked if one.candidate.layout in ("3p1d", "2p2d")]
+    assert splits[0].candidate.layout == "3p1d"
+
+
+def test_a_prefill_instance_serves_what_its_passes_allow() -> None:
+    """500 tokens take 60 ms alone, 2 prompts a pass 110 ms: at most 18 a second, and with 300 ms
+    most of that."""
+    rate = goodput_of(question(workload="synthetic(500,1)", slo=Slo(0.3, None)), "1m")
+    assert 12.0 < rate <= 20.0
+
+
+def test_limits_that_nobody_meets_are_said_to_be_so() -> None:
+    report = plan(question(slo=Slo(0.05, 1.0)), FAST)  # 500 tokens take 60 ms
+    assert report.best is None
+    assert report.num_impossible == report.num_candidates
+    assert "loosen the limits" in verdict(report).reason
+
+
+# ---- the search
+
+
+def summary(report: Report) -> list[tuple[str, int, float, float]]:
+    return [
+        (one.candidate.layout, one.candidate.max_num_batched_tokens, one.goodput, one.low)
+        for one in report.ranked
+    ]
+
+
+@pytest.mark.slow
+def test_the_same_question_has_the_same_answer() -> None:
+    asked = question(workload="synthetic(lognormal:500,8)")
+    first = summary(plan(asked, TINY))
+    assert summary(plan(asked, TINY)) == first
+    assert summary(plan(replace(asked, seed=1), TINY)) != first
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_does_not_change_the_plan() -> None:
+    asked = question(workload="synthetic(lognormal:500,8)")
+    with searching(2) as run:
+        assert summary(plan(asked, TINY, run)) == summary(plan(asked, TINY, in_turn))
+
+
+def test_estimates_lie_within_their_ranges_and_bounds() -> None:
+    report = plan(question(workload="synthetic(lognormal:500,8)", slo=Slo(0.5, 0.05)), FAST)
+    assert report.ranked
+    for one in report.ranked:
+        assert one.low <= one.goodput <= one.most
+        assert one.high is None or one.goodput <= one.high
+    assert [one.goodput for one in report.ranked] == sorted(
+        (one.goodput for one in report.ranked), reverse=True
+    )
+
+
+def test_candidates_see_the_same_requests() -> None:
+    asked = question(workload="synthetic(lognormal:500,lognormal:50)")
+    slow, fast = asked.requests(1.0, 50), asked.requests(4.0, 50)
+    assert [one[1:3] for one in slow] == [one[1:3] for one in fast]
+    assert slow[-1].arrived_s == pytest.approx(4 * fast[-1].arrived_s)
+
+
+def test_refused_requests_are_misses() -> None:
+    """Ten times what it can serve: almost all are refused, and what is served is no excuse."""
+    tally, misses = count(question(), Candidate("1p1d", 1024), 200.0, 300)
+    assert tally.num_offered == 240
+    assert tally.share < 0.5
+    assert misses["ttft"] >= tally.num_offered - tally.num_good
+
+
+# ---- bounds
+
+
+def test_capacities_of_a_plain_instance() -> None:
+    (kind,) = kinds_of(PLAIN, 1)
+    demand = demand_of([(1000, 11)] * 10)
+    one = capacity(kind, demand, Slo(1.0, 0.020), 1000, 64)
+    assert one.prefill == pytest.approx(1 / 0.110)  # a whole budget a pass
+    assert one.decode == pytest.approx(64 / (10 * 0.010 + 64 * 10 * 1e-5))  # 64 sequences
+    assert one.mixed < min(one.prefill, one.decode)
+    assert one.in_time == 1.0
+    assert capacity(kind, demand, Slo(0.1, 0.020), 1000, 64).in_time == 0.0
+    assert capacity(kind, demand, Slo(1.0, 0.009), 1000, 64).decode == 0.0  # a pass takes 10 ms
+
+
+def test_memory_bounds_decoding() -> None:
+    (kind,) = kinds_of(replace(PLAIN, num_kv_tokens=10_055), 1)
+    demand = demand_of([(1000, 11)] * 10)  # 1,005.5 tokens of context: ten sequences fit
+    one = capacity(kind, demand, Slo(1.0, 1.0), 1000, 64)
+    assert one.decode == pytest.approx(10 / (10 * 0.010 + 10 * 10 * 1e-5))
+
+
+@pytest.mark.parametrize("layout", ["2m", "1p1d"])
+@pytest.mark.parametrize("slo", [Slo(0.3, 0.015), Slo(2.0, None)], ids=["tight", "loose"])
+def test_no_simulation_beats_its_bound(layout: str, slo: Slo) -> None:
+    asked = question(workload="synthetic(lognormal:500,20)", slo=slo)
+    candidate = Candidate(layout, 1024)
+    planner = Planner(asked, FAST)
+    most = planner.most(candidate)
+    tally, _ = count(asked, candidate, 1.3 * most, 600)
+    assert 0.0 < most < 1000.0
+    assert tally.share < asked.goal
+
+
+def test_bounds_grow_with_instances() -> None:
+    kinds = kinds_of(PLAIN, 4)
+    short, long = demand_of([(500, 8)]), demand_of([(10, 1000)])
+
+    def most(layout: str, demand: Demand) -> float:
+        return bound(Candidate(layout, 1024), kinds, demand, Slo(1.0, 1.0), 0.9, 64)
+
+    assert most("3p1d", short) == pytest.approx(3 * most("1p1d", short))
+    assert most("1p3d", short) == pytest.approx(most("1p1d", short))
+    assert most("1p3d", long) == pytest.approx(3 * most("1p1d", long))
+    assert most("1p1d2m", long) == pytest.approx(3 * most("1p1d", long))
+    assert most("4m", short) == pytest.approx(2 * most("2m", short))
+
+
+# ---- candidates
+
+FAMILY = Family(
+    "family",
+    "a test",
+    {
+        (1, 1): PLAIN,
+        (2, 1): replace(PLAIN, num_gpus=2, cost=replace(PLAIN.cost, token_s=6e-5)),
+        (2, 2): replace(PLAIN, num_gpus=4, num_stages=2),
+        (8, 1): replace(PLAIN, num_gpus=8),
+    },
+)
+
+
+def test_layouts_fit_the_gpus_and_leave_no_room_for_another_prefill_instance() -> None:
+    kinds = kinds_of(FAMILY, 4)
+    layouts = list(split_layouts(kinds, 4))
+    names = [str(layout) for layout in layouts]
+    assert len(names) == len(set(names))
+    assert {"3p1d", "1p3d", "1p:tp2,2d", "2p,1d:tp2", "1p:tp2,1d:tp2"} <= set(names)
+    assert "1p,1d:tp2" not in names  # one GPU would be left for another p
+    for layout in layouts:
+        assert gpus_of(layout, kinds) <= 4
+        assert parse_layout(str(layout)) == layout
+
+
+def test_mixed_layouts_come_with_several_chunks() -> None:
+    candidates = all_candidates(kinds_of(PLAIN, 2), 2, 64)
+    assert [one.max_num_batched_tokens for one in candidates if one.kind == "mixed"] == [256, 1024]
+
+
+def test_plain_leaves_out_what_cannot_be_started() -> None:
+    assert [one.shape for one in kinds_of(FAMILY, 8, plain=True)] == [Shape()]
+    with pytest.raises(ConfigError, match="needs 8 GPUs or more, 4 given"):
+        kinds_of(replace(PLAIN, num_gpus=8), 4)
+
+
+def test_neighbours_move_one_instance() -> None:
+    found = {one.layout for one in neighbours(Candidate("2p2d", 1024))}
+    assert found == {"1p3d", "1p2d1m", "3p1d", "2p1d1m"}
+    assert {one.layout for one in neighbours(Candidate("1m", 1024))} == set()
+
+
+def test_variations_keep_to_what_a_server_takes() -> None:
+    tried = variations(Candidate("2p2d", 1024), 600)
+    assert {one.max_num_batched_tokens for one in tried if one.window_s is None} == {
+        600,
+        2048,
+        4096,
+    }
+    assert [one.window_s for one in tried if one.window_s is not None] == [0.0]
+    assert all(one.window_s is None for one in variations(Candidate("1p2d", 1024), 600))
+
+
+# ---- DistServe's algorithms
+
+
+def test_phases_alone_have_their_own_goodput() -> None:
+    asked = question(workload="synthetic(1000,11)", slo=Slo(0.5, 0.02))
+    (kind,) = kinds_of(PLAIN, 1)
+    prefill = phase_alone(asked, kind, Role.PREFILL, FAST, in_turn).goodput
+    decode = phase_alone(asked, kind, Role.DECODE, FAST, in_turn).goodput
+    assert 6.0 < prefill < 1.1 / 0.110
+    assert decode > 20 * prefill
+
+
+def test_high_affinity_takes_as_many_of_each_as_the_traffic_asks_for() -> None:
+    asked = question(workload="synthetic(1000,11)", slo=Slo(0.5, 0.02), num_gpus=2)
+    found = place(asked, "high", 20.0, FAST, in_turn)
+    prefill = next(one for one in found.phases if one.role is Role.PREFILL)
+    assert found.layout == f"{-(-20 // prefill.goodput):.0f}p1d"
+    assert found.num_gpus == parse_layout(found.layout).num_workers
+
+
+@pytest.mark.slow
+def test_low_affinity_repeats_the_best_unit() -> None:
+    asked = question(FAMILY, "synthetic(1000,4)", Slo(0.5, 0.05), num_gpus=3)
+    found = place(asked, "low", None, FAST, in_turn)
+    layouts = [one.candidate.layout for one in found.units]
+    assert found.num_gpus <= 3
+    per_gpu = [one.goodput / one.num_gpus for one in found.units]
+    assert per_gpu == sorted(per_gpu, reverse=True)
+    assert found.layout == layouts[0]
+    twice = place(replace(asked, num_gpus=4), "low", 1.5 * found.units[0].goodput, FAST, in_turn)
+    assert twice.num_gpus == 2 * twice.units[0].num_gpus
+
+
+# ---- words
+
+
+def test_the_command_starts_what_was_planned() -> None:
+    candidate = Candidate("2p1d", 512, window_s=0.0)
+    assert start_command(candidate, Slo(0.5, 0.05), "model", None) == (
+        "nodeserve start model --layout 2p1d --max-num-batched-tokens 512 --window off"
+        " --slo ttft=500ms,tpot=50ms"
+    )

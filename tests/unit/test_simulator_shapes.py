@@ -1,0 +1,110 @@
+"""Simulated instances with tensor and pipeline parallelism, and the prefill-first baseline."""
+
+from dataclasses import replace
+
+import pytest
+
+from nodeserve.errors import ConfigError
+from nodeserve.plan.instances import Pipeline
+from nodeserve.plan.records import Arrival, Engine, Outcome, Scenario
+from nodeserve.plan.simulator import simulate
+from nodeserve.policy.profile import Family
+from nodeserve.policy.profiles import find_profile
+from nodeserve.policy.units import DispatchOptions
+from nodeserve.types import Role
+from tests.fakes.simulation import PASS_S, STEP_S, TRANSIT_S, profile, scenario
+
+HEARD_S = 2 * TRANSIT_S
+AT_ONCE = DispatchOptions("shortest-queue", budget=4096)
+
+
+def family(*shapes: tuple[int, int], **changes: int) -> Family:
+    return Family(
+        "test", "a test", {(tp, pp): profile(num_stages=pp, **changes) for tp, pp in shapes}
+    )
+
+
+def ttfts(outcome: Outcome) -> list[float]:
+    return [one.timings.ttft_s - HEARD_S for one in outcome.served]
+
+
+def test_passes_overlap_in_stages() -> None:
+    pipeline = Pipeline(2)
+    assert pipeline.run(0.0, 1.0) == 1.0
+    assert pipeline.opens_s == 0.5
+    assert pipeline.run(0.5, 1.0) == 1.5
+    # A short pass behind a long one waits at each stage; a long one behind it does not.
+    assert pipeline.run(1.0, 0.2) == pytest.approx(1.6)
+    assert pipeline.opens_s == pytest.approx(1.1)
+    assert pipeline.run(2.0, 1.0) == 3.0
+
+
+def test_prompts_follow_each_other_through_stages() -> None:
+    """One has the whole pass to wait; of four that come together each is a stage later."""
+    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=AT_ONCE)
+    assert ttfts(simulate(made, [Arrival(1.0, 32, 1)])) == pytest.approx([PASS_S])
+    full = DispatchOptions("shortest-queue", budget=256)
+    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=full)
+    waits = sorted(ttfts(simulate(made, [Arrival(1.0, 256, 1)] * 4)))
+    assert waits == pytest.approx([PASS_S, 1.5 * PASS_S, 2 * PASS_S, 2.5 * PASS_S])
+
+
+def test_stages_decode_a_batch_each() -> None:
+    """A sequence takes as long as without stages; two of them twice as many tokens a second."""
+    made = scenario("1p,1d:pp2", profile=family((1, 1), (1, 2)), dispatch=AT_ONCE)
+    outcome = simulate(made, [Arrival(1.0, 32, 101)] * 2)
+    assert [one.tpot_s for one in outcome.served] == pytest.approx([STEP_S] * 2, rel=0.1)
+    decodes = [one for one in outcome.passes if one.instance > 0]
+    assert {one.instance for one in decodes} == {1, 2}
+    assert all(one.ranks[0].num_decodes == 1 for one in decodes)
+    assert [lane.role for lane in made.lanes] == [Role.PREFILL, Role.DECODE, Role.DECODE]
+
+
+def test_stages_that_are_busy_are_not_asked_again_and_again() -> None:
+    made = scenario("1m:pp4", profile=family((1, 4)), dispatch=AT_ONCE)
+    outcome = simulate(made, [Arrival(0.001 * number, 32, 50) for number in range(64)])
+    assert len(outcome.served) == 64
+    # Of each lane passes follow each other without gaps once all have work.
+    gaps = [one.gap_s for one in outcome.passes if 0.5 < one.began_s < 0.9]
+    assert gaps and max(gaps) < STEP_S
+
+
+def test_each_group_has_the_memory_of_its_shape() -> None:
+    shapes = {(1, 1): profile(num_blocks=64), (2, 1): profile(num_blocks=256)}
+    made = scenario("1p,1d:tp2", profile=Family("test", "", shapes), dispatch=AT_ONCE)
+    assert simulate(made, [Arrival(0.0, 1000, 1500)]).served[0].outcome == "length"
+    turned = scenario("1p:tp2,1d", profile=Family("test", "", shapes), dispatch=AT_ONCE)
+    assert simulate(turned, [Arrival(0.0, 1000, 1500)]).served[0].outcome == "out_of_blocks"
+    assert simulate(made, [Arrival(0.0, 1100, 10)]).served[0].outcome == "out_of_blocks"
+
+
+def test_a_handoff_is_as_fast_as_its_slower_side() -> None:
+    fast = replace(profile(), handoff_bytes_per_s=1e9)
+    slow = profile()  # 1e6 bytes a second
+    shapes = {(1, 1): slow, (2, 1): fast}
+    made = scenario("1p,1d:tp2", profile=Family("test", "", shapes), dispatch=AT_ONCE)
+    [served] = simulate(made, [Arrival(0.0, 32, 5)]).served
+    assert served.timings.handoff_s == pytest.approx(32 * 1000 / 1e6)
+
+
+def test_a_shape_without_a_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match="epN"):
+        simulate(scenario("1m:tp2"), [Arrival(0.0, 32, 1)])
+    with pytest.raises(ConfigError, match=r"no tp3\.pp1.*tp1\.pp1, tp2\.pp1"):
+        Scenario("1m:tp3", family((1, 1), (2, 1))).lanes  # noqa: B018
+    with pytest.raises(ConfigError, match="opt-66b-a100"):
+        find_profile("opt-67b")
+
+
+def test_prefill_first_stops_decodes_for_prompts() -> None:
+    """A prompt that comes while another request decodes: chunked, it shares a pass with it;
+    prefill-first, the decode waits for that pass."""
+    arrivals = [Arrival(0.0, 32, 50), Arrival(0.3, 32, 2)]
+    ours = simulate(scenario("1m", dispatch=AT_ONCE), arrivals)
+    first = simulate(scenario("1m", dispatch=AT_ONCE, engine=Engine(prefill_first=True)), arrivals)
+    mixed = [work for one in ours.passes for work in one.ranks]
+    apart = [work for one in first.passes for work in one.ranks]
+    assert any(work.prefill_tokens and work.num_decodes for work in mixed)
+    assert not any(work.prefill_tokens and work.num_decodes for work in apart)
+    assert len(apart) == len(mixed) + 1
+    assert first.served[0].ended_s == pytest.approx(ours.served[0].ended_s + STEP_S)
