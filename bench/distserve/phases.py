@@ -19,7 +19,7 @@ def with_free(family: Family) -> Family:
         "nothing",
         StepCost(NOTHING_S, NOTHING_S, 0.0, 0.0, 0.0, 0.0),
         noise=0.0,
-        num_kv_tokens=100_000_000,
+        num_kv_tokens=4_000_000,
         kv_bytes_per_token=known.kv_bytes_per_token,
         handoff_bytes_per_s=1e18,
         max_num_batched_tokens=known.max_num_batched_tokens,

@@ -17,6 +17,7 @@ from nodeserve.policy.units import DispatchOptions
 
 GOAL = 0.9
 TOLERANCE = 0.03  # of a rate that is sought
+STEP = 1.5  # between rates until the goal is between two: what is far too much takes long to run
 MOST_SEQS = 256
 # First come, first served, to the prefill instance with the shortest queue and to the decode
 # instance with the fewest requests: what the paper describes, not nodeserve's own window.
@@ -133,8 +134,8 @@ def smallest_scale(runs: Sequence[Sequence[Times]], limits: Limits) -> float:
 
 
 def highest_rate(ask: Callable[[float], float], start: float) -> float:
-    """The highest rate at which `ask` gives GOAL or more, to TOLERANCE: by doubling or halving,
-    then bisection. 0: not at a 64th of `start`."""
+    """The highest rate at which `ask` gives GOAL or more, to TOLERANCE: by steps, then
+    bisection. 0: not at a 64th of `start`."""
     low, high, rate = 0.0, math.inf, start
     while high > low * (1 + TOLERANCE):
         if ask(rate) >= GOAL:
@@ -145,5 +146,5 @@ def highest_rate(ask: Callable[[float], float], start: float) -> float:
             return 0.0
         if low > 64 * start:
             return low
-        rate = 2 * low if high == math.inf else math.sqrt(low * high) if low else high / 2
+        rate = STEP * low if high == math.inf else math.sqrt(low * high) if low else high / STEP
     return low
