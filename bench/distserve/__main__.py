@@ -2,13 +2,14 @@
 
     python -m bench.distserve [--smoke] [--jobs N] [--out FILE] [--figures FOLDER]
 
-First the simulator against measured runs, then Figure 1, the end-to-end table (with the paper's
-shapes, and with the baselines in their best shapes), Figure 11 and search times. Needs the
-published data and says so where they are not. The last line is JSON.
+First the simulator against measured runs on A100 and H200, then Figure 1, the end-to-end table (with
+the paper's shapes, and with the baselines in their best shapes), Figure 11 and search times. Needs
+the published data and says so where they are not. The last line is JSON.
 """
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -21,12 +22,13 @@ from bench.distserve.data import missing
 from bench.distserve.endtoend import Result
 from bench.distserve.runs import Protocol
 from bench.distserve.tasks import Pool
+from bench.hopper import validate as h200
 from bench.report import commit, emit
 
 RESULTS = Path(__file__).parents[1] / "results"
-STEADY = Protocol((0,), seconds=240.0, warm_up_s=60.0)
-SHORT_ANSWERS = Protocol((0, 1), seconds=60.0, warm_up_s=10.0)  # of Figure 1: settled in seconds
-FULL = endtoend.Plan((0, 1, 2), STEADY)
+STEADY = Protocol((0,), seconds=150.0, warm_up_s=30.0)
+SHORT_ANSWERS = Protocol((0,), seconds=60.0, warm_up_s=10.0)  # of Figure 1: settled in seconds
+FULL = endtoend.Plan((0, 1), STEADY)
 SMOKE = endtoend.Plan((0,), None, searches=False, curves=False)
 
 
@@ -67,7 +69,9 @@ def report_smoke(pool: Pool) -> dict[str, object]:
 def report(pool: Pool, folder: Path) -> dict[str, object]:
     """Run everything, print it, draw it; what the JSON line holds."""
     compared = list(pool.each(validate.compare, list(validate.RUNS), "measured runs"))
-    show("The simulator against measured runs", tables.validation_lines(compared))
+    show("The simulator against measured runs on A100", tables.validation_lines(compared))
+    hopper = list(pool.each(h200.compare, h200.points(), "runs on H200"))
+    show("The simulator against measured runs on H200, Llama 3.1 70B", h200.lines(hopper))
     rows = tables.figure1_rows(figure1.run(SHORT_ANSWERS, pool))
     results = endtoend.run(CASES, FULL, pool)
     rows += tables.endtoend_rows(results)
@@ -79,7 +83,7 @@ def report(pool: Pool, folder: Path) -> dict[str, object]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "distserve_curves.svg").write_text(figures.curves(results))
     (folder / "distserve_figure11.svg").write_text(figures.eleven(curves))
-    return values_of(compared, rows, results)
+    return values_of(compared, rows, results) | {"h200": [_h200(one) for one in hopper]}
 
 
 def values_of(
@@ -119,8 +123,15 @@ def _rounded(one: validate.Compared) -> dict[str, float | None]:
     return {name: _round(error) for name, error in zip(names, one.errors, strict=True)}
 
 
+def _h200(one: h200.Compared) -> dict[str, float | None]:
+    ttft, tpot = one.errors
+    tp, prompt, _, clients, _, _ = one.point
+    shape = {"tp": tp, "prompt": prompt, "clients": clients}
+    return {**shape, "ttft_error": _round(ttft), "tpot_error": _round(tpot)}
+
+
 def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+    return None if value is None or math.isinf(value) else round(value, 4)
 
 
 if __name__ == "__main__":

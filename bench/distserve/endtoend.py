@@ -1,7 +1,7 @@
 """The end-to-end table: rate and SLO scale of each system in each case."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST, Arm, Case
 from bench.distserve.runs import Protocol
@@ -84,17 +84,21 @@ def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> 
 
 def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
     """Each baseline in its best shape, with its own kernels and with those of the disaggregated
-    system: what is left then is disaggregation alone."""
+    system: what is left then is disaggregation alone. Shapes are compared on one seed."""
     groups = [
         (result, kernels, way, candidates(result.case, way, f"{result.case.model}-a100{suffix}"))
         for result in results
         for kernels, suffix in KERNELS.items()
         for way in SEARCHED
     ]
-    asks = [_ask(result.case, arm, plan) for result, _, _, arms in groups for arm in arms]
+    quick = replace(plan, seeds=plan.seeds[:1])
+    asks = [_ask(result.case, arm, quick) for result, _, _, arms in groups for arm in arms]
     found = pool.each(seek, asks, "baselines in every shape")
-    for result, kernels, way, arms in groups:
-        result.searched[kernels, way] = best([next(found) for _ in arms])
+    chosen = [best([next(found) for _ in arms]).arm for _, _, _, arms in groups]
+    asks = [_ask(group[0].case, arm, plan) for group, arm in zip(groups, chosen, strict=True)]
+    rates = pool.each(seek, asks, "the best of them")
+    for (result, kernels, way, _), rate in zip(groups, rates, strict=True):
+        result.searched[kernels, way] = rate
     asked = [
         (_ask(result.case, result.searched[kernels, way].arm, plan), result.case.scale_rate)
         for result, kernels, way, _ in groups
@@ -105,13 +109,17 @@ def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
 
 
 def _steady(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
-    """Disaggregated as in the paper against the best shapes found, in runs of minutes."""
+    """Disaggregated as in the paper against the best shapes with its kernels, in runs of minutes."""
     asks = []
     for result in results:
         arms = [result.case.arm(way) for way in WAYS]
-        arms += [found.arm for found in result.searched.values()]
+        arms += [result.searched[key].arm for key in _same_kernels(result)]
         asks += [_ask(result.case, arm, plan, plan.steady) for arm in arms]
     found = pool.each(seek, asks, "steady rates")
     for result in results:
         result.steady = {way: next(found).rate for way in WAYS}
-        result.steady_searched = {key: next(found).rate for key in result.searched}
+        result.steady_searched = {key: next(found).rate for key in _same_kernels(result)}
+
+
+def _same_kernels(result: Result) -> list[tuple[str, str]]:
+    return [key for key in result.searched if not KERNELS[key[0]]]

@@ -96,6 +96,17 @@ def engine() -> Engine:
     return Engine(other_us, fmean(factors))
 
 
+def front_ms() -> float:
+    """What a first token takes beyond its pass, clients and server's front end: from the same runs
+    at 4 clients, whose prompts seldom meet."""
+    model, path = MODELS["llama-3.1-70b"], "meta-llama/Llama-3.1-70B"
+    return median(
+        point.ttft_ms - prefill_ms("h100_sxm", "fp8", model, point.tp, point.prompt, engine())
+        for point in measured("h100_sxm", path, "fp8")
+        if point.concurrency == 4 and point.prompt == 1024
+    )
+
+
 def fit(system: str, precision: str, model: Model, tp: int) -> Terms:
     """Of one shape; `precision` is that of the weights."""
     dtype, adds = PRECISIONS[precision], engine()
@@ -147,7 +158,7 @@ def main() -> None:
     if (path := missing()) is not None:
         print(f"skipped: {path} is not here: set NODESERVE_DATA")
         return
-    print(engine())
+    print(f"{engine()}, first tokens {front_ms():.1f} ms later than their passes")
     for name, tp, terms in _all():
         numbers = [f"({', '.join(f'{term:.4g}' for term in part)})" for part in terms[:2]]
         print(f'    ("{name}", {tp}): ({", ".join(numbers)}),  # {terms.error:.0%}')

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -106,13 +107,16 @@ def _pass_us(
 
 @cache
 def _linears(system: str, precision: str) -> dict[int, list[tuple[int, float]]]:
-    """By tokens: pairs of weights and us, by weights."""
-    found: dict[int, list[tuple[int, float]]] = {}
+    """By tokens: pairs of weights and mean us of the shapes that have so many."""
+    found: dict[int, dict[int, list[float]]] = {}
     for row in rows("aic_gemm_h100_h200"):
         if (row["system"], row["gemm_dtype"]) == (system, precision):
-            pair = int(row["n"]) * int(row["k"]), float(row["us"])
-            found.setdefault(int(row["m"]), []).append(pair)
-    return {tokens: sorted(pairs) for tokens, pairs in found.items()}
+            weights = int(row["n"]) * int(row["k"])
+            found.setdefault(int(row["m"]), {}).setdefault(weights, []).append(float(row["us"]))
+    return {
+        tokens: sorted((weights, fmean(times)) for weights, times in shapes.items())
+        for tokens, shapes in found.items()
+    }
 
 
 def _linear_us(system: str, precision: str, num_tokens: int, n: int, k: int) -> float:
@@ -125,10 +129,10 @@ def _linear_us(system: str, precision: str, num_tokens: int, n: int, k: int) -> 
 
 
 def _by_weights(pairs: Sequence[tuple[int, float]], weights: int) -> float:
-    """Beyond the largest shape in proportion."""
-    largest, us = pairs[-1]
+    """Beyond the largest shape on the line from the one of half its weights."""
+    (half, half_us), (largest, us) = pairs[-2:]
     if weights > largest:
-        return us * weights / largest
+        return us + (us - half_us) * (weights - largest) / (largest - half)
     return _between(weights, pairs)
 
 
