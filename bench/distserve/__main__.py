@@ -2,9 +2,9 @@
 
     python -m bench.distserve [--smoke] [--jobs N] [--out FILE] [--figures FOLDER]
 
-First the simulator against measured runs on A100 and H200, then Figure 1, the end-to-end table (with
-the paper's shapes, and with the baselines in their best shapes), Figure 11 and search times. Needs
-the published data and says so where they are not. The last line is JSON.
+First the simulator against measured runs on A100 and H200, then Figure 1, the end-to-end table
+(with the paper's shapes, and with the baselines in their best shapes), Figure 11 and search times.
+Needs the published data and says so where they are not. The last line is JSON.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
 
 
 def _steady(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
-    """Disaggregated as in the paper against the best shapes with its kernels, in runs of minutes."""
+    """Disaggregated as in the paper against baselines with its kernels in their best shapes."""
     asks = []
     for result in results:
         arms = [result.case.arm(way) for way in WAYS]

@@ -23,7 +23,7 @@ from nodeserve.plan.workloads import (
     parse_lengths,
     read_trace,
 )
-from nodeserve.policy.profiles import profile_named
+from nodeserve.policy.profiles import find_profile
 from nodeserve.policy.units import ADMISSIONS
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def scenario_of(options: dict[str, Any]) -> tuple[Scenario, dict[str, float]]:
     config = replace(DEFAULTS, **given({name: options[name] for name in SETTINGS}))
     check_numbers(config)
     check_names(config)
-    profile = profile_named(str(config.profile))
+    found = find_profile(str(config.profile))
+    profile = Scenario(str(config.layout), found).resolved_profile
     policies = policies_of(
         config,
         config.max_num_seqs or profile.max_num_seqs,
@@ -142,7 +143,7 @@ def scenario_of(options: dict[str, Any]) -> tuple[Scenario, dict[str, float]]:
         raise ConfigError(f"--lose-reports {loss:g}: use a share from 0 to 1, such as 0.1")
     scenario = Scenario(
         layout=str(config.layout),
-        profile=profile,
+        profile=found,
         dispatch=replace(policies.dispatch, prefill_allocation=allocation),
         decode_allocation=policies.decode_allocation,
         flow=policies.flow,
