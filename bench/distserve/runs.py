@@ -17,6 +17,7 @@ from nodeserve.policy.units import DispatchOptions
 
 GOAL = 0.9
 TOLERANCE = 0.03  # of a rate that is sought
+RANGE = 64.0  # of rates, from the first one asked
 STEP = 1.5  # between rates until the goal is between two: what is far too much takes long to run
 MOST_SEQS = 256
 # First come, first served, to the prefill instance with the shortest queue and to the decode
@@ -134,17 +135,15 @@ def smallest_scale(runs: Sequence[Sequence[Times]], limits: Limits) -> float:
 
 
 def highest_rate(ask: Callable[[float], float], start: float) -> float:
-    """The highest rate at which `ask` gives GOAL or more, to TOLERANCE: by steps, then
-    bisection. 0: not at a 64th of `start`."""
+    """The highest rate at which `ask` gives GOAL or more, to TOLERANCE: by steps, then bisection.
+    0: not at a 64th of `start`, which is asked as soon as a rate fails; at most 64 times it."""
     low, high, rate = 0.0, math.inf, start
-    while high > low * (1 + TOLERANCE):
+    while high > low * (1 + TOLERANCE) and low < RANGE * start:
         if ask(rate) >= GOAL:
             low = rate
         else:
+            if high == math.inf and not low and ask(start / RANGE) < GOAL:
+                return 0.0
             high = rate
-        if high < start / 64:
-            return 0.0
-        if low > 64 * start:
-            return low
         rate = STEP * low if high == math.inf else math.sqrt(low * high) if low else high / STEP
     return low
