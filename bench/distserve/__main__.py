@@ -72,17 +72,18 @@ def report(pool: Pool, folder: Path) -> dict[str, object]:
     show("The simulator against measured runs on A100", tables.validation_lines(compared))
     hopper = list(pool.each(h200.compare, h200.points(), "runs on H200"))
     show("The simulator against measured runs on H200, Llama 3.1 70B", h200.lines(hopper))
-    rows = tables.figure1_rows(figure1.run(SHORT_ANSWERS, pool))
-    results = endtoend.run(CASES, FULL, pool)
-    rows += tables.endtoend_rows(results)
-    curves = ablation.run(Protocol((0,), 25), pool)
-    rows += tables.ablation_rows(curves)
-    rows += tables.search_rows(ablation.search_times(tuple(ablation.SEARCH_S), pool))
-    show("The paper and this simulation", tables.lines_of(rows))
-    show("Shapes that were best, and runs of minutes", tables.searched_lines(results))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "distserve_curves.svg").write_text(figures.curves(results))
+    rows = shown("Figure 1", tables.figure1_rows(figure1.run(SHORT_ANSWERS, pool)))
+    curves = ablation.run(Protocol((0,), 25), pool)
     (folder / "distserve_figure11.svg").write_text(figures.eleven(curves))
+    rows += shown("Figure 11", tables.ablation_rows(curves))
+    taken = ablation.search_times(tuple(ablation.SEARCH_S), pool)
+    rows += shown("Search", tables.search_rows(taken))
+    results = endtoend.run(CASES, FULL, pool)
+    (folder / "distserve_curves.svg").write_text(figures.curves(results))
+    show("Shapes that were best, and runs of minutes", tables.searched_lines(results))
+    rows += tables.endtoend_rows(results)
+    show("The paper and this simulation", tables.lines_of(rows))
     return values_of(compared, rows, results) | {"h200": [_h200(one) for one in hopper]}
 
 
@@ -116,6 +117,11 @@ def values_of(
 
 def show(title: str, lines: Iterable[str]) -> None:
     print("", title, *lines, sep="\n", flush=True)
+
+
+def shown(title: str, rows: list[tables.Row]) -> list[tables.Row]:
+    show(title, tables.lines_of(rows))
+    return rows
 
 
 def _rounded(one: validate.Compared) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from bench.distserve.tasks import (
 
 WAYS = (DISAGGREGATED, PREFILL_FIRST, CHUNKED)
 SEARCHED = (PREFILL_FIRST, CHUNKED)
+FINALISTS = 2  # shapes of a baseline whose rates are searched
 KERNELS = {"baseline's kernels": "-vllm", "same kernels": ""}
 
 
@@ -84,7 +85,8 @@ def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> 
 
 def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
     """Each baseline in its best shape, with its own kernels and with those of the disaggregated
-    system: what is left then is disaggregation alone. Shapes are compared on one seed."""
+    system: what is left then is disaggregation alone. Of all shapes those are searched for a rate
+    that need the smallest scales at the paper's rate."""
     groups = [
         (result, kernels, way, candidates(result.case, way, f"{result.case.model}-a100{suffix}"))
         for result in results
@@ -92,13 +94,21 @@ def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
         for way in SEARCHED
     ]
     quick = replace(plan, seeds=plan.seeds[:1])
-    asks = [_ask(result.case, arm, quick) for result, _, _, arms in groups for arm in arms]
-    found = pool.each(seek, asks, "baselines in every shape")
-    chosen = [best([next(found) for _ in arms]).arm for _, _, _, arms in groups]
-    asks = [_ask(group[0].case, arm, plan) for group, arm in zip(groups, chosen, strict=True)]
-    rates = pool.each(seek, asks, "the best of them")
-    for (result, kernels, way, _), rate in zip(groups, rates, strict=True):
-        result.searched[kernels, way] = rate
+    scored = [
+        (_ask(group[0].case, arm, quick), group[0].case.scale_rate)
+        for group in groups
+        for arm in group[3]
+    ]
+    needed = pool.each(scale_at, scored, "baselines in every shape")
+    short = [_shortest([(next(needed), arm) for arm in group[3]]) for group in groups]
+    asks = [
+        _ask(group[0].case, arm, plan)
+        for group, arms in zip(groups, short, strict=True)
+        for arm in arms
+    ]
+    found = pool.each(seek, asks, "the best of them")
+    for (result, kernels, way, _), arms in zip(groups, short, strict=True):
+        result.searched[kernels, way] = best([next(found) for _ in arms])
     asked = [
         (_ask(result.case, result.searched[kernels, way].arm, plan), result.case.scale_rate)
         for result, kernels, way, _ in groups
@@ -106,6 +116,11 @@ def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
     scales = pool.each(scale_at, asked, "their scales")
     for result, kernels, way, _ in groups:
         result.searched_scales[kernels, way] = next(scales)
+
+
+def _shortest(scored: Sequence[tuple[float, Arm]]) -> list[Arm]:
+    """The few arms with the smallest scales."""
+    return [arm for _, arm in sorted(scored, key=lambda one: one[0])[:FINALISTS]]
 
 
 def _steady(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
