@@ -23,12 +23,22 @@ FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
 
 
 @dataclass(frozen=True, slots=True)
+class Axis:
+    """What x, from 0 to 1, stands for: so much of `widest`, in this unit."""
+
+    label: str = "load, of what arm C sustains"
+    widest: float = 100.0
+    unit: str = " %"
+
+
+@dataclass(frozen=True, slots=True)
 class Panel:
     """`lines` by arm: (x, y) pairs, x from 0 to 1. Values above `highest` are cut off there."""
 
     title: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     highest: float
+    across: Axis = Axis()
 
 
 def draw(title: str, titles: Mapping[str, str], panels: Sequence[Panel], y_label: str) -> str:
@@ -86,10 +96,11 @@ def _axes(x: float, y: float, panel: Panel, y_label: str) -> list[str]:
         parts.append(_rule(x, at, x + width, at, "#e4e4e4" if tick else "#555555"))
         parts.append(_text(x - 7, at + 4, f"{panel.highest * tick / TICKS:g}", "end"))
         across = x + width * tick / TICKS
+        label = f"{panel.across.widest * tick / TICKS:.3g}{panel.across.unit}"
         parts.append(_rule(across, y + height, across, y + height + 4, "#555555"))
-        parts.append(_text(across, y + height + 18, f"{100 * tick // TICKS} %", "middle"))
+        parts.append(_text(across, y + height + 18, label, "middle"))
     middle = y + height / 2
-    parts.append(_text(x + width / 2, y + height + 36, "load, of what arm C sustains", "middle"))
+    parts.append(_text(x + width / 2, y + height + 36, panel.across.label, "middle"))
     parts.append(
         f"<g transform='translate({x - 46} {middle}) rotate(-90)'>"
         f"{_text(0, 0, y_label, 'middle')}</g>"

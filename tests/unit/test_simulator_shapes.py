@@ -1,5 +1,6 @@
 """Simulated instances with tensor and pipeline parallelism, and the prefill-first baseline."""
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import pytest
 from nodeserve.errors import ConfigError
 from nodeserve.plan.instances import Pipeline
 from nodeserve.plan.records import Arrival, Engine, Outcome, Scenario
-from nodeserve.plan.simulator import simulate
+from nodeserve.plan.simulator import build_instances, simulate
+from nodeserve.policy.batching import Sequence as Tokens
 from nodeserve.policy.profile import Family
 from nodeserve.policy.profiles import find_profile
 from nodeserve.policy.units import DispatchOptions
-from nodeserve.types import Role
+from nodeserve.types import Role, Sampling
 from tests.fakes.simulation import PASS_S, STEP_S, TRANSIT_S, profile, scenario
 
 HEARD_S = 2 * TRANSIT_S
@@ -61,12 +63,17 @@ def test_stages_decode_a_batch_each() -> None:
 
 
 def test_stages_that_are_busy_are_not_asked_again_and_again() -> None:
-    made = scenario("1m:pp4", profile=family((1, 4)), dispatch=AT_ONCE)
-    outcome = simulate(made, [Arrival(0.001 * number, 32, 50) for number in range(64)])
-    assert len(outcome.served) == 64
-    # Of each lane passes follow each other without gaps once all have work.
-    gaps = [one.gap_s for one in outcome.passes if 0.5 < one.began_s < 0.9]
-    assert gaps and max(gaps) < STEP_S
+    first, second, idle = build_instances(scenario("1m:pp3", profile=family((1, 3))))
+    for request_id, lane in enumerate((first, second)):
+        lane.ranks[0].submit(Tokens(request_id, array("i", [0] * 32), 32, Sampling(max_tokens=4)))
+    begun = [first.begin(0.0), second.begin(0.0), second.begin(0.01), idle.begin(0.01)]
+    stage_s = PASS_S / 3
+    assert begun[2] is None  # it looks again already
+    assert begun[3] is None  # it has nothing to run
+    assert begun[0] and begun[0][1] and begun[0][0] == pytest.approx(PASS_S)
+    assert begun[1] and not begun[1][1] and begun[1][0] == pytest.approx(stage_s)
+    again = second.begin(begun[1][0])
+    assert again and again[1] and again[0] == pytest.approx(stage_s + PASS_S)
 
 
 def test_each_group_has_the_memory_of_its_shape() -> None:

@@ -1,0 +1,138 @@
+"""Figure 11: what the placement algorithms find for 66B and ShareGPT; and how long they search.
+
+Low affinity: prefill and decode share a node of eight GPUs, so shapes are tried jointly. High: each
+phase takes its own best shape and as many instances as balance the two on 32 GPUs. Limits 0.4 s and
+0.1 s, 25 requests a GPU, as in the authors' script.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import product
+
+from bench.distserve.cases import (
+    DISAGGREGATED,
+    DISAGGREGATED_BUDGET,
+    PREFILL_FIRST,
+    VLLM_BUDGET,
+    Arm,
+)
+from bench.distserve.phases import phase_rate
+from bench.distserve.runs import Limits, Protocol
+from bench.distserve.tasks import Ask, Pool, Sought, best, seek, share_at
+from nodeserve.layout import Shape
+from nodeserve.policy.profiles import FAMILIES
+
+RATES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+# Percent attained at RATES, of the saved points of the authors' script (commit 33c3d3b).
+PAPER = {
+    "DistServe": (99.3, 99.3, 95.3, 88.0, 81.3, 77.3, 63.3),
+    "vLLM": (62.0, 62.0, 58.0, 56.0, 48.0, 32.0, 28.0),
+}
+LIMITS = Limits(0.4, 0.1)
+CLUSTER, NODE = 32, 8
+# Seconds on 96 cores, for so many GPUs (Figure 12, the saved notebook).
+SEARCH_S = {2: 5.0, 4: 15.0, 8: 30.0}
+SEARCH_PROTOCOL = Protocol((0,), 100)
+SEARCH_LIMITS = Limits(0.25, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Of each way the layout found and what is attained at RATES."""
+
+    layouts: dict[str, str]
+    shares: dict[str, list[float]]
+
+
+def run(protocol: Protocol, pool: Pool) -> Curves:
+    arms = {
+        "vLLM": Arm(PREFILL_FIRST, "opt-66b-a100-vllm", "1m:tp4", VLLM_BUDGET),
+        "vLLM++": _best_mixed(protocol, pool).arm,
+        "DistServe-Low": low_affinity("opt-66b-a100", NODE, LIMITS, protocol, 0.3, pool).arm,
+        "DistServe-High": _high_affinity(protocol, pool),
+    }
+    asked = [
+        (Ask(arm, "sharegpt", LIMITS, protocol, 0.0), rate)
+        for arm in arms.values()
+        for rate in RATES
+    ]
+    shares = pool.each(share_at, asked, "Figure 11")
+    return Curves(
+        {name: arm.layout for name, arm in arms.items()},
+        {name: [next(shares) for _ in RATES] for name in arms},
+    )
+
+
+def low_affinity(
+    family: str, num_gpus: int, limits: Limits, protocol: Protocol, start: float, pool: Pool
+) -> Sought:
+    """The best joint unit of one prefill and one decode instance on a node."""
+    shapes = [
+        (tp * pp, f"tp{tp}.pp{pp}") for tp, pp in FAMILIES[family].shapes if tp * pp < num_gpus
+    ]
+    arms = [
+        Arm(DISAGGREGATED, family, f"1p:{prefill},1d:{decode}", DISAGGREGATED_BUDGET)
+        for (first, prefill), (second, decode) in product(shapes, shapes)
+        if first + second <= num_gpus
+    ]
+    asks = [Ask(arm, "sharegpt", limits, protocol, start) for arm in arms]
+    return best(list(pool.each(seek, asks, f"units on {num_gpus} GPUs")))
+
+
+def search_times(num_gpus: tuple[int, ...], pool: Pool) -> dict[int, float]:
+    """Seconds of this machine that the low affinity search takes for 13B."""
+    taken = {}
+    for number in num_gpus:
+        began_s = time.perf_counter()
+        low_affinity("opt-13b-a100", number, SEARCH_LIMITS, SEARCH_PROTOCOL, 2.0, pool)
+        taken[number] = time.perf_counter() - began_s
+    return taken
+
+
+def _best_mixed(protocol: Protocol, pool: Pool) -> Sought:
+    """By its rate at the goal or, where no shape attains that, by what it attains."""
+    arms = [
+        Arm(PREFILL_FIRST, "opt-66b-a100-vllm", f"1m:tp{tp}.pp{pp}", VLLM_BUDGET)
+        for tp, pp in FAMILIES["opt-66b-a100-vllm"].shapes
+        if tp * pp <= NODE
+    ]
+    asks = [Ask(arm, "sharegpt", LIMITS, protocol, 0.1) for arm in arms]
+    found = best(list(pool.each(seek, asks, "vLLM++")))
+    if found.rate:
+        return found
+    shares = list(pool.each(share_at, [(ask, RATES[2]) for ask in asks], "vLLM++"))
+    return Sought(arms[shares.index(max(shares))], 0.0, 0.0)
+
+
+def _phase(task: tuple[str, Shape, Protocol]) -> float:
+    phase, shape, protocol = task
+    return phase_rate("opt-66b-a100", phase, shape, "sharegpt", LIMITS, protocol, 0.5)
+
+
+def _high_affinity(protocol: Protocol, pool: Pool) -> Arm:
+    """Best prefill and best decode shape by themselves, then their numbers on the cluster."""
+    shapes = [Shape(tp, pp) for tp, pp in FAMILIES["opt-66b-a100"].shapes if tp * pp <= NODE]
+    tasks = [(phase, shape, protocol) for phase in "pd" for shape in shapes]
+    rates = list(pool.each(_phase, tasks, "phases alone"))
+    chosen = []
+    for half in (rates[: len(shapes)], rates[len(shapes) :]):
+        rate = max(half)
+        chosen.append((rate, shapes[half.index(rate)]))
+    (prefill_rate, prefill), (decode_rate, decode) = chosen
+    counts = [
+        (num_prefill, num_decode)
+        for num_prefill in range(1, CLUSTER)
+        for num_decode in range(1, CLUSTER)
+        if num_prefill * prefill.num_workers + num_decode * decode.num_workers <= CLUSTER
+    ]
+
+    def gpu_rate(count: tuple[int, int]) -> float:
+        gpus = count[0] * prefill.num_workers, count[1] * decode.num_workers
+        return min(gpus[0] * prefill_rate, gpus[1] * decode_rate) / math.fsum(gpus)
+
+    num_prefill, num_decode = max(counts, key=gpu_rate)
+    layout = (
+        f"{num_prefill}p:tp{prefill.tp}.pp{prefill.pp},{num_decode}d:tp{decode.tp}.pp{decode.pp}"
+    )
+    return Arm(DISAGGREGATED, "opt-66b-a100", layout, DISAGGREGATED_BUDGET)

@@ -1,0 +1,140 @@
+"""The end-to-end table: rate and SLO scale of each system in each case."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST, Arm, Case
+from bench.distserve.runs import Protocol
+from bench.distserve.tasks import (
+    Ask,
+    Pool,
+    Sought,
+    best,
+    candidates,
+    limits_of,
+    scale_at,
+    seek,
+    share_at,
+)
+
+WAYS = (DISAGGREGATED, PREFILL_FIRST, CHUNKED)
+SEARCHED = (PREFILL_FIRST, CHUNKED)
+FINALISTS = 2  # shapes of a baseline whose rates are searched
+KERNELS = {"baseline's kernels": "-vllm", "same kernels": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is run. `steady` is a long run whose start does not count."""
+
+    seeds: tuple[int, ...]
+    steady: Protocol | None
+    searches: bool = True
+    curves: bool = True
+
+    def paper(self, case: Case) -> Protocol:
+        """The paper's: so few requests that queues hardly settle."""
+        return Protocol(self.seeds, case.requests_per_gpu)
+
+
+@dataclass(slots=True)
+class Result:
+    """What was found in one case, by way; searched ones by kernels and way."""
+
+    case: Case
+    rates: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    searched: dict[tuple[str, str], Sought] = field(default_factory=dict)
+    searched_scales: dict[tuple[str, str], float] = field(default_factory=dict)
+    steady: dict[str, float] = field(default_factory=dict)
+    steady_searched: dict[tuple[str, str], float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def run(cases: Sequence[Case], plan: Plan, pool: Pool) -> list[Result]:
+    """All cases, each kind of question at once for all of them."""
+    results = [Result(case) for case in cases]
+    fixed = [(result, way) for result in results for way in WAYS]
+    asks = [_ask(result.case, result.case.arm(way), plan) for result, way in fixed]
+    for (result, way), found in zip(fixed, pool.each(seek, asks, "rates"), strict=True):
+        result.rates[way] = found.rate
+    asked = [(ask, result.case.scale_rate) for ask, (result, _) in zip(asks, fixed, strict=True)]
+    for (result, way), scale in zip(fixed, pool.each(scale_at, asked, "scales"), strict=True):
+        result.scales[way] = scale
+    if plan.searches:
+        _search(results, plan, pool)
+    if plan.steady is not None:
+        _steady(results, plan, pool)
+    if plan.curves:
+        points = [
+            (ask, rate)
+            for ask, (result, _) in zip(asks, fixed, strict=True)
+            for rate in result.case.paper.curve_rates
+        ]
+        shares = pool.each(share_at, points, "curves")
+        for result, way in fixed:
+            rates = result.case.paper.curve_rates
+            result.curves[way] = [(rate, next(shares)) for rate in rates]
+    return results
+
+
+def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> Ask:
+    start = case.paper.rates[0] / (1 if arm.way == DISAGGREGATED else 2)
+    return Ask(arm, case.lengths, limits_of(case), protocol or plan.paper(case), start)
+
+
+def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
+    """Each baseline in its best shape, with its own kernels and with those of the disaggregated
+    system: what is left then is disaggregation alone. Of all shapes those are searched for a rate
+    that need the smallest scales at the paper's rate."""
+    groups = [
+        (result, kernels, way, candidates(result.case, way, f"{result.case.model}-a100{suffix}"))
+        for result in results
+        for kernels, suffix in KERNELS.items()
+        for way in SEARCHED
+    ]
+    quick = replace(plan, seeds=plan.seeds[:1])
+    scored = [
+        (_ask(group[0].case, arm, quick), group[0].case.scale_rate)
+        for group in groups
+        for arm in group[3]
+    ]
+    needed = pool.each(scale_at, scored, "baselines in every shape")
+    short = [_shortest([(next(needed), arm) for arm in group[3]]) for group in groups]
+    asks = [
+        _ask(group[0].case, arm, plan)
+        for group, arms in zip(groups, short, strict=True)
+        for arm in arms
+    ]
+    found = pool.each(seek, asks, "the best of them")
+    for (result, kernels, way, _), arms in zip(groups, short, strict=True):
+        result.searched[kernels, way] = best([next(found) for _ in arms])
+    asked = [
+        (_ask(result.case, result.searched[kernels, way].arm, plan), result.case.scale_rate)
+        for result, kernels, way, _ in groups
+    ]
+    scales = pool.each(scale_at, asked, "their scales")
+    for result, kernels, way, _ in groups:
+        result.searched_scales[kernels, way] = next(scales)
+
+
+def _shortest(scored: Sequence[tuple[float, Arm]]) -> list[Arm]:
+    """The few arms with the smallest scales."""
+    return [arm for _, arm in sorted(scored, key=lambda one: one[0])[:FINALISTS]]
+
+
+def _steady(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
+    """Disaggregated as in the paper against baselines with its kernels in their best shapes."""
+    asks = []
+    for result in results:
+        arms = [result.case.arm(way) for way in WAYS]
+        arms += [result.searched[key].arm for key in _same_kernels(result)]
+        asks += [_ask(result.case, arm, plan, plan.steady) for arm in arms]
+    found = pool.each(seek, asks, "steady rates")
+    for result in results:
+        result.steady = {way: next(found).rate for way in WAYS}
+        result.steady_searched = {key: next(found).rate for key in _same_kernels(result)}
+
+
+def _same_kernels(result: Result) -> list[tuple[str, str]]:
+    return [key for key in result.searched if not KERNELS[key[0]]]

@@ -1,0 +1,46 @@
+"""The motivating experiment: one A100 that does both phases against two that prefill and one that
+decodes. OPT 13B, prompts of 512 tokens, answers of 64, limits 0.4 s and 0.04 s."""
+
+from typing import NamedTuple
+
+from bench.distserve.cases import (
+    DISAGGREGATED,
+    DISAGGREGATED_BUDGET,
+    PREFILL_FIRST,
+    VLLM_BUDGET,
+    Arm,
+)
+from bench.distserve.phases import phase_rate
+from bench.distserve.runs import Limits, Protocol
+from bench.distserve.tasks import Ask, Pool, seek
+from nodeserve.layout import Shape
+
+REQUESTS = "512+64"
+LIMITS = Limits(0.4, 0.04)
+PAPER = {"collocated": 1.6, "prefill alone": 5.6, "decode alone": 10.0, "2 prefill, 1 decode": 3.3}
+FAMILIES = {"vLLM's kernels": "opt-13b-a100-vllm", "DistServe's kernels": "opt-13b-a100"}
+
+
+class Bar(NamedTuple):
+    kernels: str
+    name: str
+
+
+def rate_of(task: tuple[Bar, Protocol]) -> float:
+    """Requests a second and GPU."""
+    (kernels, name), protocol = task
+    family = FAMILIES[kernels]
+    if name in ("prefill alone", "decode alone"):
+        start = PAPER[name]
+        return phase_rate(family, name[0], Shape(), REQUESTS, LIMITS, protocol, start)
+    arms = {
+        "collocated": Arm(PREFILL_FIRST, family, "1m", VLLM_BUDGET),
+        "2 prefill, 1 decode": Arm(DISAGGREGATED, family, "2p1d", DISAGGREGATED_BUDGET),
+    }
+    return seek(Ask(arms[name], REQUESTS, LIMITS, protocol, PAPER[name])).rate
+
+
+def run(protocol: Protocol, pool: Pool) -> dict[Bar, float]:
+    bars = [Bar(kernels, name) for kernels in FAMILIES for name in PAPER]
+    rates = pool.each(rate_of, [(bar, protocol) for bar in bars], "Figure 1")
+    return dict(zip(bars, rates, strict=True))

@@ -1,0 +1,168 @@
+"""Fits the cost model's terms to kernel times, and the two numbers of the engine to runs on H100.
+
+    python -m bench.hopper.fit
+
+prints the terms that nodeserve/policy/hopper.py has. The engine's numbers come from measured runs
+of vLLM with Llama 3.1 70B on H100 (aic_measured_ttft_tpot.csv); runs on H200 are never used.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from statistics import fmean, median
+from typing import NamedTuple
+
+from bench.hopper.kernels import (
+    MODELS,
+    Engine,
+    Model,
+    decode_ms,
+    missing,
+    nonnegative_fit,
+    prefill_ms,
+    rows,
+)
+
+DEGREES = (1, 2, 4, 8)
+PROMPTS = (256, 512, 1024, 2048, 4096, 8192)
+BATCHES = (1, 4, 16, 32, 64, 128, 256)
+CONTEXTS = (256, 1024, 4096, 16384)
+MOST_CONTEXT = 600_000  # tokens of all sequences
+NOTHING = Engine(dict.fromkeys(DEGREES, 0.0), 1.0)
+PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8"}
+
+
+class Terms(NamedTuple):
+    """Milliseconds: prefill = a + b * tokens + c * tokens^2; decode = a + b * context tokens + c *
+    sequences. `error`: the largest relative one, of either."""
+
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+    error: float
+
+
+class Point(NamedTuple):
+    """One measured run of as many clients as `concurrency`, times in milliseconds."""
+
+    tp: int
+    prompt: int
+    output: int
+    concurrency: int
+    ttft_ms: float
+    tpot_ms: float
+
+
+def measured(system: str, model_path: str, precision: str, backend: str = "vllm") -> list[Point]:
+    """Of one model, both phases on the same GPUs."""
+    wanted = (system, model_path, backend, precision, "agg")
+    names = ("system", "model_path", "backend", "precision", "mode")
+    return [
+        Point(
+            int(row["tp_size"]),
+            int(row["isl"]),
+            int(row["osl"]),
+            int(row["concurrency"]),
+            float(row["silicon_ttft_ms"]),
+            float(row["silicon_tpot_ms"]),
+        )
+        for row in rows("aic_measured_ttft_tpot")
+        if tuple(row[name] for name in names) == wanted and row["concurrency"]
+    ]
+
+
+@cache
+def engine() -> Engine:
+    """From 70B on H100: what steps take beyond their kernels at 4 and 8 clients, and by how much
+    more than kernels say the first token of 8192 tokens is later than that of 1024."""
+    model, path = MODELS["llama-3.1-70b"], "meta-llama/Llama-3.1-70B"
+    points = measured("h100_sxm", path, "fp8")
+    other_us, factors = {1: 0.0}, []
+    for tp in DEGREES[1:]:
+        mine = [point for point in points if point.tp == tp]
+        rest = [
+            point.tpot_ms - _expected_tpot_ms(model, point)
+            for point in mine
+            if point.prompt == 1024 and point.concurrency <= 8
+        ]
+        other_us[tp] = max(0.0, 1e3 * median(rest) / model.layers)
+        ttft = {
+            point.prompt: point.ttft_ms
+            for point in mine
+            if point.concurrency == 4 and point.output == 1024
+        }
+        table = [
+            prefill_ms("h100_sxm", "fp8", model, tp, length, NOTHING) for length in (8192, 1024)
+        ]
+        factors.append((ttft[8192] - ttft[1024]) / (table[0] - table[1]))
+    return Engine(other_us, fmean(factors))
+
+
+def front_ms() -> float:
+    """What a first token takes beyond its pass, clients and server's front end: from the same runs
+    at 4 clients, whose prompts seldom meet."""
+    model, path = MODELS["llama-3.1-70b"], "meta-llama/Llama-3.1-70B"
+    return median(
+        point.ttft_ms - prefill_ms("h100_sxm", "fp8", model, point.tp, point.prompt, engine())
+        for point in measured("h100_sxm", path, "fp8")
+        if point.concurrency == 4 and point.prompt == 1024
+    )
+
+
+def fit(system: str, precision: str, model: Model, tp: int) -> Terms:
+    """Of one shape; `precision` is that of the weights."""
+    dtype, adds = PRECISIONS[precision], engine()
+    prefills = [
+        (
+            (1.0, float(length), float(length) ** 2),
+            prefill_ms(system, dtype, model, tp, length, adds),
+        )
+        for length in PROMPTS
+    ]
+    decodes = [
+        (
+            (1.0, float(num_seqs * context), float(num_seqs)),
+            decode_ms(system, dtype, model, tp, num_seqs, context, adds),
+        )
+        for num_seqs in BATCHES
+        for context in CONTEXTS
+        if num_seqs * context <= MOST_CONTEXT
+    ]
+    terms, errors = [], []
+    for points in (prefills, decodes):
+        found = nonnegative_fit([one for one, _ in points], [ms for _, ms in points])
+        terms.append((found[0], found[1], found[2]))
+        errors += [abs(sum(map(float.__mul__, found, one)) / ms - 1) for one, ms in points]
+    return Terms(terms[0], terms[1], max(errors))
+
+
+def _expected_tpot_ms(model: Model, point: Point) -> float:
+    """Of clients out of step: each step's own time, and each prefill once in everybody's answer."""
+    context = point.prompt + point.output // 2
+    args = ("h100_sxm", "fp8", model, point.tp)
+    step = decode_ms(*args, point.concurrency, context, NOTHING)
+    return step + point.concurrency * prefill_ms(*args, point.prompt, NOTHING) / point.output
+
+
+def _all() -> Iterator[tuple[str, int, Terms]]:
+    for name, model in MODELS.items():
+        precision = "fp8" if name == "llama-3.1-70b" else "bf16"
+        for gpu in ("h100", "h200"):
+            for tp in DEGREES:
+                yield (
+                    f"{name}-{precision}-{gpu}",
+                    tp,
+                    fit(f"{gpu}_sxm", precision, model, tp),
+                )
+
+
+def main() -> None:
+    if (path := missing()) is not None:
+        print(f"skipped: {path} is not here: set NODESERVE_DATA")
+        return
+    print(f"{engine()}, first tokens {front_ms():.1f} ms later than their passes")
+    for name, tp, terms in _all():
+        numbers = [f"({', '.join(f'{term:.4g}' for term in part)})" for part in terms[:2]]
+        print(f'    ("{name}", {tp}): ({", ".join(numbers)}),  # {terms.error:.0%}')
+
+
+if __name__ == "__main__":
+    main()

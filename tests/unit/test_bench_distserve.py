@@ -1,0 +1,116 @@
+"""The parts of the reproduction that decide: attainment, scale, the search, one phase alone; and
+what was fitted on Hopper GPUs against the tables it is fitted to."""
+
+import math
+
+import pytest
+
+from bench.distserve import validate
+from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm
+from bench.distserve.data import lengths, missing
+from bench.distserve.phases import phase_rate
+from bench.distserve.runs import (
+    Limits,
+    Protocol,
+    Times,
+    arrivals,
+    attained,
+    highest_rate,
+    serve,
+    smallest_scale,
+)
+from bench.distserve.tables import Row, lines_of
+from bench.hopper import fit, kernels
+from nodeserve.layout import Shape
+from nodeserve.policy.hopper import FITS
+
+LIMITS = Limits(1.0, 0.1)
+RUN = [Times(0.5, 0.05), Times(0.5, 0.2), Times(2.0, 0.05), Times(math.inf, math.inf)]
+NEEDS_DATA = pytest.mark.skipif(
+    missing() is not None, reason=f"{missing()} is not here: set NODESERVE_DATA"
+)
+
+
+def test_both_limits_count_together() -> None:
+    assert attained([RUN], LIMITS) == 0.25
+    assert attained([RUN, RUN[:1]], LIMITS) == pytest.approx(0.625)
+    assert attained([RUN], Limits(ttft_s=1.0)) == 0.5
+
+
+def test_the_smallest_scale_just_attains_the_goal() -> None:
+    runs = [[Times(0.1 * number, 0.0) for number in range(1, 21)]]
+    scale = smallest_scale(runs, LIMITS)
+    assert scale == pytest.approx(1.8)
+    assert attained(runs, Limits(1.0 * scale + 1e-9)) == 0.9
+    assert attained(runs, Limits(1.0 * scale - 1e-9)) < 0.9
+
+
+@pytest.mark.parametrize("true_rate", [0.07, 0.9, 1.0, 7.3])
+def test_the_search_finds_the_last_rate_that_passes(true_rate: float) -> None:
+    found = highest_rate(lambda rate: 0.95 if rate <= true_rate else 0.5, 1.0)
+    assert found <= true_rate < found * 1.031
+
+
+def test_a_rate_that_nothing_attains_is_none() -> None:
+    assert highest_rate(lambda rate: 0.0, 1.0) == 0.0
+
+
+def test_arrivals_have_their_rate_exactly_and_agree_across_rates() -> None:
+    slow, fast = arrivals("512+64", 2.0, 100, 0), arrivals("512+64", 4.0, 100, 0)
+    assert slow[-1].arrived_s == pytest.approx(50.0)
+    assert [2 * one.arrived_s for one in fast] == pytest.approx([one.arrived_s for one in slow])
+    assert slow != arrivals("512+64", 2.0, 100, 1)
+    assert {one[1:3] for one in slow} == {(512, 64)}
+
+
+def test_the_papers_units_have_the_papers_gpus() -> None:
+    gpus = {case.name: case.arm(DISAGGREGATED).num_gpus for case in CASES}
+    assert list(gpus.values()) == [3, 8, 21, 8, 8]
+    assert [case.arm(PREFILL_FIRST).num_gpus for case in CASES] == [1, 4, 8, 4, 4]
+
+
+def test_no_pass_of_the_free_phase_costs_anything() -> None:
+    """Decoding alone at batch 1 is as fast as the profile; its rate is far above both phases'."""
+    protocol = Protocol((0,), 40)
+    args = ("opt-13b-a100", "d", Shape(), "512+64", Limits(0.4, 0.04), protocol, 4.0)
+    both = Arm(DISAGGREGATED, "opt-13b-a100", "1p1d", 8192)
+    assert phase_rate(*args) > 6.0
+    assert attained([serve(both, arrivals("512+64", 1.0, 40, 0))], Limits(0.4, 0.04)) == 1.0
+
+
+def test_the_table_leaves_out_what_there_is_not() -> None:
+    lines = lines_of([Row("a", 2.0, 1.0), Row("b", None, 1.0), Row("c", 2.0, None)])
+    assert "-50%" in lines[1]
+    assert "%" not in lines[2] + lines[3]
+
+
+@NEEDS_DATA
+def test_lengths_have_the_published_means() -> None:
+    for name, prompt, output in (
+        ("sharegpt", 758.7, 186.3),
+        ("humaneval", 171.35, 98.17),
+        ("longbench", 1738.3, 90.7),
+    ):
+        pairs = lengths(name)
+        assert sum(pair[0] for pair in pairs) / len(pairs) == pytest.approx(prompt, rel=0.01)
+        assert sum(pair[1] for pair in pairs) / len(pairs) == pytest.approx(output, rel=0.06)
+        assert max(map(sum, pairs)) < 2048
+
+
+@NEEDS_DATA
+@pytest.mark.parametrize("name", ["distserve-300-3", "distserve-300-6"])
+def test_below_the_knee_the_simulator_agrees_with_measured_runs(name: str) -> None:
+    compared = validate.compare(name)
+    assert compared.below_knee and compared.met, compared
+
+
+@pytest.mark.skipif(kernels.missing() is not None, reason=f"{kernels.missing()} is not here")
+@pytest.mark.parametrize(
+    ("name", "tp"), [("llama-3.1-70b-fp8-h200", 8), ("qwen3-32b-bf16-h100", 2)]
+)
+def test_terms_of_hopper_gpus_are_those_of_the_tables(name: str, tp: int) -> None:
+    model, precision, gpu = name.rsplit("-", 2)
+    found = fit.fit(f"{gpu}_sxm", precision, kernels.MODELS[model], tp)
+    assert FITS[name][tp].prefill == pytest.approx(found.prefill, rel=1e-3)
+    assert FITS[name][tp].decode == pytest.approx(found.decode, rel=1e-3)
+    assert found.error < 0.11
