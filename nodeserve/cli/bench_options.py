@@ -41,7 +41,10 @@ def _option(*names: str, **how: Any) -> Callable[[Command], Command]:
 
 
 OPTIONS = (
-    _option("--url", help="OpenAI-compatible server, such as http://127.0.0.1:8000."),
+    _option(
+        "--url",
+        help="OpenAI-compatible server, such as http://127.0.0.1:8000; needs nodeserve[bench].",
+    ),
     _option("--socket", help="Path of a node's Unix socket. [default: the usual one]"),
     _option("--api", type=click.Choice(APIS), default="completions", show_default=True),
     _option("--model", help="Name for --url. [default: the first that the server lists]"),

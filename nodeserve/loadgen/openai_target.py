@@ -17,7 +17,7 @@ from nodeserve.errors import (
     Overloaded,
     ProtocolError,
 )
-from nodeserve.loadgen.http import EventReader
+from nodeserve.loadgen.events import EventReader
 from nodeserve.loadgen.http_client import HttpClient, parse_url
 from nodeserve.loadgen.prompts import (
     VOCAB_SIZE,
@@ -31,7 +31,8 @@ from nodeserve.loadgen.records import Job, Sample
 from nodeserve.loadgen.targets import About, TargetOptions
 from nodeserve.text import Tokenizer
 
-ROUTES = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+ROUTES = {"completions": "v1/completions", "chat": "v1/chat/completions"}
+HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
 TEXTS = ("content", "reasoning_content", "reasoning")  # of a delta
 MAX_ERROR_CHARS = 300
 
@@ -42,9 +43,13 @@ class OpenAITarget:
     def __init__(self, options: TargetOptions) -> None:
         assert options.url is not None
         self._options = options
-        self._client = HttpClient(parse_url(options.url), options.connect_timeout_s)
         self._model = options.model
         self._tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+        self._client = HttpClient(
+            parse_url(options.url),
+            {**HEADERS, **options.headers},
+            options.connect_timeout_s,
+        )
 
     async def open(self) -> About:
         listed = await self._models()
@@ -76,16 +81,15 @@ class OpenAITarget:
         if self._options.ignore_eos:
             body["ignore_eos"] = True
         body.update(self._options.extra_body)
-        data = json.dumps(body, separators=(",", ":")).encode()
-        headers = {**self._headers(), "Accept": "text/event-stream"}
-        return self._client.request("POST", ROUTES[self._options.api], headers, data)
+        return json.dumps(body, separators=(",", ":")).encode()
 
     async def ask(self, job: Job, payload: bytes, sample: Sample, began_s: float) -> None:
         answer = _Answer(sample, began_s)
         sample.sent_s = time.perf_counter() - began_s
-        response = await self._client.exchange(payload, answer.on_body)
-        if response.status != 200:
-            raise refusal(response.status, answer.error_text)
+        route = ROUTES[self._options.api]
+        status = await self._client.exchange("POST", route, answer.on_body, payload)
+        if status != 200:
+            raise refusal(status, answer.error_text)
         answer.finish()
 
     def _prompt(self, job: Job, run: int) -> dict[str, Any]:
@@ -101,16 +105,12 @@ class OpenAITarget:
         vocab_size = options.vocab_size or (tokenizer.vocab_size if tokenizer else VOCAB_SIZE)
         return {"prompt": token_ids(job, run, vocab_size, options.block_tokens).tolist()}
 
-    def _headers(self) -> dict[str, str]:
-        return {"Content-Type": "application/json", **self._options.headers}
-
     async def _models(self) -> list[dict[str, Any]]:
         """What /v1/models lists; nothing where there is no such route."""
         parts: list[bytes] = []
-        request = self._client.request("GET", "/v1/models", self._headers(), b"")
-        response = await self._client.exchange(request, lambda data, _: parts.append(data))
-        if response.status in (401, 403):
-            raise refusal(response.status, b"".join(parts).decode("utf-8", "replace"))
+        status = await self._client.exchange("GET", "v1/models", lambda data, _: parts.append(data))
+        if status in (401, 403):
+            raise refusal(status, b"".join(parts).decode("utf-8", "replace"))
         try:
             listed = json.loads(b"".join(parts))["data"]
             return [one for one in listed if isinstance(one, dict) and "id" in one]

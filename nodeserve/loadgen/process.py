@@ -15,7 +15,7 @@ import sys
 import traceback
 from typing import Any, NamedTuple
 
-from nodeserve.errors import NodeServeError
+from nodeserve.errors import ConfigError, NodeServeError
 from nodeserve.loadgen.drive import Driver, Load
 from nodeserve.loadgen.records import Job, Sample
 from nodeserve.loadgen.targets import Target, TargetOptions
@@ -91,6 +91,12 @@ class Client:
         options = await read_message(self._reader)
         assert isinstance(options, TargetOptions)
         target = target_of(options)
+        try:
+            await self._serve(target)
+        finally:
+            await target.close()
+
+    async def _serve(self, target: Target) -> None:
         self._tell(await target.open())
         loads: list[Load] = []
         message = await read_message(self._reader)
@@ -106,7 +112,6 @@ class Client:
                     message = await self._one_run(driver, loads, message)
                 case _:  # GiveUp: after the run's own end
                     message = await read_message(self._reader)
-        await target.close()
 
     async def _one_run(self, driver: Driver, loads: list[Load], go: Go) -> Any:
         """Returns the message that came after it."""
@@ -151,6 +156,10 @@ def target_of(options: TargetOptions) -> Target:
         from nodeserve.loadgen.socket_target import SocketTarget
 
         return SocketTarget(options)
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError:
+        raise ConfigError("--url needs aiohttp: pip install 'nodeserve[bench]'") from None
     from nodeserve.loadgen.openai_target import OpenAITarget
 
     return OpenAITarget(options)

@@ -105,8 +105,8 @@ class OpenAIServer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 came_s = time.perf_counter()
                 lines = head.decode().split("\r\n")
-                length = next(int(x[15:]) for x in lines if x.lower().startswith("content-length"))
-                body = await reader.readexactly(length)
+                lengths = [x[15:] for x in lines if x.lower().startswith("content-length")]
+                body = await reader.readexactly(sum(map(int, lengths)))
                 await self._answer(lines[0].split()[1], body, came_s, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass

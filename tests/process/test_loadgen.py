@@ -187,7 +187,7 @@ async def test_a_stream_that_breaks_is_a_miss() -> None:
 
 
 async def test_nobody_there() -> None:
-    with pytest.raises(ConnectionLost, match="no server at 127.0.0.1:9"):
+    with pytest.raises(ConnectionLost, match="no server at http://127.0.0.1:9"):
         async with Fleet(TargetOptions(url="http://127.0.0.1:9")):
             pass
 

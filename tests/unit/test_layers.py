@@ -139,7 +139,8 @@ def test_exceptions_to_the_length_are_needed() -> None:
         ("from nodeserve import Client, AsyncClient", "torch nodeserve._host uvloop tokenizers"),
         ("import nodeserve.cli", "torch nodeserve._host uvloop tokenizers rich numpy"),
         ("import nodeserve.coordinator.server", "torch tokenizers"),
-        ("import nodeserve.loadgen.bench", "torch numpy uvloop rich tokenizers matplotlib"),
+        ("import nodeserve.loadgen.bench", "torch numpy uvloop rich tokenizers matplotlib aiohttp"),
+        ("import nodeserve.loadgen.process, nodeserve.loadgen.socket_target", "aiohttp yarl"),
         (
             "import nodeserve.worker.device_sim, nodeserve.worker.process",
             "torch numpy asyncio gguf",
