@@ -107,7 +107,9 @@ def _best_mixed(protocol: Protocol, pool: Pool) -> Sought:
 
 def _phase(task: tuple[str, Shape, Protocol]) -> float:
     phase, shape, protocol = task
-    return phase_rate("opt-66b-a100", phase, shape, "sharegpt", LIMITS, protocol, 0.5)
+    # As many requests as the whole cluster gets: of fewer, those that decode would all fit at once.
+    whole = protocol._replace(per_gpu=protocol.per_gpu * CLUSTER // shape.num_workers)
+    return phase_rate("opt-66b-a100", phase, shape, "sharegpt", LIMITS, whole, 0.5)
 
 
 def _high_affinity(protocol: Protocol, pool: Pool) -> Arm:
