@@ -26,7 +26,7 @@ NUM_PROMPTS, NUM_TOKENS = 32, 64
 Tokens = list[list[int]]
 
 # Pages for about a third of the 32 requests at their longest: the rest is preempted and recomputed.
-# Decode workers need it smaller: until requests have ended, half their growth is kept free for them.
+# Decode workers need it smaller: they are given less than they have room for, to let it grow.
 KV_MEMORY = {
     "small": {"bfloat16": 30_000_000, "float32": 60_000_000},
     "tiny": {"bfloat16": 12_000_000, "float32": 24_000_000},
@@ -74,7 +74,7 @@ def settings_of(road: str, dtype: str) -> dict[str, Any]:
 def run(folder: Path, road: str, dtype: str, prompts: Tokens, at_once: bool = True) -> Tokens:
     with served(folder, **settings_of(road, dtype)) as socket:
         tokens, preemptions = asyncio.run(ask(socket, prompts, at_once))
-    # A decode worker is given less than it has room for, so there it depends on the machine's speed.
+    # Decode workers keep room for growth: whether it is enough depends on the speed of the machine.
     assert preemptions or road != "1m preempted"
     assert not preemptions or "preempted" in road
     return tokens
