@@ -111,7 +111,7 @@ class Bench:
     async def prepare(self) -> None:
         """Warm the server up; measure it unloaded where limits are multiples of that."""
         if self.options.num_warm_ups:
-            arrivals = self._requests.first(self.options.num_warm_ups, 1.0)
+            arrivals = self._requests.some(self.options.num_warm_ups)
             await self._alone([shortened(one, WARM_UP_OUTPUT) for one in arrivals])
         if self.options.limits.relative:
             self.unloaded = await self.measure_unloaded()
@@ -119,7 +119,7 @@ class Bench:
     async def measure_unloaded(self) -> Unloaded:
         """Times of single requests with the lengths of this workload, one after the other."""
         rows = sorted(
-            self._requests.first(UNLOADED_AMONG, 1.0), key=lambda one: one.num_prompt_tokens
+            self._requests.some(UNLOADED_AMONG), key=lambda one: one.num_prompt_tokens
         )
         chosen = {
             one.num_prompt_tokens: shortened(one, UNLOADED_OUTPUT, 2)
@@ -140,7 +140,7 @@ class Bench:
     async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
         """One run of the first `num` requests; with `concurrency` as a closed loop."""
         closed = self.options.concurrency is not None
-        arrivals = self._requests.first(num, 1.0 if closed else rate)
+        arrivals = self._requests.some(num) if closed else self._requests.first(num, rate)
         live = Live(self, None if closed else rate, arrivals, end_early)
         seen = await self._fleet.run(
             arrivals,
