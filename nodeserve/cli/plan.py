@@ -23,7 +23,7 @@ from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.records import Arrival
-from nodeserve.plan.verdict import Verdict, start_command, startable, verdict
+from nodeserve.plan.verdict import Verdict, start_command, verdict
 from nodeserve.plan.workloads import read_trace
 from nodeserve.profile_store import profile_or_family
 
@@ -78,8 +78,7 @@ def plan(
     into the command that is printed.
     """
     question = question_of(options)
-    if figure is not None:
-        check_drawing(figure)
+    check_together(options, figure)
     effort, began_s = EFFORTS[options["effort"]], time.monotonic()
     with searching(processes) as run, progress(as_json) as tell:
         if options["algorithm"] != "search":
@@ -87,8 +86,6 @@ def plan(
             seconds = time.monotonic() - began_s
             show_placement(placement, question, model, options["profile"], as_json, seconds)
             return
-        if options["rate"] is not None:
-            raise ConfigError("--rate is for --algorithm high and low: search uses all GPUs given")
         report = search_plan(question, effort, run, tell)
         said = verdict(report)
     seconds = time.monotonic() - began_s
@@ -131,6 +128,19 @@ def question_of(options: dict[str, Any]) -> Question:
         noise=noise,
         max_num_seqs=num_seqs,
     )
+
+
+def check_together(options: dict[str, Any], figure: Path | None) -> None:
+    """ConfigError for options that would do nothing, before anything takes long."""
+    searches = options["algorithm"] == "search"
+    if searches and options["rate"] is not None:
+        raise ConfigError("--rate is for --algorithm high and low: search uses all GPUs given")
+    if options["startable"] and options["eps"] != "1":
+        raise ConfigError("--startable leaves out what --ep asks for: give one of them")
+    if figure is not None:
+        if not searches:
+            raise ConfigError("--figure draws the finalists of --algorithm search: leave it out")
+        check_drawing(figure)
 
 
 def slo_of(text: str | None, traffic: Named | tuple[Arrival, ...]) -> Slo:
@@ -230,12 +240,15 @@ def cells(one: Estimate, question: Question) -> list[str]:
 
 
 def show_command(one: Estimate, question: Question, model: str | None, profile: str) -> None:
-    candidate = one.candidate
-    if startable(candidate):
-        click.echo(start_command(candidate, question.slo, model, None))
-    else:
+    command = start_command(one.candidate, question, model, profile)
+    if command is None:
+        click.echo(
+            "nodeserve start runs no instances of several GPUs yet: --startable plans without them"
+        )
+        return
+    if "--device sim" in command:
         click.echo("instances of several GPUs start only as simulated ones so far:")
-        click.echo(start_command(candidate, question.slo, model, profile))
+    click.echo(command)
 
 
 def as_numbers(
@@ -252,9 +265,9 @@ def as_numbers(
         "confidence": question.confidence,
         "seed": question.seed,
         "best": best and best.candidate.layout,
-        "command": best and start_command(best.candidate, question.slo, model, None),
+        "command": best and start_command(best.candidate, question, model, profile),
         "verdict": asdict(said),
-        "ranked": [as_row(one, question) for one in report.ranked],
+        "ranked": [as_row(one, question.num_gpus) for one in report.ranked],
         "num_candidates": report.num_candidates,
         "num_impossible": report.num_impossible,
         "num_bounded": report.num_bounded,
@@ -264,13 +277,14 @@ def as_numbers(
     }
 
 
-def as_row(one: Estimate, question: Question) -> dict[str, Any]:
+def as_row(one: Estimate, num_gpus: int) -> dict[str, Any]:
+    """`num_gpus` is what a GPU's share is of."""
     return {
         **asdict(one.candidate),
         "kind": one.candidate.kind,
         "num_gpus": one.num_gpus,
         "goodput": one.goodput,
-        "goodput_per_gpu": one.goodput / question.num_gpus,
+        "goodput_per_gpu": one.goodput / num_gpus,
         "low": one.low,
         "high": one.high,
         "bound": one.most,
@@ -296,12 +310,12 @@ def show_placement(
             "algorithm": placement.algorithm,
             "layout": placement.layout,
             "num_gpus": placement.num_gpus,
-            "whole": as_row(whole, question),
+            "whole": as_row(whole, placement.num_gpus),
             "phases": [
                 {**asdict(one), "role": one.role.value, "shape": str(one.shape)}
                 for one in placement.phases
             ],
-            "units": [as_row(one, question) for one in placement.units],
+            "units": [as_row(one, one.num_gpus) for one in placement.units],
             "seconds": seconds,
         }
         click.echo(json.dumps(numbers))

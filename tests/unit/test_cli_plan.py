@@ -53,7 +53,9 @@ def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
     said = run(*ASKED)
     assert "mine on 2 GPUs, synthetic(500,4); 90% of the requests" in said
     assert "do not disaggregate: 2m serves" in said
-    assert "nodeserve start some/model --layout 2m --max-num-batched-tokens" in said
+    assert (
+        "nodeserve start some/model --layout 2m --max-num-seqs 64 --max-num-batched-tokens" in said
+    )
     assert "--slo ttft=1000ms,tpot=1000ms" in said
 
 
@@ -103,6 +105,8 @@ def test_distserves_algorithms() -> None:
         (("--profile", "nothing"), "no profile 'nothing'"),
         (("--workload", "nothing"), "no workload 'nothing'"),
         (("--figure", "plan.txt"), ".png or .svg"),
+        (("--figure", "plan.svg", "--algorithm", "low"), "leave it out"),
+        (("--startable", "--ep", "8"), "--startable leaves out"),
     ],
     ids=str,
 )
