@@ -23,8 +23,10 @@ from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.records import Arrival
+from nodeserve.plan.scaling import fit_context
 from nodeserve.plan.verdict import Verdict, start_command, verdict
 from nodeserve.plan.workloads import read_trace
+from nodeserve.policy.profile import Family
 from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
@@ -103,9 +105,6 @@ def plan(
 def question_of(options: dict[str, Any]) -> Question:
     """ConfigError says which option cannot be."""
     trace, noise, goal = options["trace"], options["noise"], options["goal"]
-    traffic: Named | tuple[Arrival, ...] = (
-        trace_of(trace) if trace else workload_named(options["workload"])
-    )
     if not 0.0 < goal < 1.0:
         raise ConfigError(f"--goal {goal:g}: use a share between 0 and 1, such as 0.9")
     if noise is not None and not 0.0 <= noise <= 1.0:
@@ -116,8 +115,13 @@ def question_of(options: dict[str, Any]) -> Question:
     num_seqs = options["max_num_seqs"]
     if num_seqs is not None and num_seqs < 1:
         raise ConfigError(f"--max-num-seqs {num_seqs}: use 1 or more")
+    model = profile_or_family(options["profile"])
+    of_rank = next(iter(model.shapes.values())) if isinstance(model, Family) else model
+    traffic: Named | tuple[Arrival, ...] = (
+        trace_of(trace, of_rank.max_model_len) if trace else workload_named(options["workload"])
+    )
     return Question(
-        model=profile_or_family(options["profile"]),
+        model=model,
         traffic=traffic,
         slo=slo_of(options["slo"], traffic),
         num_gpus=options["num_gpus"],
@@ -151,8 +155,17 @@ def slo_of(text: str | None, traffic: Named | tuple[Arrival, ...]) -> Slo:
     return Slo(*(limits[name] / 1e3 if name in limits else None for name in ("ttft_ms", "tpot_ms")))
 
 
-def trace_of(path: Path) -> tuple[Arrival, ...]:
-    arrivals = read_trace(path)
+def trace_of(path: Path, max_tokens: int) -> tuple[Arrival, ...]:
+    """Those of a trace that fit the context, as `nodeserve bench` sends them; says on stderr how
+    many do not, since no layout can serve these."""
+    everything = read_trace(path)
+    arrivals = fit_context(everything, max_tokens)
+    if dropped := len(everything) - len(arrivals):
+        click.echo(
+            f"note: {dropped} of {len(everything)} requests do not fit the context of"
+            f" {max_tokens} tokens and were left out",
+            err=True,
+        )
     if len(arrivals) < MIN_TRACE:
         raise ConfigError(
             f"trace {path} has {len(arrivals)} requests: a plan needs {MIN_TRACE} or more"

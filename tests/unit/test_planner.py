@@ -71,7 +71,7 @@ def goodput_of(asked: Question, layout: str) -> float:
 
 def test_where_nothing_is_gained_by_it_phases_are_not_taken_apart() -> None:
     """Decoding is next to free and its limit loose: an instance for it alone is wasted."""
-    report = plan(question(), FAST)
+    report = plan(question(), TINY)
     said = verdict(report)
     assert report.best is not None
     assert report.best.candidate.layout == "2m"
@@ -144,7 +144,7 @@ def test_the_number_of_processes_does_not_change_the_plan() -> None:
 
 
 def test_estimates_lie_within_their_ranges_and_bounds() -> None:
-    report = plan(question(workload="synthetic(lognormal:500,8)", slo=Slo(0.5, 0.05)), FAST)
+    report = plan(question(workload="synthetic(lognormal:500,8)", slo=Slo(0.5, 0.05)), TINY)
     assert report.ranked
     for one in report.ranked:
         assert one.low <= one.goodput <= one.most
@@ -290,18 +290,20 @@ def test_variations_keep_to_what_a_server_takes() -> None:
 # ---- DistServe's algorithms
 
 
+@pytest.mark.slow
 def test_phases_alone_have_their_own_goodput() -> None:
     asked = question(workload="synthetic(1000,11)", slo=Slo(0.5, 0.02))
     (kind,) = kinds_of(PLAIN, 1)
-    prefill = phase_alone(asked, kind, Role.PREFILL, FAST, in_turn).goodput
-    decode = phase_alone(asked, kind, Role.DECODE, FAST, in_turn).goodput
+    prefill = phase_alone(asked, kind, Role.PREFILL, TINY, in_turn).goodput
+    decode = phase_alone(asked, kind, Role.DECODE, TINY, in_turn).goodput
     assert 6.0 < prefill < 1.1 / 0.110
     assert decode > 20 * prefill
 
 
+@pytest.mark.slow
 def test_high_affinity_takes_as_many_of_each_as_the_traffic_asks_for() -> None:
     asked = question(workload="synthetic(1000,11)", slo=Slo(0.5, 0.02), num_gpus=2)
-    found = place(asked, "high", 20.0, FAST, in_turn)
+    found = place(asked, "high", 20.0, TINY, in_turn)
     prefill = next(one for one in found.phases if one.role is Role.PREFILL)
     assert found.layout == f"{-(-20 // prefill.goodput):.0f}p1d"
     assert found.num_gpus == parse_layout(found.layout).num_workers
