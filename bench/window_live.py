@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.open_loop import Answered, replay
 from bench.report import emit
 from bench.window.aims import SMALL_DEVICE_WAIT
 from bench.window.grid import BY_LETTER, PROFILE, SEEDS, WORKLOAD, Arm, Shape
@@ -30,6 +29,9 @@ from nodeserve import AsyncClient
 from nodeserve.cli.launch import start_process
 from nodeserve.cli.progress import StartReport
 from nodeserve.config import EngineConfig
+from nodeserve.loadgen.fleet import Fleet
+from nodeserve.loadgen.records import Sample
+from nodeserve.loadgen.targets import TargetOptions
 from nodeserve.plan.records import Arrival, Served
 from nodeserve.plan.summary import STAGES, kept
 from nodeserve.types import StartEvent
@@ -39,7 +41,7 @@ LETTERS = "ACDG"
 SEED = SEEDS[0]
 AGREE = 0.10  # of the simulator's mean TTFT
 APART = 0.05  # arms that differ by less may come in any order
-RUN_LIMIT_S = 40.0
+DRAIN_S = 30.0
 STOP_LIMIT_S = 10.0
 
 
@@ -122,18 +124,19 @@ def measure(arm: Arm, requests: Sequence[Arrival]) -> Found:
     return compared(answered, [serve(arm, SHAPE, requests, seed) for seed in SEEDS])
 
 
-async def drive(socket: Path, requests: Sequence[Arrival]) -> list[Answered]:
+async def drive(socket: Path, requests: Sequence[Arrival]) -> list[Sample]:
     """Replay a trace and stop the node."""
+    async with Fleet(TargetOptions(socket=str(socket))) as fleet:
+        seen = await fleet.run(requests, drain_s=DRAIN_S)
     async with AsyncClient(socket) as client:
-        answered = await replay(client, requests, RUN_LIMIT_S)
         await client.stop_server()
-    return answered
+    return sorted(seen.samples, key=lambda one: one.job.number)
 
 
-def compared(answered: Sequence[Answered], simulated: Sequence[Run]) -> Found:
+def compared(answered: Sequence[Sample], simulated: Sequence[Run]) -> Found:
     """Live means over the same requests that count in a simulation."""
     served = [
-        Served(one.arrival, one.timings, 0.0, "length", None) for one in answered if one.timings
+        Served(one.job.arrival, one.timings, 0.0, "length", None) for one in answered if one.timings
     ]
     timings = [one.timings for one in kept(served)]
     ttft_s = np.array([one.ttft_s for one in timings], dtype=np.float32)

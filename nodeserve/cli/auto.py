@@ -50,7 +50,7 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
         said = verdict(report)
     if report.best is None:
         raise ConfigError(f"--layout auto: {said.reason}")
-    settings: dict[str, Any] = settings_of(report.best.candidate)
+    settings: dict[str, Any] = settings_of(report.best.candidate, question)
     if config.max_num_batched_tokens is not None:
         del settings["max_num_batched_tokens"]  # it was asked for
     click.echo(

@@ -64,10 +64,7 @@ class Session:
         self.settings = run_options(options, self.limits)
         self.target = target_options(options, self.source, self.limits)
         self.rates = rates_of(options)
-        if options["figures"] is not None:
-            from nodeserve.loadgen.figures import check_matplotlib
-
-            check_matplotlib()
+        prepare_places(options["save"], options["figures"])
         self.results: list[Result] = []
 
     async def run(self) -> int:
@@ -115,10 +112,10 @@ class Session:
             return num
         if duration_s is None:
             return FEW if self.source.trace is None or rate else 1 << 30
-        if not 0.0 < duration_s < math.inf:
-            raise ConfigError(f"--duration {duration_s:g}: use seconds above 0")
         if rate is None:
-            raise ConfigError("--duration needs a --rate; --window cuts a trace")
+            raise ConfigError(
+                "--duration needs a --rate: --window cuts a trace, --requests a closed loop"
+            )
         return math.ceil(rate * duration_s)
 
     def _report(
@@ -127,7 +124,6 @@ class Session:
         everything = self._json(about, bench, requests, found)
         if self.options["save"] is not None:
             path: Path = self.options["save"]
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
         if self.options["as_json"]:
             click.echo(json.dumps(everything))
@@ -135,9 +131,15 @@ class Session:
             self._show(about, requests, found)
         if self.options["figures"] is not None:
             from nodeserve.loadgen.figures import draw
+            from nodeserve.loadgen.measure import counts
 
             goal, folder = self.settings.goal, self.options["figures"]
-            draw(self.results, bench.slo_of, goal, folder, ("svg", "png"))
+            settle_s = self.settings.settle_s
+            judged = [
+                one._replace(samples=[sample for sample in one.samples if counts(sample, settle_s)])
+                for one in self.results
+            ]
+            draw(judged, bench.slo_of, goal, folder, ("svg", "png"))
 
     def _show(self, about: "About", requests: "Requests", found: "Found | None") -> None:
         click.echo(heading(about, self, requests))
@@ -183,6 +185,26 @@ class Session:
             "search": found and found_json(found, workers),
             "runs": runs,
         }
+
+
+def prepare_places(file: Path | None, folder: Path | None) -> None:
+    """Folders for what will be written; ConfigError where that cannot be, before anything takes
+    long."""
+    if folder is not None:
+        from nodeserve.loadgen.figures import check_matplotlib
+
+        check_matplotlib()
+    try:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not file.exists()
+            file.open("a", encoding="utf-8").close()
+            if is_new:
+                file.unlink()  # nothing is left of a run that fails
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
 
 
 def heading(about: "About", session: Session, requests: "Requests") -> str:

@@ -50,7 +50,11 @@ OPTIONS = (
     _option("--model", help="Name for --url. [default: the first that the server lists]"),
     _option("--tokenizer", help="Folder or .gguf file, to write texts of exact length."),
     _option("--text", is_flag=True, help="Send completions texts instead of token ids."),
-    _option("--vocab-size", type=int, help="Token ids are below it. [default: the server's]"),
+    _option(
+        "--vocab-size",
+        type=click.IntRange(min=1),
+        help="Token ids are below it. [default: the server's]",
+    ),
     _option("--stop-at-eos", is_flag=True, help="Do not force the lengths of outputs."),
     _option("--extra-body", help="JSON object whose fields go into every request of --url."),
     _option(
@@ -72,7 +76,11 @@ OPTIONS = (
     _option("--thin", type=float, default=1.0, help="Keep this share of the requests."),
     _option("--spread-ticks", type=float, help="Spread a trace's timestamps over so many seconds."),
     _option("--window", "window", help="FROM:TO, seconds of the trace that are used."),
-    _option("--max-model-len", type=int, help="Leave out longer requests. [default: the server's]"),
+    _option(
+        "--max-model-len",
+        type=click.IntRange(min=2),
+        help="Leave out longer requests. [default: the server's]",
+    ),
     _option("--rate", help="Requests a second. [default for traces: their own]"),
     _option("--concurrency", type=click.IntRange(min=1), help="Closed loop: so many at once."),
     _option("--sweep", help="RATE,RATE,...: one run for each."),
@@ -110,6 +118,12 @@ def bench_options(command: Command) -> Command:
 
 
 def source_of(options: dict[str, Any]) -> Source:
+    """ConfigError for options of the other kind of source: they would do nothing."""
+    of_traces = ("spread_ticks", "window")
+    for name in of_traces if options["trace"] is None else ("arrivals",):
+        if options[name] is not None:
+            kind = "workloads, and --trace has its own times" if options["trace"] else "a --trace"
+            raise ConfigError(f"--{name.replace('_', '-')} is for {kind}: leave one of them out")
     begin_s, end_s = parse_span(options["window"])
     return Source(
         workload=options["workload"],
@@ -162,6 +176,15 @@ def run_options(options: dict[str, Any], limits: Limits) -> BenchOptions:
     for name in ("goal", "confidence"):
         if not 0.0 < options[name] < 1.0:
             raise ConfigError(f"--{name} {options[name]:g}: use a share between 0 and 1")
+    if not 0.0 < options["tolerance"] < math.inf:
+        raise ConfigError(f"--tolerance {options['tolerance']:g}: use a share such as 0.05")
+    if options["duration"] is not None and not 0.0 < options["duration"] < math.inf:
+        raise ConfigError(f"--duration {options['duration']:g}: use seconds above 0")
+    if options["find_goodput"] and limits == Limits():
+        raise ConfigError(
+            "--find-goodput needs limits, or every rate is good: give --goodput such as ttft:200"
+            " tpot:50"
+        )
     for name in ("settle", "drain", "max_late"):
         if not 0.0 <= options[name] < math.inf:
             flag = name.replace("_", "-")
@@ -199,6 +222,9 @@ def rates_of(options: dict[str, Any]) -> list[float | None]:
     chosen = [f"--{name.replace('_', '-')}" for name in ways if options[name]]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} do not go together: use one")
+    for name in ("sweep", "concurrency"):
+        if options["rate"] is not None and options[name]:
+            raise ConfigError(f"--rate and --{name} do not go together: use one")
     text = options["sweep"] or options["rate"]
     if text is None:
         if not (options["trace"] or options["concurrency"] or options["find_goodput"]):

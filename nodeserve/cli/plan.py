@@ -23,8 +23,10 @@ from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.records import Arrival
-from nodeserve.plan.verdict import Verdict, start_command, startable, verdict
+from nodeserve.plan.scaling import fit_context
+from nodeserve.plan.verdict import Verdict, start_command, verdict
 from nodeserve.plan.workloads import read_trace
+from nodeserve.policy.profile import Family
 from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
@@ -78,8 +80,7 @@ def plan(
     into the command that is printed.
     """
     question = question_of(options)
-    if figure is not None:
-        check_drawing(figure)
+    check_together(options, figure)
     effort, began_s = EFFORTS[options["effort"]], time.monotonic()
     with searching(processes) as run, progress(as_json) as tell:
         if options["algorithm"] != "search":
@@ -87,8 +88,6 @@ def plan(
             seconds = time.monotonic() - began_s
             show_placement(placement, question, model, options["profile"], as_json, seconds)
             return
-        if options["rate"] is not None:
-            raise ConfigError("--rate is for --algorithm high and low: search uses all GPUs given")
         report = search_plan(question, effort, run, tell)
         said = verdict(report)
     seconds = time.monotonic() - began_s
@@ -106,9 +105,6 @@ def plan(
 def question_of(options: dict[str, Any]) -> Question:
     """ConfigError says which option cannot be."""
     trace, noise, goal = options["trace"], options["noise"], options["goal"]
-    traffic: Named | tuple[Arrival, ...] = (
-        trace_of(trace) if trace else workload_named(options["workload"])
-    )
     if not 0.0 < goal < 1.0:
         raise ConfigError(f"--goal {goal:g}: use a share between 0 and 1, such as 0.9")
     if noise is not None and not 0.0 <= noise <= 1.0:
@@ -119,8 +115,13 @@ def question_of(options: dict[str, Any]) -> Question:
     num_seqs = options["max_num_seqs"]
     if num_seqs is not None and num_seqs < 1:
         raise ConfigError(f"--max-num-seqs {num_seqs}: use 1 or more")
+    model = profile_or_family(options["profile"])
+    of_rank = next(iter(model.shapes.values())) if isinstance(model, Family) else model
+    traffic: Named | tuple[Arrival, ...] = (
+        trace_of(trace, of_rank.max_model_len) if trace else workload_named(options["workload"])
+    )
     return Question(
-        model=profile_or_family(options["profile"]),
+        model=model,
         traffic=traffic,
         slo=slo_of(options["slo"], traffic),
         num_gpus=options["num_gpus"],
@@ -133,6 +134,19 @@ def question_of(options: dict[str, Any]) -> Question:
     )
 
 
+def check_together(options: dict[str, Any], figure: Path | None) -> None:
+    """ConfigError for options that would do nothing, before anything takes long."""
+    searches = options["algorithm"] == "search"
+    if searches and options["rate"] is not None:
+        raise ConfigError("--rate is for --algorithm high and low: search uses all GPUs given")
+    if options["startable"] and options["eps"] != "1":
+        raise ConfigError("--startable leaves out what --ep asks for: give one of them")
+    if figure is not None:
+        if not searches:
+            raise ConfigError("--figure draws the finalists of --algorithm search: leave it out")
+        check_drawing(figure)
+
+
 def slo_of(text: str | None, traffic: Named | tuple[Arrival, ...]) -> Slo:
     """The one given, else the workload's."""
     if text is None:
@@ -141,8 +155,17 @@ def slo_of(text: str | None, traffic: Named | tuple[Arrival, ...]) -> Slo:
     return Slo(*(limits[name] / 1e3 if name in limits else None for name in ("ttft_ms", "tpot_ms")))
 
 
-def trace_of(path: Path) -> tuple[Arrival, ...]:
-    arrivals = read_trace(path)
+def trace_of(path: Path, max_tokens: int) -> tuple[Arrival, ...]:
+    """Those of a trace that fit the context, as `nodeserve bench` sends them; says on stderr how
+    many do not, since no layout can serve these."""
+    everything = read_trace(path)
+    arrivals = fit_context(everything, max_tokens)
+    if dropped := len(everything) - len(arrivals):
+        click.echo(
+            f"note: {dropped} of {len(everything)} requests do not fit the context of"
+            f" {max_tokens} tokens and were left out",
+            err=True,
+        )
     if len(arrivals) < MIN_TRACE:
         raise ConfigError(
             f"trace {path} has {len(arrivals)} requests: a plan needs {MIN_TRACE} or more"
@@ -230,12 +253,15 @@ def cells(one: Estimate, question: Question) -> list[str]:
 
 
 def show_command(one: Estimate, question: Question, model: str | None, profile: str) -> None:
-    candidate = one.candidate
-    if startable(candidate):
-        click.echo(start_command(candidate, question.slo, model, None))
-    else:
+    command = start_command(one.candidate, question, model, profile)
+    if command is None:
+        click.echo(
+            "nodeserve start runs no instances of several GPUs yet: --startable plans without them"
+        )
+        return
+    if "--device sim" in command:
         click.echo("instances of several GPUs start only as simulated ones so far:")
-        click.echo(start_command(candidate, question.slo, model, profile))
+    click.echo(command)
 
 
 def as_numbers(
@@ -252,9 +278,9 @@ def as_numbers(
         "confidence": question.confidence,
         "seed": question.seed,
         "best": best and best.candidate.layout,
-        "command": best and start_command(best.candidate, question.slo, model, None),
+        "command": best and start_command(best.candidate, question, model, profile),
         "verdict": asdict(said),
-        "ranked": [as_row(one, question) for one in report.ranked],
+        "ranked": [as_row(one, question.num_gpus) for one in report.ranked],
         "num_candidates": report.num_candidates,
         "num_impossible": report.num_impossible,
         "num_bounded": report.num_bounded,
@@ -264,13 +290,14 @@ def as_numbers(
     }
 
 
-def as_row(one: Estimate, question: Question) -> dict[str, Any]:
+def as_row(one: Estimate, num_gpus: int) -> dict[str, Any]:
+    """`num_gpus` is what a GPU's share is of."""
     return {
         **asdict(one.candidate),
         "kind": one.candidate.kind,
         "num_gpus": one.num_gpus,
         "goodput": one.goodput,
-        "goodput_per_gpu": one.goodput / question.num_gpus,
+        "goodput_per_gpu": one.goodput / num_gpus,
         "low": one.low,
         "high": one.high,
         "bound": one.most,
@@ -296,12 +323,12 @@ def show_placement(
             "algorithm": placement.algorithm,
             "layout": placement.layout,
             "num_gpus": placement.num_gpus,
-            "whole": as_row(whole, question),
+            "whole": as_row(whole, placement.num_gpus),
             "phases": [
                 {**asdict(one), "role": one.role.value, "shape": str(one.shape)}
                 for one in placement.phases
             ],
-            "units": [as_row(one, question) for one in placement.units],
+            "units": [as_row(one, one.num_gpus) for one in placement.units],
             "seconds": seconds,
         }
         click.echo(json.dumps(numbers))

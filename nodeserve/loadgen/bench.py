@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nodeserve.errors import NodeServeError, from_code
 from nodeserve.loadgen.fleet import DRAIN_S, Fleet, Watcher
 from nodeserve.loadgen.limits import Limits
-from nodeserve.loadgen.measure import MAX_LATE_S, Report, is_good, measure
+from nodeserve.loadgen.measure import MAX_LATE_S, Report, counts, is_good, measure
 from nodeserve.loadgen.records import Sample, Unloaded
 from nodeserve.loadgen.requests import Requests
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
@@ -52,7 +52,8 @@ class Result(NamedTuple):
 
 class Live(Watcher):
     """A run while it goes on: who ended, who was good. Ends the run early, if it may, when even
-    with all the rest good the share would be below the goal for sure."""
+    with all the rest good the share would be below the goal for sure; as in the report, requests
+    due before the settling time do not count there."""
 
     def __init__(
         self, bench: "Bench", rate: float | None, arrivals: list[Arrival], end_early: bool
@@ -66,15 +67,21 @@ class Live(Watcher):
         self._bench = bench
         self._times = [one.arrived_s for one in arrivals]
         self._end_early = end_early
+        self._num_counted = sum(time_s >= bench.options.settle_s for time_s in self._times)
+        self._num_missed = 0  # of those
 
     def began(self, num_requests: int, began_s: float) -> None:
         self.began_s = began_s
         self._bench.on_news(self)
 
     def ended(self, samples: Sequence[Sample]) -> None:
-        slo_of = self._bench.slo_of
+        slo_of, settle_s = self._bench.slo_of, self._bench.options.settle_s
+        good = [is_good(one, slo_of(one.job.arrival)) for one in samples]
         self.num_ended += len(samples)
-        self.num_good += sum(is_good(one, slo_of(one.job.arrival)) for one in samples)
+        self.num_good += sum(good)
+        self._num_missed += sum(
+            not well and counts(one, settle_s) for one, well in zip(samples, good, strict=True)
+        )
         self._bench.on_news(self)
 
     def num_due(self, now_s: float) -> int:
@@ -83,7 +90,7 @@ class Live(Watcher):
 
     def give_up(self) -> bool:
         options = self._bench.options
-        best = Tally(self.num_requests, self.num_requests - self.num_ended + self.num_good)
+        best = Tally(self._num_counted, self._num_counted - self._num_missed)
         hopeless = best.interval(options.confidence)[1] < options.goal
         self.ended_early = self._end_early and hopeless and self.num_ended < self.num_requests
         return self.ended_early
@@ -111,16 +118,14 @@ class Bench:
     async def prepare(self) -> None:
         """Warm the server up; measure it unloaded where limits are multiples of that."""
         if self.options.num_warm_ups:
-            arrivals = self._requests.first(self.options.num_warm_ups, 1.0)
+            arrivals = self._requests.some(self.options.num_warm_ups)
             await self._alone([shortened(one, WARM_UP_OUTPUT) for one in arrivals])
         if self.options.limits.relative:
             self.unloaded = await self.measure_unloaded()
 
     async def measure_unloaded(self) -> Unloaded:
         """Times of single requests with the lengths of this workload, one after the other."""
-        rows = sorted(
-            self._requests.first(UNLOADED_AMONG, 1.0), key=lambda one: one.num_prompt_tokens
-        )
+        rows = sorted(self._requests.some(UNLOADED_AMONG), key=lambda one: one.num_prompt_tokens)
         chosen = {
             one.num_prompt_tokens: shortened(one, UNLOADED_OUTPUT, 2)
             for one in (rows[int(level * (len(rows) - 1))] for level in UNLOADED_LEVELS)
@@ -140,7 +145,7 @@ class Bench:
     async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
         """One run of the first `num` requests; with `concurrency` as a closed loop."""
         closed = self.options.concurrency is not None
-        arrivals = self._requests.first(num, 1.0 if closed else rate)
+        arrivals = self._requests.some(num) if closed else self._requests.first(num, rate)
         live = Live(self, None if closed else rate, arrivals, end_early)
         seen = await self._fleet.run(
             arrivals,
@@ -171,11 +176,13 @@ class Bench:
         min_duration_s: float,
         on_result: Callable[[Result], Any] = lambda result: None,
     ) -> Found:
-        """The goodput; a probe lasts `min_duration_s` at least, for as long as requests go."""
+        """The goodput; a probe lasts `min_duration_s` at least, for as long as requests go, beside
+        the settling time, whose requests come on top of those that it is asked for."""
         loop = asyncio.get_running_loop()
 
         async def one(rate: float, num: int) -> Probe:
-            num = max(num, math.ceil(rate * (min_duration_s + self.options.settle_s)))
+            num = max(num, math.ceil(rate * min_duration_s))
+            num += math.ceil(rate * self.options.settle_s)
             result = await self.run(rate, num, end_early=True)
             on_result(result)
             return Probe(rate, result.report.tally, result.report.punctuality.valid)

@@ -81,8 +81,14 @@ class Report:
         return self.tally.num_good / self.duration_s if self.duration_s > 0.0 else 0.0
 
 
+def counts(sample: Sample, settle_s: float) -> bool:
+    """Whether it was due after the settling time."""
+    return settle_s <= 0.0 or _due_s(sample) >= settle_s
+
+
 def is_good(sample: Sample, slo: Slo) -> bool:
-    """Ended well and within every limit; with all the tokens that were asked for."""
+    """Ended well and within every limit. Answers that came out shorter than asked for may be good;
+    reports count them apart (`num_short`)."""
     return sample.error is None and slo.met(sample.ttft_s, sample.tpot_s, sample.e2e_s)
 
 
@@ -99,7 +105,7 @@ def measure(
     `lags_s` are what the clients' own timers were late by. In a closed loop the time of sending
     stands for the due time.
     """
-    counted = [one for one in samples if settle_s <= 0.0 or _due_s(one) >= settle_s]
+    counted = [one for one in samples if counts(one, settle_s)]
     if not counted:
         return None
     slos = [slo_of(one.job.arrival) for one in counted]

@@ -28,6 +28,7 @@ from nodeserve.plan.workloads import (
 
 NO_LIMIT = 1 << 30  # tokens
 SPARE = 1.25  # drawn beyond what is needed, for those that do not fit the context
+MANY = 2000  # drawn at least, before it is said that none fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +87,23 @@ class Requests:
         """
         if rate is not None and not 0.0 < rate < math.inf:
             raise ConfigError(f"--rate {rate:g}: use a number above 0 of requests a second")
-        if self._source.trace is None and len(self._all) < num:
-            self._all = self._generated(num)
-        chosen = self._all[:num]
+        chosen = self.some(num)
         if rate is None:
             if self._source.trace is None:
                 raise ConfigError("a workload has no rate of its own: use --rate")
             return chosen
         return chosen if len(chosen) < 2 else at_rate(chosen, rate)
 
+    def some(self, num: int) -> list[Arrival]:
+        """The same requests for those who do not send by their times, which mean nothing here."""
+        if self._source.trace is None and len(self._all) < num:
+            self._all = self._generated(num)
+        return self._all[:num]
+
     def _generated(self, num: int) -> list[Arrival]:
         """At least `num`, at one a second."""
         source, named = self._source, self._named
-        wanted = num
+        wanted = max(num, MANY)
         fitting: list[Arrival] = []
         while len(fitting) < num:
             wanted = math.ceil(SPARE * wanted)

@@ -53,7 +53,7 @@ class SocketTarget:
         connection = await self._client.connection()
         sample.sent_s = time.perf_counter() - began_s
         request_id, mailbox = await connection.submit(
-            payload, sampling_to(sampling), self._options.slo_ms or None, 0
+            payload, sampling_to(sampling), self._options.slo_ms or None, job.arrival.priority
         )
         try:
             end = await _read(mailbox, sample, began_s)

@@ -124,13 +124,22 @@ def stay_s(question: Question, mean_output: float) -> float:
 def search(job: Job) -> Found:
     """The goodput of a candidate, in requests a second of the whole layout."""
 
+    known: dict[tuple[float, int], Tally] = {}
+
+    def tally_of(rate: float, num_requests: int) -> Tally:
+        # A span longer than what was asked for makes the next, longer run the same one.
+        if (rate, num_requests) not in known:
+            tally, _ = count(job.question, job.candidate, rate, num_requests)
+            known[rate, num_requests] = tally
+        return known[rate, num_requests]
+
     def ask(rate: float, num_requests: int) -> Probe:
         # A run that ends before memory has filled would flatter the layout.
         span = ceil(STAYS * job.stay_s * rate)
         number = min(max(num_requests, span), job.options.max_requests)
         # Short runs flatter, so what fails in one fails.
         for share in (FIRST_LOOK, 1.0):
-            tally, _ = count(job.question, job.candidate, rate, max(2, round(share * number)))
+            tally = tally_of(rate, max(2, round(share * number)))
             probe = Probe(rate, tally)
             if tally.interval(job.options.confidence)[1] < job.options.goal:
                 break

@@ -1,13 +1,14 @@
 """What a plan says in words: why this layout, and how to start it."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nodeserve.layout import Shape, parse_layout
 from nodeserve.plan.candidates import Candidate
-from nodeserve.plan.evaluate import count
-from nodeserve.plan.goodput import Slo
+from nodeserve.plan.evaluate import Question, count
 from nodeserve.plan.planner import Report
+from nodeserve.policy.profile import Profile
 
 WORDS = {"ttft": "the first token is late", "tpot": "tokens are slow", "e2e": "the end is late"}
 ABOVE = 1.2  # times the loser's goodput: where its first misses show
@@ -73,10 +74,11 @@ def _nothing(report: Report) -> str:
     return f"no layout of {question.num_gpus} GPUs serves {question.goal:.0%} in time at any rate"
 
 
-def settings_of(candidate: Candidate) -> dict[str, str | int]:
+def settings_of(candidate: Candidate, question: Question) -> dict[str, str | int]:
     """The candidate as settings of a server, by the fields of EngineConfig."""
     settings: dict[str, str | int] = {
         "layout": candidate.layout,
+        "max_num_seqs": question.num_seqs,
         "max_num_batched_tokens": candidate.max_num_batched_tokens,
     }
     if candidate.window_s is not None:
@@ -84,21 +86,25 @@ def settings_of(candidate: Candidate) -> dict[str, str | int]:
     return settings
 
 
-def start_command(candidate: Candidate, slo: Slo, model: str | None, profile: str | None) -> str:
-    """How a node like this is started; on simulated devices if a profile is given."""
-    words = ["nodeserve start", *([model] if model else [])]
-    if profile is not None:
-        words.append(f"--device sim --profile {profile}")
-    for name, value in settings_of(candidate).items():
-        words.append(f"--{name.replace('_', '-')} {value}")
+def start_command(
+    candidate: Candidate, question: Question, model: str | None, profile: str
+) -> str | None:
+    """How a node like this is started, on simulated devices where real ones cannot be like this
+    yet; None where `nodeserve start` knows no such instances at all."""
+    shapes = [group.shape for group in parse_layout(candidate.layout).groups]
+    one_rank = isinstance(question.model, Profile)
+    wide = one_rank and question.any_profile.num_gpus > 1
+    simulated = wide or any(shape != Shape() for shape in shapes)
+    if simulated and not (one_rank and all(shape == Shape(ep=shape.ep) for shape in shapes)):
+        return None
+    words = ["nodeserve", "start", *([model] if model else [])]
+    if simulated:
+        words += ["--device", "sim", "--profile", profile]
+    for name, value in settings_of(candidate, question).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     limits = [
         f"{name}={1e3 * limit_s:g}ms"
-        for name, limit_s in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s))
+        for name, limit_s in (("ttft", question.slo.ttft_s), ("tpot", question.slo.tpot_s))
         if limit_s is not None
     ]
-    return " ".join([*words, *(["--slo " + ",".join(limits)] if limits else [])])
-
-
-def startable(candidate: Candidate) -> bool:
-    """Whether `nodeserve start` can run it on real devices: one worker an instance."""
-    return all(group.shape == Shape() for group in parse_layout(candidate.layout).groups)
+    return shlex.join([*words, *(["--slo", ",".join(limits)] if limits else [])])

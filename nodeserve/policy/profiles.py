@@ -86,6 +86,7 @@ PROFILES = {
             max_num_batched_tokens=2048,
             max_num_seqs=64,
             max_model_len=4096,
+            num_gpus=8,
         ),
     )
 }

@@ -9,8 +9,9 @@ from itertools import combinations
 
 import pytest
 
-from bench.open_loop import replay
 from nodeserve import AsyncClient
+from nodeserve.loadgen.fleet import Fleet
+from nodeserve.loadgen.targets import TargetOptions
 from nodeserve.plan.records import Arrival, Scenario
 from nodeserve.plan.simulator import simulate
 from nodeserve.plan.workloads import Workload, generate, parse_lengths
@@ -22,7 +23,7 @@ LAYOUT, PROFILE, SEED = "2p:ep2,1d:ep2", "moe-ep8", 1
 ARMS = ("round-robin", "shortest-queue", "staggered")
 RATE, NUM_REQUESTS = 9.0, 63  # half of what the layout can serve, for seven seconds
 TRANSITS_S = (0.0002, 0.0005, 0.001, 0.002)  # a ring and two wake-ups, on an idle or a busy machine
-LIMIT_S = 60.0
+DRAIN_S = 50.0
 AGREES = 0.10
 
 
@@ -50,12 +51,13 @@ def predicted_ttft_s(admission: str) -> float:
 
 async def measured_ttft_s(nodes: Nodes, admission: str) -> float:
     node = nodes.start(layout=LAYOUT, device="sim", profile=PROFILE, seed=SEED, admission=admission)
+    async with Fleet(TargetOptions(socket=str(node.socket))) as fleet:
+        seen = await fleet.run(trace(), drain_s=DRAIN_S)
     async with AsyncClient(node.socket) as client:
-        answers = await replay(client, trace(), LIMIT_S)
         await client.stop_server()
     node.wait()
-    timings = [one.timings for one in answers if one.timings is not None]
-    assert len(timings) == NUM_REQUESTS, {one.error for one in answers}
+    timings = [one.timings for one in seen.samples if one.timings is not None]
+    assert len(timings) == NUM_REQUESTS, {one.error for one in seen.samples}
     return sum(one.ttft_s for one in timings) / NUM_REQUESTS
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from nodeserve import profile_store
 from nodeserve.cli import auto, main
-from nodeserve.cli.plan import eps_of
+from nodeserve.cli.plan import eps_of, trace_of
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
@@ -53,7 +53,9 @@ def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
     said = run(*ASKED)
     assert "mine on 2 GPUs, synthetic(500,4); 90% of the requests" in said
     assert "do not disaggregate: 2m serves" in said
-    assert "nodeserve start some/model --layout 2m --max-num-batched-tokens" in said
+    assert (
+        "nodeserve start some/model --layout 2m --max-num-seqs 64 --max-num-batched-tokens" in said
+    )
     assert "--slo ttft=1000ms,tpot=1000ms" in said
 
 
@@ -84,6 +86,20 @@ def test_a_trace_is_planned_for_as_well(tmp_path: Path) -> None:
     assert "needs 100 or more" in result.output
 
 
+def test_requests_that_fit_no_context_are_left_out_of_a_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would be misses of every layout."""
+    trace = tmp_path / "trace.csv"
+    rows = [f"{place},{500 if place % 2 else 70_000},4" for place in range(300)]
+    trace.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows))
+    kept = trace_of(trace, MINE.max_model_len)
+    assert len(kept) == 150 and {one.num_prompt_tokens for one in kept} == {500}
+    assert "note: 150 of 300 requests do not fit" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no request fits a context of 100"):
+        trace_of(trace, 100)
+
+
 def test_distserves_algorithms() -> None:
     numbers = json.loads(run(*ASKED, "--algorithm", "low", "--json"))
     assert numbers["layout"] == "1p1d"
@@ -103,6 +119,8 @@ def test_distserves_algorithms() -> None:
         (("--profile", "nothing"), "no profile 'nothing'"),
         (("--workload", "nothing"), "no workload 'nothing'"),
         (("--figure", "plan.txt"), ".png or .svg"),
+        (("--figure", "plan.svg", "--algorithm", "low"), "leave it out"),
+        (("--startable", "--ep", "8"), "--startable leaves out"),
     ],
     ids=str,
 )
@@ -132,6 +150,7 @@ def test_start_plans_and_says_so(
     monkeypatch.setattr("nodeserve.plan.pool.os.sched_getaffinity", lambda _: {0})
     found = auto.planned(asked(device="sim", gpus="0,1"), Gpus())
     assert (found.layout, found.workload, found.profile) == ("2m", None, "mine")
+    assert found.max_num_seqs == 64
     assert found.max_num_batched_tokens is not None
     said = capsys.readouterr().err
     assert "planning for synthetic(500,4) on 2 devices, profile mine" in said

@@ -5,13 +5,14 @@ import math
 import pytest
 
 from nodeserve.errors import ConfigError
-from nodeserve.loadgen.bench import Result
+from nodeserve.loadgen.bench import Bench, BenchOptions, Live, Result
 from nodeserve.loadgen.limits import limits_of, parse_limits
 from nodeserve.loadgen.measure import Report, measure, punctuality
 from nodeserve.loadgen.records import Job, Sample, Unloaded
 from nodeserve.loadgen.report import details_json, result_json
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.records import Arrival
+from nodeserve.plan.search import SearchOptions
 from nodeserve.types import Timings
 
 SLO = Slo(0.2, 0.05)
@@ -99,6 +100,40 @@ def test_the_first_seconds_may_be_left_out() -> None:
     report = report_of(samples, settle_s=4.0)
     assert (report.tally.num_offered, report.tally.share) == (6, 1.0)
     assert measure(samples, lambda arrival: SLO, 0.9, settle_s=10.0) is None
+
+
+def test_what_does_not_count_does_not_end_a_run() -> None:
+    """Ten requests, of which the first four are late while the server settles."""
+
+    class Runs:
+        options = BenchOptions(parse_limits(["ttft:200"]), settle_s=4.0)
+
+        def on_news(self, live: Live) -> None: ...
+
+        def slo_of(self, arrival: Arrival) -> Slo:
+            return SLO
+
+    samples = [sample(i, 0.9 if i < 4 else 0.1) for i in range(10)]
+    live = Live(Runs(), 1.0, [one.job.arrival for one in samples], True)  # type: ignore[arg-type]
+    live.ended(samples[:4])
+    assert not live.give_up() and (live.num_ended, live.num_good) == (4, 0)
+    live.ended([sample(i, 0.9) for i in range(4, 8)])
+    assert live.give_up()
+
+
+@pytest.mark.parametrize(("settle_s", "num"), [(0.0, 50), (3.0, 200)])
+async def test_a_probe_has_its_requests_beside_those_that_settle(settle_s: float, num: int) -> None:
+    asked: list[int] = []
+
+    class Asked(Bench):
+        async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
+            asked.append(num)
+            samples = [sample(i) for i in range(10)]
+            return Result(rate, [], report_of(samples), samples)
+
+    bench = Asked(None, None, BenchOptions(parse_limits([]), settle_s=settle_s))  # type: ignore[arg-type]
+    await bench.search(SearchOptions(start=50.0, high=50.0, min_requests=50, max_probes=1), 0.0)
+    assert asked == [num]
 
 
 def test_the_stage_that_took_more_than_usual_is_to_blame() -> None:

@@ -1,5 +1,6 @@
 """Requests of a run and their prompts: exact lengths, the same at any rate, new in every run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,31 @@ def test_a_trace_is_cut_spread_thinned_and_scaled(tmp_path: Path) -> None:
     assert told["divisor"] == 10.0 and told["share"] == 0.5 and told["workload"] == str(path)
     assert "gaps" not in told and told["num_requests"] == len(chosen)
     assert Source(divisor=10.0).block_tokens == 52 and Source().block_tokens == 512
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("source", "max_tokens"),
+    [(Source("long-chat"), 4096), (Source("chat", share=0.1), None)],
+    ids=["context", "share"],
+)
+def test_a_few_requests_that_are_left_out_are_not_all(
+    source: Source, max_tokens: int | None, seed: int
+) -> None:
+    """Whoever looks at the first draws alone may find that none is kept."""
+    assert len(Requests(replace(source, seed=seed), max_tokens).first(10, 1.0)) == 10
+
+
+def test_where_none_fits_that_is_said() -> None:
+    with pytest.raises(ConfigError, match="no request fits a context of 100"):
+        Requests(Source("synthetic(500,8)"), 100)
+
+
+def test_requests_without_a_schedule_may_all_arrive_at_once(tmp_path: Path) -> None:
+    """Coarse timestamps: the first two, which warm a server up, have no rate."""
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,10,3\n0,12,4\n3,14,5\n")
+    requests = Requests(Source(trace=path))
+    assert [one.num_prompt_tokens for one in requests.some(2)] == [10, 12]
+    assert len(requests.some(9)) == 3
+    assert len(Requests(Source("chat")).some(5000)) == 5000

@@ -1,11 +1,16 @@
 """The search on cost models so plain that the answer is known beforehand."""
 
-from dataclasses import replace
+import shlex
+from dataclasses import fields, replace
 
 import pytest
 
+from nodeserve.cli.launch import start
+from nodeserve.config import EngineConfig
+from nodeserve.coordinator.placement import check_numbers, choose_budget, choose_layout
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape, parse_layout
+from nodeserve.plan import evaluate
 from nodeserve.plan.affinity import phase_alone, place
 from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
 from nodeserve.plan.candidates import (
@@ -17,11 +22,12 @@ from nodeserve.plan.candidates import (
     split_layouts,
     variations,
 )
-from nodeserve.plan.evaluate import Question, count
-from nodeserve.plan.goodput import Slo
+from nodeserve.plan.evaluate import Job, Question, count, search
+from nodeserve.plan.goodput import Slo, Tally
 from nodeserve.plan.named import workload_named
 from nodeserve.plan.planner import Effort, Planner, Report, in_turn, plan
 from nodeserve.plan.pool import searching
+from nodeserve.plan.search import SearchOptions
 from nodeserve.plan.verdict import start_command, verdict
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
@@ -65,7 +71,7 @@ def goodput_of(asked: Question, layout: str) -> float:
 
 def test_where_nothing_is_gained_by_it_phases_are_not_taken_apart() -> None:
     """Decoding is next to free and its limit loose: an instance for it alone is wasted."""
-    report = plan(question(), FAST)
+    report = plan(question(), TINY)
     said = verdict(report)
     assert report.best is not None
     assert report.best.candidate.layout == "2m"
@@ -138,7 +144,7 @@ def test_the_number_of_processes_does_not_change_the_plan() -> None:
 
 
 def test_estimates_lie_within_their_ranges_and_bounds() -> None:
-    report = plan(question(workload="synthetic(lognormal:500,8)", slo=Slo(0.5, 0.05)), FAST)
+    report = plan(question(workload="synthetic(lognormal:500,8)", slo=Slo(0.5, 0.05)), TINY)
     assert report.ranked
     for one in report.ranked:
         assert one.low <= one.goodput <= one.most
@@ -153,6 +159,22 @@ def test_candidates_see_the_same_requests() -> None:
     slow, fast = asked.requests(1.0, 50), asked.requests(4.0, 50)
     assert [one[1:3] for one in slow] == [one[1:3] for one in fast]
     assert slow[-1].arrived_s == pytest.approx(4 * fast[-1].arrived_s)
+
+
+def test_no_run_is_made_twice_in_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stay of 36 s at the limits makes runs longer than what the search asks for at first."""
+    asked = question(slo=Slo(4.0, 4.0))
+    made: list[tuple[float, int]] = []
+
+    def counted(_: Question, __: Candidate, rate: float, number: int) -> tuple[Tally, object]:
+        made.append((rate, number))
+        return Tally(number, round(0.9 * number)), None
+
+    monkeypatch.setattr(evaluate, "count", counted)
+    options = SearchOptions(start=2.0, high=2.0, min_requests=10, max_requests=100)
+    found = search(Job(asked, Candidate("1p1d", 1024), options, 36.0))
+    assert found.rate == 2.0 and len(found.probes) > 2
+    assert made == [(2.0, 30), (2.0, 100)]
 
 
 def test_refused_requests_are_misses() -> None:
@@ -268,18 +290,20 @@ def test_variations_keep_to_what_a_server_takes() -> None:
 # ---- DistServe's algorithms
 
 
+@pytest.mark.slow
 def test_phases_alone_have_their_own_goodput() -> None:
     asked = question(workload="synthetic(1000,11)", slo=Slo(0.5, 0.02))
     (kind,) = kinds_of(PLAIN, 1)
-    prefill = phase_alone(asked, kind, Role.PREFILL, FAST, in_turn).goodput
-    decode = phase_alone(asked, kind, Role.DECODE, FAST, in_turn).goodput
+    prefill = phase_alone(asked, kind, Role.PREFILL, TINY, in_turn).goodput
+    decode = phase_alone(asked, kind, Role.DECODE, TINY, in_turn).goodput
     assert 6.0 < prefill < 1.1 / 0.110
     assert decode > 20 * prefill
 
 
+@pytest.mark.slow
 def test_high_affinity_takes_as_many_of_each_as_the_traffic_asks_for() -> None:
     asked = question(workload="synthetic(1000,11)", slo=Slo(0.5, 0.02), num_gpus=2)
-    found = place(asked, "high", 20.0, FAST, in_turn)
+    found = place(asked, "high", 20.0, TINY, in_turn)
     prefill = next(one for one in found.phases if one.role is Role.PREFILL)
     assert found.layout == f"{-(-20 // prefill.goodput):.0f}p1d"
     assert found.num_gpus == parse_layout(found.layout).num_workers
@@ -302,8 +326,41 @@ def test_low_affinity_repeats_the_best_unit() -> None:
 
 
 def test_the_command_starts_what_was_planned() -> None:
-    candidate = Candidate("2p1d", 512, window_s=0.0)
-    assert start_command(candidate, Slo(0.5, 0.05), "model", None) == (
-        "nodeserve start model --layout 2p1d --max-num-batched-tokens 512 --window off"
-        " --slo ttft=500ms,tpot=50ms"
+    candidate, asked = Candidate("2p1d", 512, window_s=0.0), question(slo=Slo(0.5, 0.05))
+    assert start_command(candidate, asked, "my model", "plain") == (
+        "nodeserve start 'my model' --layout 2p1d --max-num-seqs 64 --max-num-batched-tokens 512"
+        " --window off --slo ttft=500ms,tpot=50ms"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "words"),
+    [
+        (PLAIN, "2m", "nodeserve start --layout 2m"),
+        (PLAIN, "1p:ep8,1d:ep8", "nodeserve start --device sim --profile name --layout"),
+        (replace(PLAIN, num_gpus=8), "1p1d", "nodeserve start --device sim --profile name"),
+        (FAMILY, "1p1d", "nodeserve start --layout 1p1d"),
+        (FAMILY, "1p:tp2,1d", None),
+        (FAMILY, "1m:tp2.pp2", None),
+    ],
+)
+def test_only_commands_that_start_takes_are_printed(
+    model: Profile | Family, layout: str, words: str | None
+) -> None:
+    """And what it takes, it takes: with as many sequences as were planned, whatever the device's
+    own number is."""
+    command = start_command(Candidate(layout, 64), question(model, num_gpus=16), None, "name")
+    assert (command is None) is (words is None)
+    if command is not None and words is not None:
+        assert command.startswith(words)
+        arguments = shlex.split(command)[2:]
+        with start.make_context("start", arguments) as context:
+            given = {name: value for name, value in context.params.items() if value is not None}
+        config = EngineConfig(
+            **{one.name: given[one.name] for one in fields(EngineConfig) if one.name in given}
+        )
+        if config.device == "sim":
+            config = replace(config, profile="moe-ep8")  # a name that there is
+        check_numbers(config)
+        choose_layout(config.layout, 16, ranks=config.device == "sim")
+        assert choose_budget(config, config.max_num_seqs or 256, 2048) == 64
