@@ -34,7 +34,8 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
     name = config.profile or measured_name(config, gpus)
     workload = workload_named(config.workload or WORKLOAD)
     num_devices = devices_of(config, gpus, name)
-    model = profile_store.profile_or_family(name)
+    simulated = config.device == "sim"  # which takes one rank's profile, not a family
+    model = profile_store.one_profile(name) if simulated else profile_store.profile_or_family(name)
     question = Question(
         model,
         workload,

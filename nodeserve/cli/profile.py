@@ -35,7 +35,11 @@ def worker_settings(command: Any) -> Any:
 @click.command()
 @click.argument("model", required=False)
 @worker_settings
-@click.option("--workers", type=int, help="How many at once. [default: 2, on one core or GPU 1]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="How many at once. [default: 2, on one core or GPU 1]",
+)
 @click.option("--name", help="Of the profile. [default: from the model and the device]")
 @click.option("--output", type=click.Path(path_type=Path), help="A file instead of the store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
@@ -64,8 +68,6 @@ def profile(
     on_gpus = config.device != "cpu" and gpus.usable
     cores = len(os.sched_getaffinity(0))
     count = workers or min(2, len(gpus.found) if on_gpus else cores)
-    if count < 1:
-        raise ConfigError(f"--workers {workers}: use 1 or more")
     checkpoint = resolve_checkpoint(config.model, config.load_format)
     kind = gpus.found[0].name if on_gpus else "cpu"
     name = name or profile_store.name_for(checkpoint.served_name, kind)

@@ -60,8 +60,11 @@ def kinds_of(
     ]
     if not kinds:
         least = min((one.num_gpus for one in ranks.values()), default=0) * min(eps)
-        needs = f"needs {least} GPUs or more" if least else "has no shape that can be started"
-        raise ConfigError(f"{model.name} {needs}, {num_gpus} given")
+        if not least:
+            raise ConfigError(
+                f"{model.name} has no shape of one GPU, and nodeserve start takes no others yet"
+            )
+        raise ConfigError(f"{model.name} needs {least} GPUs or more, {num_gpus} given")
     return sorted(kinds, key=lambda kind: (kind.num_gpus, kind.shape.pp))
 
 

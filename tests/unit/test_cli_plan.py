@@ -134,6 +134,12 @@ def test_degrees() -> None:
         eps_of("a")
 
 
+def test_nobody_profiles_without_workers() -> None:
+    """It once took 0 for the default, and measured for minutes."""
+    result = CliRunner().invoke(main, ["profile", "--workers", "0", "--device", "sim"])
+    assert result.exit_code == 2 and "--workers" in result.output
+
+
 # ---- start --layout auto
 
 
@@ -171,5 +177,9 @@ def test_auto_says_what_it_needs() -> None:
         auto.planned(asked(device="sim", profile=None), Gpus())
     with pytest.raises(ConfigError, match="run `nodeserve profile`"):
         auto.planned(asked(device="cpu", profile=None), Gpus())
+    with pytest.raises(ConfigError, match="is of several shapes"):
+        auto.planned(asked(device="sim", profile="llama-3.1-8b-bf16-h100"), Gpus())
+    with pytest.raises(ConfigError, match="no shape of one GPU"):
+        auto.planned(asked(device="cpu", profile="opt-66b-a100", gpus="0,1"), Gpus())
     with pytest.raises(ConfigError, match="loosen the limits"):
         auto.planned(asked(device="sim", gpus="0", slo="ttft=1ms"), Gpus())
