@@ -48,8 +48,7 @@ demo: venv
 	$(BIN)/python -m bench.demo
 
 check: venv
-	$(MAKE) --jobs=3 --output-sync=target process-tests unit-tests static
-	$(MAKE) bench-smoke
+	$(MAKE) --jobs=3 --output-sync=target process-tests unit-tests static bench-smoke
 
 static:
 	$(BIN)/ruff format --check .

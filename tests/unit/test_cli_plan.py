@@ -100,6 +100,7 @@ def test_requests_that_fit_no_context_are_left_out_of_a_trace(
         trace_of(trace, 100)
 
 
+@pytest.mark.slow
 def test_distserves_algorithms() -> None:
     numbers = json.loads(run(*ASKED, "--algorithm", "low", "--json"))
     assert numbers["layout"] == "1p1d"
@@ -150,6 +151,7 @@ def asked(**changes: object) -> EngineConfig:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_start_plans_and_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

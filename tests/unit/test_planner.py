@@ -69,6 +69,7 @@ def goodput_of(asked: Question, layout: str) -> float:
 # ---- answers that are known
 
 
+@pytest.mark.slow
 def test_where_nothing_is_gained_by_it_phases_are_not_taken_apart() -> None:
     """Decoding is next to free and its limit loose: an instance for it alone is wasted."""
     report = plan(question(), TINY)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,6 +131,7 @@ def test_without_faults_every_token_is_computed_once(
         ended[one.instance] = one.began_s + one.seconds
 
 
+@pytest.mark.slow
 def test_the_same_run_again_is_the_same_bit_for_bit() -> None:
     workload = Workload(
         40.0, 300, Lengths("lognormal", 900.0, 0.8), Lengths("lognormal", 30.0, 0.5), Gaps(3.0)
