@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bench.window.compare import Compared
 from bench.window.grid import IMMEDIATE, SHAPES, WORKLOAD, Point
 from bench.window.stats import Ratio, pairs_ratio
-from nodeserve.policy.prefill_instance import MAX_DEADLINE_PASSES, MIN_DEADLINE_S
+from nodeserve.policy.dispatcher import MIN_SILENCE_S, SILENCE_PASSES
 from nodeserve.policy.window import MAX_AGE_PASSES
 
 WANTED_MEAN, WANTED_MEAN_HIGH = 0.70, 0.80  # at 60 % load, 4x8: ratio, upper end of its interval
@@ -148,10 +148,10 @@ def _idle(compared: Sequence[Compared]) -> Aim:
 def bound_s(one: Compared, arm: str) -> float:
     """How long a request may wait while an instance is idle. Nobody waits for the timer for longer
     than MAX_AGE_PASSES; an instance whose report was lost passes for busy until the watchdog asks
-    it, which after false alarms has the patience of MAX_DEADLINE_PASSES."""
+    it, or, where all others do too, until nobody has been heard of for the time of silence."""
     pass_s = one.measures[arm]["pass_s"]
     if arm == "H":
-        return max(MAX_DEADLINE_PASSES * pass_s, MIN_DEADLINE_S)
+        return max(SILENCE_PASSES * pass_s, MIN_SILENCE_S)
     return MAX_AGE_PASSES * pass_s
 
 

@@ -23,10 +23,11 @@ from tests.reference.export import export_folder
 pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
 
 NUM_PROMPTS, NUM_TOKENS = 32, 64
+NUM_SHORT = 24  # enough for what they teach to outweigh what a node assumes before
 Tokens = list[list[int]]
 
 # Pages for about a third of the 32 requests at their longest: the rest is preempted and recomputed.
-# Decode workers need it smaller: they are given less than they have room for, to let it grow.
+# A decode worker gets them one after the other from prefill, so there it takes fewer.
 KV_MEMORY = {
     "small": {"bfloat16": 30_000_000, "float32": 60_000_000},
     "tiny": {"bfloat16": 12_000_000, "float32": 24_000_000},
@@ -54,6 +55,8 @@ def prompts() -> Tokens:
 async def ask(socket: Path, prompts: Tokens, at_once: bool) -> tuple[Tokens, int]:
     """The tokens of each prompt, and how often any was preempted."""
     client = await RawClient.connect(socket)
+    if at_once:
+        await seem_short(client, prompts)
     for i, prompt in enumerate(prompts):
         client.submit(i, prompt, max_tokens=NUM_TOKENS)
         if not at_once:
@@ -62,6 +65,20 @@ async def ask(socket: Path, prompts: Tokens, at_once: bool) -> tuple[Tokens, int
     await client.close()
     preemptions = sum(client.ends[i][0].timings["num_preemptions"] for i in range(len(prompts)))
     return [client.tokens[i] for i in range(len(prompts))], preemptions
+
+
+async def seem_short(client: RawClient, prompts: Tokens) -> None:
+    """Requests that may become long and stop at once: the node learns to keep next to no room for
+    growth, so that what follows does not fit if it was given little memory."""
+    names = range(1000, 1000 + NUM_SHORT)
+    for name in names:
+        client.submit(name, prompts[name % 8], max_tokens=3)
+    await client.finish(*names)
+    for name in names:
+        first, *later = client.tokens[name]
+        stops = [token for token in later if token != first]
+        client.submit(name + NUM_SHORT, prompts[name % 8], max_tokens=180, stop_token_ids=stops)
+    await client.finish(*(name + NUM_SHORT for name in names))
 
 
 def settings_of(road: str, dtype: str) -> dict[str, Any]:
@@ -74,9 +91,7 @@ def settings_of(road: str, dtype: str) -> dict[str, Any]:
 def run(folder: Path, road: str, dtype: str, prompts: Tokens, at_once: bool = True) -> Tokens:
     with served(folder, **settings_of(road, dtype)) as socket:
         tokens, preemptions = asyncio.run(ask(socket, prompts, at_once))
-    # Decode workers keep room for growth: whether it is enough depends on the speed of the machine.
-    assert preemptions or road != "1m preempted"
-    assert not preemptions or "preempted" in road
+    assert (preemptions > 0) == ("preempted" in road)
     return tokens
 
 
