@@ -102,7 +102,7 @@ gpu-wheels: venv
 
 bench-smoke: venv
 	for name in ring handoff step coordinator policy window distserve; do \
-	  $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
+	  timeout --foreground 300 $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
 	  || exit 1; done
 
 clean:

@@ -66,22 +66,21 @@ class Blaster:
 
     def step(self) -> None:
         """One token for everyone; the record is made anew only when the batch changes."""
-        finished = []
-        for request_id in self.left:
+        stepped = list(self.left)
+        finished = set()
+        for request_id in stepped:
             self.left[request_id] -= 1
             if not self.left[request_id]:
-                finished.append(request_id)
+                finished.add(request_id)
+                del self.left[request_id]  # before the record: its load is what is held after it
         if self._record is None or finished or self.started:
-            self._record = self.make_record(set(finished))
+            self._record = self.make_record(stepped, finished)
         self.end.outbox.put(self._record)
         if finished or self.started:
             self._record = None
         self.started.clear()
-        for request_id in finished:
-            del self.left[request_id]
 
-    def make_record(self, finished: set[int]) -> bytes:
-        ids = list(self.left)
+    def make_record(self, ids: list[int], finished: set[int]) -> bytes:
         now_s = time.monotonic()
         step = StepDone(
             request_ids=pack_request_ids(ids),

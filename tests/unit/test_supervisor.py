@@ -91,15 +91,18 @@ async def test_a_departure_passes_a_real_ring_whatever_its_size() -> None:
     assert numbers == [0] * (len(records) - 1) + [7], "it is there when its last piece is"
 
 
-async def test_a_node_too_large_for_the_machine_is_refused_and_leaves_nothing() -> None:
+@pytest.mark.parametrize("spare_fds", range(16, 24))  # each is missed by another call
+async def test_a_node_too_large_for_the_machine_is_refused_and_leaves_nothing(
+    spare_fds: int,
+) -> None:
     model = ModelConfig("llama", 100, 64, 128, 2, 4, 2, 16, 1024, 1e-5, 1e4)
     config = EngineConfig(device="sim", profile="moe-ep8", layout="4p4d", max_model_len=1024)
     plan = resolve(config, Checkpoint(Path("x"), "gguf", model, "tiny"), Gpus(obstacle="none"))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_open = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + spare_fds, limits[1]))
     try:
-        with pytest.raises(ConfigError, match="4p4d does not fit .*open files.*`ulimit -n`"):
+        with pytest.raises(ConfigError, match="4p4d does not fit .*files.*`ulimit -n`"):
             Supervisor(plan, "x", "abcd", ()).__enter__()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
