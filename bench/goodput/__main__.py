@@ -11,7 +11,6 @@ The last line is JSON.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from bench.goodput import live, tables
 from bench.goodput.arms import Duel, plan_duel
-from bench.report import commit, emit
+from bench.report import emit, save
 from nodeserve import profile_store
 from nodeserve.loadgen.requests import Source
 from nodeserve.plan.goodput import Slo
@@ -120,7 +119,7 @@ def report(found: list[tuple[int, list[Duel]]], args: argparse.Namespace, wall_s
         "wall_s": round(wall_s, 1),
     }
     args.figure.write_text(tables.picture(duels))
-    args.out.write_text(json.dumps({"commit": commit(), **values}) + "\n")
+    save(args.out, values)
     emit(values)
 
 
