@@ -40,7 +40,7 @@ class Question:
     goal: float = GOAL
     confidence: float = CONFIDENCE
     seed: int = 0
-    transit_s: float = 0.0025  # as a Scenario
+    transit_s: float | None = None  # None: the profile's
     noise: float | None = None
     max_num_seqs: int | None = None  # None: the profile's
 

@@ -3,7 +3,16 @@
 import pytest
 
 from nodeserve.policy.cost import RankWork
-from nodeserve.profiling.experiments import WARM, Experiment, experiments, timed_passes
+from nodeserve.profiling.experiments import (
+    WARM,
+    Experiment,
+    Run,
+    experiments,
+    run_of,
+    sure,
+    undisturbed,
+)
+from nodeserve.types import Timings
 from nodeserve.wire.messages import StepDone
 
 
@@ -49,7 +58,8 @@ def test_passes_and_the_gaps_between_them() -> None:
         (0, step(2.2, 1.0)),
         (0, step(9.0, 1.0)),  # after a wait
     ]
-    timed, gaps = timed_passes(steps, experiment)
+    timings = [Timings(transit_s=0.001, return_s=0.002)]
+    timed, gaps, transits, busy_s = run_of(steps, timings, experiment)
     assert [one.work for one in timed] == [
         RankWork(32, 512.0, 0, 0),
         RankWork(0, 0.0, 2, 20),  # the third decode pass of worker 0
@@ -57,3 +67,18 @@ def test_passes_and_the_gaps_between_them() -> None:
     assert WARM == 2
     assert gaps == pytest.approx([0.1, 0.1])
     assert {one.group for one in timed} == {"2 x 16"}
+    assert busy_s == pytest.approx(5.0)
+    assert transits == []  # two requests at once wait for each other
+
+
+def test_messages_take_what_lone_requests_say() -> None:
+    run = run_of([], [Timings(transit_s=0.001, return_s=0.002)], Experiment("", 1, 4, 1, True))
+    assert run.transits == pytest.approx([0.0015])
+
+
+def test_runs_that_something_held_up_are_made_again_and_dropped() -> None:
+    runs = [Run([], [], [], busy_s) for busy_s in (1.5, 1.0, 1.9, 1.02)]
+    assert not sure(runs[:1])
+    assert not sure(runs[:3])
+    assert sure(runs)
+    assert undisturbed(runs) == [runs[1], runs[3]]
