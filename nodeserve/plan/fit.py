@@ -77,9 +77,7 @@ def errors_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> Er
         return None
     off = []
     for group in groups.values():
-        measured = fmean(one.seconds for one in group) + gap_s
-        predicted = fmean(cost.pass_s([one.work]) for one in group)
-        off.append(abs(predicted / measured - 1.0))
+        off.append(abs(median(_off(one, cost, gap_s) for one in group)))
     return Errors(fmean(off), max(off), len(off))
 
 
@@ -124,10 +122,10 @@ def _pairs(rows: Sequence[Row]) -> Iterator[list[Line]]:
 
 
 def _error(rows: Sequence[Row], lines: Sequence[Line]) -> float:
-    """Mean relative error of the longest of the lines, without rows that are far off."""
+    """Mean relative error of the longest of the lines; what is far off counts as just that far."""
     off = [_miss(row, lines) for row in rows]
     far = FAR * TO_SPREAD * median(off) + 1e-9
-    return fmean(one for one in off if one <= far)
+    return fmean(min(one, far) for one in off)
 
 
 def _miss(row: Row, lines: Sequence[Line]) -> float:

@@ -12,6 +12,7 @@ are dropped.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from math import ceil
 from statistics import median
 from typing import NamedTuple
 
@@ -21,9 +22,9 @@ from nodeserve.profiling.node import Node
 from nodeserve.types import Timings
 from nodeserve.wire.messages import StepDone
 
-WRITTEN = 12  # tokens of a sequence whose decode steps are timed
+WRITTEN = 12  # tokens of a sequence, from the end of the last prompt on, whose steps are timed
 WARM = 2  # first passes of anything, left out
-LARGEST = 24  # chunks that the prompts of one experiment may fill
+LARGEST = 16  # chunks that the prompts of one experiment may fill
 FIT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HELD_BATCHES = (3, 6, 12, 24, 48, 96, 192)
 FIT_PROMPTS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # in chunks
@@ -31,7 +32,7 @@ HELD_PROMPTS = (1 / 16, 3 / 16, 3 / 8, 3 / 4, 3.0)
 SHORT, LONG = 16, 1024  # tokens of context
 CONTIGUOUS = 0.5  # of a pass: a longer gap after it was a wait
 REPEATS = 3
-MOST_RUNS = 5  # of an experiment
+MOST_RUNS = 4  # of an experiment
 AGREE = 1.04  # times the shortest run
 
 Tell = Callable[[str], None]
@@ -80,12 +81,15 @@ def experiments(
         for batch in batches:
             if batch > max_num_seqs:
                 continue
-            room = min(LARGEST * budget, num_kv_tokens * 3 // 4) // batch - WRITTEN
-            longest = min(LONG, room, max_model_len - WRITTEN)
+            most = WRITTEN + LARGEST
+            room = min(LARGEST * budget // batch, num_kv_tokens * 3 // 4 // batch - most)
+            longest = min(LONG, room, max_model_len - most)
             for prompt in dict.fromkeys((SHORT, longest)):
                 if SHORT <= prompt <= longest:
+                    # Who was first still writes when the last one's prompt is done.
+                    output = WRITTEN + ceil(batch * prompt / budget)
                     name = f"{batch} x {prompt}"
-                    found.append(Experiment(name, batch, prompt, WRITTEN, held_out))
+                    found.append(Experiment(name, batch, prompt, output, held_out))
     return found
 
 
@@ -138,7 +142,7 @@ async def measure_handoffs(
     """Copies from a prefill to a decode worker, of prompts of several lengths: to fit, held out."""
     plan = node.plan
     most = min(plan.max_model_len - 4, node.num_kv_tokens // 2)
-    sizes = [size for size in (64, 128, 256, 512, 1024, 2048, 4096) if size <= most]
+    sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size <= most]
     fit: list[tuple[int, float]] = []
     held: list[tuple[int, float]] = []
     for size in sizes:

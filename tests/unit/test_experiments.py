@@ -5,6 +5,7 @@ import pytest
 from nodeserve.policy.cost import RankWork
 from nodeserve.profiling.experiments import (
     WARM,
+    WRITTEN,
     Experiment,
     Run,
     experiments,
@@ -28,6 +29,14 @@ def test_experiments_fit_a_worker(limits: tuple[int, int, int, int]) -> None:
     shapes = {(one.batch, one.prompt, one.output): one.held_out for one in planned}
     fitted = {shape for shape, held_out in shapes.items() if not held_out}
     assert fitted.isdisjoint(shape for shape, held_out in shapes.items() if held_out)
+
+
+def test_all_sequences_of_an_experiment_decode_together_for_a_while() -> None:
+    """Each pass until the last prompt is done writes a token of those whose prompts are."""
+    budget = 128
+    for one in experiments(budget, 64, 2048, 40_000):
+        if one.output > 1:
+            assert one.output - one.batch * one.prompt / budget >= WRITTEN
 
 
 def test_a_small_worker_has_fewer() -> None:
