@@ -19,7 +19,7 @@ LEAST_PASSES = 8  # of a kind
 ROUNDS = 3  # of giving passes to the line that says more, and fitting again
 TRIMS = 3  # rounds of leaving out what is far off
 FAR = 4.0  # usual errors
-BETTER = 0.75  # of one line's error that two must be below
+BETTER = 0.9  # of one line's error that two must be below
 GOOD = 0.01  # an error with which one line will do
 TO_SPREAD = 1.4826  # a normal distribution's deviation over its median absolute error
 
