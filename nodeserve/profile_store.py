@@ -20,6 +20,7 @@ from nodeserve.policy.profiles import FAMILIES, PROFILES, find_profile
 
 FORMAT = 1
 MAX_NAME = 100
+_PARTS = ("large", "floor")  # of a cost: costs themselves
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _COUNTS = (
     *("num_kv_tokens", "kv_bytes_per_token", "max_num_batched_tokens", "max_num_seqs"),
@@ -142,14 +143,17 @@ def from_json(values: Mapping[str, Any]) -> Profile:
             raise ValueError(f"{name} is {count!r}, not a number from 1")
     if not 0.0 <= profile.noise <= 1.0 or not 0.0 < profile.handoff_bytes_per_s < math.inf:
         raise ValueError("noise lies from 0 to 1, and handoff_bytes_per_s is above 0")
+    if not 0.0 <= profile.transit_s < math.inf:
+        raise ValueError(f"transit_s is {profile.transit_s!r}, not a number from 0")
     return profile
 
 
 def _cost(values: Mapping[str, Any]) -> StepCost:
-    large = values.get("large")
-    cost = StepCost(**{**values, "large": None})
+    parts = {name: values[name] for name in _PARTS if values.get(name) is not None}
+    cost = StepCost(**{**values, **dict.fromkeys(_PARTS)})
     for one in fields(cost):
         number = getattr(cost, one.name)
-        if one.name != "large" and not 0.0 <= number < math.inf:
+        if one.name not in _PARTS and not 0.0 <= number < math.inf:
             raise ValueError(f"{one.name} is {number!r}, not a number from 0")
-    return cost if large is None else replace(cost, large=_cost(large))
+    nested: Any = {name: _cost(part) for name, part in parts.items()}
+    return replace(cost, **nested)

@@ -9,16 +9,17 @@ import click
 
 from nodeserve import profile_store
 from nodeserve.checkpoint import resolve as resolve_checkpoint
-from nodeserve.cli.plan import progress, slo_of
+from nodeserve.cli.plan import check_requests, progress, slo_of
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import SIM_DEVICES
+from nodeserve.coordinator.policies import policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import parse_gpus
 from nodeserve.plan.evaluate import Question
-from nodeserve.plan.named import workload_named
 from nodeserve.plan.planner import EFFORTS, plan
 from nodeserve.plan.pool import searching
+from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import settings_of, verdict
 
 WORKLOAD = "chat"
@@ -32,28 +33,33 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
         raise ConfigError("--layout auto plans for limits: give --slo such as ttft=500ms,tpot=50ms")
     began_s = time.monotonic()
     name = config.profile or measured_name(config, gpus)
-    workload = workload_named(config.workload or WORKLOAD)
+    source = Source(config.workload or WORKLOAD, seed=config.seed)
     num_devices = devices_of(config, gpus, name)
     simulated = config.device == "sim"  # which takes one rank's profile, not a family
     model = profile_store.one_profile(name) if simulated else profile_store.profile_or_family(name)
+    # How many in a pass is the question's; how they leave the buffer is as it was asked for.
+    policies = policies_of(config, config.max_num_seqs or 1, config.max_num_batched_tokens or 1)
     question = Question(
         model,
-        workload,
-        slo_of(config.slo, workload),
+        source,
+        slo_of(config.slo, source),
         num_devices,
         plain=True,
         seed=config.seed,
         max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        dispatch=policies.dispatch,
+        decode_allocation=policies.decode_allocation,
     )
-    click.echo(f"planning for {workload.name} on {num_devices} devices, profile {name}", err=True)
+    check_requests(question)
+    click.echo(f"planning for {source.workload} on {num_devices} devices, profile {name}", err=True)
     with searching() as run, progress(quiet=False) as tell:
         report = plan(question, EFFORT, run, tell)
         said = verdict(report)
     if report.best is None:
         raise ConfigError(f"--layout auto: {said.reason}")
     settings: dict[str, Any] = settings_of(report.best.candidate, question)
-    if config.max_num_batched_tokens is not None:
-        del settings["max_num_batched_tokens"]  # it was asked for
     click.echo(
         f"layout {report.best.candidate.layout}: {said.reason}"
         f" (planned in {time.monotonic() - began_s:.0f} s)",

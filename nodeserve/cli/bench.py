@@ -16,10 +16,10 @@ from nodeserve.cli.bench_options import (
     rates_of,
     run_options,
     search_options,
-    source_of,
     target_options,
 )
 from nodeserve.cli.show import show_table
+from nodeserve.cli.sources import dropped_words, source_of, source_words
 from nodeserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from nodeserve.loadgen.bench import Bench, Result
     from nodeserve.loadgen.measure import Report, Times
-    from nodeserve.loadgen.requests import Requests
     from nodeserve.loadgen.targets import About
+    from nodeserve.plan.requests import Requests
     from nodeserve.plan.search import Found
 
 FEW = 200  # requests of a run, unless told
@@ -72,7 +72,7 @@ class Session:
         from nodeserve.cli.bench_progress import Progress
         from nodeserve.loadgen.bench import Bench
         from nodeserve.loadgen.fleet import Fleet
-        from nodeserve.loadgen.requests import Requests
+        from nodeserve.plan.requests import Requests
 
         found = None
         with Progress() as progress:
@@ -162,7 +162,7 @@ class Session:
         from dataclasses import asdict
 
         from nodeserve.loadgen.report import details_json, found_json, result_json
-        from nodeserve.loadgen.requests import described
+        from nodeserve.plan.requests import described
 
         workers = self._workers(about)
         runs = []
@@ -208,7 +208,7 @@ def prepare_places(file: Path | None, folder: Path | None) -> None:
 
 
 def heading(about: "About", session: Session, requests: "Requests") -> str:
-    what = session.source.trace or session.source.workload
+    what = source_words(session.source)
     limits = session.limits.words() or "no limits"
     return f"{about.model} ({about.kind})  {what}  {limits}  goal {session.settings.goal:.0%}"
 
@@ -219,7 +219,7 @@ def notes(about: "About", results: "list[Result]", requests: "Requests") -> list
     if not about.exact_prompts:
         found.append("prompts have about the lengths asked for: --tokenizer makes them exact")
     if requests.dropped_share:
-        found.append(f"{requests.dropped_share:.1%} of the requests do not fit and were left out")
+        found.append(dropped_words(requests.dropped_share))
     if num := sum(one.report.num_short for one in results):
         found.append(f"{num} outputs are shorter than asked for")
     if about.exact_prompts and (num := sum(one.report.num_other_prompts for one in results)):

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
+from nodeserve.cli.sources import source_options
 from nodeserve.errors import ConfigError
 from nodeserve.loadgen.bench import BenchOptions
 from nodeserve.loadgen.limits import Limits, limits_of, parse_limits
-from nodeserve.loadgen.requests import Source
 from nodeserve.loadgen.targets import APIS, TargetOptions
 from nodeserve.plan.goodput import CONFIDENCE, GOAL
-from nodeserve.plan.named import NAMED, workload_named
+from nodeserve.plan.named import workload_named
+from nodeserve.plan.requests import Source
 from nodeserve.plan.search import SearchOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -57,30 +58,8 @@ OPTIONS = (
     ),
     _option("--stop-at-eos", is_flag=True, help="Do not force the lengths of outputs."),
     _option("--extra-body", help="JSON object whose fields go into every request of --url."),
-    _option(
-        "--workload",
-        default="chat",
-        show_default=True,
-        help=f"{', '.join(NAMED)}, or synthetic(IN,OUT).",
-    ),
-    _option(
-        "--trace",
-        type=click.Path(path_type=Path),
-        help="CSV file with arrival_s,input_tokens,output_tokens instead.",
-    ),
-    _option("--arrivals", help="poisson, or gamma:CV. [default: the workload's own]"),
     _option("--requests", type=click.IntRange(min=1), help="How many. [default: 200, or by time]"),
     _option("--duration", type=float, help="Seconds of requests, as many as that takes."),
-    _option("--seed", type=int, default=0, show_default=True),
-    _option("--scale-lengths", type=float, default=1.0, help="Divide all lengths by this."),
-    _option("--thin", type=float, default=1.0, help="Keep this share of the requests."),
-    _option("--spread-ticks", type=float, help="Spread a trace's timestamps over so many seconds."),
-    _option("--window", "window", help="FROM:TO, seconds of the trace that are used."),
-    _option(
-        "--max-model-len",
-        type=click.IntRange(min=2),
-        help="Leave out longer requests. [default: the server's]",
-    ),
     _option("--rate", help="Requests a second. [default for traces: their own]"),
     _option("--concurrency", type=click.IntRange(min=1), help="Closed loop: so many at once."),
     _option("--sweep", help="RATE,RATE,...: one run for each."),
@@ -114,28 +93,7 @@ OPTIONS = (
 def bench_options(command: Command) -> Command:
     for option in reversed(OPTIONS):
         command = option(command)
-    return command
-
-
-def source_of(options: dict[str, Any]) -> Source:
-    """ConfigError for options of the other kind of source: they would do nothing."""
-    of_traces = ("spread_ticks", "window")
-    for name in of_traces if options["trace"] is None else ("arrivals",):
-        if options[name] is not None:
-            kind = "workloads, and --trace has its own times" if options["trace"] else "a --trace"
-            raise ConfigError(f"--{name.replace('_', '-')} is for {kind}: leave one of them out")
-    begin_s, end_s = parse_span(options["window"])
-    return Source(
-        workload=options["workload"],
-        trace=options["trace"],
-        gaps=options["arrivals"],
-        divisor=options["scale_lengths"],
-        share=options["thin"],
-        tick_s=options["spread_ticks"],
-        from_s=begin_s,
-        to_s=end_s,
-        seed=options["seed"],
-    )
+    return source_options(command)
 
 
 def target_options(options: dict[str, Any], source: Source, limits: Limits) -> TargetOptions:
@@ -239,19 +197,6 @@ def rates_of(options: dict[str, Any]) -> list[float | None]:
     if len(rates) > 1 and not options["sweep"]:
         raise ConfigError("--rate takes one number; several are a --sweep")
     return list(rates)
-
-
-def parse_span(text: str | None) -> tuple[float, float]:
-    if text is None:
-        return 0.0, math.inf
-    begin, _, end = text.partition(":")
-    try:
-        span = float(begin or 0.0), float(end or math.inf)
-    except ValueError:
-        span = math.inf, 0.0
-    if not 0.0 <= span[0] < span[1]:
-        raise ConfigError(f"--window {text}: use FROM:TO in seconds, such as 810:1410")
-    return span
 
 
 def parse_object(text: str | None) -> dict[str, Any]:

@@ -13,26 +13,25 @@ import click
 
 from nodeserve.cli.show import show_table
 from nodeserve.cli.simulate import plain_table
+from nodeserve.cli.sources import dropped_words, source_of, source_options, source_words
 from nodeserve.config import parse_slo
 from nodeserve.errors import ConfigError
 from nodeserve.plan.affinity import Placement, place
-from nodeserve.plan.evaluate import Question
+from nodeserve.plan.evaluate import Question, requests_of
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.named import NAMED, Named, workload_named
+from nodeserve.plan.named import workload_named
 from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
-from nodeserve.plan.records import Arrival
-from nodeserve.plan.scaling import fit_context
+from nodeserve.plan.requests import Source, described
 from nodeserve.plan.verdict import Verdict, start_command, verdict
-from nodeserve.plan.workloads import read_trace
-from nodeserve.policy.profile import Family
 from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ALGORITHMS = ("search", "high", "low")
+LOOK = 1000  # requests whose statistics are told
 MIN_TRACE = 100  # requests: with fewer, a share of them says little
 
 
@@ -41,17 +40,7 @@ MIN_TRACE = 100  # requests: with fewer, a share of them says little
 @click.option("--profile", required=True, help="What passes cost: a name, see `simulate --help`.")
 @click.option("--gpus", "num_gpus", type=int, required=True, help="How many there are.")
 @click.option("--slo", help="Such as ttft=500ms,tpot=50ms. [default: the workload's own]")
-@click.option(
-    "--workload",
-    default="chat",
-    show_default=True,
-    help=f"{', '.join(NAMED)}, or synthetic(IN,OUT).",
-)
-@click.option(
-    "--trace",
-    type=click.Path(path_type=Path),
-    help="CSV file with arrival_s,input_tokens,output_tokens, instead.",
-)
+@source_options
 @click.option(
     "--algorithm",
     type=click.Choice(ALGORITHMS),
@@ -67,7 +56,6 @@ MIN_TRACE = 100  # requests: with fewer, a share of them says little
 @click.option("--effort", type=click.Choice(tuple(EFFORTS)), default="normal", show_default=True)
 @click.option("--max-num-seqs", type=int, help="In one decode step. [default: the profile's]")
 @click.option("--noise", type=float, help="Deviation of passes. [default: the profile's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of requests and noise.")
 @click.option("--processes", type=click.IntRange(min=1), help="[default: one for each core]")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw it: a .png or .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
@@ -81,6 +69,7 @@ def plan(
     """
     question = question_of(options)
     check_together(options, figure)
+    check_requests(question)
     effort, began_s = EFFORTS[options["effort"]], time.monotonic()
     with searching(processes) as run, progress(as_json) as tell:
         if options["algorithm"] != "search":
@@ -104,7 +93,7 @@ def plan(
 
 def question_of(options: dict[str, Any]) -> Question:
     """ConfigError says which option cannot be."""
-    trace, noise, goal = options["trace"], options["noise"], options["goal"]
+    noise, goal = options["noise"], options["goal"]
     if not 0.0 < goal < 1.0:
         raise ConfigError(f"--goal {goal:g}: use a share between 0 and 1, such as 0.9")
     if noise is not None and not 0.0 <= noise <= 1.0:
@@ -115,15 +104,11 @@ def question_of(options: dict[str, Any]) -> Question:
     num_seqs = options["max_num_seqs"]
     if num_seqs is not None and num_seqs < 1:
         raise ConfigError(f"--max-num-seqs {num_seqs}: use 1 or more")
-    model = profile_or_family(options["profile"])
-    of_rank = next(iter(model.shapes.values())) if isinstance(model, Family) else model
-    traffic: Named | tuple[Arrival, ...] = (
-        trace_of(trace, of_rank.max_model_len) if trace else workload_named(options["workload"])
-    )
+    source = source_of(options)
     return Question(
-        model=model,
-        traffic=traffic,
-        slo=slo_of(options["slo"], traffic),
+        model=profile_or_family(options["profile"]),
+        traffic=source,
+        slo=slo_of(options["slo"], source),
         num_gpus=options["num_gpus"],
         eps=eps_of(options["eps"]),
         plain=options["startable"],
@@ -131,7 +116,24 @@ def question_of(options: dict[str, Any]) -> Question:
         seed=options["seed"],
         noise=noise,
         max_num_seqs=num_seqs,
+        max_model_len=options["max_model_len"],
     )
+
+
+def check_requests(question: Question) -> None:
+    """Says on stderr how many requests fit no context, since no layout can serve these; ConfigError
+    where a trace is too short to tell anything."""
+    if not isinstance(question.traffic, Source):
+        return
+    requests = requests_of(question.traffic, question.context)
+    if requests.dropped_share:
+        words = dropped_words(requests.dropped_share)
+        click.echo(f"note: context {question.context}: {words}", err=True)
+    if requests.num_available is not None and requests.num_available < MIN_TRACE:
+        raise ConfigError(
+            f"trace {question.traffic.trace} has {requests.num_available} requests: a plan needs"
+            f" {MIN_TRACE} or more"
+        )
 
 
 def check_together(options: dict[str, Any], figure: Path | None) -> None:
@@ -147,30 +149,12 @@ def check_together(options: dict[str, Any], figure: Path | None) -> None:
         check_drawing(figure)
 
 
-def slo_of(text: str | None, traffic: Named | tuple[Arrival, ...]) -> Slo:
+def slo_of(text: str | None, source: Source) -> Slo:
     """The one given, else the workload's."""
     if text is None:
-        return traffic.slo if isinstance(traffic, Named) else Slo()
+        return Slo() if source.trace else workload_named(source.workload).slo
     limits = parse_slo(text)
     return Slo(*(limits[name] / 1e3 if name in limits else None for name in ("ttft_ms", "tpot_ms")))
-
-
-def trace_of(path: Path, max_tokens: int) -> tuple[Arrival, ...]:
-    """Those of a trace that fit the context, as `nodeserve bench` sends them; says on stderr how
-    many do not, since no layout can serve these."""
-    everything = read_trace(path)
-    arrivals = fit_context(everything, max_tokens)
-    if dropped := len(everything) - len(arrivals):
-        click.echo(
-            f"note: {dropped} of {len(everything)} requests do not fit the context of"
-            f" {max_tokens} tokens and were left out",
-            err=True,
-        )
-    if len(arrivals) < MIN_TRACE:
-        raise ConfigError(
-            f"trace {path} has {len(arrivals)} requests: a plan needs {MIN_TRACE} or more"
-        )
-    return tuple(arrivals)
 
 
 def eps_of(text: str) -> tuple[int, ...]:
@@ -222,7 +206,7 @@ def heading(question: Question, profile: str) -> str:
         if limit_s is not None
     )
     traffic = question.traffic
-    what = traffic.name if isinstance(traffic, Named) else f"{len(traffic)} requests of a trace"
+    what = source_words(traffic) if isinstance(traffic, Source) else f"{len(traffic)} requests"
     return (
         f"{profile} on {question.num_gpus} GPUs, {what}; {question.goal:.0%} of the requests with"
         f" {limits}"
@@ -269,9 +253,13 @@ def as_numbers(
 ) -> dict[str, Any]:
     """Everything, for a program."""
     question, best = report.question, report.best
+    source = question.traffic
+    assert isinstance(source, Source)
+    requests = requests_of(source, question.context)
     return {
         "profile": profile,
-        "workload": question.traffic.name if isinstance(question.traffic, Named) else "trace",
+        "workload": "trace" if source.trace else source.workload,
+        "requests": described(source, requests, requests.first(LOOK, 1.0)),
         "slo": asdict(question.slo),
         "num_gpus": question.num_gpus,
         "goal": question.goal,

@@ -79,9 +79,8 @@ def node_settings(command: Command) -> Command:
     "--transit",
     "transit_ms",
     type=float,
-    default=2.5,
-    show_default=True,
-    help="Milliseconds of a message from the coordinator to a worker, or back.",
+    help="Milliseconds of a message from the coordinator to a worker, or back. [default: the"
+    " profile's]",
 )
 @click.option("--lose-reports", type=float, default=0.0, help="Share of prefill passes not told.")
 @click.option("--kill", help="INSTANCE@SECONDS: from then on it is silent.")
@@ -136,7 +135,7 @@ def scenario_of(options: dict[str, Any]) -> tuple[Scenario, dict[str, float]]:
         config.max_num_batched_tokens or profile.max_num_batched_tokens,
     )
     allocation = options["prefill_allocation"]
-    noise, loss = options["noise"], options["lose_reports"]
+    noise, loss, transit_ms = options["noise"], options["lose_reports"], options["transit_ms"]
     if noise is not None and not 0.0 <= noise <= 1.0:
         raise ConfigError(f"--noise {noise:g}: use 0 to 1, such as 0.03")
     if not 0.0 <= loss <= 1.0:
@@ -150,7 +149,7 @@ def scenario_of(options: dict[str, Any]) -> tuple[Scenario, dict[str, float]]:
         block_size=config.block_size,
         seed=config.seed,
         noise=noise,
-        transit_s=options["transit_ms"] / 1e3,
+        transit_s=None if transit_ms is None else transit_ms / 1e3,
         faults=faults_of(options["kill"], loss),
         engine=Engine(options["delay_passes"]),
     )

@@ -13,9 +13,9 @@ from nodeserve.loadgen.fleet import DRAIN_S, Fleet, Watcher
 from nodeserve.loadgen.limits import Limits
 from nodeserve.loadgen.measure import MAX_LATE_S, Report, counts, is_good, measure
 from nodeserve.loadgen.records import Sample, Unloaded
-from nodeserve.loadgen.requests import Requests
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
 from nodeserve.plan.records import Arrival
+from nodeserve.plan.requests import Requests
 from nodeserve.plan.search import Found, Probe, SearchOptions, find_goodput
 
 UNLOADED_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the prompts' lengths, each asked alone

@@ -18,21 +18,19 @@ from math import ceil
 
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Group, Layout, Shape, parse_layout
+from nodeserve.plan.bounds import SLACK, capacity
 from nodeserve.plan.candidates import Candidate, Kind
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.named import Named
 from nodeserve.plan.planner import Effort, Estimate, Planner, Run, Tell
-from nodeserve.plan.records import Arrival
-from nodeserve.plan.workloads import Lengths
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
 
 FREE = Shape(tp=512)  # the shape of a prefill instance that takes no time
-ONE_TOKEN = Lengths("fixed", 1)
 INSTANT = StepCost(1e-6, 1e-6, 0.0, 0.0, 0.0, 0.0)
 AT_ONCE = 1e30  # bytes a second
+MOST_GPUS = 128  # that are simulated as a whole
 ROOM = 4  # times what the decode instance holds
 
 
@@ -71,10 +69,35 @@ def place(
     run: Run,
     tell: Tell = lambda _: None,
 ) -> Placement:
-    """`algorithm` is high or low; `rate` the traffic to serve, None: what the GPUs can."""
+    """`algorithm` is high or low; `rate` the traffic to serve, None: what the GPUs can. ConfigError
+    for a rate that needs far more GPUs than can be looked at as a whole."""
+    if rate is not None:
+        _check_rate(question, effort, rate)
     if algorithm == "high":
         return _high(question, rate, effort, run, tell)
     return _low(question, rate, effort, run, tell)
+
+
+def _check_rate(question: Question, effort: Effort, rate: float) -> None:
+    """By what GPUs do at most on paper, before anything is simulated."""
+    planner = Planner(question, effort)
+    found = [
+        (capacity(one, planner.demand, question.slo, _budget(question), question.num_seqs), one)
+        for one in planner.kinds
+    ]
+    prefill = max(one.prefill / kind.num_gpus for one, kind in found)
+    decode = max(one.decode / kind.num_gpus for one, kind in found)
+    if not prefill * decode:
+        return  # said later, in other words
+    _check_size(rate, ceil(rate * question.goal / SLACK * (1.0 / prefill + 1.0 / decode)))
+
+
+def _check_size(rate: float, num_gpus: int) -> None:
+    if num_gpus > MOST_GPUS:
+        raise ConfigError(
+            f"--rate {rate:g} needs {num_gpus} GPUs or more, and up to {MOST_GPUS} are simulated as"
+            " a whole: divide the rate by a number of nodes"
+        )
 
 
 # ---- high node affinity
@@ -104,6 +127,8 @@ def _high(
         )
     )
     num_gpus = counts[0] * prefill.num_gpus + counts[1] * decode.num_gpus
+    if rate is not None:
+        _check_size(rate, num_gpus)
     guess = min(counts[0] * prefill.goodput, counts[1] * decode.goodput)
     estimate = _whole(replace(question, num_gpus=num_gpus), str(layout), guess, effort, run)
     return Placement("high", str(layout), num_gpus, estimate, tuple(phases))
@@ -134,9 +159,7 @@ def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run:
     the limit of the TTFT; or prompts that take no time, under that of the TPOT."""
     slo = question.slo
     if role is Role.PREFILL:
-        alone = replace(
-            question, slo=Slo(ttft_s=slo.ttft_s, e2e_s=slo.e2e_s), traffic=_one_token(question)
-        )
+        alone = replace(question, slo=Slo(ttft_s=slo.ttft_s, e2e_s=slo.e2e_s), one_token=True)
         layout = str(Layout((Group(1, Role.MIXED, kind.shape),)))
     else:
         alone = replace(question, slo=Slo(tpot_s=slo.tpot_s, e2e_s=slo.e2e_s))
@@ -148,12 +171,6 @@ def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run:
     alone = replace(alone, num_gpus=kind.num_gpus + (role is Role.DECODE) * FREE.num_workers)
     estimate = _whole(alone, layout, 0.0, effort, run)
     return Phase(role, kind.shape, kind.num_gpus, estimate.goodput)
-
-
-def _one_token(question: Question) -> Named | tuple[Arrival, ...]:
-    if isinstance(question.traffic, Named):
-        return replace(question.traffic, output=ONE_TOKEN)
-    return tuple(one._replace(num_output_tokens=1) for one in question.traffic)
 
 
 def _free_prefill(kind: Kind) -> Family:
@@ -177,8 +194,13 @@ def _free_prefill(kind: Kind) -> Family:
 
 def _whole(question: Question, layout: str, guess: float, effort: Effort, run: Run) -> Estimate:
     """One layout, simulated."""
-    budget = max(question.any_profile.max_num_batched_tokens, question.num_seqs)
-    return Planner(question, effort, run).alone(Candidate(layout, budget), guess)
+    candidate = Candidate(layout, _budget(question), question.dispatch.window_s)
+    return Planner(question, effort, run).alone(candidate, guess)
+
+
+def _budget(question: Question) -> int:
+    chosen = question.max_num_batched_tokens
+    return chosen or max(question.any_profile.max_num_batched_tokens, question.num_seqs)
 
 
 # ---- low node affinity
@@ -186,11 +208,12 @@ def _whole(question: Question, layout: str, guess: float, effort: Effort, run: R
 
 def _low(question: Question, rate: float | None, effort: Effort, run: Run, tell: Tell) -> Placement:
     planner = Planner(question, effort, run, tell)
-    budget = question.any_profile.max_num_batched_tokens
+    budget, window_s = _budget(question), question.dispatch.window_s
     pairs = [
         Candidate(
             str(Layout((Group(1, Role.PREFILL, one.shape), Group(1, Role.DECODE, two.shape)))),
-            max(budget, question.num_seqs),
+            budget,
+            window_s,
         )
         for one in planner.kinds
         for two in planner.kinds
@@ -205,6 +228,8 @@ def _low(question: Question, rate: float | None, effort: Effort, run: Run, tell:
     unit = parse_layout(best.candidate.layout)
     groups = Layout(tuple(replace(one, count=number * one.count) for one in unit.groups))
     num_gpus = number * best.num_gpus
+    if rate is not None:
+        _check_size(rate, num_gpus)
     whole = _whole(
         replace(question, num_gpus=num_gpus), str(groups), number * best.goodput, effort, run
     )

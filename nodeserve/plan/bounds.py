@@ -11,7 +11,7 @@ The bounds are generous: queues, noise, handoffs and uneven loads only make it w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import ceil, inf
 
 from nodeserve.layout import parse_layout
@@ -62,7 +62,19 @@ class Capacity:
 
 def capacity(kind: Kind, demand: Demand, slo: Slo, budget: int, max_num_seqs: int) -> Capacity:
     """Of an instance of this kind with so many tokens a pass."""
-    profile, cost = kind.profile, kind.profile.cost
+    cost = kind.profile.cost
+    found = _capacity(kind, cost, demand, slo, budget, max_num_seqs)
+    if not cost.floor:
+        return found
+    # A pass takes the longer of the two, so each of them is a bound.
+    least = _capacity(kind, cost.floor, demand, slo, budget, max_num_seqs)
+    return Capacity(*map(min, astuple(found), astuple(least)))
+
+
+def _capacity(
+    kind: Kind, cost: StepCost, demand: Demand, slo: Slo, budget: int, max_num_seqs: int
+) -> Capacity:
+    profile = kind.profile
     lanes = profile.num_stages * kind.shape.ep
     token_s = cost.token_s + cost.expert_token_s
     prefill_s = token_s * demand.prompt + cost.attention_s * demand.prompt_pairs

@@ -98,17 +98,25 @@ def split_layouts(kinds: Sequence[Kind], num_gpus: int) -> Iterator[Layout]:
                     )
 
 
-def all_candidates(kinds: Sequence[Kind], num_gpus: int, max_num_seqs: int) -> list[Candidate]:
+def all_candidates(
+    kinds: Sequence[Kind],
+    num_gpus: int,
+    max_num_seqs: int,
+    chunk: int | None = None,
+    window_s: float | None = None,
+) -> list[Candidate]:
     """Mixed and split layouts; the mixed ones with several sizes of a chunk, which decides how long
-    a prompt holds up those that decode beside it."""
+    a prompt holds up those that decode beside it, unless it is given."""
     budget = max(kind.profile.max_num_batched_tokens for kind in kinds)
+    sizes = [chunk] if chunk else chunks(budget, MIXED_CHUNKS, max_num_seqs)
     mixed = [
-        Candidate(str(layout), chunk)
+        Candidate(str(layout), size, window_s)
         for layout in mixed_layouts(kinds, num_gpus)
-        for chunk in chunks(budget, MIXED_CHUNKS, max_num_seqs)
+        for size in sizes
     ]
-    whole = max(budget, max_num_seqs)
-    return mixed + [Candidate(str(layout), whole) for layout in split_layouts(kinds, num_gpus)]
+    whole = chunk or max(budget, max_num_seqs)
+    split = split_layouts(kinds, num_gpus)
+    return mixed + [Candidate(str(layout), whole, window_s) for layout in split]
 
 
 def chunks(budget: int, factors: Iterable[float], max_num_seqs: int) -> list[int]:
@@ -150,15 +158,18 @@ def _moved(groups: tuple[Group, ...], source: Group, role: Role) -> Layout | Non
     return None
 
 
-def variations(candidate: Candidate, max_num_seqs: int) -> list[Candidate]:
+def variations(
+    candidate: Candidate, max_num_seqs: int, keep_chunk: bool = False, keep_window: bool = False
+) -> list[Candidate]:
     """The same layout with other chunks, and without the window where there is one."""
-    sizes = chunks(candidate.max_num_batched_tokens, (0.5, 2.0, 4.0), max_num_seqs)
+    factors = () if keep_chunk else (0.5, 2.0, 4.0)
+    sizes = chunks(candidate.max_num_batched_tokens, factors, max_num_seqs)
     tried = [
         replace(candidate, max_num_batched_tokens=size)
         for size in sizes
         if size != candidate.max_num_batched_tokens
     ]
     prefilling = [role for role in parse_layout(candidate.layout).roles if role is not Role.DECODE]
-    if len(prefilling) > 1:
+    if len(prefilling) > 1 and candidate.window_s is None and not keep_window:
         tried.append(replace(candidate, window_s=0.0))
     return tried

@@ -7,23 +7,25 @@ Candidates see the same requests: gaps and lengths come from streams that depend
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 from nodeserve.errors import ConfigError
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
-from nodeserve.plan.named import Named
 from nodeserve.plan.records import Arrival, Outcome, Scenario, Served
+from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.search import Found, Probe, SearchOptions, find_goodput
 from nodeserve.plan.simulator import simulate
 from nodeserve.plan.summary import kept
-from nodeserve.plan.workloads import Workload, at_rate, generate
+from nodeserve.plan.workloads import at_rate
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.policy.units import DispatchOptions
 
 STAYS = 4.0  # a run lasts so many stays of a request that just meets its limits
 FIRST_LOOK = 0.3  # of a run: enough to see that a rate is far too high
+DISPATCH = DispatchOptions()
 FLOW = FlowOptions(4096, 1 << 22)  # a server's own bounds
 
 
@@ -32,7 +34,7 @@ class Question:
     """What a layout is wanted for."""
 
     model: Profile | Family
-    traffic: Named | tuple[Arrival, ...]  # a kind of requests, or a trace
+    traffic: Source | tuple[Arrival, ...]
     slo: Slo
     num_gpus: int
     eps: tuple[int, ...] = (1,)  # expert parallel degrees to try
@@ -40,15 +42,25 @@ class Question:
     goal: float = GOAL
     confidence: float = CONFIDENCE
     seed: int = 0
-    transit_s: float = 0.0025  # as a Scenario
+    transit_s: float | None = None  # None: the profile's
     noise: float | None = None
     max_num_seqs: int | None = None  # None: the profile's
+    max_model_len: int | None = None  # likewise; longer requests are left out of a source
+    max_num_batched_tokens: int | None = None  # None: what is best
+    dispatch: DispatchOptions = DISPATCH  # a window other than auto is kept
+    decode_allocation: str = "cost"
+    one_token: bool = False  # requests end with their first
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise ConfigError(f"--gpus {self.num_gpus}: use 1 or more")
         if self.slo.ttft_s is None and self.slo.tpot_s is None and self.slo.e2e_s is None:
             raise ConfigError("a plan needs limits: give --slo such as ttft=500ms,tpot=50ms")
+        if (self.max_num_batched_tokens or self.num_seqs) < self.num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) is below"
+                f" --max-num-seqs ({self.num_seqs}): a step could not hold them all"
+            )
 
     @property
     def any_profile(self) -> Profile:
@@ -60,25 +72,26 @@ class Question:
     def num_seqs(self) -> int:
         return self.max_num_seqs or self.any_profile.max_num_seqs
 
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its output may have."""
+        return self.max_model_len or self.any_profile.max_model_len
+
     def requests(self, rate: float, num_requests: int) -> list[Arrival]:
         """The first so many, so many a second; a trace has no more than it has."""
-        if not isinstance(self.traffic, Named):
-            return [
-                one._replace(ttft_slo_s=self.slo.ttft_s, tpot_slo_s=self.slo.tpot_s)
-                for one in at_rate(self.traffic[:num_requests], rate)
-            ]
-        named = self.traffic
-        workload = Workload(
-            rate,
-            num_requests,
-            named.prompt,
-            named.output,
-            named.gaps,
-            self.seed,
-            self.slo.ttft_s,
-            self.slo.tpot_s,
-        )
-        return generate(workload, self.any_profile.max_model_len)
+        if isinstance(self.traffic, Source):
+            arrivals = requests_of(self.traffic, self.context).first(num_requests, rate)
+        else:
+            arrivals = at_rate(self.traffic[:num_requests], rate)
+        slo, one_token = self.slo, self.one_token
+        return [
+            one._replace(
+                num_output_tokens=1 if one_token else one.num_output_tokens,
+                ttft_slo_s=slo.ttft_s,
+                tpot_slo_s=slo.tpot_s,
+            )
+            for one in arrivals
+        ]
 
     def lengths(self, num_requests: int = 1000) -> list[tuple[int, int]]:
         """Prompt and output tokens of a sample."""
@@ -92,16 +105,24 @@ class Question:
         return Scenario(
             layout=candidate.layout,
             profile=self.model,
-            dispatch=DispatchOptions(
+            dispatch=replace(
+                self.dispatch,
                 window_s=candidate.window_s,
                 budget=candidate.max_num_batched_tokens,
                 max_num_seqs=self.num_seqs,
             ),
+            decode_allocation=self.decode_allocation,
             flow=FLOW,
             seed=self.seed,
             noise=self.noise,
             transit_s=self.transit_s,
         )
+
+
+@lru_cache(maxsize=4)
+def requests_of(source: Source, max_tokens: int) -> Requests:
+    """Drawn or read once in a process: a search asks for them again and again."""
+    return Requests(source, max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

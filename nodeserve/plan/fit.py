@@ -1,14 +1,14 @@
 """A cost model from measured passes: policy.cost's formula, fitted to what workers reported.
 
-Errors count as shares of what a pass took, and no coefficient is negative. Passes without prefill
-come first; where two lines, one for small batches and one for large, are clearly better than one,
-the larger batches get their own (other kernels, or arithmetic instead of memory as the limit).
-Passes with prefill then give the rest.
+Errors count as shares of what a pass took, and no coefficient is negative. All passes give one
+line; where few tokens take a floor's time instead (weights are read, however little is done with
+them), two lines of which a pass takes the longer one are clearly better, and are what is returned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
+from operator import mul
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -16,9 +16,10 @@ from nodeserve.errors import ConfigError
 from nodeserve.policy.cost import RankWork, StepCost
 
 LEAST_PASSES = 8  # of a kind
+ROUNDS = 3  # of giving passes to the line that says more, and fitting again
 TRIMS = 3  # rounds of leaving out what is far off
 FAR = 4.0  # usual errors
-BETTER = 0.75  # of one line's error that two must be below
+BETTER = 0.9  # of one line's error that two must be below
 GOOD = 0.01  # an error with which one line will do
 TO_SPREAD = 1.4826  # a normal distribution's deviation over its median absolute error
 
@@ -48,14 +49,15 @@ def fit_cost(passes: Sequence[Timed], gap_s: float = 0.0) -> StepCost:
             raise ConfigError(
                 f"only {len(found)} {kind} passes were measured, {LEAST_PASSES} are needed"
             )
-    small, large, from_seqs = _decode_lines(decodes)
-    first = _with_prefill(prefills, small, gap_s)
-    if large is None:
-        return first
-    other = _with_prefill(prefills, large, gap_s)
-    other = replace(other, prefill_fix_s=first.prefill_fix_s, token_s=first.token_s)
-    other = replace(other, attention_s=first.attention_s)
-    return replace(first, large=other, large_seqs=from_seqs)
+    rows = [(_features(one.work), one.seconds) for one in prefills + decodes]
+    line = _robust(rows)
+    error = _error(rows, [line])
+    if error < GOOD:
+        return _cost(line, gap_s)
+    lines = min(_pairs(rows), key=lambda pair: _error(rows, pair), default=[line])
+    if _error(rows, lines) > BETTER * error:
+        return _cost(line, gap_s)
+    return replace(_cost(lines[0], gap_s), floor=_cost(lines[1], gap_s))
 
 
 def spread_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> float:
@@ -65,19 +67,17 @@ def spread_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> fl
 
 
 def errors_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> Errors | None:
-    """Of passes of the same group, batch and prompt tokens together; None without any."""
+    """Of passes of the same experiment and about the same work, between powers of two, together;
+    None without any."""
     groups: dict[tuple[str, int, int], list[Timed]] = {}
     for one in passes:
-        groups.setdefault((one.group, one.work.prefill_tokens, one.work.num_decodes), []).append(
-            one
-        )
+        alike = one.work.prefill_tokens.bit_length(), one.work.num_decodes.bit_length()
+        groups.setdefault((one.group, *alike), []).append(one)
     if not groups:
         return None
     off = []
     for group in groups.values():
-        measured = median(one.seconds for one in group) + gap_s
-        predicted = median(cost.pass_s([one.work]) for one in group)
-        off.append(abs(predicted / measured - 1.0))
+        off.append(abs(median(_off(one, cost, gap_s) for one in group)))
     return Errors(fmean(off), max(off), len(off))
 
 
@@ -85,106 +85,101 @@ def _off(one: Timed, cost: StepCost, gap_s: float) -> float:
     return cost.pass_s([one.work]) / (one.seconds + gap_s) - 1.0
 
 
-Line = tuple[float, float, float]  # seconds of a decode pass, of a sequence, of a context token
+Line = tuple[float, ...]  # seconds of: a pass with prefill, one without, and what RankWork counts
 
 
-def _decode_lines(passes: Sequence[Timed]) -> tuple[Line, Line | None, int]:
-    """One line or two, and the batch from which on the second holds."""
-    whole, error = _decode_line(passes)
-    sizes = sorted({one.work.num_decodes for one in passes})
-    best: tuple[float, Line, Line, int] | None = None
-    for size in sizes[1:]:
-        below = [one for one in passes if one.work.num_decodes < size]
-        above = [one for one in passes if one.work.num_decodes >= size]
-        if min(len(below), len(above)) < LEAST_PASSES:
-            continue
-        (small, small_off), (large, large_off) = _decode_line(below), _decode_line(above)
-        both = (small_off * len(below) + large_off * len(above)) / len(passes)
-        if best is None or both < best[0]:
-            best = (both, small, large, size)
-    if best is None or error < GOOD or best[0] > BETTER * error:
-        return whole, None, 0
-    return best[1], best[2], best[3]
+def _features(work: RankWork) -> Line:
+    prefills = 1.0 if work.prefill_tokens else 0.0
+    return (prefills, 1.0 - prefills, *map(float, work))
 
 
-def _decode_line(passes: Sequence[Timed]) -> tuple[Line, float]:
-    """And its mean relative error."""
-    rows = [
-        ((1.0, float(one.work.num_decodes), float(one.work.kv_tokens)), one.seconds)
-        for one in passes
-    ]
-    line, error = _robust(rows)
-    return (line[0], line[1], line[2]), error
+def _cost(line: Line, gap_s: float) -> StepCost:
+    prefill_fix_s, decode_fix_s, token_s, attention_s, seq_s, kv_s = line
+    return StepCost(prefill_fix_s + gap_s, decode_fix_s + gap_s, token_s, attention_s, seq_s, kv_s)
 
 
-def _with_prefill(passes: Sequence[Timed], decode: Line, gap_s: float) -> StepCost:
-    """The terms of prefill, when those of decodes in the same pass are known."""
-    fix_s, seq_s, kv_s = decode
-    rows = []
-    for one in passes:
-        own_s = seq_s * one.work.num_decodes + kv_s * one.work.kv_tokens
-        features = (1.0, float(one.work.prefill_tokens), one.work.attention)
-        # What decodes are said to take is never most of a pass with prompts in it.
-        rows.append((features, max(one.seconds - own_s, one.seconds / 2)))
-    (prefill_fix_s, token_s, attention_s), _ = _robust(rows)
-    return StepCost(prefill_fix_s + gap_s, fix_s + gap_s, token_s, attention_s, seq_s, kv_s)
+Row = tuple[Line, float]  # features and seconds
 
 
-Row = tuple[tuple[float, ...], float]
+def _pairs(rows: Sequence[Row]) -> Iterator[list[Line]]:
+    """Lines for many tokens and for few, for each number of tokens from which they may be many."""
+    tokens = [features[2] + features[4] for features, _ in rows]
+    for power in range(1, int(max(tokens)).bit_length()):
+        few = [number < 1 << power for number in tokens]
+        for _ in range(ROUNDS):
+            # What few tokens take beside the fixed part is little, and no reason to let it grow.
+            floor_rows = [
+                ((*features[:2], 0.0, 0.0, *features[4:]), seconds)
+                for (features, seconds), one in zip(rows, few, strict=True)
+                if one
+            ]
+            main_rows = [row for row, one in zip(rows, few, strict=True) if not one]
+            if min(len(floor_rows), len(main_rows)) < LEAST_PASSES:
+                break
+            main, floor = _robust(main_rows), _robust(floor_rows)
+            yield [main, floor]
+            few = [_dot(floor, features) > _dot(main, features) for features, _ in rows]
 
 
-def _robust(rows: Sequence[Row]) -> tuple[tuple[float, ...], float]:
+def _error(rows: Sequence[Row], lines: Sequence[Line]) -> float:
+    """Mean relative error of the longest of the lines; what is far off counts as just that far."""
+    off = [_miss(row, lines) for row in rows]
+    far = FAR * TO_SPREAD * median(off) + 1e-9
+    return fmean(min(one, far) for one in off)
+
+
+def _miss(row: Row, lines: Sequence[Line]) -> float:
+    features, seconds = row
+    return abs(max(_dot(line, features) for line in lines) / seconds - 1.0)
+
+
+def _robust(rows: Sequence[Row]) -> Line:
     """Weights of the features, none negative, by least relative squares; rows that are far from the
-    fit are left out and it is made again. And the mean relative error of the rest."""
+    fit are left out and it is made again."""
     kept = list(rows)
     weights = _least_squares(kept)
     for _ in range(TRIMS):
-        off = [abs(_dot(weights, features) / seconds - 1.0) for features, seconds in kept]
-        usual = TO_SPREAD * median(off)
-        near = [row for row, one in zip(kept, off, strict=True) if one <= FAR * usual + 1e-9]
+        off = [_miss(row, [weights]) for row in kept]
+        far = FAR * TO_SPREAD * median(off) + 1e-9
+        near = [row for row, one in zip(kept, off, strict=True) if one <= far]
         if len(near) == len(kept) or len(near) < LEAST_PASSES:
             break
         kept = near
         weights = _least_squares(kept)
-    return weights, fmean(
-        abs(_dot(weights, features) / seconds - 1.0) for features, seconds in kept
-    )
+    return weights
 
 
-def _least_squares(rows: Sequence[Row]) -> tuple[float, ...]:
+def _least_squares(rows: Sequence[Row]) -> Line:
     """The best of all sets of features whose weights come out positive: they are few."""
     size = len(rows[0][0])
     scales = [max(features[i] for features, _ in rows) or 1.0 for i in range(size)]
-    scaled = [
-        [feature / scale / seconds for feature, scale in zip(features, scales, strict=True)]
-        for features, seconds in rows
+    columns = [
+        [features[i] / scales[i] / seconds for features, seconds in rows] for i in range(size)
     ]
-    best: tuple[float, tuple[float, ...]] = (float(len(rows)), (0.0,) * size)
+    products = [[sum(map(mul, one, other)) for other in columns] for one in columns]
+    sums = [sum(column) for column in columns]
+    best: tuple[float, Line] = (0.0, (0.0,) * size)
     for count in range(1, size + 1):
         for chosen in combinations(range(size), count):
-            solved = _solve([[row[i] for i in chosen] for row in scaled])
+            solved = _solve([[products[i][j] for j in chosen] + [sums[i]] for i in chosen])
             if solved is None or min(solved) < 0.0:
                 continue
-            full = [0.0] * size
-            for i, weight in zip(chosen, solved, strict=True):
-                full[i] = weight
-            loss = sum((_dot(full, row) - 1.0) ** 2 for row in scaled)
+            # Of squares, what is left of the rows' number: at the best weights they are this.
+            loss = -sum(weight * sums[i] for i, weight in zip(chosen, solved, strict=True))
             if loss < best[0]:
-                best = (loss, tuple(w / s for w, s in zip(full, scales, strict=True)))
+                full = dict(zip(chosen, solved, strict=True))
+                best = (loss, tuple(full.get(i, 0.0) / scales[i] for i in range(size)))
     return best[1]
 
 
-def _solve(rows: Sequence[Sequence[float]]) -> list[float] | None:
-    """Weights whose products with the rows are nearest to 1, by the normal equations; None where
-    the features do not tell them apart."""
-    size = len(rows[0])
-    matrix = [
-        [sum(row[i] * row[j] for row in rows) for j in range(size)] + [sum(row[i] for row in rows)]
-        for i in range(size)
-    ]
+def _solve(matrix: list[list[float]]) -> list[float] | None:
+    """The normal equations' solution, by elimination, in place; None where the features cannot be
+    told apart."""
+    size = len(matrix)
+    least = [1e-9 * matrix[i][i] for i in range(size)]
     for i in range(size):
         pivot = max(range(i, size), key=lambda r: abs(matrix[r][i]))
-        if abs(matrix[pivot][i]) < 1e-9 * max(abs(matrix[i][i]), 1e-300) or not matrix[pivot][i]:
+        if abs(matrix[pivot][i]) <= least[i]:
             return None
         matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
         for r in range(size):
@@ -194,5 +189,5 @@ def _solve(rows: Sequence[Sequence[float]]) -> list[float] | None:
     return [matrix[i][size] / matrix[i][i] for i in range(size)]
 
 
-def _dot(weights: Sequence[float], features: Sequence[float]) -> float:
-    return sum(weight * feature for weight, feature in zip(weights, features, strict=True))
+def _dot(weights: Line, features: Line) -> float:
+    return float(sum(map(mul, weights, features)))

@@ -139,7 +139,13 @@ class Planner:
     def plan(self) -> Report:
         """All four rounds."""
         question = self.question
-        candidates = all_candidates(self.kinds, question.num_gpus, question.num_seqs)
+        candidates = all_candidates(
+            self.kinds,
+            question.num_gpus,
+            question.num_seqs,
+            question.max_num_batched_tokens,
+            question.dispatch.window_s,
+        )
         self.tell(f"{len(candidates)} layouts")
         finalists: list[Estimate] = []
         for kind in ("mixed", "split"):
@@ -233,9 +239,12 @@ class Planner:
     def _climb(self, best: Estimate, finalists: Sequence[Estimate]) -> list[Estimate]:
         seen = {one.candidate for one in finalists}
         better: list[Estimate] = []
+        question = self.question
+        keep_chunk = question.max_num_batched_tokens is not None
+        keep_window = not question.dispatch.holds_door
         for _ in range(self.effort.moves):
             around = [
-                *variations(best.candidate, self.question.num_seqs),
+                *variations(best.candidate, question.num_seqs, keep_chunk, keep_window),
                 *self._moves(best.candidate),
             ]
             todo = [one for one in around if one not in seen]

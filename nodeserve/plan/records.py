@@ -64,7 +64,7 @@ class Scenario:
     block_size: int = 16  # tokens
     seed: int = 0
     noise: float | None = None  # standard deviation of a pass's factor; None: the profile's
-    transit_s: float = 0.0025  # one way, coordinator to worker and back
+    transit_s: float | None = None  # one way, coordinator to worker and back; None: the profile's
     faults: Faults = field(default_factory=Faults)
     engine: Engine = field(default_factory=Engine)
 
@@ -72,6 +72,11 @@ class Scenario:
     def resolved_profile(self) -> Profile:
         """That of the first instance. ConfigError if no profile has this name or shape."""
         return self.instances[0].profile
+
+    @property
+    def message_s(self) -> float:
+        """What a message takes."""
+        return self.resolved_profile.transit_s if self.transit_s is None else self.transit_s
 
     @property
     def instances(self) -> tuple[Simulated, ...]:

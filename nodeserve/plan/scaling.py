@@ -113,8 +113,8 @@ def fit_context(arrivals: Sequence[Arrival], max_tokens: int) -> list[Arrival]:
     ]
     if not fitting:
         raise ConfigError(
-            f"no request fits a context of {max_tokens} tokens: divide the lengths (bench has"
-            " --scale-lengths), or take a larger context"
+            f"no request fits a context of {max_tokens} tokens: divide the lengths"
+            " (--scale-lengths), or take a larger context"
         )
     return fitting
 

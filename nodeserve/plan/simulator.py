@@ -69,6 +69,7 @@ class Simulation:
 
     def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
         self.scenario = scenario
+        self.message_s = scenario.message_s
         self.clock = Clock()
         self.instances = build_instances(scenario)
         self.ranks = [rank for instance in self.instances for rank in instance.ranks]
@@ -87,19 +88,19 @@ class Simulation:
                 scenario.decode_allocation, scenario.dispatch.max_num_seqs, scenario.block_size
             ),
             scenario.block_size,
-            scenario.transit_s,
+            self.message_s,
         )
         self.handoffs.touched = self._touch
         self.handoffs.changed = self._changed
         self.handoffs.put_back = self._put_back
         self.supervisor = Supervisor(
-            self.clock, self.instances, scenario.transit_s, self._heard, self._lose
+            self.clock, self.instances, self.message_s, self._heard, self._lose
         )
         self.arrivals = sorted(arrivals, key=lambda arrival: arrival.arrived_s)
         if scenario.dispatch.holds_door:
             for instance in self.instances:
                 if instance.role is Role.PREFILL:
-                    instance.door_s = 4 * scenario.transit_s + 0.001
+                    instance.door_s = 4 * self.message_s + 0.001
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.passes: list[Pass] = []
@@ -217,7 +218,7 @@ class Simulation:
                 life.departed_s = now_s
                 life.prefill_worker = unit
             sent.append(life)
-        self.clock.after(self.scenario.transit_s, self._deliver, (departure.instance, sent))
+        self.clock.after(self.message_s, self._deliver, (departure.instance, sent))
 
     def _deliver(self, departed: tuple[int, list[Life]]) -> None:
         now_s = self.clock.now_s
@@ -253,7 +254,7 @@ class Simulation:
         done = instance.end()
         self.passes.append(instance.passes[-1])
         self._touched[instance] = None
-        self.clock.after(self.scenario.transit_s, self._report, (instance, done))
+        self.clock.after(self.message_s, self._report, (instance, done))
 
     def _report(self, told: tuple[Instance, InstanceDone]) -> None:
         """A pass's records, of all ranks. Lost ones take the news for the policy with them, not the

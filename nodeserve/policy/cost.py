@@ -9,7 +9,9 @@ collectives); it differs with and without prefill. The ranks of an expert-parall
 the slowest at every layer, hence the maximum; the experts' own work is spread over all of them.
 The prefill terms follow the cost model of the staggered batch scheduling study, the decode terms
 are those of DistServe's fits (time = a + b * context tokens + c * sequences). Those fits change at
-a batch size, where other kernels take over: `large` holds from there on.
+a batch size, where other kernels take over: `large` holds from there on. Where few tokens leave a
+pass waiting for its weights, arithmetic costs nothing until it takes longer than that: `floor` is
+what a pass takes at least, whatever the formula says.
 """
 
 from collections.abc import Sequence
@@ -55,6 +57,7 @@ class StepCost:
     expert_token_s: float = 0.0
     large: "StepCost | None" = None  # instead of this, once a rank decodes `large_seqs` or more
     large_seqs: int = 0
+    floor: "StepCost | None" = None
 
     def own_s(self, work: RankWork) -> float:
         """What a rank adds to its pass if it is the slowest."""
@@ -71,8 +74,9 @@ class StepCost:
             return self.large.pass_s(ranks)
         prefills = any(work.prefill_tokens for work in ranks)
         tokens = sum(work.prefill_tokens + work.num_decodes for work in ranks)
-        return (
+        pass_s = (
             (self.prefill_fix_s if prefills else self.decode_fix_s)
             + max(map(self.own_s, ranks))
             + self.expert_token_s * tokens / len(ranks)
         )
+        return max(pass_s, self.floor.pass_s(ranks)) if self.floor else pass_s

@@ -29,6 +29,7 @@ class Profile:
     max_model_len: int
     num_stages: int = 1
     num_gpus: int = 1
+    transit_s: float = 0.0025  # of a message from the coordinator to a worker, or back
 
 
 @dataclass(frozen=True, slots=True)

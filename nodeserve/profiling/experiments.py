@@ -4,20 +4,27 @@ Prompts alone, from one token to several chunks, show prefill; batches of sequen
 tokens, from one to as many as a step takes and with short and long contexts, show decode. Every
 worker gets the same at the same time, since a node that is worth its money has all of them busy,
 and they share memory and clocks. Sizes between those are held out: not fitted, only predicted.
+
+Whatever else runs on the machine makes passes longer, never shorter. So all experiments are made
+twice, some time apart, and where the two do not agree, again until the two shortest do; longer runs
+are dropped.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from math import ceil
+from statistics import median
 from typing import NamedTuple
 
 from nodeserve.plan.fit import Timed
 from nodeserve.policy.cost import RankWork
 from nodeserve.profiling.node import Node
+from nodeserve.types import Timings
 from nodeserve.wire.messages import StepDone
 
-WRITTEN = 12  # tokens of a sequence whose decode steps are timed
+WRITTEN = 12  # tokens of a sequence, from the end of the last prompt on, whose steps are timed
 WARM = 2  # first passes of anything, left out
-LARGEST = 8  # chunks that the prompts of one experiment may fill
+LARGEST = 16  # chunks that the prompts of one experiment may fill
 FIT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HELD_BATCHES = (3, 6, 12, 24, 48, 96, 192)
 FIT_PROMPTS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # in chunks
@@ -25,6 +32,8 @@ HELD_PROMPTS = (1 / 16, 3 / 16, 3 / 8, 3 / 4, 3.0)
 SHORT, LONG = 16, 1024  # tokens of context
 CONTIGUOUS = 0.5  # of a pass: a longer gap after it was a wait
 REPEATS = 3
+MOST_RUNS = 4  # of an experiment
+AGREE = 1.04  # times the shortest run
 
 Tell = Callable[[str], None]
 
@@ -39,15 +48,23 @@ class Experiment(NamedTuple):
     held_out: bool
 
 
+class Run(NamedTuple):
+    """An experiment, made once: its passes, and the gaps between them."""
+
+    timed: list[Timed]
+    gaps: list[float]
+    transits: list[float]  # of messages to workers with nothing to do, and back
+    busy_s: float  # all passes of all workers
+
+
 class Measured(NamedTuple):
-    """Passes to fit and to predict, what lies between passes of a busy worker, and handoffs as
-    (bytes, seconds), of both kinds."""
+    """Passes to fit and to predict, what lies between passes of a busy worker, and what a message
+    takes to an idle one, or back."""
 
     fit: list[Timed]
     held_out: list[Timed]
     gap_s: float
-    pulls: list[tuple[int, float]]
-    held_pulls: list[tuple[int, float]]
+    transit_s: float  # of a message, one way
 
 
 def experiments(
@@ -64,36 +81,59 @@ def experiments(
         for batch in batches:
             if batch > max_num_seqs:
                 continue
-            room = min(LARGEST * budget, num_kv_tokens * 3 // 4) // batch - WRITTEN
-            longest = min(LONG, room, max_model_len - WRITTEN)
+            most = WRITTEN + LARGEST
+            room = min(LARGEST * budget // batch, num_kv_tokens * 3 // 4 // batch - most)
+            longest = min(LONG, room, max_model_len - most)
             for prompt in dict.fromkeys((SHORT, longest)):
                 if SHORT <= prompt <= longest:
+                    # Who was first still writes when the last one's prompt is done.
+                    output = WRITTEN + ceil(batch * prompt / budget)
                     name = f"{batch} x {prompt}"
-                    found.append(Experiment(name, batch, prompt, WRITTEN, held_out))
+                    found.append(Experiment(name, batch, prompt, output, held_out))
     return found
 
 
 async def measure_passes(node: Node, num_workers: int, tell: Tell) -> Measured:
-    """All experiments, on all workers at once."""
+    """All experiments, on all workers at once, until their times are sure."""
     plan = node.plan
     planned = experiments(
         plan.max_num_batched_tokens, plan.max_num_seqs, plan.max_model_len, node.num_kv_tokens
     )
-    fit: list[Timed] = []
-    held: list[Timed] = []
-    gaps: list[float] = []
     await _send(node, num_workers, Experiment("warm", 2, SHORT, WRITTEN, held_out=False))
     node.heard()
-    for number, experiment in enumerate(planned, 1):
-        tell(f"{number} of {len(planned)}: {experiment.name}")
-        for _ in range(REPEATS if experiment.output == 1 else 1):
-            await _send(node, num_workers, experiment)
+    runs: dict[Experiment, list[Run]] = {one: [] for one in planned}
+    for number in range(1, MOST_RUNS + 1):
+        unsure = [one for one in planned if not sure(runs[one])]
+        for place, experiment in enumerate(unsure, 1):
+            tell(f"round {number}, {place} of {len(unsure)}: {experiment.name}")
+            timings: list[Timings] = []
+            for _ in range(REPEATS if experiment.output == 1 else 1):
+                timings += await _send(node, num_workers, experiment)
             steps, _ = node.heard()
-            timed, between = timed_passes(steps, experiment)
-            (held if experiment.held_out else fit).extend(timed)
-            gaps += between
-    gaps.sort()
-    return Measured(fit, held, gaps[len(gaps) // 2] if gaps else 0.0, [], [])
+            runs[experiment].append(run_of(steps, timings, experiment))
+    kept = {one: undisturbed(found) for one, found in runs.items()}
+    all_kept = [run for found in kept.values() for run in found]
+    gaps = [gap for run in all_kept for gap in run.gaps]
+    transits = [transit for run in all_kept for transit in run.transits]
+
+    def passes(held_out: bool) -> list[Timed]:
+        chosen = [run for one, found in kept.items() if one.held_out is held_out for run in found]
+        return [timed for run in chosen for timed in run.timed]
+
+    gap_s = median(gaps) if gaps else 0.0
+    return Measured(passes(False), passes(True), gap_s, median(transits))
+
+
+def sure(runs: Sequence[Run]) -> bool:
+    """Whether the two shortest agree, so that nothing held them up."""
+    shortest = sorted(run.busy_s for run in runs)[:2]
+    return len(shortest) == 2 and shortest[1] <= AGREE * shortest[0]
+
+
+def undisturbed(runs: Sequence[Run]) -> list[Run]:
+    """Those that agree with the shortest."""
+    shortest = min(run.busy_s for run in runs)
+    return [run for run in runs if run.busy_s <= AGREE * shortest]
 
 
 async def measure_handoffs(
@@ -102,7 +142,7 @@ async def measure_handoffs(
     """Copies from a prefill to a decode worker, of prompts of several lengths: to fit, held out."""
     plan = node.plan
     most = min(plan.max_model_len - 4, node.num_kv_tokens // 2)
-    sizes = [size for size in (64, 128, 256, 512, 1024, 2048, 4096) if size <= most]
+    sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size <= most]
     fit: list[tuple[int, float]] = []
     held: list[tuple[int, float]] = []
     for size in sizes:
@@ -115,27 +155,28 @@ async def measure_handoffs(
     return fit, held
 
 
-async def _send(node: Node, num_workers: int, experiment: Experiment) -> None:
+async def _send(node: Node, num_workers: int, experiment: Experiment) -> list[Timings]:
     """The experiment's requests on every worker, until all have ended."""
 
-    async def one(number: int) -> None:
+    async def one(number: int) -> Timings:
         # Ids that differ, so that no prefix is shared.
         ids = [(number * 31 + place) % 97 + 1 for place in range(experiment.prompt)]
-        await node.client.generate(
+        answer = await node.client.generate(
             ids, max_tokens=experiment.output, ignore_eos=True, temperature=0.0
         )
+        return answer.timings
 
-    calls: Sequence[Awaitable[None]] = [
+    calls: Sequence[Awaitable[Timings]] = [
         one(number) for number in range(experiment.batch * num_workers)
     ]
-    await asyncio.gather(*calls)
+    return await asyncio.gather(*calls)
 
 
-def timed_passes(
-    steps: Sequence[tuple[int, StepDone]], experiment: Experiment
-) -> tuple[list[Timed], list[float]]:
-    """Passes that had work, but for the first decode steps of each worker, and the gaps between
-    passes that follow each other."""
+def run_of(
+    steps: Sequence[tuple[int, StepDone]], timings: Sequence[Timings], experiment: Experiment
+) -> Run:
+    """Passes that had work, but for the first decode steps of each worker, the gaps between passes
+    that follow each other, and what messages took where each worker had one request."""
     timed: list[Timed] = []
     gaps: list[float] = []
     last: dict[int, StepDone] = {}
@@ -154,4 +195,6 @@ def timed_passes(
                 continue
         if work.prefill_tokens or work.num_decodes:
             timed.append(Timed(work, step.step_s, experiment.name))
-    return timed, gaps
+    alone = timings if experiment.batch == 1 else ()
+    transits = [(one.transit_s + one.return_s) / 2 for one in alone]
+    return Run(timed, gaps, transits, sum(step.step_s for _, step in steps))

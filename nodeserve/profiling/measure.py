@@ -83,6 +83,7 @@ def _profile(node: Node, name: str, measured: Measured) -> Profile:
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
+        transit_s=measured.transit_s,
     )
 
 

@@ -14,9 +14,9 @@ from nodeserve.loadgen.fleet import Fleet, Watcher
 from nodeserve.loadgen.limits import parse_limits
 from nodeserve.loadgen.measure import measure
 from nodeserve.loadgen.records import Sample
-from nodeserve.loadgen.requests import Requests, Source
 from nodeserve.loadgen.targets import TargetOptions
 from nodeserve.plan.goodput import Slo
+from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.search import SearchOptions
 from tests.fakes.known_server import Delays, OpenAIServer, SocketScript, Told, steady
 from tests.fakes.server import FakeServer

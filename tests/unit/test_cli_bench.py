@@ -16,10 +16,10 @@ from nodeserve.cli.bench_options import (
     limits_for,
     rates_of,
     search_options,
-    source_of,
     target_options,
 )
 from nodeserve.cli.bench_progress import Progress, live_line
+from nodeserve.cli.sources import source_of
 from nodeserve.errors import ConfigError
 from nodeserve.loadgen.limits import Limits
 from nodeserve.plan.goodput import Slo, Tally

@@ -1,6 +1,7 @@
 """`nodeserve plan`, and the plan that `start --layout auto` makes, on a cost model of a file."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,17 @@ from click.testing import CliRunner
 
 from nodeserve import profile_store
 from nodeserve.cli import auto, main
-from nodeserve.cli.plan import eps_of, trace_of
+from nodeserve.cli.plan import check_requests, eps_of
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.plan import planner
-from nodeserve.plan.planner import Effort
+from nodeserve.plan.candidates import all_candidates, variations
+from nodeserve.plan.evaluate import Question
+from nodeserve.plan.goodput import Slo
+from nodeserve.plan.planner import Effort, Planner
+from nodeserve.plan.requests import Source
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
 
@@ -81,23 +86,51 @@ def test_a_trace_is_planned_for_as_well(tmp_path: Path) -> None:
     numbers = json.loads(run(*ASKED, "--trace", str(trace), "--json"))
     assert numbers["workload"] == "trace"
     assert numbers["best"] == "2m"
-    trace.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows[:50]))
-    result = CliRunner().invoke(main, [*ASKED, "--trace", str(trace)])
+    short = tmp_path / "short.csv"
+    short.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows[:50]))
+    result = CliRunner().invoke(main, [*ASKED, "--trace", str(short)])
     assert "needs 100 or more" in result.output
 
 
-def test_requests_that_fit_no_context_are_left_out_of_a_trace(
+def test_requests_that_fit_no_context_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They would be misses of every layout."""
+    """They would be misses of every layout; `nodeserve bench` does not send them either."""
     trace = tmp_path / "trace.csv"
     rows = [f"{place},{500 if place % 2 else 70_000},4" for place in range(300)]
     trace.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows))
-    kept = trace_of(trace, MINE.max_model_len)
-    assert len(kept) == 150 and {one.num_prompt_tokens for one in kept} == {500}
-    assert "note: 150 of 300 requests do not fit" in capsys.readouterr().err
+    question = Question(MINE, Source(trace=trace), Slo(1.0, 1.0), 2)
+    check_requests(question)
+    assert {one.num_prompt_tokens for one in question.requests(1.0, 1000)} == {500}
+    assert "50.0% of the requests do not fit" in capsys.readouterr().err
+    long_chats = replace(question, traffic=Source("chat"), max_model_len=300)
+    check_requests(long_chats)
+    assert "of the requests do not fit" in capsys.readouterr().err
+    lengths = long_chats.lengths()
+    assert len(lengths) == 1000 and all(sum(pair) <= 300 for pair in lengths)
+    assert max(map(sum, lengths)) > 250  # left out, not cut
     with pytest.raises(ConfigError, match="no request fits a context of 100"):
-        trace_of(trace, 100)
+        check_requests(replace(question, max_model_len=100))
+
+
+def test_it_plans_for_the_requests_that_bench_sends() -> None:
+    scaled = ("--workload", "synthetic(4000,32)", "--scale-lengths", "8", "--thin", "0.5")
+    numbers = json.loads(run(*ASKED, *scaled, "--json"))
+    assert numbers["requests"]["prompt_tokens"] == 500
+    assert numbers["requests"]["output_tokens"] == 4
+    assert (numbers["requests"]["divisor"], numbers["requests"]["share"]) == (8.0, 0.5)
+
+
+@pytest.mark.parametrize("algorithm", ["high", "low"])
+def test_a_rate_for_a_data_centre_is_refused_at_once(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner.Planner, "estimate", None)  # nothing is simulated
+    words = [*ASKED, "--algorithm", algorithm, "--rate", "50000"]
+    said = CliRunner().invoke(main, words).output
+    found = re.search(r"--rate 50000 needs (\d+) GPUs or more", said)
+    # A GPU takes at most 1024 tokens in 112 ms, prompts have 500, and some GPUs decode.
+    assert found is not None and 2000 < int(found[1]) < 5000, said
 
 
 @pytest.mark.slow
@@ -165,6 +198,48 @@ def test_start_plans_and_says_so(
     assert "layout 2m: do not disaggregate" in said
     real = auto.planned(asked(device="cpu", gpus="0,1", max_num_batched_tokens=512), Gpus())
     assert (real.layout, real.profile, real.max_num_batched_tokens) == ("2m", None, 512)
+
+
+def test_start_plans_with_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with other values, which it then would not start."""
+    asked_for: list[Question] = []
+
+    def look(question: Question, *_: object) -> None:
+        asked_for.append(question)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(auto, "plan", look)
+    told = asked(
+        device="sim",
+        gpus="0,1",
+        max_num_seqs=32,
+        max_num_batched_tokens=256,
+        max_model_len=600,
+        window="20",
+        window_k=2.0,
+        admission="pull",
+        decode_allocation="iqr",
+    )
+    with pytest.raises(ConfigError, match="seen"):
+        auto.planned(told, Gpus())
+    question = asked_for[0]
+    assert question.context == 600
+    candidates = all_candidates(
+        Planner(question, TINY).kinds, 2, 32, question.max_num_batched_tokens, 0.02
+    )
+    assert {one.max_num_batched_tokens for one in candidates} == {256}
+    scenario = question.scenario(candidates[0])
+    assert scenario.decode_allocation == "iqr"
+    dispatch = scenario.dispatch
+    assert (dispatch.admission, dispatch.window_s, dispatch.window_k) == ("pull", 0.02, 2.0)
+    assert (dispatch.budget, dispatch.max_num_seqs) == (256, 32)
+    kept = variations(candidates[0], 32, keep_chunk=True)
+    assert kept == []  # another chunk, or no window, is not what was asked for
+
+
+def test_a_chunk_below_the_batch_is_refused_before_planning() -> None:
+    with pytest.raises(ConfigError, match="is below --max-num-seqs"):
+        auto.planned(asked(device="sim", gpus="0,1", max_num_batched_tokens=32), Gpus())
 
 
 def test_a_workload_without_auto_is_refused() -> None:

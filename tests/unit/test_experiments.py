@@ -3,7 +3,17 @@
 import pytest
 
 from nodeserve.policy.cost import RankWork
-from nodeserve.profiling.experiments import WARM, Experiment, experiments, timed_passes
+from nodeserve.profiling.experiments import (
+    WARM,
+    WRITTEN,
+    Experiment,
+    Run,
+    experiments,
+    run_of,
+    sure,
+    undisturbed,
+)
+from nodeserve.types import Timings
 from nodeserve.wire.messages import StepDone
 
 
@@ -19,6 +29,14 @@ def test_experiments_fit_a_worker(limits: tuple[int, int, int, int]) -> None:
     shapes = {(one.batch, one.prompt, one.output): one.held_out for one in planned}
     fitted = {shape for shape, held_out in shapes.items() if not held_out}
     assert fitted.isdisjoint(shape for shape, held_out in shapes.items() if held_out)
+
+
+def test_all_sequences_of_an_experiment_decode_together_for_a_while() -> None:
+    """Each pass until the last prompt is done writes a token of those whose prompts are."""
+    budget = 128
+    for one in experiments(budget, 64, 2048, 40_000):
+        if one.output > 1:
+            assert one.output - one.batch * one.prompt / budget >= WRITTEN
 
 
 def test_a_small_worker_has_fewer() -> None:
@@ -49,7 +67,8 @@ def test_passes_and_the_gaps_between_them() -> None:
         (0, step(2.2, 1.0)),
         (0, step(9.0, 1.0)),  # after a wait
     ]
-    timed, gaps = timed_passes(steps, experiment)
+    timings = [Timings(transit_s=0.001, return_s=0.002)]
+    timed, gaps, transits, busy_s = run_of(steps, timings, experiment)
     assert [one.work for one in timed] == [
         RankWork(32, 512.0, 0, 0),
         RankWork(0, 0.0, 2, 20),  # the third decode pass of worker 0
@@ -57,3 +76,18 @@ def test_passes_and_the_gaps_between_them() -> None:
     assert WARM == 2
     assert gaps == pytest.approx([0.1, 0.1])
     assert {one.group for one in timed} == {"2 x 16"}
+    assert busy_s == pytest.approx(5.0)
+    assert transits == []  # two requests at once wait for each other
+
+
+def test_messages_take_what_lone_requests_say() -> None:
+    run = run_of([], [Timings(transit_s=0.001, return_s=0.002)], Experiment("", 1, 4, 1, True))
+    assert run.transits == pytest.approx([0.0015])
+
+
+def test_runs_that_something_held_up_are_made_again_and_dropped() -> None:
+    runs = [Run([], [], [], busy_s) for busy_s in (1.5, 1.0, 1.9, 1.02)]
+    assert not sure(runs[:1])
+    assert not sure(runs[:3])
+    assert sure(runs)
+    assert undisturbed(runs) == [runs[1], runs[3]]

@@ -40,7 +40,7 @@ def test_exact_passes_give_the_exact_cost() -> None:
     found = fit_cost(passes(TRUE))
     assert_near(found, TRUE, 1e-6)
     assert found.kv_token_s == pytest.approx(TRUE.kv_token_s)
-    assert found.large is None
+    assert found.floor is None
     errors = errors_of(passes(TRUE), found)
     assert errors is not None and errors.worst < 1e-6
 
@@ -60,13 +60,22 @@ def test_passes_that_something_held_up_do_not_count() -> None:
     assert_near(fit_cost(held_up), TRUE, 0.15)
 
 
-def test_large_batches_may_have_a_line_of_their_own() -> None:
-    bent = replace(TRUE, large=replace(TRUE, decode_fix_s=0.0, decode_seq_s=1e-3), large_seqs=16)
+def test_few_tokens_may_take_the_time_of_a_floor() -> None:
+    """As where weights are read from memory, until arithmetic takes longer."""
+    bent = StepCost(
+        *(0.003, 0.001, 1e-3, 2e-8, 1.4e-3, 1e-6),
+        floor=StepCost(0.013, 0.009, 0.0, 0.0, 3e-4, 1e-6),
+    )
     found = fit_cost(passes(bent))
-    assert found.large_seqs == 16
-    assert found.large is not None
-    assert found.large.decode_seq_s == pytest.approx(1e-3)
-    assert found.decode_seq_s == pytest.approx(3e-4)
+    assert found.floor is not None
+    assert found.floor.decode_fix_s == pytest.approx(0.009, rel=0.02)
+    assert found.floor.prefill_fix_s == pytest.approx(0.013, rel=0.02)
+    assert found.token_s == pytest.approx(1e-3, rel=0.02)
+    assert found.decode_seq_s == pytest.approx(1.4e-3, rel=0.02)
+    errors = errors_of(passes(bent), found)
+    assert errors is not None and errors.mean < 0.01
+    alone = errors_of(passes(bent), replace(found, floor=None))
+    assert alone is not None and alone.mean > 0.1  # the floor is what makes it right
 
 
 def test_gaps_between_passes_belong_to_them() -> None:

@@ -24,9 +24,9 @@ from nodeserve.plan.candidates import (
 )
 from nodeserve.plan.evaluate import Job, Question, count, search
 from nodeserve.plan.goodput import Slo, Tally
-from nodeserve.plan.named import workload_named
 from nodeserve.plan.planner import Effort, Planner, Report, in_turn, plan
 from nodeserve.plan.pool import searching
+from nodeserve.plan.requests import Source
 from nodeserve.plan.search import SearchOptions
 from nodeserve.plan.verdict import start_command, verdict
 from nodeserve.policy.cost import StepCost
@@ -59,7 +59,7 @@ def question(
     slo: Slo = LOOSE,
     num_gpus: int = 2,
 ) -> Question:
-    return Question(model, workload_named(workload), slo, num_gpus)
+    return Question(model, Source(workload), slo, num_gpus)
 
 
 def goodput_of(asked: Question, layout: str) -> float:

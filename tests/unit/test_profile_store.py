@@ -20,6 +20,7 @@ MINE = replace(
         PROFILES["llama-3.1-8b-h100"].cost,
         large=StepCost(0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
         large_seqs=9,
+        floor=StepCost(0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
     ),
 )
 

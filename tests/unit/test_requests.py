@@ -9,8 +9,8 @@ import pytest
 from nodeserve.errors import ConfigError, InvalidRequest
 from nodeserve.loadgen.prompts import id_range, rough_text, text_prompt, token_ids
 from nodeserve.loadgen.records import Job
-from nodeserve.loadgen.requests import Requests, Source, described
 from nodeserve.plan.records import Arrival
+from nodeserve.plan.requests import Requests, Source, described
 from nodeserve.plan.scaling import traffic
 
 
