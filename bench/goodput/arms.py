@@ -7,16 +7,15 @@ from bench.goodput.bracket import Bracket
 from nodeserve.config import EngineConfig
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
-from nodeserve.loadgen.requests import Requests, Source
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import EFFORTS, Estimate, plan
 from nodeserve.plan.pool import searching
+from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Verdict, settings_of, verdict
 from nodeserve.policy.profile import Profile
 
 KINDS = ("mixed", "split")
-PLANNED_REQUESTS = 4000
 
 
 @dataclass(slots=True)
@@ -59,8 +58,7 @@ class Duel:
 
 def plan_duel(profile: Profile, source: Source, slo: Slo, num_workers: int) -> Duel:
     """ConfigError if a kind has no layout that serves."""
-    traffic = tuple(Requests(source, profile.max_model_len).first(PLANNED_REQUESTS, 1.0))
-    question = Question(profile, traffic, slo, num_workers, plain=True)
+    question = Question(profile, source, slo, num_workers, plain=True)
     with searching() as run:
         report = plan(question, EFFORTS["normal"], run)
         said = verdict(report)
