@@ -29,7 +29,7 @@ from nodeserve.policy.profile import Profile
 RESULTS = Path(__file__).parents[1] / "results"
 DIVISOR = 8.0  # of the lengths of `chat`: 144 tokens in and 26 out on average
 # Where throughput decides, where both count, where a steady stream does. Milliseconds.
-SLOS = ("500,50", "500,30", "1000,15")
+SLOS = ("750,50", "1000,25", "1500,15")
 WORKERS = (2, 3)  # a comparison needs two; three have 1p2d and 2p1d as well
 
 
