@@ -58,7 +58,7 @@ class Handoffs:
 
     def place(self) -> None:
         """Start pulls of what finds room, highest priority first, then the earliest."""
-        if not self._news:
+        if not self._news or not self.parked:
             return
         self._news = False
         line = sorted(

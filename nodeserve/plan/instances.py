@@ -1,9 +1,10 @@
 """Simulated instances: what workers and devices do, in virtual time.
 
-Each DP rank has a real `Scheduler` over real blocks, so chunks, preemptions and memory are those of
-a live worker. The ranks of an instance run their passes together: all plan when a pass starts, it
-lasts what the cost model says of the work of all, all commit when it ends. A rank without work
-takes part idle. A pass cannot be interrupted; what arrives meanwhile waits for the next one.
+Each DP rank has the real `Scheduler` over real blocks (decodes in bulk, see bulk.py), so chunks,
+preemptions and memory are those of a live worker. The ranks of an instance run their passes
+together: all plan when a pass starts, it lasts what the cost model says of the work of all, all
+commit when it ends. A rank without work takes part idle. A pass cannot be interrupted; what arrives
+meanwhile waits for the next one.
 
 An instance with pipeline stages is simulated as several, one for each stage, which share the stages
 and split the memory: its lanes. Each has a batch of its own in flight, so passes of
@@ -14,13 +15,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from nodeserve.plan.bulk import BulkScheduler, PrefillFirst, chunks_of, work_of
 from nodeserve.plan.records import Engine, Pass
 from nodeserve.policy.account import Account
 from nodeserve.policy.batching import Batch, Limits
 from nodeserve.policy.batching import Sequence as Tokens
-from nodeserve.policy.cost import IDLE, RankWork, rank_work
+from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.policy.profile import Profile, pass_factor
-from nodeserve.policy.scheduler import Scheduler
 from nodeserve.policy.units import Unit
 from nodeserve.types import Load, Role
 
@@ -66,22 +67,6 @@ class Pipeline:
         return ends_s
 
 
-class PrefillFirst(Scheduler):
-    """Steps as vLLM 0.2 composed them, to compare with: prompts before anybody decodes, and never
-    both in one step. Ours would never do so, hence it is no option of the engine."""
-
-    def next_batch(self, ahead: bool = False, idle: bool = False) -> Batch | None:
-        assert not (ahead or idle or self._launched), "alone, and one batch at a time"
-        batch = Batch()
-        self._plan_prefills(batch, len(self._running))
-        if not batch.work:
-            self._plan_decodes(batch)
-        if not batch.work:
-            return None
-        self._launch(batch)
-        return batch
-
-
 class Rank:
     """One worker: its blocks and sequences, and the link over which it pulls pages."""
 
@@ -89,7 +74,7 @@ class Rank:
         self, index: int, instance: int, role: Role, limits: Limits, prefill_first: bool = False
     ) -> None:
         self.unit = Unit(index, instance, Account(limits.num_blocks), role is Role.MIXED)
-        self.scheduler = PrefillFirst(limits) if prefill_first else Scheduler(limits)
+        self.scheduler = PrefillFirst(limits) if prefill_first else BulkScheduler(limits)
         self.held: dict[int, Tokens] = {}  # of requests that may still get tokens here
         self.link_free_s = 0.0
         self._num_received = 0
@@ -122,10 +107,7 @@ class Rank:
             return RankDone(self.load(), [], [], [], [])
         held = self.held
         preempted = [(gone, len(held.pop(gone).token_ids)) for gone in batch.preempted]
-        num_sampled = batch.num_decodes + sum(
-            work.samples for work in batch.work[batch.num_decodes :]
-        )
-        outcome = self.scheduler.commit(batch, [0] * num_sampled)
+        outcome = self.scheduler.commit(batch, [0] * len(batch.sampled))
         prefilled, finished = [], []
         if any(outcome.finish):
             finished = [
@@ -135,7 +117,7 @@ class Rank:
             ]
             for request_id in finished:
                 del held[request_id]
-        for sequence, _, _, samples, _ in batch.work[batch.num_decodes :]:
+        for sequence, _, _, samples, _ in chunks_of(batch):
             if samples and sequence.request_id in held:
                 prefilled.append(sequence.request_id)
         for request_id, _ in outcome.kv_ready:
@@ -199,7 +181,7 @@ class Instance:
         batches = [rank.scheduler.next_batch() for rank in self.ranks]
         if not any(batches):
             return None
-        self._works = tuple(rank_work(batch) if batch else IDLE for batch in batches)
+        self._works = tuple(work_of(batch) if batch else IDLE for batch in batches)
         factor = pass_factor(self._noise, self._seed, self.index, len(self.passes) + 1)
         ends_s = self._pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
         seconds = ends_s - now_s

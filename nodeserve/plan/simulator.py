@@ -101,6 +101,7 @@ class Simulation:
             for instance in self.instances:
                 if instance.role is Role.PREFILL:
                     instance.door_s = 4 * self.message_s + 0.001
+        self._has_handoffs = any(one.role is Role.PREFILL for one in self.instances)
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.passes: list[Pass] = []
@@ -278,7 +279,7 @@ class Simulation:
             if prefills:
                 word = PassDone(done.step, done.began_s, done.seconds, work)
                 self.dispatcher.on_pass(unit.index, word, now_s)
-        if instance.decodes:
+        if instance.decodes and self._has_handoffs:
             self.handoffs.allocator.observe(done.works, done.seconds)
             self.handoffs.room_changed()
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nodeserve.policy.batching import Batch
+from nodeserve.policy.batching import Batch, Work
 
 
 class RankWork(NamedTuple):
@@ -38,10 +38,15 @@ def rank_work(batch: Batch) -> RankWork:
     decodes, chunks = batch.work[: batch.num_decodes], batch.work[batch.num_decodes :]
     return RankWork(
         batch.num_prefill_tokens,
-        sum(chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in chunks),
+        prefill_pairs(chunks),
         batch.num_decodes,
         sum(decode.start + 1 for decode in decodes),
     )
+
+
+def prefill_pairs(chunks: Sequence[Work]) -> float:
+    """Pairs of tokens that attention looks at in these chunks of prompts."""
+    return sum(chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in chunks)
 
 
 @dataclass(frozen=True, slots=True)

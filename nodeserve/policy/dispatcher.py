@@ -170,6 +170,8 @@ class Dispatcher:
     def _leave_in_turn(self, now_s: float) -> tuple[list[Departure], float]:
         departures: list[Departure] = []
         wake_s = math.inf
+        if not self._buffer and not any(one.at_door for one in self.instances):
+            return departures, wake_s
         tried: set[int] = set()
         while open_now := [one for one in self._alive() if one.is_open and one.number not in tried]:
             waits = [one for one in open_now if one.at_door]
@@ -250,9 +252,10 @@ class Dispatcher:
 
     def _silence_s(self, alive: list[PrefillInstance]) -> float:
         """When to give the window up if no pass ends before, with requests waiting."""
+        if self.falling_back or not self._buffer or any(one.empty for one in alive):
+            return math.inf
         mean_s = self.times.mean_s
-        waits = len(self._buffer) and not any(one.empty for one in alive)
-        if self.falling_back or mean_s is None or not waits:
+        if mean_s is None:
             return math.inf
         return self._heard_s + max(SILENCE_PASSES * mean_s, MIN_SILENCE_S)
 

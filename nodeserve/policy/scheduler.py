@@ -36,7 +36,7 @@ from operator import attrgetter
 from nodeserve.policy.batching import Batch, Limits, Outcome, Sequence, Stage, Work
 from nodeserve.policy.blocks import BlockAllocator, blocks_for, watermark
 
-_BY_ARRIVAL = attrgetter("arrival")
+BY_ARRIVAL = attrgetter("arrival")
 
 
 class Scheduler:
@@ -228,7 +228,7 @@ class Scheduler:
     def _youngest_holder(self) -> Sequence:
         youngest = self._running[-1]
         if self._waiting and self._waiting[0].block_ids:
-            youngest = max(youngest, self._waiting[0], key=_BY_ARRIVAL)
+            youngest = max(youngest, self._waiting[0], key=BY_ARRIVAL)
         return youngest
 
     def _has_elder(self, sequence: Sequence) -> bool:
@@ -237,10 +237,11 @@ class Scheduler:
 
     def _plan_prefills(self, batch: Batch, num_decoding: int) -> None:
         limits, work = self.limits, batch.work
-        budget = limits.max_num_batched_tokens - len(work)
+        num_seqs = batch.num_decodes
+        budget = limits.max_num_batched_tokens - num_seqs
         num_slots = limits.max_num_seqs - num_decoding - self._num_pulling
         for sequence in self._waiting:
-            if budget <= 0 or len(work) >= limits.max_num_seqs:
+            if budget <= 0 or num_seqs >= limits.max_num_seqs:
                 break
             if not sequence.handoff:
                 if num_slots < 1:
@@ -253,6 +254,7 @@ class Scheduler:
             work.append(Work(sequence, sequence.num_computed, count, count == missing))
             batch.num_prefill_tokens += count
             budget -= count
+            num_seqs += 1
 
     def _start(self, sequence: Sequence, batch: Batch) -> bool:
         needed = self._prompt_blocks(sequence)
@@ -320,7 +322,7 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.stage = Stage.RUNNING
-        insort(self._running, sequence, key=_BY_ARRIVAL)
+        insort(self._running, sequence, key=BY_ARRIVAL)
 
     def _drop(self, sequence: Sequence) -> None:
         match sequence.stage:
@@ -363,7 +365,7 @@ class Scheduler:
         assert len(self._sequences) == len(self._waiting) + len(self._running) + (
             self._num_pulling + self._num_pinned
         )
-        assert [one.arrival for one in self._running] == sorted(map(_BY_ARRIVAL, self._running))
+        assert [one.arrival for one in self._running] == sorted(map(BY_ARRIVAL, self._running))
         missing = [len(one.token_ids) - one.num_computed for one in self._waiting]
         assert self._waiting_tokens == sum(missing)
         assert missing == sorted(missing, key=bool), "wholly launched ones come first"
