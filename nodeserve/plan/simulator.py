@@ -112,10 +112,14 @@ class Simulation:
         self._num_idle_wakes = 0
         self._loss = Random(f"loss {scenario.seed}")
 
-    def run(self) -> Outcome:
-        """Until the last request has ended."""
+    def start(self) -> None:
+        """Expect the first request, and what is to go wrong; then it is turn after turn."""
         self._expect_arrival()
         self.supervisor.expect(self.scenario.faults)
+
+    def run(self) -> Outcome:
+        """Until the last request has ended."""
+        self.start()
         while self.num_open:
             if not self.turn():
                 raise AssertionError(f"{self.num_open} requests wait for nothing")
