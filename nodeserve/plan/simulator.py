@@ -343,11 +343,12 @@ class Simulation:
         self.handoffs.room_changed()
         self._changed()
 
-    def _lose(self, instance: Instance) -> None:
+    def _lose(self, lanes: Sequence[Instance]) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        self.dispatcher.lose(instance.index)
-        mine = {rank.unit.index: rank for rank in instance.ranks}
-        self.handoffs.lose(instance)
+        mine = {rank.unit.index: rank for lane in lanes for rank in lane.ranks}
+        for lane in lanes:
+            self.dispatcher.lose(lane.index)
+            self.handoffs.lose(lane)
         for life in list(self.lives.values()):
             rank = mine.get(life.holder)
             if rank is None:
