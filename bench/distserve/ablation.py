@@ -19,7 +19,7 @@ from bench.distserve.cases import (
     Arm,
 )
 from bench.distserve.phases import phase_rate
-from bench.distserve.runs import Protocol
+from bench.distserve.runs import Load, Protocol
 from bench.distserve.tasks import Ask, Pool, Sought, race, share_at
 from nodeserve.layout import Group, Layout, Shape
 from nodeserve.plan.goodput import Slo
@@ -56,7 +56,7 @@ def run(protocol: Protocol, pool: Pool) -> Curves:
         "DistServe-High": _high_affinity(protocol, pool),
     }
     asked = [
-        (Ask(arm, "sharegpt", LIMITS, protocol, 0.0), rate)
+        (Ask(Load(arm, "sharegpt", protocol), LIMITS, 0.0), rate)
         for arm in arms.values()
         for rate in RATES
     ]
@@ -80,7 +80,7 @@ def low_affinity(
         if first + second <= num_gpus
     ]
     print(f"{family}: {len(arms)} units on {num_gpus} GPUs", file=sys.stderr, flush=True)
-    return race([Ask(arm, "sharegpt", limits, protocol, start) for arm in arms], pool)
+    return race([Ask(Load(arm, "sharegpt", protocol), limits, start) for arm in arms], pool)
 
 
 def search_times(num_gpus: tuple[int, ...], pool: Pool) -> dict[int, float]:
@@ -96,22 +96,17 @@ def search_times(num_gpus: tuple[int, ...], pool: Pool) -> dict[int, float]:
 def _best_mixed(protocol: Protocol, pool: Pool) -> Arm:
     """By its rate at the goal or, where no shape attains that, by what it attains."""
     family = "opt-66b-a100-vllm"
-    asks = [
-        Ask(
-            Arm(PREFILL_FIRST, family, f"1m:tp{tp}.pp{pp}", VLLM_BUDGET),
-            "sharegpt",
-            LIMITS,
-            protocol,
-            0.1,
-        )
+    arms = [
+        Arm(PREFILL_FIRST, family, f"1m:tp{tp}.pp{pp}", VLLM_BUDGET)
         for tp, pp in FAMILIES[family].shapes
         if tp * pp <= NODE
     ]
+    asks = [Ask(Load(arm, "sharegpt", protocol), LIMITS, 0.1) for arm in arms]
     found = race(asks, pool)
     if found.rate:
         return found.arm
     shares = list(pool.each(share_at, [(ask, RATES[2]) for ask in asks], "vLLM++"))
-    return asks[shares.index(max(shares))].arm
+    return arms[shares.index(max(shares))]
 
 
 def _phase(task: tuple[Role, Shape, Protocol]) -> float:

@@ -1,10 +1,10 @@
 """The end-to-end table: rate and SLO scale of each system in each case."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST, Arm, Case
-from bench.distserve.runs import Protocol
+from bench.distserve.runs import Load, Protocol
 from bench.distserve.tasks import (
     Ask,
     Pool,
@@ -77,32 +77,31 @@ def run(cases: Sequence[Case], plan: Plan, pool: Pool) -> list[Result]:
 
 def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> Ask:
     start = case.paper.rates[0] / (1 if arm.way == DISAGGREGATED else 2)
-    return Ask(arm, case.lengths, case.limits, protocol or plan.paper(case), start)
+    return Ask(Load(arm, case.lengths, protocol or plan.paper(case)), case.limits, start)
 
 
 def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
     """Each baseline in its best shape, with its own kernels and with those of the disaggregated
-    system: what is left then is disaggregation alone."""
+    system: what is left then is disaggregation alone. Shapes are raced with one seed."""
     groups = [
         (result, kernels, way) for result in results for kernels in KERNELS for way in SEARCHED
     ]
-    asks = [
-        [
-            _ask(result.case, arm, plan)
-            for arm in candidates(
-                result.case, way, f"{result.case.model.name}-a100{KERNELS[kernels]}"
-            )
-        ]
+    quick = replace(plan, seeds=plan.seeds[:1])
+    races = [
+        [_ask(result.case, arm, quick) for arm in candidates(result.case, way, KERNELS[kernels])]
         for result, kernels, way in groups
     ]
-    found = list(pool.each(race, asks, "baselines in every shape"))
+    won = pool.each(race, races, "baselines in every shape")
+    asks = [
+        _ask(result.case, best.arm, plan) for (result, _, _), best in zip(groups, won, strict=True)
+    ]
+    found = pool.each(seek, asks, "the best of them")
     asked = [
-        (_ask(result.case, sought.arm, plan), result.case.scale_rate)
-        for (result, _, _), sought in zip(groups, found, strict=True)
+        (ask, result.case.scale_rate) for ask, (result, _, _) in zip(asks, groups, strict=True)
     ]
     scales = pool.each(scale_at, asked, "their scales")
-    for (result, kernels, way), sought in zip(groups, found, strict=True):
-        result.searched[kernels, way] = sought
+    for result, kernels, way in groups:
+        result.searched[kernels, way] = next(found)
         result.searched_scales[kernels, way] = next(scales)
 
 

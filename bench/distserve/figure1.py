@@ -11,7 +11,7 @@ from bench.distserve.cases import (
     Arm,
 )
 from bench.distserve.phases import phase_rate
-from bench.distserve.runs import Protocol
+from bench.distserve.runs import Load, Protocol
 from bench.distserve.tasks import Ask, Pool, seek
 from nodeserve.layout import Shape
 from nodeserve.plan.goodput import Slo
@@ -39,7 +39,7 @@ def rate_of(task: tuple[Bar, Protocol]) -> float:
         "collocated": Arm(PREFILL_FIRST, family, "1m", VLLM_BUDGET),
         "2 prefill, 1 decode": Arm(DISAGGREGATED, family, "2p1d", DISAGGREGATED_BUDGET),
     }
-    return seek(Ask(arms[name], REQUESTS, LIMITS, protocol, PAPER[name])).rate
+    return seek(Ask(Load(arms[name], REQUESTS, protocol), LIMITS, PAPER[name])).rate
 
 
 def run(protocol: Protocol, pool: Pool) -> dict[Bar, float]:

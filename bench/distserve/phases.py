@@ -1,10 +1,10 @@
 """One phase alone: the other one costs nothing. What Figure 1 and the high affinity search need."""
 
 from bench.distserve.cases import DISAGGREGATED, DISAGGREGATED_BUDGET, Arm
-from bench.distserve.runs import Protocol, counted, highest_rate, tally
+from bench.distserve.runs import Load, Protocol, at_most, highest_rate
 from nodeserve.layout import Group, Layout, Shape
 from nodeserve.plan.affinity import FREE, free_prefill
-from nodeserve.plan.goodput import Slo, Tally
+from nodeserve.plan.goodput import Slo
 from nodeserve.policy.profiles import FAMILIES
 from nodeserve.types import Role
 
@@ -29,8 +29,5 @@ def phase_rate(
         every, limits = free_prefill(shape, every.of(shape)), Slo(tpot_s=limits.tpot_s)
     arm = Arm(DISAGGREGATED, family, str(layout), DISAGGREGATED_BUDGET)
 
-    def attained(gpu_rate: float) -> Tally:
-        times = counted(arm, name, gpu_rate, protocol, num_gpus=shape.num_workers, family=every)
-        return tally(times, limits)
-
-    return highest_rate(attained, start)
+    load = Load(arm, name, protocol, shape.num_workers, every)
+    return highest_rate(lambda gpu_rate: at_most(load, gpu_rate, limits), start)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from bench.distserve.cases import DISAGGREGATED, PREFILL_FIRST, Arm
 from bench.distserve.data import pairs_of
-from nodeserve.plan.goodput import Slo, Tally, needed_scale, smallest_scale
-from nodeserve.plan.records import Arrival, Engine, Scenario
+from nodeserve.plan.goodput import GOAL, Slo, Tally, needed_scale, smallest_scale
+from nodeserve.plan.records import Arrival, Engine, Scenario, Served
 from nodeserve.plan.search import Probe, SearchOptions, find_goodput
-from nodeserve.plan.simulator import simulate
+from nodeserve.plan.simulator import Simulation, simulate
 from nodeserve.policy.profile import Family
 from nodeserve.policy.profiles import FAMILIES
 from nodeserve.policy.units import DispatchOptions
@@ -69,7 +69,11 @@ def arrivals(name: str, rate: float, num: int, seed: int) -> list[Arrival]:
 
 def serve(arm: Arm, requests: Sequence[Arrival], family: Family | None = None) -> list[Times]:
     """Times of each request, in order."""
-    scenario = Scenario(
+    return [times_of(one) for one in simulate(_scenario(arm, family), requests).served]
+
+
+def _scenario(arm: Arm, family: Family | None) -> Scenario:
+    return Scenario(
         arm.layout,
         family or FAMILIES[arm.family],
         DispatchOptions(DISPATCH, budget=arm.budget, max_num_seqs=MOST_SEQS),
@@ -77,33 +81,63 @@ def serve(arm: Arm, requests: Sequence[Arrival], family: Family | None = None) -
         noise=0.0,
         engine=Engine(prefill_first=arm.way == PREFILL_FIRST),
     )
+
+
+def times_of(one: Served) -> Times:
+    if one.outcome != "length":
+        return Times(None, None)
+    return Times(one.timings.ttft_s, one.tpot_s)
+
+
+class Load(NamedTuple):
+    """What an arm gets. `family` instead of its own, `num_gpus` instead of its own: 0, None."""
+
+    arm: Arm
+    lengths: str
+    protocol: Protocol
+    num_gpus: int = 0
+    family: Family | None = None
+
+    def runs(self, gpu_rate: float) -> list[list[Arrival]]:
+        """For each seed the requests, at so many a second and GPU."""
+        num_gpus = self.num_gpus or self.arm.num_gpus
+        rate = gpu_rate * num_gpus
+        number = self.protocol.num_requests(rate, num_gpus)
+        return [arrivals(self.lengths, rate, number, seed) for seed in self.protocol.seeds]
+
+    def counts(self, request: Arrival) -> bool:
+        return request.arrived_s >= self.protocol.warm_up_s
+
+
+def counted(load: Load, gpu_rate: float) -> list[Times]:
+    """Of all seeds the requests that count."""
     return [
-        Times(one.timings.ttft_s, one.tpot_s) if one.outcome == "length" else Times(None, None)
-        for one in simulate(scenario, requests).served
+        times
+        for requests in load.runs(gpu_rate)
+        for times, request in zip(serve(load.arm, requests, load.family), requests, strict=True)
+        if load.counts(request)
     ]
 
 
-def counted(
-    arm: Arm,
-    name: str,
-    gpu_rate: float,
-    protocol: Protocol,
-    *,
-    num_gpus: int = 0,
-    family: Family | None = None,
-) -> list[Times]:
-    """Of all seeds the requests that count, at so many requests a second and GPU."""
-    num_gpus = num_gpus or arm.num_gpus
-    rate = gpu_rate * num_gpus
-    times: list[Times] = []
-    for seed in protocol.seeds:
-        requests = arrivals(name, rate, protocol.num_requests(rate, num_gpus), seed)
-        times += [
-            one
-            for one, request in zip(serve(arm, requests, family), requests, strict=True)
-            if request.arrived_s >= protocol.warm_up_s
-        ]
-    return times
+def at_most(load: Load, gpu_rate: float, limits: Slo) -> Tally:
+    """What is attained at a rate, if that is the goal; else that much or less: as soon as too many
+    have missed, nothing more is run."""
+    runs = load.runs(gpu_rate)
+    num_offered = sum(load.counts(one) for requests in runs for one in requests)
+    most_missed = math.floor((1.0 - GOAL) * num_offered + 1e-9)
+    num_missed = 0
+
+    def note(served: Served) -> None:
+        nonlocal num_missed
+        num_missed += load.counts(served.arrival) and not limits.met(*times_of(served))
+
+    for requests in runs:
+        run = Simulation(_scenario(load.arm, load.family), requests)
+        run.ended = note
+        run.start()
+        while run.num_open and num_missed <= most_missed:
+            run.turn()
+    return Tally(num_offered, num_offered - num_missed)
 
 
 def tally(times: Sequence[Times], limits: Slo) -> Tally:

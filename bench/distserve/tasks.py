@@ -13,7 +13,8 @@ from bench.distserve.data import pairs_of
 from bench.distserve.runs import (
     MOST_SEQS,
     TOLERANCE,
-    Protocol,
+    Load,
+    at_most,
     counted,
     highest_rate,
     smallest,
@@ -30,12 +31,10 @@ BATCH = 2  # searches of a race that are given out together
 
 
 class Ask(NamedTuple):
-    """An arm, the requests that it gets, and the limits that they have."""
+    """What an arm gets, and the limits that it has."""
 
-    arm: Arm
-    lengths: str
+    load: Load
     limits: Slo
-    protocol: Protocol
     start: float  # rate a GPU at which a search begins
     least: float = 0.0  # lower ones are not wanted
 
@@ -79,23 +78,21 @@ class Pool:
 def seek(ask: Ask) -> Sought:
     """The highest rate that attains the goal."""
     rate = highest_rate(
-        lambda gpu_rate: tally(counted(ask.arm, ask.lengths, gpu_rate, ask.protocol), ask.limits),
-        ask.start,
-        ask.least,
+        lambda gpu_rate: at_most(ask.load, gpu_rate, ask.limits), ask.start, ask.least
     )
-    return Sought(ask.arm, rate)
+    return Sought(ask.load.arm, rate)
 
 
 def share_at(asked: tuple[Ask, float]) -> float:
     """What is attained at one rate."""
     ask, rate = asked
-    return tally(counted(ask.arm, ask.lengths, rate, ask.protocol), ask.limits).share
+    return tally(counted(ask.load, rate), ask.limits).share
 
 
 def scale_at(asked: tuple[Ask, float]) -> float | None:
     """The smallest scale of the limits at one rate."""
     ask, rate = asked
-    return smallest(counted(ask.arm, ask.lengths, rate, ask.protocol), ask.limits)
+    return smallest(counted(ask.load, rate), ask.limits)
 
 
 def race(asks: Sequence[Ask], pool: Pool | None = None) -> Sought:
@@ -109,7 +106,7 @@ def race(asks: Sequence[Ask], pool: Pool | None = None) -> Sought:
     """
     ranked = sorted(((_most(ask), ask) for ask in asks), key=lambda one: -one[0])
     line = [ask for most, ask in ranked if most > 0.0]
-    best = Sought(ranked[0][1].arm, 0.0)
+    best = Sought(ranked[0][1].load.arm, 0.0)
     run = map if pool is None else pool.each
     while line:
         batch, line = line[:BATCH], line[BATCH:]
@@ -121,10 +118,10 @@ def race(asks: Sequence[Ask], pool: Pool | None = None) -> Sought:
 
 def _most(ask: Ask) -> float:
     """What a GPU can serve at most in a steady state."""
-    arm, family = ask.arm, FAMILIES[ask.arm.family]
+    arm = ask.load.arm
     candidate = Candidate(arm.layout, arm.budget)
-    kinds = kinds_of(family, arm.num_gpus)
-    demand = demand_of(pairs_of(ask.lengths))
+    kinds = kinds_of(FAMILIES[arm.family], arm.num_gpus)
+    demand = demand_of(pairs_of(ask.load.lengths))
     return bound(candidate, kinds, demand, ask.limits, GOAL, MOST_SEQS) / arm.num_gpus
 
 

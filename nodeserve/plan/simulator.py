@@ -6,7 +6,7 @@ moment is one burst: its messages are all taken, then decisions fall, and when n
 at that moment, passes begin. The same scenario and arrivals give the same outcome, bit for bit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from nodeserve.errors import NodeServeError, Overloaded, WorkerLost
@@ -102,6 +102,7 @@ class Simulation:
                     instance.door_s = 4 * scenario.transit_s + 0.001
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
+        self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
         self.passes: list[Pass] = []
         self.num_open = len(self.arrivals)
         self._num_arrived = 0
@@ -332,9 +333,11 @@ class Simulation:
 
     def _over(self, life: Life, outcome: str) -> None:
         num_output = life.max_len - life.arrival.num_prompt_tokens
-        self.served[life.request_id] = life.served(self.clock.now_s, outcome, num_output)
+        served = life.served(self.clock.now_s, outcome, num_output)
+        self.served[life.request_id] = served
         del self.lives[life.request_id]
         self.num_open -= 1
+        self.ended(served)
 
     # ---- what goes wrong
 

@@ -6,14 +6,17 @@ from itertools import permutations
 
 import pytest
 
-from bench.distserve import tasks, validate
-from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm
+from bench.distserve import endtoend, tasks, validate
+from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm, Case
 from bench.distserve.data import lengths, missing
 from bench.distserve.phases import phase_rate
 from bench.distserve.runs import (
+    Load,
     Protocol,
     Times,
     arrivals,
+    at_most,
+    counted,
     highest_rate,
     serve,
     smallest,
@@ -22,8 +25,8 @@ from bench.distserve.runs import (
 from bench.distserve.tables import Row, lines_of
 from bench.distserve.tasks import Ask
 from bench.hopper import fit, kernels
-from nodeserve.layout import Shape
-from nodeserve.plan.goodput import Slo, Tally
+from nodeserve.layout import Shape, parse_layout
+from nodeserve.plan.goodput import GOAL, Slo, Tally
 from nodeserve.policy.hopper import FITS
 from nodeserve.types import Role
 
@@ -66,17 +69,20 @@ def test_a_race_finds_what_a_search_of_every_shape_finds(monkeypatch: pytest.Mon
     """Whoever cannot win is asked once; who would be late alone, never."""
     rates = {"1m": 1.5, "1m:tp2": 2.0, "1m:tp4": 1.9}
     asks = [
-        Ask(Arm(PREFILL_FIRST, "opt-13b-a100", layout, 16384), "512+64", LIMITS, Protocol(()), 1.0)
+        Ask(
+            Load(Arm(PREFILL_FIRST, "opt-13b-a100", layout, 16384), "512+64", Protocol(())),
+            LIMITS,
+            1.0,
+        )
         for layout in rates
     ]
     asked: list[tuple[str, float]] = []
 
-    def fake_tally(arm: Arm, rate: float) -> Tally:
-        asked.append((arm.layout, rate))
-        return Tally(10, 9 if rate <= rates[arm.layout] else 0)
+    def at_most(load: Load, rate: float, limits: Slo) -> Tally:
+        asked.append((load.arm.layout, rate))
+        return Tally(10, 9 if rate <= rates[load.arm.layout] else 0)
 
-    monkeypatch.setattr(tasks, "counted", lambda arm, name, rate, protocol: (arm, rate))
-    monkeypatch.setattr(tasks, "tally", lambda run, limits: fake_tally(*run))
+    monkeypatch.setattr(tasks, "at_most", at_most)
     for order in permutations(asks):
         asked.clear()
         found = tasks.race(order)
@@ -86,6 +92,35 @@ def test_a_race_finds_what_a_search_of_every_shape_finds(monkeypatch: pytest.Mon
     asked.clear()
     assert tasks.race([ask._replace(limits=Slo(0.05)) for ask in asks[:1]]).rate == 0.0
     assert not asked
+
+
+@pytest.mark.parametrize("warm_up_s", [0.0, 2.0])
+def test_a_run_that_fails_ends_early_and_one_that_does_not_is_whole(warm_up_s: float) -> None:
+    """The verdict is that of whole runs, rate by rate."""
+    arm, limits = Arm(PREFILL_FIRST, "opt-13b-a100", "1m", 16384), Slo(0.4, 0.04)
+    load = Load(arm, "512+64", Protocol((0, 1), 50, warm_up_s=warm_up_s))
+    verdicts = []
+    for rate in (1.0, 3.5, 12.0):
+        whole, early = tally(counted(load, rate), limits), at_most(load, rate, limits)
+        assert early.num_offered == whole.num_offered > 0
+        verdicts.append(whole.share >= GOAL)
+        assert (early.share >= GOAL) is verdicts[-1]
+        assert early == whole if verdicts[-1] else whole.share <= early.share
+    assert True in verdicts and False in verdicts
+    assert early.num_good > whole.num_good  # the last one
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("way", endtoend.SEARCHED)
+@pytest.mark.parametrize("kernels", endtoend.KERNELS.values())
+def test_a_baselines_shapes_hold_the_model_and_have_the_papers_among_them(
+    case: Case, way: str, kernels: str
+) -> None:
+    arms = tasks.candidates(case, way, kernels)
+    assert len(set(arms)) == len(arms) and max(arm.num_gpus for arm in arms) <= 12
+    theirs = case.arm(way)
+    layouts = {str(parse_layout(arm.layout)) for arm in arms if arm.budget == theirs.budget}
+    assert str(parse_layout(theirs.layout)) in layouts
 
 
 def test_arrivals_have_their_rate_exactly_and_agree_across_rates() -> None:
