@@ -5,8 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 from bench.distserve.cases import CHUNKED, CHUNKS, DISAGGREGATED, Arm, Case
 from bench.distserve.data import pairs_of
@@ -44,27 +43,13 @@ class Sought(NamedTuple):
     rate: float  # requests a second and GPU
 
 
-class Pool:
+class Pool(ExitStack):
     """`jobs` processes; with one, this one does the work."""
 
     def __init__(self, jobs: int) -> None:
-        self._stack = ExitStack()
-        self._processes = (
-            self._stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs))
-            if jobs > 1
-            else None
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        super().__init__()
+        spawn = multiprocessing.get_context("spawn")
+        self._processes = self.enter_context(spawn.Pool(jobs)) if jobs > 1 else None
 
     def each(self, function: Callable[[T], R], tasks: Sequence[T], name: str = "") -> Iterator[R]:
         """The results in the order of the tasks; says what it does, if that has a name."""
