@@ -159,5 +159,5 @@ def _number(value: float | None) -> str:
     return f"{value:8.3g}" if value is not None else f"{'-':>8}"
 
 
-def _ratio(above: float, below: float) -> float | None:
+def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None

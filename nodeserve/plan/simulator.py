@@ -6,7 +6,7 @@ moment is one burst: its messages are all taken, then decisions fall, and when n
 at that moment, passes begin. The same scenario and arrivals give the same outcome, bit for bit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from nodeserve.errors import NodeServeError, Overloaded, WorkerLost
@@ -104,6 +104,7 @@ class Simulation:
         self._has_handoffs = any(one.role is Role.PREFILL for one in self.instances)
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
+        self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
         self.passes: list[Pass] = []
         self.num_open = len(self.arrivals)
         self._num_arrived = 0
@@ -114,10 +115,14 @@ class Simulation:
         self._num_idle_wakes = 0
         self._loss = Random(f"loss {scenario.seed}")
 
-    def run(self) -> Outcome:
-        """Until the last request has ended."""
+    def start(self) -> None:
+        """Expect the first request, and what is to go wrong; then it is turn after turn."""
         self._expect_arrival()
         self.supervisor.expect(self.scenario.faults)
+
+    def run(self) -> Outcome:
+        """Until the last request has ended."""
+        self.start()
         while self.num_open:
             if not self.turn():
                 raise AssertionError(f"{self.num_open} requests wait for nothing")
@@ -330,9 +335,11 @@ class Simulation:
 
     def _over(self, life: Life, outcome: str) -> None:
         num_output = life.max_len - life.arrival.num_prompt_tokens
-        self.served[life.request_id] = life.served(self.clock.now_s, outcome, num_output)
+        served = life.served(self.clock.now_s, outcome, num_output)
+        self.served[life.request_id] = served
         del self.lives[life.request_id]
         self.num_open -= 1
+        self.ended(served)
 
     # ---- what goes wrong
 
@@ -341,11 +348,12 @@ class Simulation:
         self.handoffs.room_changed()
         self._changed()
 
-    def _lose(self, instance: Instance) -> None:
+    def _lose(self, lanes: Sequence[Instance]) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        self.dispatcher.lose(instance.index)
-        mine = {rank.unit.index: rank for rank in instance.ranks}
-        self.handoffs.lose(instance)
+        mine = {rank.unit.index: rank for lane in lanes for rank in lane.ranks}
+        for lane in lanes:
+            self.dispatcher.lose(lane.index)
+            self.handoffs.lose(lane)
         for life in list(self.lives.values()):
             rank = mine.get(life.holder)
             if rank is None:
