@@ -16,6 +16,7 @@ from nodeserve.loadgen.targets import TargetOptions
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "build" / "peers"  # environments, weights and logs; ignored by git
+HUB = HOME / "hub"  # an empty cache
 INSIDE = Path(__file__).parent / "inside"  # programs that run in a peer's environment
 VOCAB_SIZE = 49152  # of the model, so that all get prompts from the same ids
 MAX_MODEL_LEN = 2048
@@ -135,6 +136,8 @@ def llama(kind: str, letter: str, bits: int) -> Contender:
             *(str(server), "-m", str(weights), "--threads", "2", "--threads-batch", "2"),
             *("-np", "16", "-c", str(16 * 1024), "--host", "127.0.0.1", "--port", "{port}"),
         ),
+        # It closes connections after a stream without saying so.
+        asked={"headers": {"Connection": "close"}},
         needs=(server, weights),
     )
 
@@ -160,8 +163,8 @@ def transformers() -> Contender:
             "ignore_eos": False,
             "extra_body": {"generation_config": NO_EOS},
         },
-        environment=OFFLINE,
-        needs=(place / "bin/transformers", HOME / "bf16/model.safetensors"),
+        environment={**OFFLINE, "HF_HUB_CACHE": str(HUB)},  # /v1/models looks there
+        needs=(place / "bin/transformers", HOME / "bf16/model.safetensors", HUB),
     )
 
 

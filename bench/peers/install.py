@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.peers.contenders import HOME, INSIDE, demo_model
+from bench.peers.contenders import HOME, HUB, INSIDE, demo_model
 from nodeserve.errors import NodeServeError
 
 TORCH = "torch==2.13.0"  # the CPU build: see docs/peers.md
@@ -73,6 +73,7 @@ def transformers() -> None:
     env = Installation("transformers")
     env.install(TORCH)
     env.install(TORCH, TRANSFORMERS, "gguf")
+    HUB.mkdir(exist_ok=True)
     if not (HOME / "bf16/model.safetensors").exists():
         env.run(env.python, INSIDE / "weights.py", demo_model(), HOME / "bf16")
 

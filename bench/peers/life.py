@@ -164,7 +164,8 @@ def check(result: Result) -> Result:
     """A closed loop that was answered as a whole; raises what the first failure was otherwise."""
     for sample in result.samples:
         if sample.error is not None:
-            raise NodeServeError(f"a request failed with {sample.error}: {sample.message}")
+            why = sample.message or f"after {sample.ended_s - sample.sent_s:.0f} s"
+            raise NodeServeError(f"a request failed with {sample.error}: {why}")
     return result
 
 

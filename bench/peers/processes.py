@@ -62,14 +62,17 @@ def running(contender: Contender, folder: Path) -> Iterator[Running]:
     log = folder / "server.log"
     began_s = time.perf_counter()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [word.format(port=port, socket=path) for word in contender.command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environment(contender),
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                [word.format(port=port, socket=path) for word in contender.command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment(contender),
+                start_new_session=True,
+            )
+        except OSError as problem:
+            raise ConnectionLost(f"cannot be started: {problem}") from None
     try:
         options = contender.options(port, path)
         wait_for(process, options, log)
