@@ -21,6 +21,7 @@ INSIDE = Path(__file__).parent / "inside"  # programs that run in a peer's envir
 VOCAB_SIZE = 49152  # of the model, so that all get prompts from the same ids
 MAX_MODEL_LEN = 2048
 FULL_BITS = 16
+SLOTS = 16  # of llama.cpp, each with memory of its own
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 NO_EOS = json.dumps({"do_sample": False})  # a generation config that knows no end of text
 
@@ -134,7 +135,9 @@ def llama(kind: str, letter: str, bits: int) -> Contender:
         bits=bits,
         command=(
             *(str(server), "-m", str(weights), "--threads", "2", "--threads-batch", "2"),
-            *("-np", "16", "-c", str(16 * 1024), "--host", "127.0.0.1", "--port", "{port}"),
+            *("-np", str(SLOTS), "-c", str(SLOTS * MAX_MODEL_LEN)),
+            *("--cache-ram", "0"),  # states of old prompts, of which none comes again
+            *("--host", "127.0.0.1", "--port", "{port}"),
         ),
         # It closes connections after a stream without saying so.
         asked={"headers": {"Connection": "close"}},
