@@ -24,6 +24,7 @@ class Rung:
     tally: Tally
     ttft: Times | None
     tpot: Times | None
+    missed: tuple[tuple[str, int], ...] = ()  # limits, by how many requests missed them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def pooled(rate: float, results: Sequence[Result], protocol: Protocol) -> Rung:
         settle_s=protocol.settle_s if rate else 0.0,
     )
     assert report is not None
-    return Rung(rate, report.tally, report.ttft, report.tpot)
+    missed = tuple(report.missed.items())
+    return Rung(rate, report.tally, report.ttft, report.tpot, missed)
 
 
 def shares(rungs: Mapping[float, Result]) -> list[tuple[float, float]]:
@@ -178,6 +180,7 @@ def rung_json(rung: Rung) -> dict[str, Any]:
         "rate": rung.rate,
         "num_offered": rung.tally.num_offered,
         "num_good": rung.tally.num_good,
+        "missed": dict(rung.missed),
         **{
             f"p{level}_{name}_ms": rounded(1e3 * getattr(found, f"p{level}"))
             for name, found in times.items()

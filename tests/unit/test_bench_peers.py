@@ -122,6 +122,7 @@ def test_rounds_are_pooled_request_by_request() -> None:
     ]
     assert row.goodput == pytest.approx(4 + 2 * (0.95 - 0.9) / (0.95 - 0.4)) and row.bound == ""
     assert row.goodputs == (4.0, 4.0)
+    assert [to_json(row)["rungs"][place]["missed"] for place in (0, 2)] == [{}, {"ttft": 6}]
     middle = row.at(4)
     assert middle and middle.ttft and middle.ttft.p50 == pytest.approx(0.1)
     assert middle.ttft.p99 > 0.5  # one in twenty
@@ -164,8 +165,8 @@ def test_requests_that_fail_or_come_out_short_are_noted() -> None:
 def test_our_best_is_compared_with_the_best_peer_of_the_same_bits() -> None:
     rows = [
         row_of(contender("ours", "G", ours=True), [life({6: 10, 8: 0})], PROTOCOL),
-        row_of(contender("slow", "C"), [life({2: 10, 4: 0})], PROTOCOL),
         row_of(contender("small", "E", bits=4), [life({4: 10, 6: 0})], PROTOCOL),
+        row_of(contender("slow", "C"), [life({2: 10, 4: 0})], PROTOCOL),
     ]
     goodput, alone, together = verdicts(rows)
     assert (goodput.ours, goodput.peer) == ("ours", "small") and not goodput.met
