@@ -76,7 +76,8 @@ def demo_model() -> Path:
 def everyone() -> list[Contender]:
     """In the order of the table."""
     return [
-        ours("2m", "G"),
+        ours("1m", "G"),
+        ours("2m", "H"),
         ours("1p1d", "D"),
         vllm(),
         llama("BF16", "A", FULL_BITS),
