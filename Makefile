@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 .PHONY: format sanitize bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
-.PHONY: bench-window bench-window-live bench-distserve bench-goodput
+.PHONY: bench-window bench-window-live bench-distserve bench-goodput peers bench-peers
 
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
@@ -22,6 +22,8 @@ help:
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
 	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
+	@echo "make bench-peers beside vLLM, llama.cpp, transformers and OpenVINO on this CPU (30 minutes);"
+	@echo "             not part of make bench. make peers installs them below build/peers (20 minutes)"
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
 	@echo "make venv    only the virtual environment in $(VENV)"
@@ -88,6 +90,13 @@ bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window 
 # The window's arms against real processes in real time, each for some seconds.
 bench-window-live: venv
 	$(BIN)/python -m bench.window_live
+
+# What users would run instead, in environments of their own: nothing here is needed by anything else.
+peers: venv
+	$(BIN)/python -m bench.peers.install
+
+bench-peers: venv
+	$(BIN)/python -m bench.peers $(ARGS)
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
 bench: bench-window-live bench-distserve bench-goodput

@@ -14,6 +14,7 @@ STYLES = {
     "E": ("#cc79a7", "down"),
     "F": ("#56b4e9", "cross"),
     "G": ("#d55e00", "circle"),
+    "H": ("#332288", "plus"),
 }
 WIDTH, PANEL, GAP = 960, (400, 260), (70, 78)
 LEFT, TOP = 62, 118
@@ -141,8 +142,9 @@ def _marker(x: float, y: float, arm: str) -> str:
         case "diamond":
             corners = ((0, -5), (5, 0), (0, 5), (-5, 0))
         case _:
+            strokes = "m-4,-4l8,8m-8,0l8,-8" if shape == "cross" else "m-5,0l10,0m-5,-5l0,10"
             return (
-                f"<path d='M{x - 4:.1f},{y - 4:.1f}l8,8m-8,0l8,-8' stroke='{colour}' "
+                f"<path d='M{x:.1f},{y:.1f}{strokes}' stroke='{colour}' "
                 "stroke-width='2' fill='none'/>"
             )
     points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)

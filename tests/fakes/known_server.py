@@ -73,7 +73,10 @@ class OpenAIServer:
     `status` other than 200 refuses all requests; `cut_after` ends connections after so many tokens.
     """
 
-    def __init__(self, delays: Delays, status: int = 200, cut_after: int | None = None) -> None:
+    def __init__(
+        self, delays: Delays, status: int = 200, cut_after: int | None = None, port: int = 0
+    ) -> None:
+        self.port = port  # 0: any
         self.delays = delays
         self.status = status
         self.cut_after = cut_after
@@ -82,7 +85,7 @@ class OpenAIServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "OpenAIServer":
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
