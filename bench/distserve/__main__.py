@@ -24,7 +24,7 @@ from bench.hopper import validate as h200
 from bench.report import emit, save
 
 RESULTS = Path(__file__).parents[1] / "results"
-STEADY = Protocol((0,), seconds=300.0, warm_up_s=60.0)
+STEADY = Protocol((0,), seconds=180.0, warm_up_s=60.0)
 SHORT_ANSWERS = Protocol((0,), seconds=60.0, warm_up_s=10.0)  # of Figure 1: settled in seconds
 FULL = endtoend.Plan((0, 1), STEADY)
 SMOKE = endtoend.Plan((0,), None, searches=False, curves=False)
