@@ -100,6 +100,7 @@ def values_of(
                 "kernels": kernels,
                 **asdict(found.arm),
                 "rate": _round(found.rate),
+                "scale": _round(result.searched_scales[kernels, way]),
                 "steady_rate": _round(result.steady_searched.get((kernels, way))),
             }
             for result in results

@@ -8,7 +8,6 @@ phase takes its own best shape and as many instances as balance the two on 32 GP
 import sys
 import time
 from dataclasses import dataclass
-from itertools import product
 from operator import itemgetter
 
 from bench.distserve.cases import (
@@ -20,7 +19,7 @@ from bench.distserve.cases import (
 )
 from bench.distserve.phases import phase_rate
 from bench.distserve.runs import Load, Protocol
-from bench.distserve.tasks import Ask, Pool, Sought, race, share_at
+from bench.distserve.tasks import Ask, Pool, Sought, race, share_at, units
 from nodeserve.layout import Group, Layout, Shape
 from nodeserve.plan.goodput import Slo
 from nodeserve.policy.profiles import FAMILIES
@@ -71,14 +70,7 @@ def low_affinity(
     family: str, num_gpus: int, limits: Slo, protocol: Protocol, start: float, pool: Pool
 ) -> Sought:
     """The best joint unit of one prefill and one decode instance on a node."""
-    shapes = [
-        (tp * pp, f"tp{tp}.pp{pp}") for tp, pp in FAMILIES[family].shapes if tp * pp < num_gpus
-    ]
-    arms = [
-        Arm(DISAGGREGATED, family, f"1p:{prefill},1d:{decode}", DISAGGREGATED_BUDGET)
-        for (first, prefill), (second, decode) in product(shapes, shapes)
-        if first + second <= num_gpus
-    ]
+    arms = units(family, num_gpus)
     print(f"{family}: {len(arms)} units on {num_gpus} GPUs", file=sys.stderr, flush=True)
     return race([Ask(Load(arm, "sharegpt", protocol), limits, start) for arm in arms], pool)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST, Arm, Case
 from bench.distserve.runs import Load, Protocol
@@ -18,7 +19,8 @@ from bench.distserve.tasks import (
 
 WAYS = (DISAGGREGATED, PREFILL_FIRST, CHUNKED)
 SEARCHED = (PREFILL_FIRST, CHUNKED)
-KERNELS = {"baseline's kernels": "-vllm", "same kernels": ""}
+SAME = "same kernels"
+KERNELS = {"baseline's kernels": "-vllm", SAME: ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +83,16 @@ def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> 
 
 
 def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
-    """Each baseline in its best shape, with its own kernels and with those of the disaggregated
-    system: what is left then is disaggregation alone. Shapes are raced with one seed."""
-    groups = [
-        (result, kernels, way) for result in results for kernels in KERNELS for way in SEARCHED
-    ]
+    """The disaggregated system in its best shape; each baseline in its, with its own kernels and
+    with the same: what is left then is disaggregation alone. Shapes are raced with one seed."""
+    searched = [(SAME, DISAGGREGATED), *product(KERNELS, SEARCHED)]
+    groups = [(result, *one) for result in results for one in searched]
     quick = replace(plan, seeds=plan.seeds[:1])
     races = [
         [_ask(result.case, arm, quick) for arm in candidates(result.case, way, KERNELS[kernels])]
         for result, kernels, way in groups
     ]
-    won = pool.each(race, races, "baselines in every shape")
+    won = pool.each(race, races, "every shape")
     asks = [
         _ask(result.case, best.arm, plan) for (result, _, _), best in zip(groups, won, strict=True)
     ]
@@ -106,7 +107,7 @@ def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
 
 
 def _steady(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
-    """Disaggregated as in the paper against baselines with its kernels in their best shapes."""
+    """The paper's shapes, and the best ones with the disaggregated system's kernels."""
     asks = []
     for result in results:
         arms = [result.case.arm(way) for way in WAYS]

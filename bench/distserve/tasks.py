@@ -5,9 +5,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple, TypeVar
 
-from bench.distserve.cases import CHUNKED, CHUNKS, DISAGGREGATED, Arm, Case
+from bench.distserve.cases import (
+    CHUNKED,
+    CHUNKS,
+    DISAGGREGATED,
+    DISAGGREGATED_BUDGET,
+    Arm,
+    Case,
+)
 from bench.distserve.data import pairs_of
 from bench.distserve.runs import (
     MOST_SEQS,
@@ -110,11 +118,22 @@ def _most(ask: Ask) -> float:
     return bound(candidate, kinds, demand, ask.limits, GOAL, MOST_SEQS) / arm.num_gpus
 
 
+def units(family: str, num_gpus: int) -> list[Arm]:
+    """One prefill and one decode instance on so many GPUs or fewer, in every shape."""
+    shapes = [(tp * pp, f"tp{tp}.pp{pp}") for tp, pp in FAMILIES[family].shapes]
+    return [
+        Arm(DISAGGREGATED, family, f"1p:{prefill},1d:{decode}", DISAGGREGATED_BUDGET)
+        for (first, prefill), (second, decode) in product(shapes, shapes)
+        if first + second <= num_gpus
+    ]
+
+
 def candidates(case: Case, way: str, kernels: str) -> list[Arm]:
     """Every shape of at most so many GPUs that holds the model; chunked, with every chunk.
     `kernels` ends the name of a family."""
-    assert way != DISAGGREGATED
     family = f"{case.model.name}-a100{kernels}"
+    if way == DISAGGREGATED:
+        return units(family, case.model.most_gpus)
     arm = replace(case.arm(way), family=family)
     budgets = CHUNKS if way == CHUNKED else (arm.budget,)
     return [

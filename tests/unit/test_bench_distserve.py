@@ -121,6 +121,8 @@ def test_a_baselines_shapes_hold_the_model_and_have_the_papers_among_them(
     theirs = case.arm(way)
     layouts = {str(parse_layout(arm.layout)) for arm in arms if arm.budget == theirs.budget}
     assert str(parse_layout(theirs.layout)) in layouts
+    units = tasks.candidates(case, DISAGGREGATED, kernels)
+    assert units and max(unit.num_gpus for unit in units) <= case.model.most_gpus
 
 
 def test_arrivals_have_their_rate_exactly_and_agree_across_rates() -> None:
