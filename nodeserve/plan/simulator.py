@@ -6,7 +6,7 @@ moment is one burst: its messages are all taken, then decisions fall, and when n
 at that moment, passes begin. The same scenario and arrivals give the same outcome, bit for bit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from nodeserve.errors import NodeServeError, Overloaded, WorkerLost
@@ -27,9 +27,17 @@ from nodeserve.types import Role, Sampling
 MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again is stuck
 
 
-def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
-    """Serve `arrivals`; ConfigError when the scenario cannot be."""
-    return Simulation(scenario, arrivals).run()
+def simulate(
+    scenario: Scenario,
+    arrivals: Sequence[Arrival],
+    enough: Callable[[int, Served], bool] = lambda place, served: False,
+) -> Outcome:
+    """Serve `arrivals`; ConfigError when the scenario cannot be.
+
+    `enough` is told of each request that ends, with its place in the order of arrival. Once it is
+    true the run ends, and the outcome has only those that ended by then.
+    """
+    return Simulation(scenario, arrivals, enough).run()
 
 
 def build_instances(scenario: Scenario) -> list[Instance]:
@@ -67,8 +75,14 @@ def _smallest(instances: Iterable[Instance]) -> Limits:
 class Simulation:
     """One run: the coordinator's side, and what goes wrong."""
 
-    def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        arrivals: Sequence[Arrival],
+        enough: Callable[[int, Served], bool] = lambda place, served: False,
+    ) -> None:
         self.scenario = scenario
+        self._enough, self._stopped = enough, False
         self.message_s = scenario.message_s
         self.clock = Clock()
         self.instances = build_instances(scenario)
@@ -115,14 +129,14 @@ class Simulation:
         self._loss = Random(f"loss {scenario.seed}")
 
     def run(self) -> Outcome:
-        """Until the last request has ended."""
+        """Until the last request has ended, or enough have."""
         self._expect_arrival()
         self.supervisor.expect(self.scenario.faults)
-        while self.num_open:
+        while self.num_open and not self._stopped:
             if not self.turn():
                 raise AssertionError(f"{self.num_open} requests wait for nothing")
         served = [one for one in self.served if one is not None]
-        assert len(served) == len(self.arrivals)
+        assert len(served) == len(self.arrivals) - self.num_open
         return Outcome(served, self.passes, self.clock.now_s)
 
     def turn(self) -> bool:
@@ -330,9 +344,11 @@ class Simulation:
 
     def _over(self, life: Life, outcome: str) -> None:
         num_output = life.max_len - life.arrival.num_prompt_tokens
-        self.served[life.request_id] = life.served(self.clock.now_s, outcome, num_output)
+        served = life.served(self.clock.now_s, outcome, num_output)
+        self.served[life.request_id] = served
         del self.lives[life.request_id]
         self.num_open -= 1
+        self._stopped = self._stopped or self._enough(life.request_id, served)
 
     # ---- what goes wrong
 
@@ -354,7 +370,7 @@ class Simulation:
                 self.handoffs.again(life)
                 continue
             if life.phase is Phase.DECODE:
-                life.num_tokens = len(rank.held[life.request_id].token_ids)
+                life.num_tokens = rank.num_tokens(life.request_id)
             life.on(Event.WORKER_LOST)
             self._put_back(life)
         self._changed()

@@ -82,7 +82,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 def kept(served: Sequence[Served]) -> Sequence[Served]:
     """Without those at the start and at the end."""
-    return served[int(WARM_UP * len(served)) : math.ceil((1.0 - RUN_OUT) * len(served))]
+    counts = counting(len(served))
+    return served[counts.start : counts.stop]
+
+
+def counting(num_requests: int) -> range:
+    """Places of those that count, of so many in the order of their arrival."""
+    return range(int(WARM_UP * num_requests), math.ceil((1.0 - RUN_OUT) * num_requests))
 
 
 def summarize(outcome: Outcome, scenario: Scenario) -> Summary | None:
