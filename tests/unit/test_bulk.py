@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from nodeserve.plan import bulk, instances
 from nodeserve.plan.records import Arrival, Faults, Outcome, Scenario
 from nodeserve.plan.simulator import simulate
+from nodeserve.policy.batching import Sequence
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.scheduler import Scheduler
@@ -29,6 +30,13 @@ SMALL = Profile(
 LAYOUTS = ("1m", "2m", "1p1d", "1p,1m", "2p2d")
 
 
+class Real(Scheduler):
+    """With what simulated ranks ask for besides."""
+
+    def num_tokens(self, sequence: Sequence) -> int:
+        return len(sequence.token_ids)
+
+
 def served(scenario: Scenario, arrivals: list[Arrival]) -> str:
     outcome: Outcome = simulate(scenario, arrivals)
     return repr((outcome.served, outcome.passes, outcome.duration_s))
@@ -36,7 +44,7 @@ def served(scenario: Scenario, arrivals: list[Arrival]) -> str:
 
 def with_real(scenario: Scenario, arrivals: list[Arrival]) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instances, "BulkScheduler", Scheduler)
+        patch.setattr(instances, "BulkScheduler", Real)
         return served(scenario, arrivals)
 
 
@@ -49,6 +57,7 @@ def node(layout: str, num_kv_tokens: int, seed: int) -> Scenario:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
