@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 .PHONY: format sanitize bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
-.PHONY: bench-window bench-window-live bench-distserve
+.PHONY: bench-window bench-window-live bench-distserve bench-goodput
 
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
+	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
 	@echo "make venv    only the virtual environment in $(VENV)"
@@ -80,8 +81,8 @@ format: venv
 sanitize: venv
 	csrc/ring/sanitize.sh $(BIN)/python
 
-bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve: \
-  bench-%: venv
+bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
+  bench-goodput: bench-%: venv
 	$(BIN)/python -m bench.$*
 
 # The window's arms against real processes in real time, each for some seconds.
@@ -89,7 +90,7 @@ bench-window-live: venv
 	$(BIN)/python -m bench.window_live
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
-bench: bench-window-live bench-distserve
+bench: bench-window-live bench-distserve bench-goodput
 
 # Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
 # is: no virtual environment, nothing downloaded; gpu-wheels fetches beforehand what that one lacks.
