@@ -5,10 +5,10 @@ phase takes its own best shape and as many instances as balance the two on 32 GP
 0.1 s, 25 requests a GPU, as in the authors' script.
 """
 
-import math
+import sys
 import time
 from dataclasses import dataclass
-from itertools import product
+from operator import itemgetter
 
 from bench.distserve.cases import (
     DISAGGREGATED,
@@ -18,10 +18,12 @@ from bench.distserve.cases import (
     Arm,
 )
 from bench.distserve.phases import phase_rate
-from bench.distserve.runs import Limits, Protocol
-from bench.distserve.tasks import Ask, Pool, Sought, best, seek, share_at
-from nodeserve.layout import Shape
+from bench.distserve.runs import Load, Protocol
+from bench.distserve.tasks import Ask, Pool, Sought, race, share_at, units
+from nodeserve.layout import Group, Layout, Shape
+from nodeserve.plan.goodput import Slo
 from nodeserve.policy.profiles import FAMILIES
+from nodeserve.types import Role
 
 RATES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 # Percent attained at RATES, of the saved points of the authors' script (commit 33c3d3b).
@@ -29,12 +31,12 @@ PAPER = {
     "DistServe": (99.3, 99.3, 95.3, 88.0, 81.3, 77.3, 63.3),
     "vLLM": (62.0, 62.0, 58.0, 56.0, 48.0, 32.0, 28.0),
 }
-LIMITS = Limits(0.4, 0.1)
+LIMITS = Slo(0.4, 0.1)
 CLUSTER, NODE = 32, 8
 # Seconds on 96 cores, for so many GPUs (Figure 12, the saved notebook).
 SEARCH_S = {2: 5.0, 4: 15.0, 8: 30.0}
 SEARCH_PROTOCOL = Protocol((0,), 100)
-SEARCH_LIMITS = Limits(0.25, 0.1)
+SEARCH_LIMITS = Slo(0.25, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,12 @@ class Curves:
 def run(protocol: Protocol, pool: Pool) -> Curves:
     arms = {
         "vLLM": Arm(PREFILL_FIRST, "opt-66b-a100-vllm", "1m:tp4", VLLM_BUDGET),
-        "vLLM++": _best_mixed(protocol, pool).arm,
+        "vLLM++": _best_mixed(protocol, pool),
         "DistServe-Low": low_affinity("opt-66b-a100", NODE, LIMITS, protocol, 0.3, pool).arm,
         "DistServe-High": _high_affinity(protocol, pool),
     }
     asked = [
-        (Ask(arm, "sharegpt", LIMITS, protocol, 0.0), rate)
+        (Ask(Load(arm, "sharegpt", protocol), LIMITS, 0.0), rate)
         for arm in arms.values()
         for rate in RATES
     ]
@@ -65,19 +67,12 @@ def run(protocol: Protocol, pool: Pool) -> Curves:
 
 
 def low_affinity(
-    family: str, num_gpus: int, limits: Limits, protocol: Protocol, start: float, pool: Pool
+    family: str, num_gpus: int, limits: Slo, protocol: Protocol, start: float, pool: Pool
 ) -> Sought:
     """The best joint unit of one prefill and one decode instance on a node."""
-    shapes = [
-        (tp * pp, f"tp{tp}.pp{pp}") for tp, pp in FAMILIES[family].shapes if tp * pp < num_gpus
-    ]
-    arms = [
-        Arm(DISAGGREGATED, family, f"1p:{prefill},1d:{decode}", DISAGGREGATED_BUDGET)
-        for (first, prefill), (second, decode) in product(shapes, shapes)
-        if first + second <= num_gpus
-    ]
-    asks = [Ask(arm, "sharegpt", limits, protocol, start) for arm in arms]
-    return best(list(pool.each(seek, asks, f"units on {num_gpus} GPUs")))
+    arms = units(family, num_gpus)
+    print(f"{family}: {len(arms)} units on {num_gpus} GPUs", file=sys.stderr, flush=True)
+    return race([Ask(Load(arm, "sharegpt", protocol), limits, start) for arm in arms], pool)
 
 
 def search_times(num_gpus: tuple[int, ...], pool: Pool) -> dict[int, float]:
@@ -90,38 +85,38 @@ def search_times(num_gpus: tuple[int, ...], pool: Pool) -> dict[int, float]:
     return taken
 
 
-def _best_mixed(protocol: Protocol, pool: Pool) -> Sought:
+def _best_mixed(protocol: Protocol, pool: Pool) -> Arm:
     """By its rate at the goal or, where no shape attains that, by what it attains."""
+    family = "opt-66b-a100-vllm"
     arms = [
-        Arm(PREFILL_FIRST, "opt-66b-a100-vllm", f"1m:tp{tp}.pp{pp}", VLLM_BUDGET)
-        for tp, pp in FAMILIES["opt-66b-a100-vllm"].shapes
+        Arm(PREFILL_FIRST, family, f"1m:tp{tp}.pp{pp}", VLLM_BUDGET)
+        for tp, pp in FAMILIES[family].shapes
         if tp * pp <= NODE
     ]
-    asks = [Ask(arm, "sharegpt", LIMITS, protocol, 0.1) for arm in arms]
-    found = best(list(pool.each(seek, asks, "vLLM++")))
+    asks = [Ask(Load(arm, "sharegpt", protocol), LIMITS, 0.1) for arm in arms]
+    found = race(asks, pool)
     if found.rate:
-        return found
+        return found.arm
     shares = list(pool.each(share_at, [(ask, RATES[2]) for ask in asks], "vLLM++"))
-    return Sought(arms[shares.index(max(shares))], 0.0, 0.0)
+    return arms[shares.index(max(shares))]
 
 
-def _phase(task: tuple[str, Shape, Protocol]) -> float:
-    phase, shape, protocol = task
+def _phase(task: tuple[Role, Shape, Protocol]) -> float:
+    role, shape, protocol = task
     # As many requests as the whole cluster gets: of fewer, those that decode would all fit at once.
     whole = protocol._replace(per_gpu=protocol.per_gpu * CLUSTER // shape.num_workers)
-    return phase_rate("opt-66b-a100", phase, shape, "sharegpt", LIMITS, whole, 0.5)
+    return phase_rate("opt-66b-a100", role, shape, "sharegpt", LIMITS, whole, 0.5)
 
 
 def _high_affinity(protocol: Protocol, pool: Pool) -> Arm:
     """Best prefill and best decode shape by themselves, then their numbers on the cluster."""
     shapes = [Shape(tp, pp) for tp, pp in FAMILIES["opt-66b-a100"].shapes if tp * pp <= NODE]
-    tasks = [(phase, shape, protocol) for phase in "pd" for shape in shapes]
-    rates = list(pool.each(_phase, tasks, "phases alone"))
-    chosen = []
-    for half in (rates[: len(shapes)], rates[len(shapes) :]):
-        rate = max(half)
-        chosen.append((rate, shapes[half.index(rate)]))
-    (prefill_rate, prefill), (decode_rate, decode) = chosen
+    roles = (Role.PREFILL, Role.DECODE)
+    tasks = [(role, shape, protocol) for role in roles for shape in shapes]
+    rates = pool.each(_phase, tasks, "phases alone")
+    (prefill_rate, prefill), (decode_rate, decode) = (
+        max(((next(rates), shape) for shape in shapes), key=itemgetter(0)) for _ in roles
+    )
     counts = [
         (num_prefill, num_decode)
         for num_prefill in range(1, CLUSTER)
@@ -131,10 +126,10 @@ def _high_affinity(protocol: Protocol, pool: Pool) -> Arm:
 
     def gpu_rate(count: tuple[int, int]) -> float:
         gpus = count[0] * prefill.num_workers, count[1] * decode.num_workers
-        return min(gpus[0] * prefill_rate, gpus[1] * decode_rate) / math.fsum(gpus)
+        return min(gpus[0] * prefill_rate, gpus[1] * decode_rate) / sum(gpus)
 
     num_prefill, num_decode = max(counts, key=gpu_rate)
-    layout = (
-        f"{num_prefill}p:tp{prefill.tp}.pp{prefill.pp},{num_decode}d:tp{decode.tp}.pp{decode.pp}"
+    layout = Layout(
+        (Group(num_prefill, Role.PREFILL, prefill), Group(num_decode, Role.DECODE, decode))
     )
-    return Arm(DISAGGREGATED, "opt-66b-a100", layout, DISAGGREGATED_BUDGET)
+    return Arm(DISAGGREGATED, "opt-66b-a100", str(layout), DISAGGREGATED_BUDGET)

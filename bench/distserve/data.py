@@ -41,6 +41,16 @@ def lengths(name: str) -> tuple[Pair, ...]:
     return tuple((prompt, output) for prompt, output in rows["pairs"])
 
 
+def pairs_of(name: str) -> tuple[Pair, ...]:
+    """`name` is of lengths, or PROMPTS+ANSWER: a number of tokens, or the prompts of such a name,
+    and answers of that many tokens."""
+    prompts, fixed, output = name.partition("+")
+    if not fixed:
+        return lengths(name)
+    known = [int(prompts)] if prompts.isdigit() else [prompt for prompt, _ in lengths(prompts)]
+    return tuple((prompt, int(output)) for prompt in known)
+
+
 def measured(name: str) -> list[Measured]:
     """A run by the name of its file, such as vllm-100-1: requests, requests a second."""
     path = DATA / "distserve" / "measured" / f"{name}.csv"

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST, Arm, Case
-from bench.distserve.runs import Protocol
+from bench.distserve.runs import Load, Protocol
 from bench.distserve.tasks import (
     Ask,
     Pool,
     Sought,
-    best,
     candidates,
-    limits_of,
+    race,
     scale_at,
     seek,
     share_at,
@@ -19,8 +19,8 @@ from bench.distserve.tasks import (
 
 WAYS = (DISAGGREGATED, PREFILL_FIRST, CHUNKED)
 SEARCHED = (PREFILL_FIRST, CHUNKED)
-FINALISTS = 2  # shapes of a baseline whose rates are searched
-KERNELS = {"baseline's kernels": "-vllm", "same kernels": ""}
+SAME = "same kernels"
+KERNELS = {"baseline's kernels": "-vllm", SAME: ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Result:
 
     case: Case
     rates: dict[str, float] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float | None] = field(default_factory=dict)
     searched: dict[tuple[str, str], Sought] = field(default_factory=dict)
-    searched_scales: dict[tuple[str, str], float] = field(default_factory=dict)
+    searched_scales: dict[tuple[str, str], float | None] = field(default_factory=dict)
     steady: dict[str, float] = field(default_factory=dict)
     steady_searched: dict[tuple[str, str], float] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -69,62 +69,45 @@ def run(cases: Sequence[Case], plan: Plan, pool: Pool) -> list[Result]:
         points = [
             (ask, rate)
             for ask, (result, _) in zip(asks, fixed, strict=True)
-            for rate in result.case.paper.curve_rates
+            for rate, *_ in result.case.curve
         ]
         shares = pool.each(share_at, points, "curves")
         for result, way in fixed:
-            rates = result.case.paper.curve_rates
-            result.curves[way] = [(rate, next(shares)) for rate in rates]
+            result.curves[way] = [(rate, next(shares)) for rate, *_ in result.case.curve]
     return results
 
 
 def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> Ask:
     start = case.paper.rates[0] / (1 if arm.way == DISAGGREGATED else 2)
-    return Ask(arm, case.lengths, limits_of(case), protocol or plan.paper(case), start)
+    return Ask(Load(arm, case.lengths, protocol or plan.paper(case)), case.limits, start)
 
 
 def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
-    """Each baseline in its best shape, with its own kernels and with those of the disaggregated
-    system: what is left then is disaggregation alone. Of all shapes those are searched for a rate
-    that need the smallest scales at the paper's rate."""
-    groups = [
-        (result, kernels, way, candidates(result.case, way, f"{result.case.model}-a100{suffix}"))
-        for result in results
-        for kernels, suffix in KERNELS.items()
-        for way in SEARCHED
-    ]
+    """The disaggregated system in its best shape; each baseline in its, with its own kernels and
+    with the same: what is left then is disaggregation alone. Shapes are raced with one seed."""
+    searched = [(SAME, DISAGGREGATED), *product(KERNELS, SEARCHED)]
+    groups = [(result, *one) for result in results for one in searched]
     quick = replace(plan, seeds=plan.seeds[:1])
-    scored = [
-        (_ask(group[0].case, arm, quick), group[0].case.scale_rate)
-        for group in groups
-        for arm in group[3]
+    races = [
+        [_ask(result.case, arm, quick) for arm in candidates(result.case, way, KERNELS[kernels])]
+        for result, kernels, way in groups
     ]
-    needed = pool.each(scale_at, scored, "baselines in every shape")
-    short = [_shortest([(next(needed), arm) for arm in group[3]]) for group in groups]
+    won = pool.each(race, races, "every shape")
     asks = [
-        _ask(group[0].case, arm, plan)
-        for group, arms in zip(groups, short, strict=True)
-        for arm in arms
+        _ask(result.case, best.arm, plan) for (result, _, _), best in zip(groups, won, strict=True)
     ]
     found = pool.each(seek, asks, "the best of them")
-    for (result, kernels, way, _), arms in zip(groups, short, strict=True):
-        result.searched[kernels, way] = best([next(found) for _ in arms])
     asked = [
-        (_ask(result.case, result.searched[kernels, way].arm, plan), result.case.scale_rate)
-        for result, kernels, way, _ in groups
+        (ask, result.case.scale_rate) for ask, (result, _, _) in zip(asks, groups, strict=True)
     ]
     scales = pool.each(scale_at, asked, "their scales")
-    for result, kernels, way, _ in groups:
+    for result, kernels, way in groups:
+        result.searched[kernels, way] = next(found)
         result.searched_scales[kernels, way] = next(scales)
 
 
-def _shortest(scored: Sequence[tuple[float, Arm]]) -> list[Arm]:
-    """The few arms with the smallest scales."""
-    return [arm for _, arm in sorted(scored, key=lambda one: one[0])[:FINALISTS]]
-
-
 def _steady(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
-    """Disaggregated as in the paper against baselines with its kernels in their best shapes."""
+    """The paper's shapes, and the best ones with the disaggregated system's kernels."""
     asks = []
     for result in results:
         arms = [result.case.arm(way) for way in WAYS]

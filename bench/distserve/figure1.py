@@ -11,12 +11,15 @@ from bench.distserve.cases import (
     Arm,
 )
 from bench.distserve.phases import phase_rate
-from bench.distserve.runs import Limits, Protocol
+from bench.distserve.runs import Load, Protocol
 from bench.distserve.tasks import Ask, Pool, seek
 from nodeserve.layout import Shape
+from nodeserve.plan.goodput import Slo
+from nodeserve.types import Role
 
 REQUESTS = "512+64"
-LIMITS = Limits(0.4, 0.04)
+LIMITS = Slo(0.4, 0.04)
+ALONE = {"prefill alone": Role.PREFILL, "decode alone": Role.DECODE}
 PAPER = {"collocated": 1.6, "prefill alone": 5.6, "decode alone": 10.0, "2 prefill, 1 decode": 3.3}
 FAMILIES = {"vLLM's kernels": "opt-13b-a100-vllm", "DistServe's kernels": "opt-13b-a100"}
 
@@ -30,14 +33,13 @@ def rate_of(task: tuple[Bar, Protocol]) -> float:
     """Requests a second and GPU."""
     (kernels, name), protocol = task
     family = FAMILIES[kernels]
-    if name in ("prefill alone", "decode alone"):
-        start = PAPER[name]
-        return phase_rate(family, name[0], Shape(), REQUESTS, LIMITS, protocol, start)
+    if (role := ALONE.get(name)) is not None:
+        return phase_rate(family, role, Shape(), REQUESTS, LIMITS, protocol, PAPER[name])
     arms = {
         "collocated": Arm(PREFILL_FIRST, family, "1m", VLLM_BUDGET),
         "2 prefill, 1 decode": Arm(DISAGGREGATED, family, "2p1d", DISAGGREGATED_BUDGET),
     }
-    return seek(Ask(arms[name], REQUESTS, LIMITS, protocol, PAPER[name])).rate
+    return seek(Ask(Load(arms[name], REQUESTS, protocol), LIMITS, PAPER[name])).rate
 
 
 def run(protocol: Protocol, pool: Pool) -> dict[Bar, float]:

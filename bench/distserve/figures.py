@@ -31,17 +31,15 @@ def curves(results: Sequence[Result]) -> str:
     panels = []
     for result in results:
         case = result.case
-        paper, widest = case.paper, max(case.paper.curve_rates)
+        paper, limits = case.curve, case.limits
+        widest = max(point.rate for point in paper)
         lines = {
             LETTERS[way]: [(rate / widest, 100 * share) for rate, share in curve]
             for way, curve in result.curves.items()
         }
-        for letter, shares in ("A", paper.curve), ("B", paper.vllm_curve):
-            lines[letter] = [
-                (rate / widest, share)
-                for rate, share in zip(paper.curve_rates, shares, strict=True)
-            ]
-        title = f"{case.name}, {case.ttft_s:g} s and {case.tpot_s:g} s"
+        lines["A"] = [(point.rate / widest, point.distserve) for point in paper]
+        lines["B"] = [(point.rate / widest, point.vllm) for point in paper]
+        title = f"{case.name}, {limits.ttft_s:g} s and {limits.tpot_s:g} s"
         panels.append(Panel(title, lines, HIGHEST, _axis(widest)))
     title = "Requests within both limits, the paper's shapes, simulated"
     return draw(title, TITLES, panels, "attained, %")

@@ -1,54 +1,33 @@
 """One phase alone: the other one costs nothing. What Figure 1 and the high affinity search need."""
 
 from bench.distserve.cases import DISAGGREGATED, DISAGGREGATED_BUDGET, Arm
-from bench.distserve.runs import Limits, Protocol, attained, counted, highest_rate
-from nodeserve.layout import Shape
-from nodeserve.policy.cost import StepCost
-from nodeserve.policy.profile import Family, Profile
+from bench.distserve.runs import Load, Protocol, at_most, highest_rate
+from nodeserve.layout import Group, Layout, Shape
+from nodeserve.plan.affinity import FREE, free_prefill
+from nodeserve.plan.goodput import Slo
 from nodeserve.policy.profiles import FAMILIES
-
-FREE = (64, 1)  # the shape of who costs nothing: no family has it
-NOTHING_S = 1e-6
-
-
-def with_free(family: Family) -> Family:
-    """The family, and an instance whose passes and handoffs take no time."""
-    known = next(iter(family.shapes.values()))
-    free = Profile(
-        "free",
-        "nothing",
-        StepCost(NOTHING_S, NOTHING_S, 0.0, 0.0, 0.0, 0.0),
-        noise=0.0,
-        num_kv_tokens=4_000_000,
-        kv_bytes_per_token=known.kv_bytes_per_token,
-        handoff_bytes_per_s=1e18,
-        max_num_batched_tokens=known.max_num_batched_tokens,
-        max_num_seqs=known.max_num_seqs,
-        max_model_len=known.max_model_len,
-    )
-    return Family(family.name, family.source, {**family.shapes, FREE: free})
+from nodeserve.types import Role
 
 
 def phase_rate(
     family: str,
-    phase: str,
+    role: Role,
     shape: Shape,
     name: str,
-    limits: Limits,
+    limits: Slo,
     protocol: Protocol,
     start: float,
 ) -> float:
-    """The highest rate a GPU of one instance that only prefills ("p"), within the TTFT, or only
-    decodes ("d"), within the TPOT."""
-    word = f"1{phase}:tp{shape.tp}.pp{shape.pp}"
-    other = f"1{'d' if phase == 'p' else 'p'}:tp{FREE[0]}"
-    layout = f"{word},{other}" if phase == "p" else f"{other},{word}"
-    arm = Arm(DISAGGREGATED, family, layout, DISAGGREGATED_BUDGET)
-    alone = Limits(ttft_s=limits.ttft_s) if phase == "p" else Limits(tpot_s=limits.tpot_s)
-    every = with_free(FAMILIES[family])
+    """The highest rate a GPU of one instance that only prefills, prompts whose first token is the
+    last, within the TTFT; or only decodes, prompts that take no time, within the TPOT."""
+    every = FAMILIES[family]
+    if role is Role.PREFILL:
+        layout = Layout((Group(1, Role.MIXED, shape),))
+        name, limits = f"{name.partition('+')[0]}+1", Slo(ttft_s=limits.ttft_s)
+    else:
+        layout = Layout((Group(1, Role.PREFILL, FREE), Group(1, role, shape)))
+        every, limits = free_prefill(shape, every.of(shape)), Slo(tpot_s=limits.tpot_s)
+    arm = Arm(DISAGGREGATED, family, str(layout), DISAGGREGATED_BUDGET)
 
-    def share(gpu_rate: float) -> float:
-        runs = counted(arm, name, gpu_rate, protocol, num_gpus=shape.num_workers, family=every)
-        return attained(runs, alone)
-
-    return highest_rate(share, start)
+    load = Load(arm, name, protocol, shape.num_workers, every)
+    return highest_rate(lambda gpu_rate: at_most(load, gpu_rate, limits), start)

@@ -1,33 +1,27 @@
-"""One simulated run, and what is sought with runs: a rate, a scale of the limits."""
+"""One simulated run, and what is asked of it: a share, a scale of the limits, a rate."""
 
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
-from statistics import fmean
 from typing import NamedTuple
 
 from bench.distserve.cases import DISAGGREGATED, PREFILL_FIRST, Arm
-from bench.distserve.data import lengths
-from nodeserve.plan.records import Arrival, Engine, Scenario
-from nodeserve.plan.simulator import simulate
+from bench.distserve.data import pairs_of
+from nodeserve.plan.goodput import GOAL, Slo, Tally, needed_scale, smallest_scale
+from nodeserve.plan.records import Arrival, Engine, Scenario, Served
+from nodeserve.plan.search import Probe, SearchOptions, find_goodput
+from nodeserve.plan.simulator import Simulation, simulate
 from nodeserve.policy.profile import Family
 from nodeserve.policy.profiles import FAMILIES
 from nodeserve.policy.units import DispatchOptions
 
-GOAL = 0.9
 TOLERANCE = 0.03  # of a rate that is sought
-RANGE = 64.0  # of rates, from the first one asked
-STEP = 1.5  # between rates until the goal is between two: what is far too much takes long to run
+RANGE = 64.0  # of rates, down and up from the first one asked
 MOST_SEQS = 256
 # First come, first served, to the prefill instance with the shortest queue and to the decode
 # instance with the fewest requests: what the paper describes, not nodeserve's own window.
 DISPATCH, ALLOCATION = "shortest-queue", "fewest-requests"
-
-
-class Limits(NamedTuple):
-    ttft_s: float = math.inf
-    tpot_s: float = math.inf
 
 
 class Protocol(NamedTuple):
@@ -45,20 +39,18 @@ class Protocol(NamedTuple):
 
 
 class Times(NamedTuple):
-    ttft_s: float
-    tpot_s: float  # 0 for an answer of one token
+    """Of one request, as nodeserve.plan.goodput takes them."""
+
+    ttft_s: float | None  # None: it was refused
+    tpot_s: float | None  # None: an answer of one token
 
 
 @cache
 def _unit_arrivals(name: str, num: int, seed: int) -> tuple[tuple[float, int, int], ...]:
     """Poisson arrivals, one a second on average over the run exactly: the authors' saved traces
-    have so many in so much time. `name` is of lengths, or PROMPT+ANSWER of fixed ones."""
+    have so many in so much time. `name` is one of data.pairs_of."""
     random = Random(f"{name} {seed}")
-    if "+" in name:
-        prompt, _, output = name.partition("+")
-        pairs = [(int(prompt), int(output))]
-    else:
-        pairs = list(lengths(name))
+    pairs = pairs_of(name)
     gaps = [random.expovariate(1.0) for _ in range(num)]
     scale = num / math.fsum(gaps)
     now, made = 0.0, []
@@ -76,8 +68,12 @@ def arrivals(name: str, rate: float, num: int, seed: int) -> list[Arrival]:
 
 
 def serve(arm: Arm, requests: Sequence[Arrival], family: Family | None = None) -> list[Times]:
-    """Times of each request, in order; one that is refused has infinite ones."""
-    scenario = Scenario(
+    """Times of each request, in order."""
+    return [times_of(one) for one in simulate(_scenario(arm, family), requests).served]
+
+
+def _scenario(arm: Arm, family: Family | None) -> Scenario:
+    return Scenario(
         arm.layout,
         family or FAMILIES[arm.family],
         DispatchOptions(DISPATCH, budget=arm.budget, max_num_seqs=MOST_SEQS),
@@ -85,65 +81,85 @@ def serve(arm: Arm, requests: Sequence[Arrival], family: Family | None = None) -
         noise=0.0,
         engine=Engine(prefill_first=arm.way == PREFILL_FIRST),
     )
+
+
+def times_of(one: Served) -> Times:
+    if one.outcome != "length":
+        return Times(None, None)
+    return Times(one.timings.ttft_s, one.tpot_s)
+
+
+class Load(NamedTuple):
+    """What an arm gets. `family` instead of its own, `num_gpus` instead of its own: 0, None."""
+
+    arm: Arm
+    lengths: str
+    protocol: Protocol
+    num_gpus: int = 0
+    family: Family | None = None
+
+    def runs(self, gpu_rate: float) -> list[list[Arrival]]:
+        """For each seed the requests, at so many a second and GPU."""
+        num_gpus = self.num_gpus or self.arm.num_gpus
+        rate = gpu_rate * num_gpus
+        number = self.protocol.num_requests(rate, num_gpus)
+        return [arrivals(self.lengths, rate, number, seed) for seed in self.protocol.seeds]
+
+    def counts(self, request: Arrival) -> bool:
+        return request.arrived_s >= self.protocol.warm_up_s
+
+
+def counted(load: Load, gpu_rate: float) -> list[Times]:
+    """Of all seeds the requests that count."""
     return [
-        Times(one.timings.ttft_s, one.tpot_s or 0.0)
-        if one.outcome == "length"
-        else Times(math.inf, math.inf)
-        for one in simulate(scenario, requests).served
+        times
+        for requests in load.runs(gpu_rate)
+        for times, request in zip(serve(load.arm, requests, load.family), requests, strict=True)
+        if load.counts(request)
     ]
 
 
-def counted(
-    arm: Arm,
-    name: str,
-    gpu_rate: float,
-    protocol: Protocol,
-    *,
-    num_gpus: int = 0,
-    family: Family | None = None,
-) -> list[list[Times]]:
-    """Of each seed the times of the requests that count, at so many requests a second and GPU."""
-    num_gpus = num_gpus or arm.num_gpus
-    rate, runs = gpu_rate * num_gpus, []
-    for seed in protocol.seeds:
-        requests = arrivals(name, rate, protocol.num_requests(rate, num_gpus), seed)
-        times = serve(arm, requests, family)
-        late = [
-            one
-            for one, request in zip(times, requests, strict=True)
-            if request.arrived_s >= protocol.warm_up_s
-        ]
-        runs.append(late)
-    return runs
+def at_most(load: Load, gpu_rate: float, limits: Slo) -> Tally:
+    """What is attained at a rate, if that is the goal; else that much or less: as soon as too many
+    have missed, nothing more is run."""
+    runs = load.runs(gpu_rate)
+    num_offered = sum(load.counts(one) for requests in runs for one in requests)
+    most_missed = math.floor((1.0 - GOAL) * num_offered + 1e-9)
+    num_missed = 0
+
+    def note(served: Served) -> None:
+        nonlocal num_missed
+        num_missed += load.counts(served.arrival) and not limits.met(*times_of(served))
+
+    for requests in runs:
+        run = Simulation(_scenario(load.arm, load.family), requests)
+        run.ended = note
+        run.start()
+        while run.num_open and num_missed <= most_missed:
+            run.turn()
+    return Tally(num_offered, num_offered - num_missed)
 
 
-def attained(runs: Sequence[Sequence[Times]], limits: Limits) -> float:
-    """The mean share of requests within both limits."""
-    return fmean(
-        fmean(one.ttft_s <= limits.ttft_s and one.tpot_s <= limits.tpot_s for one in run)
-        for run in runs
+def tally(times: Sequence[Times], limits: Slo) -> Tally:
+    """How many are within both limits."""
+    return Tally(len(times), sum(limits.met(*one) for one in times))
+
+
+def smallest(times: Sequence[Times], limits: Slo) -> float | None:
+    """By which both limits could be multiplied so that the goal is just attained."""
+    return smallest_scale([needed_scale(limits, *one) for one in times])
+
+
+def highest_rate(ask: Callable[[float], Tally], start: float, least: float = 0.0) -> float:
+    """The highest rate that attains the goal, to TOLERANCE, between a RANGE-th of `start` and RANGE
+    times it; 0 if none does. With `least` that is the first rate asked, and the lowest."""
+    first = least or start
+    options = SearchOptions(
+        start=first,
+        low=least or start / RANGE,
+        high=RANGE * max(first, start),
+        tolerance=TOLERANCE,
+        min_requests=1,
+        max_requests=1,  # how many a run has, the protocol says: each rate is asked once
     )
-
-
-def smallest_scale(runs: Sequence[Sequence[Times]], limits: Limits) -> float:
-    """By which both limits could be multiplied so that GOAL is just attained."""
-    scales = [
-        sorted(max(one.ttft_s / limits.ttft_s, one.tpot_s / limits.tpot_s) for one in run)
-        for run in runs
-    ]
-    return fmean(scale[math.ceil(GOAL * len(scale)) - 1] for scale in scales)
-
-
-def highest_rate(ask: Callable[[float], float], start: float) -> float:
-    """The highest rate at which `ask` gives GOAL or more, to TOLERANCE: by steps, then bisection.
-    0: not at a 64th of `start`, which is asked as soon as a rate fails; at most 64 times it."""
-    low, high, rate = 0.0, math.inf, start
-    while high > low * (1 + TOLERANCE) and low < RANGE * start:
-        if ask(rate) >= GOAL:
-            low = rate
-        else:
-            if high == math.inf and not low and ask(start / RANGE) < GOAL:
-                return 0.0
-            high = rate
-        rate = STEP * low if high == math.inf else math.sqrt(low * high) if low else high / STEP
-    return low
+    return find_goodput(lambda rate, _: Probe(rate, ask(rate)), options).rate

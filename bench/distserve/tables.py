@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from bench.distserve import ablation, figure1
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST
-from bench.distserve.endtoend import SEARCHED, WAYS, Result
+from bench.distserve.endtoend import SAME, SEARCHED, WAYS, Result
 from bench.distserve.validate import Compared
 
 SYSTEM = {DISAGGREGATED: "DistServe", PREFILL_FIRST: "vLLM", CHUNKED: "DeepSpeed-MII"}
@@ -78,27 +78,42 @@ def endtoend_rows(results: Sequence[Result]) -> list[Row]:
                     _ratio(result.scales[way], scale),
                 ),
             ]
-        for (kernels, way), sought in result.searched.items():
-            searched_scale = result.searched_scales[kernels, way]
-            rows += [
-                Row(
-                    f"{name}: rate over {way} in its best shape, {kernels}",
-                    None,
-                    _ratio(ours, sought.rate),
-                ),
-                Row(
-                    f"{name}: SLO tighter than {way} in its best shape, {kernels}",
-                    None,
-                    _ratio(searched_scale, scale),
-                ),
-            ]
+        rows += _searched_rows(result)
+    return rows
+
+
+def _searched_rows(result: Result) -> list[Row]:
+    """Of both in their best shapes."""
+    if not result.searched:
+        return []
+    name, best = result.case.name, (SAME, DISAGGREGATED)
+    rows = []
+    for kernels, way in result.searched:
+        if way == DISAGGREGATED:
+            continue
+        pairs = {
+            "rate over": (result.searched[best].rate, result.searched[kernels, way].rate),
+            "SLO tighter than": (
+                result.searched_scales[kernels, way],
+                result.searched_scales[best],
+            ),
+        }
+        if result.steady_searched.get((kernels, way)) is not None:
+            pairs["steady rate over"] = (
+                result.steady_searched[best],
+                result.steady_searched[kernels, way],
+            )
+        rows += [
+            Row(f"{name}: {what} {way}, best shapes, {kernels}", None, _ratio(*pair))
+            for what, pair in pairs.items()
+        ]
     return rows
 
 
 def searched_lines(results: Sequence[Result]) -> list[str]:
     """The shapes that were best, and the rates of long runs."""
     lines = [
-        f"{'case':15} {'arm':35} {'layout':18} chunk   rate  steady",
+        f"{'case':15} {'arm':44} {'layout':24} chunk   rate  steady",
     ]
     for result in results:
         name = result.case.name
@@ -107,14 +122,14 @@ def searched_lines(results: Sequence[Result]) -> list[str]:
             steady = f"{result.steady[way]:6.3f}" if result.steady else ""
             chunk = str(arm.budget) if way == CHUNKED else ""
             lines.append(
-                f"{name:15} {way:35} {arm.layout:18} {chunk:>5} {result.rates[way]:6.3f}  {steady}"
+                f"{name:15} {way:44} {arm.layout:24} {chunk:>5} {result.rates[way]:6.3f}  {steady}"
             )
         for (kernels, way), found in result.searched.items():
             steady_rate = result.steady_searched.get((kernels, way))
             steady = "" if steady_rate is None else f"{steady_rate:6.3f}"
             chunk = str(found.arm.budget) if way == CHUNKED else ""
             lines.append(
-                f"{name:15} {f'{way}, searched, {kernels}':35} {found.arm.layout:18} {chunk:>5}"
+                f"{name:15} {f'{way}, searched, {kernels}':44} {found.arm.layout:24} {chunk:>5}"
                 f" {found.rate:6.3f}  {steady}"
             )
     return lines
@@ -159,5 +174,5 @@ def _number(value: float | None) -> str:
     return f"{value:8.3g}" if value is not None else f"{'-':>8}"
 
 
-def _ratio(above: float, below: float) -> float | None:
+def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None

@@ -1,5 +1,6 @@
 """The simulator against runs on A100 GPUs: the same requests at the same times."""
 
+import math
 from typing import NamedTuple
 
 from bench.distserve.cases import (
@@ -10,11 +11,12 @@ from bench.distserve.cases import (
     Arm,
 )
 from bench.distserve.data import measured
-from bench.distserve.runs import GOAL, Limits, Times, attained, serve
+from bench.distserve.runs import Times, serve, tally
 from bench.report import percentile
+from nodeserve.plan.goodput import GOAL, Slo
 from nodeserve.plan.records import Arrival
 
-LIMITS = Limits(0.25, 0.1)
+LIMITS = Slo(0.25, 0.1)
 MOST_POINTS, MOST_ERROR = 0.05, 0.10  # aims: attainment below the knee, medians
 UNITS = Arm(DISAGGREGATED, "opt-13b-a100", "1p:tp2,1d", DISAGGREGATED_BUDGET)
 ALONE = Arm(PREFILL_FIRST, "opt-13b-a100-vllm", "1m", VLLM_BUDGET)
@@ -63,8 +65,7 @@ def compare(name: str) -> Compared:
     ]
     ours = serve(RUNS[name], requests)
     both = (real, ours)
-    ttft, tpot = (
-        [percentile([one[place] for one in times], 0.5) for times in both] for place in range(2)
-    )
-    shares = [attained([times], LIMITS) for times in both]
+    ttft = [percentile([one.ttft_s or math.inf for one in times], 0.5) for times in both]
+    tpot = [percentile([one.tpot_s or 0.0 for one in times], 0.5) for times in both]
+    shares = [tally(times, LIMITS).share for times in both]
     return Compared(name, (shares[0], shares[1]), (ttft[0], ttft[1]), (tpot[0], tpot[1]))

@@ -22,8 +22,8 @@ from bench.goodput import live, tables
 from bench.goodput.arms import Duel, plan_duel
 from bench.report import emit, save
 from nodeserve import profile_store
-from nodeserve.loadgen.requests import Source
 from nodeserve.plan.goodput import Slo
+from nodeserve.plan.requests import Source
 from nodeserve.policy.profile import Profile
 
 RESULTS = Path(__file__).parents[1] / "results"

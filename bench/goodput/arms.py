@@ -7,11 +7,11 @@ from bench.goodput.bracket import Bracket
 from nodeserve.config import EngineConfig
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
-from nodeserve.loadgen.requests import Requests, Source
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import EFFORTS, Estimate, plan
 from nodeserve.plan.pool import searching
+from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.verdict import Verdict, settings_of, verdict
 from nodeserve.policy.profile import Profile
 

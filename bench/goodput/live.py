@@ -7,8 +7,8 @@ from bench.nodes import running
 from nodeserve.loadgen.bench import Bench, BenchOptions, Result
 from nodeserve.loadgen.fleet import Fleet
 from nodeserve.loadgen.limits import limits_of
-from nodeserve.loadgen.requests import Requests, Source
 from nodeserve.loadgen.targets import TargetOptions
+from nodeserve.plan.requests import Requests, Source
 
 SECONDS = 30.0  # of arrivals that count
 SETTLE_S = 5.0  # before them

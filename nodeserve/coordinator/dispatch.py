@@ -15,7 +15,6 @@ from typing import Any
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.policies import Policies
-from nodeserve.coordinator.queue import ParkedQueue
 from nodeserve.coordinator.request import Request
 from nodeserve.errors import Overloaded
 from nodeserve.policy.blocks import blocks_for
@@ -24,11 +23,10 @@ from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
 from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.flow import Buffered, Verdict, judge
 from nodeserve.policy.lifecycle import Event, Phase
+from nodeserve.policy.parked import ParkedQueue
 from nodeserve.policy.units import Departure, PassDone, Unit
 from nodeserve.types import Role
 from nodeserve.wire.messages import Probe, Prompt, StepDone
-
-MAX_ROUND = 256  # parked requests that are placed together
 
 
 class Dispatch:
@@ -193,15 +191,8 @@ class Dispatch:
                 steps.clear()
 
     def _start_pulls(self, now_s: float) -> None:
-        more = bool(self.parked)
-        while more:
-            ready = self.parked.first(MAX_ROUND)
-            placed = self.allocator.place(ready, self._decoders)
-            pulls = [(one.request_id, index) for one, index in placed if index is not None]
-            for request_id, index in pulls:
-                self.parked.remove(request_id)
-                self._pull(self._requests[request_id], self._links[index], now_s)
-            more = len(ready) == MAX_ROUND and bool(pulls)
+        for request_id, index in self.parked.place(self.allocator, self._decoders):
+            self._pull(self._requests[request_id], self._links[index], now_s)
 
     def _pull(self, request: Request, link: WorkerLink, now_s: float) -> None:
         request.holder = link.index

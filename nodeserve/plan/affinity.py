@@ -163,7 +163,7 @@ def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run:
         layout = str(Layout((Group(1, Role.MIXED, kind.shape),)))
     else:
         alone = replace(question, slo=Slo(tpot_s=slo.tpot_s, e2e_s=slo.e2e_s))
-        alone = replace(alone, model=_free_prefill(kind))
+        alone = replace(alone, model=free_prefill(kind.shape, kind.profile))
         decode = Group(1, Role.DECODE, kind.shape)
         layout = str(Layout((Group(1, Role.PREFILL, FREE), decode)))
     if alone.slo == Slo():
@@ -173,23 +173,24 @@ def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run:
     return Phase(role, kind.shape, kind.num_gpus, estimate.goodput)
 
 
-def _free_prefill(kind: Kind) -> Family:
-    """The model with one more shape, whose passes and handoffs take no time."""
+def free_prefill(shape: Shape, profile: Profile) -> Family:
+    """Of one shape with that profile, and one more, FREE, whose passes and handoffs take no time:
+    with an instance of it, one that decodes is as if alone."""
     free = replace(
-        kind.profile,
+        profile,
         cost=INSTANT,
         noise=0.0,
-        num_kv_tokens=ROOM * kind.profile.num_kv_tokens,
+        num_kv_tokens=ROOM * profile.num_kv_tokens,
         handoff_bytes_per_s=AT_ONCE,
         num_stages=1,
         num_gpus=FREE.num_workers,
     )
-    real = replace(kind.profile, handoff_bytes_per_s=AT_ONCE)
+    real = replace(profile, handoff_bytes_per_s=AT_ONCE)
     shapes: Mapping[tuple[int, int], Profile] = {
         (FREE.tp, FREE.pp): free,
-        (kind.shape.tp, kind.shape.pp): real,
+        (shape.tp, shape.pp): real,
     }
-    return Family(kind.profile.name, "decode alone", shapes)
+    return Family(profile.name, "decode alone", shapes)
 
 
 def _whole(question: Question, layout: str, guess: float, effort: Effort, run: Run) -> Estimate:

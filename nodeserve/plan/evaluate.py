@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil
+from math import ceil, floor
 
 from nodeserve.errors import ConfigError
 from nodeserve.plan.candidates import Candidate
@@ -16,8 +16,8 @@ from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
 from nodeserve.plan.records import Arrival, Scenario, Served
 from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.search import Found, Probe, SearchOptions, find_goodput
-from nodeserve.plan.simulator import simulate
-from nodeserve.plan.summary import counting
+from nodeserve.plan.simulator import Simulation
+from nodeserve.plan.summary import kept
 from nodeserve.plan.workloads import at_rate
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profile import Family, Profile
@@ -166,22 +166,26 @@ def count(
     name, or the error that they ended with. The run ends when so many have missed that it cannot
     reach the goal any more; then those count that have ended."""
     arrivals = question.requests(rate, num_requests)
-    counting_ones = counting(len(arrivals))
+    counted = kept(arrivals)
+    first_s, last_s = counted[0].arrived_s, counted[-1].arrived_s
+    most_bad = floor((1.0 - question.goal) * len(counted) + 1e-9)
     misses: Counter[str] = Counter()
-    allowed = (1.0 - question.goal) * len(counting_ones)
     num_judged = num_bad = 0
 
-    def enough(place: int, served: Served) -> bool:
+    def note(served: Served) -> None:
         nonlocal num_judged, num_bad
-        if place not in counting_ones:
-            return False
-        missed = missed_by(served, question.slo)
-        num_judged += 1
-        num_bad += bool(missed)
-        misses.update(missed)
-        return num_bad > allowed + 1e-9
+        if first_s <= served.arrival.arrived_s <= last_s:
+            missed = missed_by(served, question.slo)
+            num_judged += 1
+            num_bad += bool(missed)
+            misses.update(missed)
 
-    simulate(question.scenario(candidate), arrivals, enough)
+    simulation = Simulation(question.scenario(candidate), arrivals)
+    simulation.ended = note
+    simulation.start()
+    while simulation.num_open and num_bad <= most_bad:
+        if not simulation.turn():
+            raise AssertionError(f"{simulation.num_open} requests wait for nothing")
     return Tally(num_judged, num_judged - num_bad), misses
 
 

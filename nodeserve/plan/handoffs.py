@@ -12,9 +12,8 @@ from nodeserve.plan.lives import Life
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.lifecycle import Event
+from nodeserve.policy.parked import ParkedQueue
 from nodeserve.types import Load
-
-ROUND = 256  # requests that are placed together; more are tried while there is room
 
 
 class Handoffs:
@@ -34,6 +33,7 @@ class Handoffs:
         self.put_back: Callable[[Life], None] = lambda life: None
         self.allocator = allocator
         self.parked: dict[int, Life] = {}
+        self._line = ParkedQueue()  # of the same
         self._clock = clock
         self._instances = instances
         self._ranks = [rank for instance in instances for rank in instance.ranks]
@@ -46,6 +46,7 @@ class Handoffs:
         life.parked_s = self._clock.now_s
         life.parked_blocks = blocks_for(life.num_tokens + 1, self._block_size)
         self.parked[life.request_id] = life
+        self._line.push(life.ready(self._block_size), life.arrival.priority)
         self._news = True
 
     def finish(self, life: Life) -> None:
@@ -61,31 +62,21 @@ class Handoffs:
         if not self._news or not self.parked:
             return
         self._news = False
-        line = sorted(
-            self.parked.values(), key=lambda life: (-life.arrival.priority, life.request_id)
-        )
         units = [
             rank.unit
             for instance in self._instances
             if instance.decodes and not instance.lost
             for rank in instance.ranks
         ]
-        for first in range(0, len(line), ROUND):
-            ready = [life.ready(self._block_size) for life in line[first : first + ROUND]]
-            full = False
-            for one, unit in self.allocator.place(ready, units):
-                if unit is None:
-                    full = True
-                else:
-                    self._pull(self.parked.pop(one.request_id), self._ranks[unit])
-            if full:
-                return
+        for request_id, unit in self._line.place(self.allocator, units):
+            self._pull(self.parked.pop(request_id), self._ranks[unit])
 
     def lose(self, instance: Instance) -> None:
         """An instance that prefilled or decoded is gone: so are the pages that it held."""
         for life in list(self.parked.values()):
             if self._instances[self._ranks[life.source].unit.instance] is instance:
                 del self.parked[life.request_id]
+                self._line.remove(life.request_id)
                 life.on(Event.WORKER_LOST)
                 self.put_back(life)
         self._news = True

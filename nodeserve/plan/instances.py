@@ -150,7 +150,7 @@ class Instance:
         self.lost = False  # declared dead
         self.passes: list[Pass] = []
         self.profile = profile
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._looks_s = -math.inf  # when it will look again whether the first stage is free
         self._engine = engine
         self._noise = noise
@@ -180,14 +180,14 @@ class Instance:
             return flush_s, False
         if now_s < self._door_until_s:
             return self._door_until_s, False
-        if now_s < self._pipeline.opens_s:
+        if now_s < self.pipeline.opens_s:
             return self._look_again()
         batches = [rank.scheduler.next_batch() for rank in self.ranks]
         if not any(batches):
             return None
         self._works = tuple(work_of(batch) if batch else IDLE for batch in batches)
         factor = pass_factor(self._noise, self._seed, self.index, len(self.passes) + 1)
-        ends_s = self._pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
+        ends_s = self.pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
         seconds = ends_s - now_s
         gap_s = now_s - self._ends_s if self.passes else 0.0
         self.passes.append(Pass(self.index, now_s, seconds, gap_s, self._works))
@@ -211,7 +211,7 @@ class Instance:
 
     def _look_again(self) -> tuple[float, bool] | None:
         """When the first stage is free, unless it was said already."""
-        opens_s = self._pipeline.opens_s
+        opens_s = self.pipeline.opens_s
         if self._looks_s >= opens_s or not any(map(_has_work, self.ranks)):
             return None
         self._looks_s = opens_s

@@ -30,7 +30,7 @@ class Faults:
     """What goes wrong in a run."""
 
     report_loss: float = 0.0  # share of prefill passes of whose end the policy is never told
-    kill_instance: int | None = None
+    kill_instance: int | None = None  # its place in Scenario.instances
     kill_at_s: float = 0.0
 
 

@@ -27,17 +27,9 @@ from nodeserve.types import Role, Sampling
 MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again is stuck
 
 
-def simulate(
-    scenario: Scenario,
-    arrivals: Sequence[Arrival],
-    enough: Callable[[int, Served], bool] = lambda place, served: False,
-) -> Outcome:
-    """Serve `arrivals`; ConfigError when the scenario cannot be.
-
-    `enough` is told of each request that ends, with its place in the order of arrival. Once it is
-    true the run ends, and the outcome has only those that ended by then.
-    """
-    return Simulation(scenario, arrivals, enough).run()
+def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
+    """Serve `arrivals`; ConfigError when the scenario cannot be."""
+    return Simulation(scenario, arrivals).run()
 
 
 def build_instances(scenario: Scenario) -> list[Instance]:
@@ -75,14 +67,8 @@ def _smallest(instances: Iterable[Instance]) -> Limits:
 class Simulation:
     """One run: the coordinator's side, and what goes wrong."""
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        arrivals: Sequence[Arrival],
-        enough: Callable[[int, Served], bool] = lambda place, served: False,
-    ) -> None:
+    def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
         self.scenario = scenario
-        self._enough, self._stopped = enough, False
         self.message_s = scenario.message_s
         self.clock = Clock()
         self.instances = build_instances(scenario)
@@ -118,6 +104,7 @@ class Simulation:
         self._has_handoffs = any(one.role is Role.PREFILL for one in self.instances)
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
+        self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
         self.passes: list[Pass] = []
         self.num_open = len(self.arrivals)
         self._num_arrived = 0
@@ -128,15 +115,19 @@ class Simulation:
         self._num_idle_wakes = 0
         self._loss = Random(f"loss {scenario.seed}")
 
-    def run(self) -> Outcome:
-        """Until the last request has ended, or enough have."""
+    def start(self) -> None:
+        """Expect the first request, and what is to go wrong; then it is turn after turn."""
         self._expect_arrival()
         self.supervisor.expect(self.scenario.faults)
-        while self.num_open and not self._stopped:
+
+    def run(self) -> Outcome:
+        """Until the last request has ended."""
+        self.start()
+        while self.num_open:
             if not self.turn():
                 raise AssertionError(f"{self.num_open} requests wait for nothing")
         served = [one for one in self.served if one is not None]
-        assert len(served) == len(self.arrivals) - self.num_open
+        assert len(served) == len(self.arrivals)
         return Outcome(served, self.passes, self.clock.now_s)
 
     def turn(self) -> bool:
@@ -348,7 +339,7 @@ class Simulation:
         self.served[life.request_id] = served
         del self.lives[life.request_id]
         self.num_open -= 1
-        self._stopped = self._stopped or self._enough(life.request_id, served)
+        self.ended(served)
 
     # ---- what goes wrong
 
@@ -357,11 +348,12 @@ class Simulation:
         self.handoffs.room_changed()
         self._changed()
 
-    def _lose(self, instance: Instance) -> None:
+    def _lose(self, lanes: Sequence[Instance]) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        self.dispatcher.lose(instance.index)
-        mine = {rank.unit.index: rank for rank in instance.ranks}
-        self.handoffs.lose(instance)
+        mine = {rank.unit.index: rank for lane in lanes for rank in lane.ranks}
+        for lane in lanes:
+            self.dispatcher.lose(lane.index)
+            self.handoffs.lose(lane)
         for life in list(self.lives.values()):
             rank = mine.get(life.holder)
             if rank is None:

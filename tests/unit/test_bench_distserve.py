@@ -1,58 +1,128 @@
 """The parts of the reproduction that decide: attainment, scale, the search, one phase alone; and
 what was fitted on Hopper GPUs against the tables it is fitted to."""
 
-import math
+from collections import Counter
+from itertools import permutations
 
 import pytest
 
-from bench.distserve import validate
-from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm
+from bench.distserve import endtoend, tasks, validate
+from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm, Case
 from bench.distserve.data import lengths, missing
 from bench.distserve.phases import phase_rate
 from bench.distserve.runs import (
-    Limits,
+    Load,
     Protocol,
     Times,
     arrivals,
-    attained,
+    at_most,
+    counted,
     highest_rate,
     serve,
-    smallest_scale,
+    smallest,
+    tally,
 )
 from bench.distserve.tables import Row, lines_of
+from bench.distserve.tasks import Ask
 from bench.hopper import fit, kernels
-from nodeserve.layout import Shape
+from nodeserve.layout import Shape, parse_layout
+from nodeserve.plan.goodput import GOAL, Slo, Tally
 from nodeserve.policy.hopper import FITS
+from nodeserve.types import Role
 
-LIMITS = Limits(1.0, 0.1)
-RUN = [Times(0.5, 0.05), Times(0.5, 0.2), Times(2.0, 0.05), Times(math.inf, math.inf)]
+LIMITS = Slo(1.0, 0.1)
 NEEDS_DATA = pytest.mark.skipif(
     missing() is not None, reason=f"{missing()} is not here: set NODESERVE_DATA"
 )
 
 
-def test_both_limits_count_together() -> None:
-    assert attained([RUN], LIMITS) == 0.25
-    assert attained([RUN, RUN[:1]], LIMITS) == pytest.approx(0.625)
-    assert attained([RUN], Limits(ttft_s=1.0)) == 0.5
-
-
-def test_the_smallest_scale_just_attains_the_goal() -> None:
-    runs = [[Times(0.1 * number, 0.0) for number in range(1, 21)]]
-    scale = smallest_scale(runs, LIMITS)
-    assert scale == pytest.approx(1.8)
-    assert attained(runs, Limits(1.0 * scale + 1e-9)) == 0.9
-    assert attained(runs, Limits(1.0 * scale - 1e-9)) < 0.9
+def test_both_limits_count_together_and_refused_ones_miss() -> None:
+    run = [Times(0.5, 0.05), Times(0.5, 0.2), Times(2.0, 0.05), Times(None, None)]
+    assert tally(run, LIMITS) == Tally(4, 1)
+    assert tally(run, Slo(ttft_s=1.0)) == Tally(4, 2)
+    assert smallest(run, LIMITS) is None
+    assert smallest(run[:3], LIMITS) == 2.0
 
 
 @pytest.mark.parametrize("true_rate", [0.07, 0.9, 1.0, 7.3])
 def test_the_search_finds_the_last_rate_that_passes(true_rate: float) -> None:
-    found = highest_rate(lambda rate: 0.95 if rate <= true_rate else 0.5, 1.0)
+    asked: list[float] = []
+
+    def ask(rate: float) -> Tally:
+        asked.append(rate)
+        return Tally(20, 19 if rate <= true_rate else 10)
+
+    found = highest_rate(ask, 1.0)
+    assert found <= true_rate < found * 1.031
+    assert len(asked) == len(set(asked))
+    assert highest_rate(ask, 1.0, true_rate * 1.01) == 0.0
+    assert asked[-1] == true_rate * 1.01  # and no other
+    found = highest_rate(ask, 1.0, true_rate * 0.9)
     assert found <= true_rate < found * 1.031
 
 
 def test_a_rate_that_nothing_attains_is_none() -> None:
-    assert highest_rate(lambda rate: 0.0, 1.0) == 0.0
+    assert highest_rate(lambda rate: Tally(1, 0), 1.0) == 0.0
+
+
+def test_a_race_finds_what_a_search_of_every_shape_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever cannot win is asked once; who would be late alone, never."""
+    rates = {"1m": 1.5, "1m:tp2": 2.0, "1m:tp4": 1.9}
+    asks = [
+        Ask(
+            Load(Arm(PREFILL_FIRST, "opt-13b-a100", layout, 16384), "512+64", Protocol(())),
+            LIMITS,
+            1.0,
+        )
+        for layout in rates
+    ]
+    asked: list[tuple[str, float]] = []
+
+    def at_most(load: Load, rate: float, limits: Slo) -> Tally:
+        asked.append((load.arm.layout, rate))
+        return Tally(10, 9 if rate <= rates[load.arm.layout] else 0)
+
+    monkeypatch.setattr(tasks, "at_most", at_most)
+    for order in permutations(asks):
+        asked.clear()
+        found = tasks.race(order)
+        assert found.arm.layout == "1m:tp2" and found.rate <= 2.0 < 1.031 * found.rate
+        num_asked = Counter(layout for layout, _ in asked)
+        assert set(num_asked) == set(rates) and min(num_asked.values()) == 1
+    asked.clear()
+    assert tasks.race([ask._replace(limits=Slo(0.05)) for ask in asks[:1]]).rate == 0.0
+    assert not asked
+
+
+@pytest.mark.parametrize("warm_up_s", [0.0, 2.0])
+def test_a_run_that_fails_ends_early_and_one_that_does_not_is_whole(warm_up_s: float) -> None:
+    """The verdict is that of whole runs, rate by rate."""
+    arm, limits = Arm(PREFILL_FIRST, "opt-13b-a100", "1m", 16384), Slo(0.4, 0.04)
+    load = Load(arm, "512+64", Protocol((0, 1), 50, warm_up_s=warm_up_s))
+    verdicts = []
+    for rate in (1.0, 3.5, 12.0):
+        whole, early = tally(counted(load, rate), limits), at_most(load, rate, limits)
+        assert early.num_offered == whole.num_offered > 0
+        verdicts.append(whole.share >= GOAL)
+        assert (early.share >= GOAL) is verdicts[-1]
+        assert early == whole if verdicts[-1] else whole.share <= early.share
+    assert True in verdicts and False in verdicts
+    assert early.num_good > whole.num_good  # the last one
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("way", endtoend.SEARCHED)
+@pytest.mark.parametrize("kernels", endtoend.KERNELS.values())
+def test_a_baselines_shapes_hold_the_model_and_have_the_papers_among_them(
+    case: Case, way: str, kernels: str
+) -> None:
+    arms = tasks.candidates(case, way, kernels)
+    assert len(set(arms)) == len(arms) and max(arm.num_gpus for arm in arms) <= 12
+    theirs = case.arm(way)
+    layouts = {str(parse_layout(arm.layout)) for arm in arms if arm.budget == theirs.budget}
+    assert str(parse_layout(theirs.layout)) in layouts
+    units = tasks.candidates(case, DISAGGREGATED, kernels)
+    assert units and max(unit.num_gpus for unit in units) <= case.model.most_gpus
 
 
 def test_arrivals_have_their_rate_exactly_and_agree_across_rates() -> None:
@@ -72,10 +142,10 @@ def test_the_papers_units_have_the_papers_gpus() -> None:
 def test_no_pass_of_the_free_phase_costs_anything() -> None:
     """Decoding alone at batch 1 is as fast as the profile; its rate is far above both phases'."""
     protocol = Protocol((0,), 40)
-    args = ("opt-13b-a100", "d", Shape(), "512+64", Limits(0.4, 0.04), protocol, 4.0)
+    args = ("opt-13b-a100", Role.DECODE, Shape(), "512+64", Slo(0.4, 0.04), protocol, 4.0)
     both = Arm(DISAGGREGATED, "opt-13b-a100", "1p1d", 8192)
     assert phase_rate(*args) > 6.0
-    assert attained([serve(both, arrivals("512+64", 1.0, 40, 0))], Limits(0.4, 0.04)) == 1.0
+    assert tally(serve(both, arrivals("512+64", 1.0, 40, 0)), Slo(0.4, 0.04)).share == 1.0
 
 
 def test_the_table_leaves_out_what_there_is_not() -> None:

@@ -4,11 +4,9 @@ import random
 
 import pytest
 
-from nodeserve.coordinator.queue import ParkedQueue
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
-from nodeserve.policy.decode_allocation import ReadyKv
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role
 from nodeserve.wire.messages import (
@@ -260,18 +258,6 @@ async def test_the_timings_count_departures_that_left_a_request_behind() -> None
         node.submit(stream, request_id, [1] * (30 - request_id), 2)
     node.run_to_idle(rng)
     assert [client.ends[one][0].timings["num_rounds"] for one in range(3)] == [0, 1, 2]
-
-
-def test_parked_requests_keep_their_places() -> None:
-    queue = ParkedQueue()
-    for request_id, priority in [(4, 0), (2, 0), (9, 5), (3, -1), (7, 5)]:
-        queue.push(ReadyKv(request_id, 1, 0), priority)
-    assert [ready.request_id for ready in queue.first(9)] == [7, 9, 2, 4, 3]
-    queue.remove(2)
-    queue.remove(2)
-    queue.remove(99)
-    queue.push(ReadyKv(2, 1, 0), 5)
-    assert [ready.request_id for ready in queue.first(3)] == [2, 7, 9] and len(queue) == 5
 
 
 async def test_the_stats_tell_what_waits_and_who_is_in_doubt() -> None:

@@ -231,6 +231,15 @@ def test_refused_requests_are_misses() -> None:
 # ---- bounds
 
 
+def test_a_floor_under_passes_bounds_as_well() -> None:
+    floor = StepCost(0.050, 0.050, 0.0, 0.0, 0.0, 0.0)
+    (kind,) = kinds_of(replace(PLAIN, cost=replace(PLAIN.cost, floor=floor)), 1)
+    demand = demand_of([(1000, 11)] * 10)
+    one = capacity(kind, demand, Slo(1.0, 0.100), 1000, 64)
+    assert one.decode == pytest.approx(64 / (10 * 0.050))  # where the floor is what a pass takes
+    assert one.prefill == pytest.approx(1 / 0.110)  # where it is not
+
+
 def test_capacities_of_a_plain_instance() -> None:
     (kind,) = kinds_of(PLAIN, 1)
     demand = demand_of([(1000, 11)] * 10)

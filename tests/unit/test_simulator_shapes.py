@@ -7,7 +7,7 @@ import pytest
 
 from nodeserve.errors import ConfigError
 from nodeserve.plan.instances import Pipeline
-from nodeserve.plan.records import Arrival, Engine, Outcome, Scenario
+from nodeserve.plan.records import Arrival, Engine, Faults, Outcome, Scenario
 from nodeserve.plan.simulator import build_instances, simulate
 from nodeserve.policy.batching import Sequence as Tokens
 from nodeserve.policy.profile import Family
@@ -115,3 +115,35 @@ def test_prefill_first_stops_decodes_for_prompts() -> None:
     assert not any(work.prefill_tokens and work.num_decodes for work in apart)
     assert len(apart) == len(mixed) + 1
     assert first.served[0].ended_s == pytest.approx(ours.served[0].ended_s + STEP_S)
+
+
+@pytest.mark.parametrize(
+    ("layout", "first", "lanes", "killed_s"),
+    [("2p:pp2,1d", 0, {0, 1}, 1.22), ("1p,2d:pp3", 1, {1, 2, 3}, 1.6)],
+)
+def test_a_killed_instance_falls_silent_in_all_its_stages(
+    layout: str, first: int, lanes: set[int], killed_s: float
+) -> None:
+    """Its requests go to the other; a lane left over would go on with a part of an instance."""
+    made = scenario(
+        layout,
+        profile=family((1, 1), (1, 2), (1, 3)),
+        dispatch=AT_ONCE,
+        faults=Faults(kill_instance=first, kill_at_s=killed_s),
+    )
+    arrivals = [Arrival(1.0 + 0.02 * number, 32, 60) for number in range(12)]
+    outcome = simulate(made, arrivals)
+    assert {one.outcome for one in outcome.served} == {"length"}
+    assert any(one.timings.num_preemptions for one in outcome.served)
+    of_it = [one for one in outcome.passes if one.instance in lanes]
+    assert {one.instance for one in of_it} == lanes
+    assert max(one.began_s for one in of_it) <= killed_s
+    assert max(one.began_s for one in outcome.passes) > killed_s + 1.0
+
+
+def test_instances_are_killed_by_their_place_in_the_layout() -> None:
+    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=AT_ONCE)
+    with pytest.raises(ConfigError, match="no instance 2 to kill: the layout has 2"):
+        simulate(replace(made, faults=Faults(kill_instance=2)), [Arrival(0.0, 32, 1)])
+    outcome = simulate(replace(made, faults=Faults(kill_instance=1)), [Arrival(9.0, 32, 5)])
+    assert outcome.served[0].outcome == "worker_lost"
