@@ -133,13 +133,14 @@ class Session:
             from nodeserve.loadgen.figures import draw
             from nodeserve.loadgen.measure import counts
 
-            goal, folder = self.settings.goal, self.options["figures"]
-            settle_s = self.settings.settle_s
+            settings, folder = self.settings, self.options["figures"]
+            settle_s = settings.settle_s
             judged = [
                 one._replace(samples=[sample for sample in one.samples if counts(sample, settle_s)])
                 for one in self.results
             ]
-            draw(judged, bench.slo_of, goal, folder, ("svg", "png"))
+            goal, confidence = settings.goal, settings.confidence
+            draw(judged, bench.slo_of, goal, confidence, folder, ("svg", "png"))
 
     def _show(self, about: "About", requests: "Requests", found: "Found | None") -> None:
         click.echo(heading(about, self, requests))

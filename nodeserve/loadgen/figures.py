@@ -26,7 +26,12 @@ def check_matplotlib() -> None:
 
 
 def draw(
-    results: Sequence[Result], slo_of: SloOf, goal: float, folder: Path, kinds: Sequence[str]
+    results: Sequence[Result],
+    slo_of: SloOf,
+    goal: float,
+    confidence: float,
+    folder: Path,
+    kinds: Sequence[str],
 ) -> list[Path]:
     """Write the figures that these results allow, one file for each of `kinds` (svg, png)."""
     check_matplotlib()
@@ -36,24 +41,26 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"slo_scale": lambda axes: scales(axes, results, slo_of, goal)}
     if len({one.rate for one in results if one.rate is not None}) > 1:
-        figures["attainment"] = lambda axes: attainment(axes, results, goal)
+        figures["attainment"] = lambda axes: attainment(axes, results, goal, confidence)
     for title, attribute in LATENCIES.items():
         name = title.lower().replace(" ", "_")
         figures[name] = _latency(results, title, attribute)
     return [path for name, paint in figures.items() for path in _save(folder / name, paint, kinds)]
 
 
-def attainment(axes: "Axes", results: Sequence[Result], goal: float) -> None:
+def attainment(axes: "Axes", results: Sequence[Result], goal: float, confidence: float) -> None:
     """The share of good requests with its interval, by rate; probes that were cut are left out."""
     whole = {one.rate: one.report.tally for one in results if one.rate and not one.given_up}
     rates = sorted(whole)  # of several runs the last one, which has the most requests
     shares = [whole[rate].share for rate in rates]
-    bounds = [whole[rate].interval() for rate in rates]
+    bounds = [whole[rate].interval(confidence) for rate in rates]
     below = [max(0.0, share - low) for share, (low, _) in zip(shares, bounds, strict=True)]
     above = [max(0.0, high - share) for share, (_, high) in zip(shares, bounds, strict=True)]
-    axes.errorbar(rates, shares, yerr=[below, above], marker="o", capsize=3)
+    label = f"with {confidence:.0%} intervals"
+    axes.errorbar(rates, shares, yerr=[below, above], marker="o", capsize=3, label=label)
     axes.axhline(goal, linestyle=":", color="grey")
     axes.set(xlabel="requests/s offered", ylabel="attainment", ylim=(0.0, 1.02))
+    _legend(axes)
 
 
 def scales(axes: "Axes", results: Sequence[Result], slo_of: SloOf, goal: float) -> None:

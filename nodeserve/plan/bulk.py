@@ -10,7 +10,7 @@ scheduler plans that pass.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from nodeserve.policy.batching import LENGTH, Batch, Limits, Outcome, Sequence, Work
+from nodeserve.policy.batching import LENGTH, Batch, Limits, Outcome, Sequence, Stage, Work
 from nodeserve.policy.cost import RankWork, prefill_pairs, rank_work
 from nodeserve.policy.scheduler import BY_ARRIVAL, Scheduler
 
@@ -71,6 +71,15 @@ class BulkScheduler(Scheduler):
         outcome.request_ids[:0] = [sequence.request_id for sequence in ends]
         outcome.finish[:0] = [LENGTH] * len(ends)
         return outcome
+
+    def num_tokens(self, sequence: Sequence) -> int:
+        """That it has by now."""
+        known = len(sequence.token_ids)
+        if not self._in_bulk or sequence.stage is not Stage.RUNNING:
+            return known
+        num_ended = self._number - any(batch.num_decodes for batch in self._launched)
+        began: int = sequence.device_state
+        return known + max(0, num_ended - began)
 
     def _with_decodes(self) -> Batch:
         """A batch with all that decode."""

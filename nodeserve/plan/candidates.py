@@ -7,6 +7,7 @@ time (`neighbours`).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import NamedTuple
 
 from nodeserve.errors import ConfigError
@@ -125,6 +126,17 @@ def chunks(budget: int, factors: Iterable[float], max_num_seqs: int) -> list[int
         min(max(round(budget * factor), max_num_seqs), MAX_BATCHED_TOKENS) for factor in factors
     )
     return list(dict.fromkeys(sizes))
+
+
+def part_of(candidate: Candidate) -> tuple[Candidate, int]:
+    """The smallest node of the same proportions that has two instances or more of each group, and
+    how many of it make the candidate; itself, and 1, where there is none smaller."""
+    groups = parse_layout(candidate.layout).groups
+    number = gcd(*(group.count for group in groups))
+    while number > 1 and min(group.count for group in groups) < 2 * number:
+        number = next((less for less in range(number - 1, 1, -1) if not number % less), 1)
+    part = Layout(tuple(replace(group, count=group.count // number) for group in groups))
+    return replace(candidate, layout=str(part)), number
 
 
 def neighbours(candidate: Candidate) -> list[Candidate]:

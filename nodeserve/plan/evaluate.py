@@ -8,23 +8,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil
+from math import ceil, floor
 
 from nodeserve.errors import ConfigError
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
-from nodeserve.plan.records import Arrival, Outcome, Scenario, Served
+from nodeserve.plan.records import Arrival, Scenario, Served
 from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.search import Found, Probe, SearchOptions, find_goodput
-from nodeserve.plan.simulator import simulate
+from nodeserve.plan.simulator import Simulation
 from nodeserve.plan.summary import kept
 from nodeserve.plan.workloads import at_rate
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.policy.units import DispatchOptions
 
-STAYS = 4.0  # a run lasts so many stays of a request that just meets its limits
-FIRST_LOOK = 0.3  # of a run: enough to see that a rate is far too high
+STAYS = 3.0  # a run lasts so many stays of a request that just meets its limits
 DISPATCH = DispatchOptions()
 FLOW = FlowOptions(4096, 1 << 22)  # a server's own bounds
 
@@ -127,12 +126,14 @@ def requests_of(source: Source, max_tokens: int) -> Requests:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One search. `stay_s` is how long a request stays that just meets its limits."""
+    """One search. `stay_s` is how long a request stays that just meets its limits, `most_requests`
+    how many there may be in a run, however long it should last."""
 
     question: Question
     candidate: Candidate
     options: SearchOptions
     stay_s: float
+    most_requests: int
 
 
 def stay_s(question: Question, mean_output: float) -> float:
@@ -147,24 +148,13 @@ def search(job: Job) -> Found:
 
     known: dict[tuple[float, int], Tally] = {}
 
-    def tally_of(rate: float, num_requests: int) -> Tally:
-        # A span longer than what was asked for makes the next, longer run the same one.
-        if (rate, num_requests) not in known:
-            tally, _ = count(job.question, job.candidate, rate, num_requests)
-            known[rate, num_requests] = tally
-        return known[rate, num_requests]
-
     def ask(rate: float, num_requests: int) -> Probe:
-        # A run that ends before memory has filled would flatter the layout.
-        span = ceil(STAYS * job.stay_s * rate)
-        number = min(max(num_requests, span), job.options.max_requests)
-        # Short runs flatter, so what fails in one fails.
-        for share in (FIRST_LOOK, 1.0):
-            tally = tally_of(rate, max(2, round(share * number)))
-            probe = Probe(rate, tally)
-            if tally.interval(job.options.confidence)[1] < job.options.goal:
-                break
-        return probe
+        # A run that ends before memory has filled, and queues have grown, would flatter the layout.
+        lasting = ceil(STAYS * job.stay_s * rate * num_requests / job.options.min_requests)
+        number = min(max(num_requests, lasting), job.most_requests)
+        if (rate, number) not in known:
+            known[rate, number], _ = count(job.question, job.candidate, rate, number)
+        return Probe(rate, known[rate, number])
 
     return find_goodput(ask, job.options)
 
@@ -173,21 +163,30 @@ def count(
     question: Question, candidate: Candidate, rate: float, num_requests: int
 ) -> tuple[Tally, Counter[str]]:
     """Good requests of a run without its beginning and end; and what the others missed: limits by
-    name, or the error that they ended with."""
-    outcome = run(question, candidate, rate, num_requests)
-    judged = kept(outcome.served)
+    name, or the error that they ended with. The run ends when so many have missed that it cannot
+    reach the goal any more; then those count that have ended."""
+    arrivals = question.requests(rate, num_requests)
+    counted = kept(arrivals)
+    first_s, last_s = counted[0].arrived_s, counted[-1].arrived_s
+    most_bad = floor((1.0 - question.goal) * len(counted) + 1e-9)
     misses: Counter[str] = Counter()
-    num_good = 0
-    for served in judged:
-        missed = missed_by(served, question.slo)
-        num_good += not missed
-        misses.update(missed)
-    return Tally(len(judged), num_good), misses
+    num_judged = num_bad = 0
 
+    def note(served: Served) -> None:
+        nonlocal num_judged, num_bad
+        if first_s <= served.arrival.arrived_s <= last_s:
+            missed = missed_by(served, question.slo)
+            num_judged += 1
+            num_bad += bool(missed)
+            misses.update(missed)
 
-def run(question: Question, candidate: Candidate, rate: float, num_requests: int) -> Outcome:
-    """One simulation."""
-    return simulate(question.scenario(candidate), question.requests(rate, num_requests))
+    simulation = Simulation(question.scenario(candidate), arrivals)
+    simulation.ended = note
+    simulation.start()
+    while simulation.num_open and num_bad <= most_bad:
+        if not simulation.turn():
+            raise AssertionError(f"{simulation.num_open} requests wait for nothing")
+    return Tally(num_judged, num_judged - num_bad), misses
 
 
 def missed_by(served: Served, slo: Slo) -> tuple[str, ...]:

@@ -96,6 +96,10 @@ class Rank:
         self.held[sequence.request_id] = sequence
         return True
 
+    def num_tokens(self, request_id: int) -> int:
+        """Of a request that decodes here: its prompt and what passes that ended gave it."""
+        return self.scheduler.num_tokens(self.held[request_id])
+
     def link_for(self, now_s: float, seconds: float) -> float:
         """Copy pages for so long, one request after the other; when they are here."""
         self.link_free_s = max(now_s, self.link_free_s) + seconds

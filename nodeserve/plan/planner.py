@@ -27,6 +27,7 @@ from nodeserve.plan.candidates import (
     gpus_of,
     kinds_of,
     neighbours,
+    part_of,
     variations,
 )
 from nodeserve.plan.evaluate import Job, Question, decided_range, search, stay_s, with_start
@@ -45,18 +46,18 @@ Tell = Callable[[str], None]
 class Effort:
     """How much is simulated: requests a run, and layouts of a kind that are looked at closely."""
 
-    coarse_requests: int
-    fine_requests: int
-    most_requests: int
+    coarse_requests: int  # at least
+    fine_requests: int  # likewise
+    most_requests: int  # in any run
     finalists: int
     tolerance: float
     moves: int  # changes around the best, one after the other
 
 
 EFFORTS = {
-    "quick": Effort(150, 300, 600, 2, 0.08, 1),
-    "normal": Effort(200, 500, 4000, 2, 0.05, 1),
-    "thorough": Effort(500, 2000, 8000, 5, 0.02, 6),
+    "quick": Effort(150, 300, 4000, 1, 0.08, 1),
+    "normal": Effort(200, 500, 8_000, 2, 0.05, 1),
+    "thorough": Effort(500, 2000, 50_000, 5, 0.02, 6),
 }
 
 
@@ -207,9 +208,7 @@ class Planner:
             asked = [(one, most, NEAR * best * self._size(one)) for one, most in batch]
             tried = [(one, most, least) for one, most, least in asked if most > least]
             self.num_bounded += len(batch) - len(tried)
-            estimates = self.estimate(
-                [(one, most, self._coarse(most, least)) for one, most, least in tried]
-            )
+            estimates = self.in_part(tried)
             self.num_behind += sum(one.goodput <= 0.0 for one in estimates)
             found += [one for one in estimates if one.goodput > 0.0]
             best = max([best, *(one.goodput / self._size(one.candidate) for one in found)])
@@ -293,7 +292,7 @@ class Planner:
             confidence=question.confidence,
             tolerance=0.2,
             min_requests=effort.coarse_requests,
-            max_requests=3 * effort.coarse_requests,
+            max_requests=effort.coarse_requests,
             max_probes=12,
         )
 
@@ -307,7 +306,7 @@ class Planner:
             confidence=question.confidence,
             tolerance=effort.tolerance,
             min_requests=effort.fine_requests,
-            max_requests=effort.most_requests,
+            max_requests=4 * effort.fine_requests,
             max_probes=10,
         )
         probes: dict[Candidate, list[Probe]] = {one: [] for one, _, _ in wanted}
@@ -333,9 +332,32 @@ class Planner:
             for candidate, most, _ in wanted
         ]
 
+    def in_part(self, wanted: Sequence[tuple[Candidate, float, float]]) -> list[Estimate]:
+        """Coarse estimates of candidates with their bound and a rate to reach, by a small node of
+        the same proportions: it costs a part of what the whole does, and serves a little less than
+        that part, since fewer instances even each other out."""
+        parts = [part_of(candidate) for candidate, _, _ in wanted]
+        found = self.estimate(
+            [
+                (part, most / number, self._coarse(most / number, least / number))
+                for (part, number), (_, most, least) in zip(parts, wanted, strict=True)
+            ]
+        )
+        return [
+            self._estimate(
+                candidate,
+                most,
+                [replace(probe, rate=number * probe.rate) for probe in one.probes],
+            )
+            for (candidate, most, _), (_, number), one in zip(wanted, parts, found, strict=True)
+        ]
+
     def estimate(self, wanted: Sequence[tuple[Candidate, float, SearchOptions]]) -> list[Estimate]:
         """One search each."""
-        jobs = [Job(self.question, one, options, self._stay_s) for one, _, options in wanted]
+        jobs = [
+            Job(self.question, one, options, self._stay_s, self.effort.most_requests)
+            for one, _, options in wanted
+        ]
         estimates = [
             self._estimate(candidate, most, found.probes)
             for (candidate, most, _), found in zip(wanted, self.run(jobs), strict=True)

@@ -362,7 +362,7 @@ class Simulation:
                 self.handoffs.again(life)
                 continue
             if life.phase is Phase.DECODE:
-                life.num_tokens = len(rank.held[life.request_id].token_ids)
+                life.num_tokens = rank.num_tokens(life.request_id)
             life.on(Event.WORKER_LOST)
             self._put_back(life)
         self._changed()

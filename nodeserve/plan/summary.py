@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.records import Outcome, Pass, Scenario, Served
@@ -16,6 +17,8 @@ from nodeserve.types import Role
 
 WARM_UP = 0.15
 RUN_OUT = 0.05
+Request = TypeVar("Request")
+
 STAGES = ("scheduler_wait_s", "transit_s", "device_wait_s", "prefill_s", "return_s")
 
 
@@ -80,9 +83,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(math.fsum(line) / len(line), quantile(0.5), quantile(0.9), quantile(0.99))
 
 
-def kept(served: Sequence[Served]) -> Sequence[Served]:
-    """Without those at the start and at the end."""
-    return served[int(WARM_UP * len(served)) : math.ceil((1.0 - RUN_OUT) * len(served))]
+def kept(requests: Sequence[Request]) -> Sequence[Request]:
+    """Of requests in the order of their arrival, without those at the start and at the end."""
+    return requests[int(WARM_UP * len(requests)) : math.ceil((1.0 - RUN_OUT) * len(requests))]
 
 
 def summarize(outcome: Outcome, scenario: Scenario) -> Summary | None:

@@ -66,7 +66,10 @@ class PrefillInstance:
 
     @property
     def outstanding_tokens(self) -> int:
-        return sum(unit.account.outstanding_tokens for unit in self.units)
+        num_tokens = 0
+        for unit in self.units:  # asked for all the time: a sum() takes three times as long
+            num_tokens += unit.account.outstanding_tokens
+        return num_tokens
 
     @property
     def is_open(self) -> bool:
@@ -132,8 +135,9 @@ class PrefillInstance:
 
         Not so while some ranks have reported a pass and others are about to.
         """
-        reporting = 0 < len(self._reports) < len(self.units)
-        if (self._running or self.at_door) and self.empty and not (self.suspect or reporting):
+        if not (self._running or self.at_door) or self.suspect or not self.empty:
+            return
+        if not 0 < len(self._reports) < len(self.units):
             self._end()
 
     def check(self, now_s: float) -> bool:

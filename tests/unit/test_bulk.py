@@ -1,0 +1,103 @@
+"""Decodes in bulk are those of the real scheduler: whole simulations, with one and the other."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodeserve.plan import bulk, instances
+from nodeserve.plan.records import Arrival, Faults, Outcome, Scenario
+from nodeserve.plan.simulator import simulate
+from nodeserve.policy.batching import Sequence
+from nodeserve.policy.cost import StepCost
+from nodeserve.policy.profile import Profile
+from nodeserve.policy.scheduler import Scheduler
+from nodeserve.policy.units import DispatchOptions
+
+SMALL = Profile(
+    name="small",
+    source="a test",
+    cost=StepCost(0.010, 0.010, 1e-4, 1e-8, 1e-4, 1e-6),
+    noise=0.05,
+    num_kv_tokens=640,
+    kv_bytes_per_token=1000,
+    handoff_bytes_per_s=1e8,
+    max_num_batched_tokens=64,
+    max_num_seqs=16,
+    max_model_len=600,
+)
+LAYOUTS = ("1m", "2m", "1p1d", "1p,1m", "2p2d")
+
+
+class Real(Scheduler):
+    """With what simulated ranks ask for besides."""
+
+    def num_tokens(self, sequence: Sequence) -> int:
+        return len(sequence.token_ids)
+
+
+def served(scenario: Scenario, arrivals: list[Arrival]) -> str:
+    outcome: Outcome = simulate(scenario, arrivals)
+    return repr((outcome.served, outcome.passes, outcome.duration_s))
+
+
+def with_real(scenario: Scenario, arrivals: list[Arrival]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instances, "BulkScheduler", Real)
+        return served(scenario, arrivals)
+
+
+def node(layout: str, num_kv_tokens: int, seed: int) -> Scenario:
+    return Scenario(
+        layout,
+        replace(SMALL, num_kv_tokens=num_kv_tokens),
+        dispatch=DispatchOptions(budget=64, max_num_seqs=16),
+        seed=seed,
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    num_kv_tokens=st.sampled_from((640, 1600, 16_000)),
+    seed=st.integers(0, 100),
+    kill_at_s=st.none() | st.floats(0.0, 4.0),
+    requests=st.lists(
+        st.tuples(st.floats(0.0, 3.0), st.integers(1, 300), st.integers(1, 250)), max_size=25
+    ),
+)
+def test_simulations_are_the_same_bit_for_bit(
+    layout: str,
+    num_kv_tokens: int,
+    seed: int,
+    kill_at_s: float | None,
+    requests: list[tuple[float, int, int]],
+) -> None:
+    """Also where an instance dies, and what it decoded goes on elsewhere with the tokens it has."""
+    arrivals = [Arrival(*one) for one in sorted(requests)]
+    scenario = node(layout, num_kv_tokens, seed)
+    if kill_at_s is not None:
+        last = len(scenario.instances) - 1
+        scenario = replace(scenario, faults=Faults(kill_instance=last, kill_at_s=kill_at_s))
+    assert served(scenario, arrivals) == with_real(scenario, arrivals)
+
+
+def test_shortage_of_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sequences are preempted, which the real scheduler then plans."""
+    arrivals = [Arrival(0.05 * place, 40 + place, 200) for place in range(12)]
+    scenario = node("1m", 640, 3)
+    num_ended = 0
+    end_bulk = bulk.BulkScheduler._end_bulk
+
+    def counted(self: bulk.BulkScheduler) -> None:
+        nonlocal num_ended
+        num_ended += 1
+        end_bulk(self)
+
+    monkeypatch.setattr(bulk.BulkScheduler, "_end_bulk", counted)
+    outcome = simulate(scenario, arrivals)
+    assert num_ended > 0  # and begun again
+    assert sum(one.timings.num_preemptions for one in outcome.served) > 0
+    assert served(scenario, arrivals) == with_real(scenario, arrivals)
