@@ -26,7 +26,6 @@ MODEL = "smollm2-135m"
 MAX_MODEL_LEN = 8192  # the model's own
 CACHE_GIB = 2
 MAX_SEQUENCES = 64
-MAX_BATCH_TOKENS = 512
 EVENT_STREAM = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
@@ -55,7 +54,6 @@ def run_engine(gguf: Path, folder: Path, pipe: Connection, front: Connection) ->
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GIB
     scheduler.max_num_seqs = MAX_SEQUENCES
-    scheduler.max_num_batched_tokens = MAX_BATCH_TOKENS
     scheduler.dynamic_split_fuse = True
     scheduler.enable_prefix_caching = False  # no prompt comes twice
     engine = genai.ContinuousBatchingPipeline(str(converted(gguf, folder)), scheduler, "CPU")
