@@ -11,7 +11,6 @@ engine: socket, coordinator, rings, worker processes in lockstep. The last line 
 import argparse
 import asyncio
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from itertools import permutations
@@ -20,21 +19,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.nodes import running
 from bench.report import emit
 from bench.window.aims import SMALL_DEVICE_WAIT
 from bench.window.grid import BY_LETTER, PROFILE, SEEDS, WORKLOAD, Arm, Shape
 from bench.window.runs import Run, saturation, serve, trace
 from bench.window.stats import p99
-from nodeserve import AsyncClient
-from nodeserve.cli.launch import start_process
-from nodeserve.cli.progress import StartReport
 from nodeserve.config import EngineConfig
 from nodeserve.loadgen.fleet import Fleet
 from nodeserve.loadgen.records import Sample
 from nodeserve.loadgen.targets import TargetOptions
 from nodeserve.plan.records import Arrival, Served
 from nodeserve.plan.summary import STAGES, kept
-from nodeserve.types import StartEvent
 
 SHAPE = Shape(4, 2)
 LETTERS = "ACDG"
@@ -42,7 +38,6 @@ SEED = SEEDS[0]
 AGREE = 0.10  # of the simulator's mean TTFT
 APART = 0.05  # arms that differ by less may come in any order
 DRAIN_S = 30.0
-STOP_LIMIT_S = 10.0
 
 
 class Found(NamedTuple):
@@ -57,14 +52,6 @@ class Found(NamedTuple):
     @property
     def ratio(self) -> float:
         return self.live["mean_s"] / self.predicted["mean_s"]
-
-
-class Silence:
-    """Four starts are no news."""
-
-    def line(self, text: str) -> None: ...
-    def loading(self, event: StartEvent) -> None: ...
-    def close(self) -> None: ...
 
 
 def main() -> None:
@@ -103,33 +90,23 @@ def main() -> None:
 
 def measure(arm: Arm, requests: Sequence[Arrival]) -> Found:
     """One node's life, and what the simulator says of the same trace."""
-    with tempfile.TemporaryDirectory() as folder:
-        socket = Path(folder) / "node.sock"
-        config = EngineConfig(
-            layout=SHAPE.layout,
-            device="sim",
-            profile=PROFILE.name,
-            socket=str(socket),
-            admission=arm.admission,
-            seed=SEED,
-        )
-        process = start_process(config, Path(folder) / "log", StartReport(Silence()))
-        try:
-            answered = asyncio.run(drive(socket, requests))
-            process.wait(STOP_LIMIT_S)
-        finally:
-            process.kill()
-            process.wait()
+    config = EngineConfig(
+        layout=SHAPE.layout,
+        device="sim",
+        profile=PROFILE.name,
+        admission=arm.admission,
+        seed=SEED,
+    )
+    with running(config) as socket:
+        answered = asyncio.run(drive(socket, requests))
     # One run of either depends on the noise of its passes; that of simulations can be averaged out.
     return compared(answered, [serve(arm, SHAPE, requests, seed) for seed in SEEDS])
 
 
 async def drive(socket: Path, requests: Sequence[Arrival]) -> list[Sample]:
-    """Replay a trace and stop the node."""
+    """Replay a trace."""
     async with Fleet(TargetOptions(socket=str(socket))) as fleet:
         seen = await fleet.run(requests, drain_s=DRAIN_S)
-    async with AsyncClient(socket) as client:
-        await client.stop_server()
     return sorted(seen.samples, key=lambda one: one.job.number)
 
 

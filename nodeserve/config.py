@@ -68,6 +68,12 @@ class EngineConfig:
     gpus: str | None = None
     device: str = "auto"  # auto, cuda, cpu, sim
     socket: str | None = None
+    socket_mode: str | None = None  # octal, such as 660; None: 600, or 660 with a group
+    socket_group: str | None = None  # name or number; None: as the system gives it
+    allow_users: str | None = None  # names or numbers with commas; None: whom the mode lets in
+    max_connections: int = 1024
+    max_connection_reqs: int = 4096  # open at once on one connection
+    max_connection_rate: float | None = None  # requests a second on one connection; None: any
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory

@@ -59,6 +59,12 @@ class Overloaded(NodeServeError):
         self.retry_after_s = retry_after_s
 
 
+class Forbidden(NodeServeError):
+    """The user behind the connection may not use this server."""
+
+    code, http_status = "forbidden", 403
+
+
 class Cancelled(NodeServeError):
     """The request was cancelled before it finished."""
 

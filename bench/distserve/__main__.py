@@ -8,7 +8,6 @@ Needs the published data and says so where they are not. The last line is JSON.
 """
 
 import argparse
-import json
 import math
 import os
 import time
@@ -23,7 +22,7 @@ from bench.distserve.endtoend import Result
 from bench.distserve.runs import Protocol
 from bench.distserve.tasks import Pool
 from bench.hopper import validate as h200
-from bench.report import commit, emit
+from bench.report import emit, save
 
 RESULTS = Path(__file__).parents[1] / "results"
 STEADY = Protocol((0,), seconds=120.0, warm_up_s=30.0)
@@ -51,8 +50,7 @@ def main() -> None:
     values = report_smoke(pool) if args.smoke else report(pool, args.figures)
     values["wall_s"] = round(time.perf_counter() - began_s, 1)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"commit": commit(), **values}) + "\n")
+        save(args.out, values)
     emit(values)
 
 

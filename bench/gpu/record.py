@@ -17,6 +17,7 @@ from typing import Any
 from bench.gpu.lines import FAIL, NOT_REACHED
 from bench.gpu.runner import Result
 from bench.gpu.table import summary
+from bench.report import cpu_name
 from nodeserve.gpus import Gpus
 
 PACKAGES = (
@@ -96,13 +97,6 @@ def nvcc_version() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip().rpartition("\n")[2] or None
-
-
-def cpu_name() -> str:
-    for text in Path("/proc/cpuinfo").read_text().splitlines():
-        if text.startswith("model name"):
-            return text.partition(":")[2].strip()
-    return platform.machine()
 
 
 def as_json(head: Heading, results: Sequence[Result], complete: bool) -> dict[str, Any]:

@@ -8,7 +8,6 @@ installs them; those that are not there are rows with a reason. The last line is
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from bench.peers.life import Life, Protocol, live
 from bench.peers.smoke import smoke
 from bench.peers.summary import row_of, to_json, verdict_json, verdicts
 from bench.peers.table import lines, picture, verdict_lines
-from bench.report import commit, emit
+from bench.report import emit, save
 
 RESULTS = ROOT / "bench/results"
 MINUTES, ROUNDS = 28.0, 2
@@ -116,8 +115,7 @@ def report(
         "wall_s": round(time.perf_counter() - began_s, 1),
     }
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"commit": commit(), **values}) + "\n")
+        save(out, values)
         if any(row.rungs for row in rows):
             out.with_suffix(".svg").write_text(picture(rows, title))
     emit(values)

@@ -9,14 +9,13 @@ line is JSON.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench.report import commit, emit
+from bench.report import emit, save
 from bench.window import aims, tables
 from bench.window.campaign import Campaign
 from bench.window.compare import Compared, rounded
@@ -57,8 +56,7 @@ def main() -> None:
     values = report(Campaign(plan, args.jobs), args.svg)
     values["wall_s"] = round(time.perf_counter() - began, 1)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"commit": commit(), **values}) + "\n")
+        save(args.out, values)
     emit(values)
 
 

@@ -29,6 +29,13 @@ ENGINE_HELP = {
     "gpus": "GPUs, such as 0-7 or 0,2,5, one for each worker; 0,0 puts two workers on one.",
     "device": "auto, cuda, cpu, or sim: passes that are only timed, see --profile.",
     "socket": "Path of the Unix socket.",
+    "socket_mode": "Its mode in octal, such as 660. [default: 600, or 660 with a group]",
+    "socket_group": "The group that may connect too, a name or number.",
+    "allow_users": "Users that may connect beside our own and root: names or numbers with commas"
+    " between. [default: whom the socket's mode lets in]",
+    "max_connections": "Clients at once; more are turned away.",
+    "max_connection_reqs": "Open requests of one connection; more are refused.",
+    "max_connection_rate": "Requests a second of one connection; more are refused. [default: any]",
     "max_model_len": "Tokens of prompt and output together. [default: the model's own limit]",
     "block_size": "Tokens in a KV block.",
     "kv_memory": "KV pages of each worker, such as 512MiB or 2GB. [default: from free memory]",

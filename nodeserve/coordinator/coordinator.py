@@ -121,7 +121,10 @@ class Coordinator:
             raise ShuttingDown("the server is stopping and takes no new requests")
         if message.request_id in stream.requests:
             raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
-        request = admit(message, self._next_id, stream, self.limits, self._now())
+        now = self._now()
+        if stream.meter is not None:
+            stream.meter.take(len(stream.requests), now)
+        request = admit(message, self._next_id, stream, self.limits, now)
         self.dispatch.check(request, request.stamps.arrived)
         self._next_id += 1
         return request

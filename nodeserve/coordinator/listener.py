@@ -11,12 +11,16 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.streams import Stream
-from nodeserve.errors import ConfigError, NodeServeError
+from nodeserve.errors import ConfigError, NodeServeError, Overloaded
+from nodeserve.log import logger
+from nodeserve.policy.metering import Meter, Quota
 from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
     TO_SERVER,
@@ -33,13 +37,24 @@ BACKLOG_CONNECTIONS = 1024
 WRITE_HIGH_WATER_BYTES = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What the server holds every connection to."""
+
+    max_frame_bytes: int
+    max_backlog_bytes: int
+    max_connections: int
+    quota: Quota
+    access: Access
+
+
 @contextlib.contextmanager
-def bound_socket(path: Path) -> Iterator[socket.socket]:
-    """A listening socket at `path`, mode 0600; the file goes when the block ends, if still ours."""
+def bound_socket(path: Path, access: Access) -> Iterator[socket.socket]:
+    """A listening socket at `path`; the file goes when the block ends, if still ours."""
     with _locked(path.parent):
         _refuse_live(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        old_mask = os.umask(0o177)
+        old_mask = os.umask(0o777 & ~PRIVATE)
         try:
             listener.bind(str(path))
         except OSError as problem:
@@ -47,6 +62,12 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
             raise ConfigError(f"cannot bind {path}: {problem.strerror}; use --socket") from None
         finally:
             os.umask(old_mask)
+        try:
+            access.apply(path)  # before anybody can connect
+        except BaseException:
+            listener.close()
+            path.unlink()
+            raise
         listener.listen(BACKLOG_CONNECTIONS)
         ours = path.stat().st_ino
     try:
@@ -106,14 +127,14 @@ class Connection(asyncio.Protocol):
         welcome: Hello,
         stats: Callable[[], Stats],
         stop: Callable[[bool], None],
-        limits: tuple[int, int],
+        limits: ConnectionLimits,
     ) -> None:
         self._coordinator = coordinator
         self._welcome = welcome
         self._stats = stats
         self._stop = stop
-        max_frame_bytes, self._max_backlog_bytes = limits
-        self._reader = FrameReader(max_frame_bytes)
+        self._limits = limits
+        self._reader = FrameReader(limits.max_frame_bytes)
         self._stream: Stream | None = None
 
     @property
@@ -126,9 +147,26 @@ class Connection(asyncio.Protocol):
             asyncio.WriteTransport, transport
         )  # uvloop's own class is none of asyncio's
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
-        self._stream = Stream(transport, self._max_backlog_bytes)
-        self._coordinator.streams.add(self._stream)
+        limits, coordinator = self._limits, self._coordinator
+        meter = Meter(limits.quota)
+        self._stream = Stream(transport, limits.max_backlog_bytes, meter)
+        try:
+            self._check(transport)
+        except NodeServeError as error:
+            logger.warning("turned away a connection: %s", error)
+            self._stream.goodbye(error.code, str(error))
+            return
+        coordinator.streams.add(self._stream)
         self._stream.send(self._welcome)
+
+    def _check(self, transport: asyncio.WriteTransport) -> None:
+        peer = peer_of(transport.get_extra_info("socket"))
+        self._limits.access.check(peer)
+        if len(self._coordinator.streams) >= self._limits.max_connections:
+            raise Overloaded(
+                f"{self._limits.max_connections} clients are connected already (--max-connections)"
+            )
+        logger.info("connection from %s", peer)
 
     def data_received(self, data: bytes) -> None:
         if self.stream.closed:

@@ -4,6 +4,7 @@
 with nothing to clean up.
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -41,6 +42,10 @@ CHOICES = {
     "decode_allocation": DECODE_ALLOCATIONS,
     "on_overload": ("reject", "queue"),
 }
+COUNTS = (
+    *("max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens"),
+    *("max_connections", "max_connection_reqs"),
+)
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
 REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
 SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
@@ -162,10 +167,13 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
 
 def check_numbers(config: EngineConfig) -> None:
     """Ranges of the plain settings, by their option's name."""
-    for name in ("max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens"):
+    for name in COUNTS:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+    rate = config.max_connection_rate
+    if rate is not None and not 0.0 < rate < math.inf:
+        raise ConfigError(f"--max-connection-rate {rate:g}: use a number above 0")
     if config.block_size < 16 or config.block_size % 16:
         raise ConfigError(f"--block-size must be a multiple of 16, got {config.block_size}")
     if not 0.0 < config.gpu_memory_utilization <= 1.0:

@@ -21,10 +21,16 @@ from nodeserve import __version__
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig
+from nodeserve.coordinator.access import access_of
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.listener import BACKLOG_CONNECTIONS, Connection, bound_socket
+from nodeserve.coordinator.listener import (
+    BACKLOG_CONNECTIONS,
+    Connection,
+    ConnectionLimits,
+    bound_socket,
+)
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import how_they_run, node_stats
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
@@ -39,6 +45,7 @@ from nodeserve.errors import (
 )
 from nodeserve.gpus import Gpus
 from nodeserve.log import logger
+from nodeserve.policy.metering import Quota
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
 from nodeserve.wire.messages import (
@@ -91,6 +98,7 @@ class Server:
     ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
+        self.access = access_of(plan.config)
         self.started_s = time.monotonic()
         self._on_event = on_event
         self._command = command
@@ -108,7 +116,7 @@ class Server:
         self.listen_signals()
         assert self.plan.config.socket is not None
         with (
-            bound_socket(Path(self.plan.config.socket)) as listener,
+            bound_socket(Path(self.plan.config.socket), self.access) as listener,
             Supervisor(
                 self.plan, str(self.checkpoint.path), secrets.token_hex(4), self._command
             ) as supervisor,
@@ -273,7 +281,18 @@ class Server:
             self.welcome(),
             self.stats,
             lambda drain: self.stop(drain=drain),
-            (self.max_frame_bytes, MAX_BACKLOG_BYTES),
+            self.connection_limits,
+        )
+
+    @property
+    def connection_limits(self) -> ConnectionLimits:
+        config = self.plan.config
+        return ConnectionLimits(
+            self.max_frame_bytes,
+            MAX_BACKLOG_BYTES,
+            config.max_connections,
+            Quota(config.max_connection_reqs, config.max_connection_rate),
+            self.access,
         )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 from nodeserve.coordinator.request import Request
 from nodeserve.errors import NodeServeError, Overloaded
+from nodeserve.policy.metering import Meter
 from nodeserve.types import Timings
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import TO_CLIENT, End, Goodbye, ToClient, Tokens, pack_ids
@@ -24,7 +25,10 @@ _timing_values = attrgetter(*_TIMING_NAMES)
 class Stream:
     """The outgoing half of one client connection."""
 
-    def __init__(self, transport: asyncio.WriteTransport, max_backlog_bytes: int) -> None:
+    def __init__(
+        self, transport: asyncio.WriteTransport, max_backlog_bytes: int, meter: Meter | None = None
+    ) -> None:
+        self.meter = meter  # None: its requests are not counted
         self.requests: dict[int, Request] = {}  # by the client's id, until their End is written
         self.closed = False
         self._transport = transport

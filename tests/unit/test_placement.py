@@ -44,6 +44,11 @@ REFUSED = {
     "endless window": (EngineConfig(window="inf"), "--window inf: use auto, off or milliseconds"),
     "k": (EngineConfig(window_k=-0.5), "--window-k -0.5: use 0 to 100"),
     "k of nothing": (EngineConfig(window_k=float("nan")), "--window-k nan: use 0 to 100"),
+    "no clients": (EngineConfig(max_connections=0), "--max-connections must be at least"),
+    "no rate": (
+        EngineConfig(max_connection_rate=0.0),
+        "--max-connection-rate 0: use a number above",
+    ),
     "no queue": (EngineConfig(max_num_queued_tokens=0), "--max-num-queued-tokens must be at least"),
     "utilization": (EngineConfig(gpu_memory_utilization=90.0), "such as 0.9"),
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
