@@ -8,6 +8,7 @@ installs them; those that are not there are rows with a reason. The last line is
 """
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -26,6 +27,7 @@ RESULTS = ROOT / "bench/results"
 MINUTES, ROUNDS = 28.0, 2
 RUNGS = 9  # of a life: about so long lasts all of it, the closed loops and the start included
 LEAST_RUNG_S, MOST_RUNG_S = 4.0, 60.0
+BUSY = 0.7  # load, averaged over a minute
 MOST_OF_SHARE = 1.5  # some lives are shorter than their share
 OUT_OF_TIME = "no time was left for it (--minutes)"
 
@@ -85,9 +87,12 @@ def report(
 ) -> None:
     """Measure all of them, print and keep what was found."""
     began_s = time.perf_counter()
+    busy = os.getloadavg()[0]
     limits = " ".join(protocol.limits)
     title = f"{protocol.source.workload}, lengths / {protocol.source.divisor:g}, {limits}"
     print(f"{title}; {protocol.rung_s:.0f} s for each rate", flush=True)
+    if busy > BUSY:
+        print(f"note: the machine is busy (load {busy:.1f}): measure when nothing else runs")
     lives: dict[str, list[Life]] = {one.name: [] for one in contenders}
     with tempfile.TemporaryDirectory(prefix="nodeserve-peers-") as folder:
         for contender in orders(contenders, num_rounds):
@@ -104,6 +109,7 @@ def report(
         "slo": limits,
         "rounds": num_rounds,
         "rung_s": round(protocol.rung_s, 1),
+        "load_before": round(busy, 2),
         "servers": [to_json(row) for row in rows],
         "aims": [verdict_json(one) for one in found],
         "wall_s": round(time.perf_counter() - began_s, 1),

@@ -39,8 +39,8 @@ class Protocol:
 
     rung_s: float
     settle_s: float = 2.0
-    num_alone: int = 10  # requests
-    closed_s: float = 10.0  # the closed loop with many clients lasts about so long
+    num_alone: int = 8  # requests
+    closed_s: float = 8.0  # the closed loop with many clients lasts about so long
     ladder: Sequence[float] = LADDER
     common_rate: float = COMMON_RATE
     source: Source = SOURCE

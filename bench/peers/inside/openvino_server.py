@@ -26,7 +26,6 @@ MODEL = "smollm2-135m"
 MAX_MODEL_LEN = 8192  # the model's own
 CACHE_GIB = 2
 MAX_SEQUENCES = 64
-MAX_BATCH_TOKENS = 512
 EVENT_STREAM = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
@@ -49,13 +48,13 @@ def converted(gguf: Path, folder: Path) -> Path:
 def run_engine(gguf: Path, folder: Path, pipe: Connection, front: Connection) -> None:
     """Take requests (number, ids, most tokens), give lists of (number, ids, over) after steps.
 
-    Ends with the front end, whose side of the pipe it must not hold open itself.
+    Without ids a request is one to give up. Ends with the front end, whose side of the pipe it
+    must not hold open itself.
     """
     front.close()
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GIB
     scheduler.max_num_seqs = MAX_SEQUENCES
-    scheduler.max_num_batched_tokens = MAX_BATCH_TOKENS
     scheduler.dynamic_split_fuse = True
     scheduler.enable_prefix_caching = False  # no prompt comes twice
     engine = genai.ContinuousBatchingPipeline(str(converted(gguf, folder)), scheduler, "CPU")
@@ -65,8 +64,12 @@ def run_engine(gguf: Path, folder: Path, pipe: Connection, front: Connection) ->
         while True:
             while not running or pipe.poll():
                 number, ids, most = pipe.recv()
-                tensor = openvino.Tensor(np.array([ids], dtype=np.int64))
-                running[number] = engine.add_request(number, tensor, greedy(most))
+                if ids is None:
+                    if number in running:
+                        running.pop(number).cancel()
+                else:
+                    tensor = openvino.Tensor(np.array([ids], dtype=np.int64))
+                    running[number] = engine.add_request(number, tensor, greedy(most))
             engine.step()
             pipe.send(list(news(running)))
 
@@ -107,7 +110,8 @@ class Front:
         try:
             while self._pipe.poll():
                 for number, ids, over in self._pipe.recv():
-                    self._answers[number].put_nowait((ids, over))
+                    if number in self._answers:
+                        self._answers[number].put_nowait((ids, over))
         except EOFError:
             os.kill(os.getpid(), signal.SIGTERM)  # no engine, no server
 
@@ -126,15 +130,35 @@ class Front:
                         b"Content-Length: %d\r\n\r\n%s" % (len(data), data)
                     )
                 else:
-                    await self._complete(json.loads(body), writer)
+                    await self._complete(json.loads(body), reader, writer)
                 await writer.drain()
         writer.close()
 
-    async def _complete(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _complete(
+        self, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Stream one answer; whoever hangs up before its end need not be answered."""
         self._num_asked += 1
         number, answer = self._num_asked, asyncio.Queue[tuple[list[int], bool]]()
         self._answers[number] = answer
         self._pipe.send((number, body["prompt"], body["max_tokens"]))
+        writing = asyncio.create_task(self._write(body, answer, writer))
+        hung_up = asyncio.create_task(reader.read(1))  # nothing else comes before the answer's end
+        await asyncio.wait({writing, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        del self._answers[number]
+        hung_up.cancel()
+        await asyncio.wait({hung_up})  # one reader at a time
+        if not writing.done():
+            writing.cancel()
+            self._pipe.send((number, None, 0))
+            raise ConnectionResetError
+
+    async def _write(
+        self,
+        body: dict[str, Any],
+        answer: "asyncio.Queue[tuple[list[int], bool]]",
+        writer: asyncio.StreamWriter,
+    ) -> None:
         writer.write(EVENT_STREAM)
         num_tokens, over = 0, False
         while not over:
@@ -142,7 +166,6 @@ class Front:
             num_tokens += len(ids)
             for token_id in ids:
                 writer.write(event({"choices": [{"index": 0, "text": f" {token_id}"}]}))
-        del self._answers[number]
         counts = {"prompt_tokens": len(body["prompt"]), "completion_tokens": num_tokens}
         writer.write(event({"choices": [], "usage": counts}))
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
