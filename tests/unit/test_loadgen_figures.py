@@ -22,7 +22,9 @@ def result(rate: float, ttft_s: float) -> Result:
 
 def test_every_figure_is_drawn(tmp_path: Path) -> None:
     results = [result(1.0, 0.01), result(2.0, 0.1), result(2.0, 0.1), result(4.0, 0.3)]
-    paths = draw(results, lambda arrival: Slo(0.2, 0.05), 0.9, 0.95, tmp_path / "new", ("svg", "png"))
+    paths = draw(
+        results, lambda arrival: Slo(0.2, 0.05), 0.9, 0.95, tmp_path / "new", ("svg", "png")
+    )
     assert {path.name for path in paths} == {
         f"{name}.{kind}"
         for name in ("attainment", "slo_scale", "ttft", "tpot", "worst_gap", "e2e")
