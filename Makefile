@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 
 .PHONY: help venv build demo check static unit-tests process-tests test slow-tests
 .PHONY: reference-tests kernel-tests
-.PHONY: format sanitize bench clean
+.PHONY: format sanitize model bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
 .PHONY: bench-window bench-window-live bench-distserve bench-goodput peers bench-peers
@@ -26,6 +26,7 @@ help:
 	@echo "             not part of make bench. make peers installs them below build/peers (20 minutes)"
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
+	@echo "make model     the ring's doorbells under the model checker spin, if it is installed"
 	@echo "make venv    only the virtual environment in $(VENV)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -82,6 +83,9 @@ format: venv
 
 sanitize: venv
 	csrc/ring/sanitize.sh $(BIN)/python
+
+model:
+	csrc/ring/model.sh
 
 bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
   bench-goodput: bench-%: venv
