@@ -20,7 +20,7 @@ ROUNDS = 3  # of giving passes to the line that says more, and fitting again
 TRIMS = 3  # rounds of leaving out what is far off
 FAR = 4.0  # usual errors
 BETTER = 0.9  # of one line's error that two must be below
-GOOD = 0.01  # an error with which one line will do
+GOOD = 0.02  # an error with which one line will do
 TO_SPREAD = 1.4826  # a normal distribution's deviation over its median absolute error
 
 

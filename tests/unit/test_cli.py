@@ -172,7 +172,7 @@ def test_a_file_gives_settings_and_the_command_line_wins(serve: FakeServe, tmp_p
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("layuot = '1p1d'", "unknown key 'layuot'; known keys: admission, attention"),
+        ("layuot = '1p1d'", "unknown key 'layuot'; known keys: admission, allow-users, attention"),
         ("block_size = 16", "unknown key 'block_size'"),
         ("block-size = '16'", "block-size must be a whole number, got '16'"),
         ("block-size = true", "block-size must be a whole number"),
