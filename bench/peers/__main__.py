@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.peers.contenders import ROOT, Contender, everyone
@@ -72,10 +73,11 @@ def rung_s(share_s: float) -> float:
     return min(MOST_RUNG_S, max(LEAST_RUNG_S, share_s / RUNGS))
 
 
-def orders(contenders: Sequence[Contender], num_rounds: int) -> Iterator[Contender]:
-    """A B C, C B A, A B C: what drifts meets all alike."""
+def orders(contenders: Sequence[Contender], num_rounds: int) -> Iterator[tuple[int, Contender]]:
+    """A B C, C B A, A B C, with the number of the round: what drifts meets all alike."""
     for number in range(num_rounds):
-        yield from contenders if number % 2 == 0 else reversed(contenders)
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
+            yield number, contender
 
 
 def report(
@@ -95,9 +97,16 @@ def report(
         print(f"note: the machine is busy (load {busy:.1f}): measure when nothing else runs")
     lives: dict[str, list[Life]] = {one.name: [] for one in contenders}
     with tempfile.TemporaryDirectory(prefix="nodeserve-peers-") as folder:
-        for contender in orders(contenders, num_rounds):
+        for number, contender in orders(contenders, num_rounds):
+            # Requests of its own for each round, the same for all in it.
+            source = replace(protocol.source, seed=number)
             lives[contender.name].append(
-                one_life(contender, protocol, Path(folder), began_s + 60.0 * minutes)
+                one_life(
+                    contender,
+                    replace(protocol, source=source),
+                    Path(folder),
+                    began_s + 60.0 * minutes,
+                )
             )
     rows = [row_of(one, lives[one.name], protocol) for one in contenders]
     found = verdicts(rows)

@@ -192,7 +192,10 @@ def test_tokens_a_second_are_counted_while_there_was_something_to_send() -> None
 
 def test_the_order_of_rounds_alternates() -> None:
     a, b, c = (contender(name) for name in "abc")
-    assert [one.name for one in orders([a, b, c], 3)] == list("abccbaabc")
+    assert [(number, one.name) for number, one in orders([a, b, c], 3)] == [
+        *((0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")),
+        *((2, "a"), (2, "b"), (2, "c")),
+    ]
 
 
 def test_all_have_a_name_and_a_line_of_their_own() -> None:
