@@ -100,7 +100,7 @@ def test_beside_prefills_count_large_batches_and_what_the_neighbour_did_meanwhil
     prefills = [(0, step(0.1 * number, 0.1, prefill=128, decodes=0)) for number in range(20)]
     sizes = [1, 2, 3, 4, 4, 4, 4, 3, 2, 1]
     decoding = [
-        (1, step(0.5 + 0.01 * number, 0.01, decodes=size)) for number, size in enumerate(sizes)
+        (1, step(0.555 + 0.01 * number, 0.01, decodes=size)) for number, size in enumerate(sizes)
     ]
     found = beside(prefills + decoding, one)
     assert [timed.work.num_decodes for timed in found if not timed.work.prefill_tokens] == [
