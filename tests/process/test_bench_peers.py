@@ -26,7 +26,7 @@ class Models(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Models).serve_forever()
 """
 
