@@ -3,8 +3,7 @@
 Prompts alone, from one token to several chunks, show prefill; batches of sequences that write some
 tokens, from one to as many as a step takes and with short and long contexts, show decode. Every
 worker gets the same at the same time, since a node that is worth its money has all of them busy,
-and they share memory and clocks. Then decodes run beside a neighbour that prefills, which may take
-longer; the fit lies between the two. Sizes between those are held out: not fitted, only predicted.
+and they share memory and clocks. Sizes between those are held out: not fitted, only predicted.
 
 Whatever else runs on the machine makes passes longer, never shorter. So all experiments are made
 twice, some time apart, and where the two do not agree, again until the two shortest do; longer runs
@@ -12,7 +11,7 @@ are dropped.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from math import ceil
 from statistics import median
 from typing import NamedTuple
@@ -34,13 +33,9 @@ SHORT, LONG = 16, 1024  # tokens of context
 CONTIGUOUS = 0.5  # of a pass: a longer gap after it was a wait
 REPEATS = 3
 MOST_RUNS = 4  # of an experiment
-BESIDE_WRITTEN = 26  # tokens of a sequence beside prefills: as many steps as on two workers alone
-BESIDE_CHUNKS = 2  # of each prompt beside decodes
-IN_FLIGHT = 3  # of those prompts, so that the prefill worker never waits for one
 AGREE = 1.04  # times the shortest run
 
 Tell = Callable[[str], None]
-Copies = list[tuple[int, float]]  # bytes and seconds
 
 
 class Experiment(NamedTuple):
@@ -59,7 +54,7 @@ class Run(NamedTuple):
     timed: list[Timed]
     gaps: list[float]
     transits: list[float]  # of messages to workers with nothing to do, and back
-    busy_s: float  # the passes that it is about, of all workers
+    busy_s: float  # all passes of all workers
 
 
 class Measured(NamedTuple):
@@ -105,91 +100,18 @@ async def measure_passes(node: Node, num_workers: int, tell: Tell) -> Measured:
         plan.max_num_batched_tokens, plan.max_num_seqs, plan.max_model_len, node.num_kv_tokens
     )
     await _send(node, num_workers, Experiment("warm", 2, SHORT, WRITTEN, held_out=False))
-
-    async def once(experiment: Experiment) -> Run:
-        timings: list[Timings] = []
-        for _ in range(REPEATS if experiment.output == 1 else 1):
-            timings += await _send(node, num_workers, experiment)
-        steps, _ = node.heard()
-        return run_of(steps, timings, experiment)
-
     node.heard()
-    return measured_of(await until_sure(planned, once, tell))
-
-
-async def measure_beside(node: Node, tell: Tell) -> Measured:
-    """Decode steps of a node whose prefill worker is busy all the while, and its passes."""
-    plan = node.plan
-    planned = [
-        Experiment(
-            f"{batch} beside prefills",
-            batch,
-            SHORT,
-            BESIDE_WRITTEN + ceil(batch * SHORT / plan.max_num_batched_tokens),
-            held_out,
-        )
-        for held_out, batches in ((False, FIT_BATCHES), (True, HELD_BATCHES))
-        for batch in batches
-        if batch <= plan.max_num_seqs
-    ]
-    longest = min(BESIDE_CHUNKS * plan.max_num_batched_tokens, plan.max_model_len - 2)
-    prompt = Experiment("prefills", 1, longest, 1, held_out=False)
-    await _send(node, 1, Experiment("warm", 2, SHORT, WRITTEN, held_out=False))
-
-    async def prefill() -> None:
-        while True:
-            await _send(node, 1, prompt)
-
-    async def once(experiment: Experiment) -> Run:
-        neighbours = [asyncio.create_task(prefill()) for _ in range(IN_FLIGHT)]
-        timings = await _send(node, 1, experiment)
-        steps, _ = node.heard()
-        for neighbour in neighbours:
-            neighbour.cancel()
-        await asyncio.gather(*neighbours, return_exceptions=True)
-        await _send(node, 1, prompt)  # whatever was cancelled is over when this one is
-        node.heard()
-        return run_of(steps, timings, experiment)._replace(
-            timed=beside(steps, experiment), busy_s=sum(one.step_s for _, one in decodes(steps))
-        )
-
-    node.heard()
-    return measured_of(await until_sure(planned, once, tell))
-
-
-def decodes(steps: Sequence[tuple[int, StepDone]]) -> list[tuple[int, StepDone]]:
-    """Of these passes those without a prompt."""
-    return [one for one in steps if one[1].num_decodes and not one[1].num_prefill_tokens]
-
-
-def beside(steps: Sequence[tuple[int, StepDone]], experiment: Experiment) -> list[Timed]:
-    """Decode steps of the better part of a batch, but for the first, and the prefill passes
-    meanwhile."""
-    large = [step for _, step in decodes(steps) if 2 * step.num_decodes > experiment.batch][WARM:]
-    if not large:
-        return []
-    began_s, ended_s = large[0].began_s, large[-1].began_s
-    prefills = [
-        step for _, step in steps if step.num_prefill_tokens and began_s <= step.began_s <= ended_s
-    ]
-    return [Timed(rank_work_of(one), one.step_s, experiment.name) for one in large + prefills]
-
-
-async def until_sure(
-    planned: Sequence[Experiment], once: Callable[[Experiment], Awaitable[Run]], tell: Tell
-) -> dict[Experiment, list[Run]]:
-    """Each experiment's runs that nothing held up; made again where it is not sure."""
     runs: dict[Experiment, list[Run]] = {one: [] for one in planned}
     for number in range(1, MOST_RUNS + 1):
         unsure = [one for one in planned if not sure(runs[one])]
         for place, experiment in enumerate(unsure, 1):
             tell(f"round {number}, {place} of {len(unsure)}: {experiment.name}")
-            runs[experiment].append(await once(experiment))
-    return {one: undisturbed(found) for one, found in runs.items()}
-
-
-def measured_of(kept: Mapping[Experiment, Sequence[Run]]) -> Measured:
-    """All that these runs have."""
+            timings: list[Timings] = []
+            for _ in range(REPEATS if experiment.output == 1 else 1):
+                timings += await _send(node, num_workers, experiment)
+            steps, _ = node.heard()
+            runs[experiment].append(run_of(steps, timings, experiment))
+    kept = {one: undisturbed(found) for one, found in runs.items()}
     all_kept = [run for found in kept.values() for run in found]
     gaps = [gap for run in all_kept for gap in run.gaps]
     transits = [transit for run in all_kept for transit in run.transits]
@@ -199,7 +121,7 @@ def measured_of(kept: Mapping[Experiment, Sequence[Run]]) -> Measured:
         return [timed for run in chosen for timed in run.timed]
 
     gap_s = median(gaps) if gaps else 0.0
-    return Measured(passes(False), passes(True), gap_s, median(transits) if transits else 0.0)
+    return Measured(passes(False), passes(True), gap_s, median(transits))
 
 
 def sure(runs: Sequence[Run]) -> bool:
@@ -214,13 +136,15 @@ def undisturbed(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.busy_s <= AGREE * shortest]
 
 
-async def measure_handoffs(node: Node, tell: Tell) -> tuple[Copies, Copies]:
+async def measure_handoffs(
+    node: Node, tell: Tell
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """Copies from a prefill to a decode worker, of prompts of several lengths: to fit, held out."""
     plan = node.plan
     most = min(plan.max_model_len - 4, node.num_kv_tokens // 2)
     sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size <= most]
-    fit: Copies = []
-    held: Copies = []
+    fit: list[tuple[int, float]] = []
+    held: list[tuple[int, float]] = []
     for size in sizes:
         for prompt, kept in ((size, fit), (size * 3 // 4, held)):
             tell(f"handoff of {prompt} tokens")
@@ -248,11 +172,6 @@ async def _send(node: Node, num_workers: int, experiment: Experiment) -> list[Ti
     return await asyncio.gather(*calls)
 
 
-def rank_work_of(step: StepDone) -> RankWork:
-    """What was in a pass."""
-    return RankWork(step.num_prefill_tokens, step.attention, step.num_decodes, step.kv_tokens)
-
-
 def run_of(
     steps: Sequence[tuple[int, StepDone]], timings: Sequence[Timings], experiment: Experiment
 ) -> Run:
@@ -263,7 +182,7 @@ def run_of(
     last: dict[int, StepDone] = {}
     num_decode: dict[int, int] = {}
     for worker, step in steps:
-        work = rank_work_of(step)
+        work = RankWork(step.num_prefill_tokens, step.attention, step.num_decodes, step.kv_tokens)
         before = last.get(worker)
         last[worker] = step
         if before is not None:

@@ -1,5 +1,6 @@
 """From a model and a machine to a profile: measure, fit, check on what was held out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -8,20 +9,11 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.server import OnEvent
 from nodeserve.gpus import Gpus
 from nodeserve.plan.fit import Errors, errors_of, fit_cost, spread_of
-from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Profile
-from nodeserve.profiling.experiments import (
-    Copies,
-    Measured,
-    Tell,
-    measure_beside,
-    measure_handoffs,
-    measure_passes,
-)
+from nodeserve.profiling.experiments import Measured, Tell, measure_handoffs, measure_passes
 from nodeserve.profiling.node import Node, with_node
 
 UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
-UNFITTED = StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +54,29 @@ def measure_profile(
         measured = await measure_passes(node, num_workers, tell)
         return measured, _profile(node, name, measured)
 
-    async def apart(node: Node) -> tuple[Measured, tuple[Copies, Copies]]:
-        return await measure_beside(node, tell), await measure_handoffs(node, tell)
-
     measured, profile = with_node(mixed, checkpoint, gpus, on_event, passes)
     handoff = None
     if num_workers > 1:
         pair = replace(config, layout=f"1p{num_workers - 1}d")
-        beside, (pulls, held) = with_node(pair, checkpoint, gpus, on_event, apart)
-        measured = measured._replace(
-            fit=measured.fit + beside.fit, held_out=measured.held_out + beside.held_out
+        pulls, held = with_node(
+            pair, checkpoint, gpus, on_event, lambda node: measure_handoffs(node, tell)
         )
         rate = _rate(pulls)
-        profile = replace(_fitted(profile, measured), handoff_bytes_per_s=rate)
+        profile = replace(profile, handoff_bytes_per_s=rate)
         handoff = _handoff_errors(held, rate)
     return _result(profile, measured, handoff)
 
 
-def _fitted(profile: Profile, measured: Measured) -> Profile:
-    """With the cost of these passes."""
-    cost = fit_cost(measured.fit, measured.gap_s)
-    noise = round(spread_of(measured.fit, cost, measured.gap_s), 4)
-    return replace(profile, cost=cost, noise=noise)
-
-
 def _profile(node: Node, name: str, measured: Measured) -> Profile:
     plan = node.plan
+    cost = fit_cost(measured.fit, measured.gap_s)
     devices = plan.config.device
-    found = Profile(
+    return Profile(
         name=name,
         source=f"measured by `nodeserve profile`: {plan.config.served_model_name} on {devices},"
         f" {len(plan.places)} workers at once, {node.kernels}",
-        cost=UNFITTED,
-        noise=0.0,
+        cost=cost,
+        noise=round(spread_of(measured.fit, cost, measured.gap_s), 4),
         num_kv_tokens=node.num_kv_tokens,
         kv_bytes_per_token=node.block_bytes // plan.config.block_size,
         handoff_bytes_per_s=UNMEASURED_BYTES_PER_S,
@@ -103,7 +85,6 @@ def _profile(node: Node, name: str, measured: Measured) -> Profile:
         max_model_len=plan.max_model_len,
         transit_s=measured.transit_s,
     )
-    return _fitted(found, measured)
 
 
 def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Result:
@@ -120,7 +101,7 @@ def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Res
     )
 
 
-def _rate(pulls: Copies) -> float:
+def _rate(pulls: Sequence[tuple[int, float]]) -> float:
     """Bytes a second, with errors as shares of what each copy took."""
     shares = [num_bytes / seconds for num_bytes, seconds in pulls if seconds > 0.0]
     if not shares:
@@ -128,7 +109,7 @@ def _rate(pulls: Copies) -> float:
     return sum(share * share for share in shares) / sum(shares)
 
 
-def _handoff_errors(pulls: Copies, rate: float) -> Errors | None:
+def _handoff_errors(pulls: Sequence[tuple[int, float]], rate: float) -> Errors | None:
     """Of copies of the same size together."""
     sizes: dict[int, list[float]] = {}
     for num_bytes, seconds in pulls:

@@ -8,7 +8,6 @@ from nodeserve.profiling.experiments import (
     WRITTEN,
     Experiment,
     Run,
-    beside,
     experiments,
     run_of,
     sure,
@@ -92,20 +91,3 @@ def test_runs_that_something_held_up_are_made_again_and_dropped() -> None:
     assert not sure(runs[:3])
     assert sure(runs)
     assert undisturbed(runs) == [runs[1], runs[3]]
-
-
-def test_beside_prefills_count_large_batches_and_what_the_neighbour_did_meanwhile() -> None:
-    """Worker 0 prefills all the time, worker 1 decodes; its batch grows and shrinks."""
-    one = Experiment("4 beside prefills", 4, 16, 26, held_out=False)
-    prefills = [(0, step(0.1 * number, 0.1, prefill=128, decodes=0)) for number in range(20)]
-    sizes = [1, 2, 3, 4, 4, 4, 4, 3, 2, 1]
-    decoding = [
-        (1, step(0.555 + 0.01 * number, 0.01, decodes=size)) for number, size in enumerate(sizes)
-    ]
-    found = beside(prefills + decoding, one)
-    assert [timed.work.num_decodes for timed in found if not timed.work.prefill_tokens] == [
-        *(4, 4, 4, 3)
-    ], "larger than half of it, without the first two"
-    (beside_them,) = [timed for timed in found if timed.work.prefill_tokens]
-    assert beside_them.seconds == 0.1 and beside_them.work.prefill_tokens == 128
-    assert beside(prefills, one) == [], "nothing without decodes"
