@@ -12,6 +12,7 @@ The last line is JSON.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ WORKERS = (2, 3)  # a comparison needs two; three have 1p2d and 2p1d as well
 
 def main() -> None:
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the servers
     began_s = time.perf_counter()
     cores = len(os.sched_getaffinity(0))
     found: list[tuple[int, list[Duel]]] = []

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from bench.goodput.arms import Arm, Duel
 from bench.goodput.bracket import clear_winner
 from bench.window.picture import Axis, Panel, draw
+from nodeserve.plan.goodput import GOAL
 
 APART = 0.05  # goodputs that differ by less are no win
 AIM = 0.15  # of a predicted goodput
@@ -30,7 +31,7 @@ class Judged(NamedTuple):
 
 
 def judged(duel: Duel) -> Judged:
-    """By the goodputs of both arms; an arm whose goodput was not bracketed decides nothing."""
+    """By the goodputs of both arms: 0 where no rate attains, the highest rate where all do."""
     planned = clear_winner({arm.kind: arm.predicted.goodput for arm in duel.arms}, APART)
     live = clear_winner({arm.kind: arm.bracket.goodput for arm in duel.arms}, APART)
     return Judged(planned, live)
@@ -43,7 +44,7 @@ def lines(duel: Duel) -> list[str]:
 
 def _row(arm: Arm) -> str:
     chunk = arm.settings["max_num_batched_tokens"]
-    rates = [rate for rate, share in arm.bracket.curve if share >= 0.9]
+    rates = [rate for rate, share in arm.bracket.curve if share >= GOAL]
     report = arm.reports[max(rates, default=min(arm.reports))]
     times = [
         f"{1e3 * one.p50:4.0f} {1e3 * one.p90:4.0f}" if one is not None else "   -    -"

@@ -13,6 +13,7 @@ from nodeserve.config import EngineConfig
 from nodeserve.errors import ConfigError, Forbidden
 
 PRIVATE, FOR_GROUP = 0o600, 0o660
+MAX_ID = 2**32 - 2  # the number above it stands for "as it is"
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -92,7 +93,7 @@ def _mode(text: str) -> int:
         mode = int(text, 8)
     except ValueError:
         mode = -1
-    if not 0 <= mode <= 0o777 or mode & FOR_GROUP & ~0o060 != PRIVATE:
+    if not 0 <= mode <= 0o777 or mode & PRIVATE != PRIVATE:
         raise ConfigError(
             f"--socket-mode {text}: use three octal digits that let the owner read and write, such"
             " as 600, 660 or 666"
@@ -102,7 +103,10 @@ def _mode(text: str) -> int:
 
 def _gid(name: str) -> int:
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        gid = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        if gid > MAX_ID:
+            raise KeyError(name)
+        return gid
     except KeyError:
         raise ConfigError(f"--socket-group {name}: there is no such group") from None
 

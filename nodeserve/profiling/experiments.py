@@ -16,8 +16,8 @@ from math import ceil
 from statistics import median
 from typing import NamedTuple
 
+from nodeserve.coordinator.dispatch import work_of
 from nodeserve.plan.fit import Timed
-from nodeserve.policy.cost import RankWork
 from nodeserve.profiling.node import Node
 from nodeserve.types import Timings
 from nodeserve.wire.messages import StepDone
@@ -182,7 +182,7 @@ def run_of(
     last: dict[int, StepDone] = {}
     num_decode: dict[int, int] = {}
     for worker, step in steps:
-        work = RankWork(step.num_prefill_tokens, step.attention, step.num_decodes, step.kv_tokens)
+        work = work_of(step)
         before = last.get(worker)
         last[worker] = step
         if before is not None:

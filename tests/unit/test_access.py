@@ -38,6 +38,7 @@ def test_a_group_may_read_and_write_unless_a_mode_is_given() -> None:
         ({"socket_mode": "060"}, "--socket-mode 060"),
         ({"socket_mode": "-600"}, "--socket-mode -600"),
         ({"socket_group": "no-such-group"}, "--socket-group no-such-group: there is no such"),
+        ({"socket_group": str(2**32 - 1)}, "--socket-group 4294967295: there is no such"),
         ({"allow_users": "root,no-such-user"}, "there is no user 'no-such-user'"),
         ({"allow_users": ""}, "there is no user ''"),
     ],
@@ -86,3 +87,19 @@ def test_a_folder_that_keeps_others_out_is_said_and_leaves_no_file(tmp_path: Pat
     ):
         raise AssertionError("it was opened")
     assert not path.exists()
+
+
+def test_a_group_that_we_may_not_give_is_said_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    tmp_path.chmod(0o711)
+    monkeypatch.setattr(os, "chown", refuse)
+    with (
+        pytest.raises(ConfigError, match="not permitted; choose a --socket-group"),
+        bound_socket(tmp_path / "s", Access(0o660, STRANGER)),
+    ):
+        raise AssertionError("it was opened")
+    assert not (tmp_path / "s").exists()
