@@ -66,7 +66,7 @@ class Request:
     request_id: int
     client_id: int
     stream: Reader
-    tokens: "array[int]"
+    tokens: "array[int]" = field(repr=False)  # what people wrote is in no error and no log
     num_prompt_tokens: int
     sampling: dict[str, Any]
     slo: dict[str, Any] | None

@@ -74,6 +74,7 @@ def make_lockstep(owner: contextlib.ExitStack, num_ranks: int) -> LockstepFds:
     )
     for fd in fds.inherited:
         owner.callback(os.close, fd)
+    os.fchmod(fds.board, 0o600)
     return fds
 
 

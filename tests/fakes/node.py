@@ -40,6 +40,7 @@ from nodeserve.wire.messages import (
     ReleaseKv,
     StepDone,
     Submit,
+    ToClient,
     Tokens,
     ToWorker,
     pack_ids,
@@ -251,13 +252,16 @@ class FakeTransport:
     def write(self, data: bytes) -> None:
         assert not self.closed
         for payload in self.reader.feed(data):
-            match TO_CLIENT.decode(payload):
-                case Tokens(items):
-                    for request_id, token_ids, _ in items:
-                        assert request_id not in self.ends, "a token after the end"
-                        self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
-                case End() as end:
-                    self.ends.setdefault(end.request_id, []).append(end)
+            self.take(TO_CLIENT.decode(payload))
+
+    def take(self, message: ToClient) -> None:
+        match message:
+            case Tokens(items):
+                for request_id, token_ids, _ in items:
+                    assert request_id not in self.ends, "a token after the end"
+                    self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
+            case End() as end:
+                self.ends.setdefault(end.request_id, []).append(end)
 
     def close(self) -> None:
         self.closed = True
