@@ -9,15 +9,22 @@ Always true: a request accepted by `submit` ends with exactly one End on its str
 a worker are released once nobody reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nodeserve.coordinator.admission import Limits, admit
 from nodeserve.coordinator.dispatch import Dispatch
-from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.streams import Stream, end_of, refusal
-from nodeserve.errors import InvalidRequest, NodeServeError, ShuttingDown, WorkerLost
+from nodeserve.errors import (
+    HandoffFailed,
+    InvalidRequest,
+    NodeServeError,
+    ProtocolError,
+    ShuttingDown,
+    WorkerLost,
+)
 from nodeserve.metrics import Totals
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.types import Role
@@ -151,7 +158,7 @@ class Coordinator:
                 link.report(message.load)
                 self.dispatch.on_alive(link, self._now())
             case _:
-                raise AssertionError(f"{type(message).__name__} from a running worker")
+                raise ProtocolError(f"{type(message).__name__} from a running worker")
         self._wake()
 
     def _on_step(self, link: WorkerLink, step: StepDone) -> None:
@@ -190,6 +197,8 @@ class Coordinator:
                 if finish and request is not None:
                     request.on(Event.FINISHED)
                 continue
+            if request.holder != link.index:
+                raise ProtocolError("a token of a request that is elsewhere")
             request.tokens.append(token)
             request.stamps.last_token = now
             if request.phase is Phase.PREFILL:
@@ -259,7 +268,7 @@ class Coordinator:
     def _park_again(self, request: Request) -> None:
         """A pull did not happen: the pages still wait at their source, if that lives."""
         request.holder = request.source
-        if self.links[request.source].alive:
+        if request.source >= 0:
             self._park(request)
         else:
             request.on(Event.WORKER_LOST)
@@ -267,22 +276,55 @@ class Coordinator:
 
     def _on_failed(self, link: WorkerLink, message: RequestFailed) -> None:
         link.report(message.load)
-        if request := self.requests.get(message.request_id):
+        request = self.requests.get(message.request_id)
+        if request is None:
+            return
+        if request.phase is Phase.MOVING and message.code == HandoffFailed.code:
+            self._redo(request, message.message)
+        else:
             self._end(request, Event.FAILED, "error", message.code, message.message)
+
+    def _redo(self, request: Request, words: str) -> None:
+        """Its pages did not arrive. If that is their source's end, they are gone; if not, nobody
+        can say what is wrong with them. Compute them again, but not for ever."""
+        source_lost = request.source < 0
+        request.num_losses += not source_lost
+        if request.num_losses > MAX_LOSSES:
+            self._end(request, Event.FAILED, "error", HandoffFailed.code, words)
+            return
+        request.on(Event.KV_REFUSED)
+        if not source_lost:
+            self._release_source(request)
+        request.on(Event.WORKER_LOST)
+        self._put_back(request)
+
+    # ---- workers come and go
 
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone: its requests go back to the window with the tokens they have."""
-        link.state = "lost"
+        link.state = LOST
         self.dispatch.lose(link)
         for request in list(self.requests.values()):
-            if link.index in request.waiting_for:
-                self._let_go(link, request.request_id)
-            elif request.phase is Phase.MOVING and request.holder == link.index:
-                request.on(Event.KV_REFUSED)
-                self._park_again(request)
-            elif request.holder == link.index and request.phase is not Phase.DRAINING:
-                self._lose_holder(request)
+            self._lose_worker(request, link)
         self._wake()
+
+    def join(self, ranks: Sequence[WorkerLink]) -> None:
+        """An instance that was lost is back, empty; `links` have its new life already."""
+        self.dispatch.join(ranks)
+        self._wake()
+
+    def _lose_worker(self, request: Request, link: WorkerLink) -> None:
+        if request.source == link.index and request.holder != link.index:
+            request.source = -1  # its holder says whether the pages had arrived by then
+        if link.index in request.waiting_for:
+            self._let_go(link, request.request_id)
+        elif request.phase is Phase.DRAINING or request.holder != link.index:
+            return
+        elif request.phase is Phase.MOVING:
+            request.on(Event.KV_REFUSED)
+            self._park_again(request)
+        else:
+            self._lose_holder(request)
 
     def _lose_holder(self, request: Request) -> None:
         """Again from the window; but whoever saw several workers die may be why they did."""
@@ -322,7 +364,7 @@ class Coordinator:
     def _holders(self, request: Request, event: Event) -> set[int]:
         """Workers to be cancelled now. A source is asked only after its reader has let go."""
         if request.phase is Phase.MOVING and event is Event.FAILED:
-            return {request.source}
+            return {request.source} - {-1}
         return {request.holder} if request.holder >= 0 else set()
 
     def _let_go(self, link: WorkerLink, request_id: int) -> None:
@@ -331,7 +373,7 @@ class Coordinator:
         if request is None or link.index not in request.waiting_for:
             return
         request.waiting_for.discard(link.index)
-        if request.source not in (-1, link.index) and self.links[request.source].alive:
+        if request.source not in (-1, link.index):
             request.waiting_for.add(request.source)
             self.links[request.source].send(Cancel(request_id))
             request.source = -1
@@ -343,8 +385,9 @@ class Coordinator:
             self._forget(request)
 
     def _release_source(self, request: Request) -> None:
-        source, request.source = self.links[request.source], -1
-        source.send(ReleaseKv(request.request_id))
+        source, request.source = request.source, -1
+        if source >= 0:
+            self.links[source].send(ReleaseKv(request.request_id))
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.request_id]

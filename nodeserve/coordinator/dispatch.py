@@ -39,7 +39,7 @@ class Dispatch:
         limits: Limits,
         policies: Policies,
     ) -> None:
-        self.instances = by_instance(links)
+        self.instances = by_instance(links)  # the ranks of each, in their present lives
         self.policies = policies
         self.parked = ParkedQueue()  # prefilled, pages pinned, no decode room yet
         self._links = links
@@ -167,6 +167,19 @@ class Dispatch:
         self._lost.add(instance)
         self._decoders = [unit for unit in self._decoders if unit.instance != instance]
         self.dispatcher.lose(instance)
+
+    def join(self, ranks: Sequence[WorkerLink]) -> None:
+        """A lost instance is back: new links, empty."""
+        instance = ranks[0].instance
+        self._lost.remove(instance)
+        self.instances[instance] = list(ranks)
+        for link in ranks:
+            self._units[link.index].account = link.account
+        if instance in self._seen:
+            self._seen[instance] = {}
+            self._decoders += [self._units[link.index] for link in ranks]
+        self._asked.pop(instance, None)
+        self.dispatcher.join(instance)
 
     # ---- decisions
 

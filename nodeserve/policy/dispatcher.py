@@ -109,8 +109,11 @@ class Dispatcher:
             self._by_number[instance].lose()
 
     def join(self, instance: int) -> None:
-        """An instance is back, empty, with new accounts in its units."""
-        self._by_number[instance].join()
+        """An instance is back, empty, with new accounts in its units. One that does not prefill is
+        none of ours."""
+        self._awaited.pop(instance, None)
+        if instance in self._by_number:
+            self._by_number[instance].join()
 
     def _learn(self, number: int, works: list[RankWork], done: PassDone) -> None:
         self.times.observe(works, done.seconds)
@@ -252,7 +255,7 @@ class Dispatcher:
 
     def _silence_s(self, alive: list[PrefillInstance]) -> float:
         """When to give the window up if no pass ends before, with requests waiting."""
-        if self.falling_back or not self._buffer or any(one.empty for one in alive):
+        if self.falling_back or not self._buffer or any(one.empty for one in alive) or not alive:
             return math.inf
         mean_s = self.times.mean_s
         if mean_s is None:

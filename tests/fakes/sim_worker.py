@@ -51,7 +51,8 @@ def rank_specs(
     owner: ExitStack, num_ranks: int, instance: int = 0
 ) -> tuple[list[WorkerSpec], tuple[int, ...]]:
     """One instance's workers, and the descriptors that they inherit."""
-    lockstep = make_lockstep(owner, num_ranks)
+    lockstep = make_lockstep(num_ranks)
+    owner.callback(lockstep.close)
     specs = [
         default_spec(
             index=num_ranks * instance + rank,
