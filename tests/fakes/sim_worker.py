@@ -16,6 +16,7 @@ from nodeserve.policy.profiles import PROFILES
 from nodeserve.worker.device import load
 from nodeserve.worker.executor_sim import Tokens
 from nodeserve.worker.process import main
+from tests.fakes.faults import faulty
 from tests.fakes.harness import default_spec
 
 SIM_WORKER = (sys.executable, "-m", "tests.fakes.sim_worker")
@@ -72,4 +73,4 @@ def rank_specs(
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(faulty(load)))

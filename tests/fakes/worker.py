@@ -13,6 +13,7 @@ from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.process import main
+from tests.fakes.faults import faulty
 from tests.fakes.late_model import ThreadedExecutor
 from tests.fakes.model import FakeExecutor, FakeSettings
 
@@ -48,4 +49,4 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(faulty(load)))
