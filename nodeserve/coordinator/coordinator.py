@@ -16,6 +16,7 @@ from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
+from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
 from nodeserve.errors import (
     HandoffFailed,
@@ -23,11 +24,10 @@ from nodeserve.errors import (
     NodeServeError,
     ProtocolError,
     ShuttingDown,
-    WorkerLost,
+    from_code,
 )
 from nodeserve.metrics import Totals
 from nodeserve.policy.lifecycle import Event, Phase
-from nodeserve.types import Role
 from nodeserve.wire.messages import (
     FINISH_REASONS,
     Alive,
@@ -37,7 +37,6 @@ from nodeserve.wire.messages import (
     KvPulled,
     KvReady,
     KvRefused,
-    ReleaseKv,
     RequestFailed,
     StepDone,
     Submit,
@@ -45,8 +44,6 @@ from nodeserve.wire.messages import (
     unpack_request_ids,
     unpack_times,
 )
-
-MAX_LOSSES = 2  # workers that may end under one request before it ends too
 
 
 class Coordinator:
@@ -65,6 +62,7 @@ class Coordinator:
         self.requests: dict[int, Request] = {}
         self.streams: set[Stream] = set()  # open connections
         self.dispatch = Dispatch(links, self.requests, limits, policies)
+        self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
         self.totals = Totals()
         self.closing = False
         self.on_idle: Callable[[], None] = lambda: None  # no request is left
@@ -214,7 +212,7 @@ class Coordinator:
     ) -> None:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
-        if link.role is not Role.PREFILL:
+        if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
 
@@ -226,22 +224,13 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             return
         request.source, request.source_blocks = link.index, block_ids
-        self._park(request)
-
-    def _park(self, request: Request) -> None:
-        request.stamps.parked = self._now()
-        self.dispatch.park(request)
+        self.setbacks.park(request)
 
     def _on_preempted(self, request_id: int) -> None:
         if request := self.requests.get(request_id):
             request.on(Event.PREEMPTED)
             if request.phase is Phase.WAITING:
-                self._put_back(request)
-
-    def _put_back(self, request: Request) -> None:
-        request.num_preemptions += 1
-        request.holder = request.source = -1
-        self.dispatch.put_back(request, self._now())
+                self.setbacks.put_back(request)
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
@@ -255,7 +244,7 @@ class Coordinator:
         request.decode_worker = link.index
         request.handoff_s += message.seconds
         request.handoff_bytes += message.num_bytes
-        self._release_source(request)
+        self.setbacks.release_source(request)
 
     def _on_refused(self, link: WorkerLink, message: KvRefused) -> None:
         link.report(message.load)
@@ -263,16 +252,7 @@ class Coordinator:
         if request := self.requests.get(message.request_id):
             request.on(Event.KV_REFUSED)
             if request.phase is Phase.PARKED:
-                self._park_again(request)
-
-    def _park_again(self, request: Request) -> None:
-        """A pull did not happen: the pages still wait at their source, if that lives."""
-        request.holder = request.source
-        if request.source >= 0:
-            self._park(request)
-        else:
-            request.on(Event.WORKER_LOST)
-            self._put_back(request)
+                self.setbacks.park_again(request)
 
     def _on_failed(self, link: WorkerLink, message: RequestFailed) -> None:
         link.report(message.load)
@@ -280,23 +260,9 @@ class Coordinator:
         if request is None:
             return
         if request.phase is Phase.MOVING and message.code == HandoffFailed.code:
-            self._redo(request, message.message)
+            self.setbacks.redo(request, message.message)
         else:
-            self._end(request, Event.FAILED, "error", message.code, message.message)
-
-    def _redo(self, request: Request, words: str) -> None:
-        """Its pages did not arrive. If that is their source's end, they are gone; if not, nobody
-        can say what is wrong with them. Compute them again, but not for ever."""
-        source_lost = request.source < 0
-        request.num_losses += not source_lost
-        if request.num_losses > MAX_LOSSES:
-            self._end(request, Event.FAILED, "error", HandoffFailed.code, words)
-            return
-        request.on(Event.KV_REFUSED)
-        if not source_lost:
-            self._release_source(request)
-        request.on(Event.WORKER_LOST)
-        self._put_back(request)
+            self._fail(request, from_code(message.code, message.message))
 
     # ---- workers come and go
 
@@ -305,7 +271,8 @@ class Coordinator:
         link.state = LOST
         self.dispatch.lose(link)
         for request in list(self.requests.values()):
-            self._lose_worker(request, link)
+            self.setbacks.lose(request, link)
+            self._let_go(link, request.request_id)
         self._wake()
 
     def join(self, ranks: Sequence[WorkerLink]) -> None:
@@ -313,31 +280,10 @@ class Coordinator:
         self.dispatch.join(ranks)
         self._wake()
 
-    def _lose_worker(self, request: Request, link: WorkerLink) -> None:
-        if request.source == link.index and request.holder != link.index:
-            request.source = -1  # its holder says whether the pages had arrived by then
-        if link.index in request.waiting_for:
-            self._let_go(link, request.request_id)
-        elif request.phase is Phase.DRAINING or request.holder != link.index:
-            return
-        elif request.phase is Phase.MOVING:
-            request.on(Event.KV_REFUSED)
-            self._park_again(request)
-        else:
-            self._lose_holder(request)
-
-    def _lose_holder(self, request: Request) -> None:
-        """Again from the window; but whoever saw several workers die may be why they did."""
-        self.dispatch.remove(request)
-        request.num_losses += request.phase is not Phase.PARKED
-        if request.num_losses > MAX_LOSSES:
-            words = f"{request.num_losses} workers ended while they computed this request"
-            self._end(request, Event.FAILED, "error", WorkerLost.code, words)
-        else:
-            request.on(Event.WORKER_LOST)
-            self._put_back(request)
-
     # ---- ends
+
+    def _fail(self, request: Request, error: NodeServeError) -> None:
+        self._end(request, Event.FAILED, "error", error.code, str(error))
 
     def _end(
         self, request: Request, event: Event, reason: str, code: str | None, message: str
@@ -383,11 +329,6 @@ class Coordinator:
         if not request.waiting_for:
             request.on(Event.RELEASED)
             self._forget(request)
-
-    def _release_source(self, request: Request) -> None:
-        source, request.source = request.source, -1
-        if source >= 0:
-            self.links[source].send(ReleaseKv(request.request_id))
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.request_id]

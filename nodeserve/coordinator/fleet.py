@@ -261,8 +261,7 @@ class Fleet:
         self.taken_out.append(instance)
         for link in self._ranks(instance):
             link.state = TAKEN_OUT
-        left = [link for link in self.links if link.state != TAKEN_OUT]
-        if not (any(link.prefills for link in left) and any(link.decodes for link in left)):
+        if all(link.state == TAKEN_OUT for link in self.links):
             self._fail(error)
 
     # ---- pages
@@ -283,7 +282,7 @@ class Fleet:
             for reader in self.links
             for owner in self.links
             if (reader in ranks or owner in ranks)
-            and (reader.alive and reader.decodes)
+            and (reader.alive and reader.pulls)
             and (owner.role is Role.PREFILL and owner.info is not None)
         ]
 

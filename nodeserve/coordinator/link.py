@@ -67,6 +67,7 @@ class WorkerLink:
         self.gpu: int | None = None  # its number, for people
         self.instance = index  # number of its instance; the ranks of one share it
         self.rank = 0  # its place in the instance
+        self.stands_in = False  # for the phase that is not its own, since nobody else is there
         self.state = STARTING
         self.num_restarts = 0  # lives before this one
         self.reason = ""  # why the last one ended
@@ -92,11 +93,18 @@ class WorkerLink:
         return self.state not in (STARTING, READY)
 
     @property
-    def prefills(self) -> bool:
-        return self.role is not Role.DECODE
+    def acting(self) -> Role:
+        """What it does now."""
+        return Role.MIXED if self.stands_in else self.role
 
     @property
-    def decodes(self) -> bool:
+    def prefills(self) -> bool:
+        """Whether it takes prompts."""
+        return self.acting is not Role.DECODE
+
+    @property
+    def pulls(self) -> bool:
+        """Whether it has mapped the pages of those that only prefill, and decodes what they did."""
         return self.role is not Role.PREFILL
 
     @property

@@ -16,6 +16,7 @@ def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
     return {
         "index": link.index,
         "role": link.role.value,
+        "acting": link.acting.value,
         "instance": link.instance,
         "rank": link.rank,
         "pid": link.process.pid if link.process else 0,

@@ -62,8 +62,8 @@ class Watchdog:
         self.stuck_s = self.stuck_s + elapsed_s if busy else 0.0
         self._beats = beats
         limit_s = self.limit_s(most_tokens)
-        if self.silent_s > limit_s:
+        if max(self.silent_s, self.stuck_s) <= limit_s:
+            return None
+        if self.silent_s > limit_s / 2:  # who stands still also gets nothing done
             return f"hung: its loop has not turned for {self.silent_s:.1f} s"
-        if self.stuck_s > limit_s:
-            return f"hung: it has work and has done none for {self.stuck_s:.1f} s"
-        return None
+        return f"hung: it has work and has done none for {self.stuck_s:.1f} s"

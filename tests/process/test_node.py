@@ -191,15 +191,16 @@ async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(
     assert node.wait() == 0
 
 
-async def test_a_drain_ends_when_its_role_dies(nodes: Nodes, connect: Connect) -> None:
+async def test_a_drain_ends_when_nobody_is_left(nodes: Nodes, connect: Connect) -> None:
     """A worker's end during a drain was taken for part of the stop, and the drain waited on."""
     node = nodes.start(layout="1p1d", fake={"step_s": 0.01}, max_restarts=0)
     client = await connect(node)
     client.submit(1, [3], max_tokens=LONG)
     await client.read_until(lambda: 1 in client.tokens)
-    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
+    pids = node.worker_pids()
     client.send(Stop(True))
-    os.kill(pids["decode"], signal.SIGKILL)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     await client.read_to_end()
     assert [end.code for end in client.ends[1]] == ["worker_lost"]
     assert node.wait() == 1

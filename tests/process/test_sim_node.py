@@ -120,15 +120,14 @@ async def test_a_killed_rank_takes_its_instance_and_no_request_with_it(
     assert node.wait() == 0
 
 
-async def test_the_last_instance_of_a_role_takes_the_node_with_it(
-    nodes: Nodes, connect: Connect
-) -> None:
+async def test_the_last_instance_takes_the_node_with_it(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(layout="1p:ep2,1d:ep2", device="sim", max_restarts=0)
     client = await connect(node)
     client.submit(1, [3], max_tokens=LONG)
     await client.read_until(lambda: 1 in client.tokens)
     instances = workers_by_instance(await client.stats())
-    os.kill(instances[1][1]["pid"], signal.SIGKILL)
+    for ranks in instances.values():
+        os.kill(ranks[1]["pid"], signal.SIGKILL)
     await client.read_to_end()
     assert [end.code for end in client.ends[1]] == ["worker_lost"]
     assert node.wait() == 1

@@ -92,3 +92,73 @@ async def test_requests_wait_for_the_only_one_to_come_back(layout: str) -> None:
     for request_id in range(6):
         assert client.tokens[request_id] == expected_stream([request_id] * 9, 20)
     node.check_nothing_held()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_who_is_left_alone_does_both_until_the_other_is_back(lost: int, seed: int) -> None:
+    """With requests in every phase when it happens, pages that wait for nobody among them."""
+    rng, node = random.Random(seed), FakeNode([P, D], num_blocks=30)
+    stream, client = node.connect()
+    prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 60))] for _ in range(60)]
+    for request_id in range(40):
+        node.submit(stream, request_id, prompts[request_id], 20)
+    for _ in range(rng.randint(50, 600)):
+        node.act(rng)
+    node.lose(node.workers[lost])
+    left = node.workers[1 - lost].link
+    assert left.acting is M
+    while any(request.client_id < 40 for request in node.coordinator.requests.values()):
+        node.act(rng)
+    node.restart(lost)
+    assert left.acting is left.role
+    for request_id in range(40, 60):
+        node.submit(stream, request_id, prompts[request_id], 20)
+    node.run_to_idle(rng)
+    for request_id, prompt in enumerate(prompts):
+        (end,) = client.ends[request_id]
+        assert end.reason == "length" and client.tokens[request_id] == expected_stream(prompt, 20)
+        if request_id >= 40:
+            assert (end.timings["prefill_worker"], end.timings["decode_worker"]) == (0, 1)
+    node.check_nothing_held()
+
+
+async def test_what_a_stand_in_has_begun_it_finishes() -> None:
+    """Prompts and decodes that it got before the other was back stay where they are."""
+    node, rng = FakeNode([P, D]), random.Random(3)
+    stream, client = node.connect()
+    node.lose(node.workers[0])
+    for request_id in range(4):
+        node.submit(stream, request_id, [request_id] * 30, 40)
+    while len(client.tokens) < 2:
+        node.act(rng)
+    node.restart(0)
+    node.run_to_idle(rng)
+    for request_id in range(4):
+        (end,) = client.ends[request_id]
+        assert (end.timings["prefill_worker"], end.timings["decode_worker"]) == (1, 1)
+        assert client.tokens[request_id] == expected_stream([request_id] * 30, 40)
+    node.check_nothing_held()
+
+
+async def test_ranks_of_an_instance_stand_in_together() -> None:
+    node, rng = FakeNode([P, D, D, D, D], instances=[0, 1, 1, 2, 2]), random.Random(4)
+    stream, client = node.connect()
+    node.lose(node.workers[0])
+    for request_id in range(20):
+        node.submit(stream, request_id, [request_id] * 9, 10)
+    node.run_to_idle(rng)
+    ends = [end for ends in client.ends.values() for end in ends]
+    assert {end.timings["prefill_worker"] for end in ends} == {1, 2, 3, 4}
+    assert all(client.tokens[one] == expected_stream([one] * 9, 10) for one in range(20))
+    node.check_nothing_held()
+
+
+async def test_a_layout_with_somebody_mixed_needs_no_stand_ins() -> None:
+    node = FakeNode([P, D, M])
+    node.lose(node.workers[0])
+    assert [worker.link.acting for worker in node.workers[1:]] == [D, M]
+    node.lose(node.workers[2])
+    assert node.workers[1].link.acting is M
+    node.restart(2)
+    assert [worker.link.acting for worker in node.workers[1:]] == [D, M]
