@@ -24,6 +24,7 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.access import access_of
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.fleet import Fleet
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
     BACKLOG_CONNECTIONS,
@@ -33,33 +34,19 @@ from nodeserve.coordinator.listener import (
 )
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import how_they_run, node_stats
-from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
+from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor
 from nodeserve.coordinator.turns import Turns
 from nodeserve.errors import (
     NodeServeError,
-    ProtocolError,
-    RingError,
     ShuttingDown,
     WorkerLost,
-    from_code,
 )
 from nodeserve.gpus import Gpus
 from nodeserve.log import logger
 from nodeserve.policy.metering import Quota
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
-from nodeserve.wire.messages import (
-    FROM_WORKER,
-    PROTOCOL_VERSION,
-    Failed,
-    FromWorker,
-    Hello,
-    Loading,
-    Mapped,
-    PagesAttached,
-    Ready,
-    Stats,
-)
+from nodeserve.wire.messages import PROTOCOL_VERSION, FromWorker, Hello, Stats
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
 DRAIN_TIMEOUT_S = 600.0
@@ -103,8 +90,6 @@ class Server:
         self._on_event = on_event
         self._command = command
         self.error: NodeServeError | None = None  # why it stops, unless it was asked to
-        self.serving = False  # before that a worker that ends is a start that failed
-        self.leaving = False  # after that it is no news
 
     async def run(self) -> int:
         """The whole life. Typed errors of the start-up leave as exceptions."""
@@ -112,7 +97,6 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.stopping: asyncio.Future[bool] = self.loop.create_future()  # True: drain first
         self.wound_down = asyncio.Event()  # a drain need not wait any longer
-        self.attached = asyncio.Event()  # every puller has mapped every pool it may read
         self.listen_signals()
         assert self.plan.config.socket is not None
         with (
@@ -124,27 +108,31 @@ class Server:
             self.supervisor = supervisor
             self.turns = Turns(time.monotonic, lambda earliest_s: self.coordinator.turn(earliest_s))
             self.coordinator = self.make_coordinator(supervisor.links)
-            tasks: list[asyncio.Task[None]] = []
+            self.fleet = Fleet(
+                *(self.plan, supervisor, self.coordinator, self._on_event),
+                handle=self.on_running,
+                begin=self.guarded,
+                fail=lambda error: self.stop(error=error),
+            )
+            turns = self.guarded(self.turns.run(), "turns")
             try:
-                await self.start(tasks)
+                await self.start()
                 server = await self.loop.create_unix_server(
                     self.connection, sock=listener, backlog=BACKLOG_CONNECTIONS
                 )
-                self.serving = True
+                self.fleet.serve()
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
                 drain = await self.stopping
                 server.close()
                 await self.wind_down(drain)
             finally:
-                self.leaving = True
+                self.fleet.leave()
                 await supervisor.stop()
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await self.fleet.close()
+                turns.cancel()
         if self.error is not None:
             logger.error("stopped: %s", self.error)
-            return 1
-        return 0
+        return 1 if self.error is not None or self.fleet.taken_out else 0
 
     def make_coordinator(self, links: list[WorkerLink]) -> Coordinator:
         config = self.plan.config
@@ -157,19 +145,11 @@ class Server:
 
     # ---- start
 
-    async def start(self, tasks: list[asyncio.Task[None]]) -> None:
+    async def start(self) -> None:
         """Spawn, wait until all are ready, map pages. Raises the first failure."""
         links = self.supervisor.links
         self._on_event(StartEvent("workers", None, 0, len(links)))
-        await self.supervisor.start()
-        tasks.append(self.guarded(self.turns.run(), "turns"))
-        for link in links:
-            self.loop.add_reader(link.channel.fileno(), link.rung.set)
-            tasks.append(self.guarded(self.pump(link), f"pump:{link.index}"))
-            tasks.append(self.guarded(self.watch(link), f"watch:{link.index}"))
-        await self.or_stopped(asyncio.gather(*(link.ready for link in links)))
-        if self.supervisor.attach_pages():
-            await self.or_stopped(asyncio.ensure_future(self.attached.wait()))
+        await self.or_stopped(asyncio.ensure_future(self.fleet.start()))
         self._on_event(StartEvent("pages", None, 1, 1))
         for note in how_they_run(links):
             self._on_event(StartEvent("note", None, 0, 0, note))
@@ -200,78 +180,9 @@ class Server:
             logger.error("%s crashed", task.get_name(), exc_info=problem)
             self.stop(error=NodeServeError(f"{task.get_name()} crashed: {problem!r}"))
 
-    # ---- run
-
-    async def pump(self, link: WorkerLink) -> None:
-        """Carry a worker's records to the coordinator, and what waits for room back to it."""
-        while True:
-            await link.rung.wait()
-            link.rung.clear()  # first, so that no ring is lost
-            self.receive(link)
-
-    def receive(self, link: WorkerLink) -> None:
-        try:
-            messages = [FROM_WORKER.decode(record) for record in link.channel.receive()]
-        except (RingError, ProtocolError) as error:
-            link.give_up(error)
-            return
-        for message in messages:
-            self.on_record(link, message)
-
-    def on_record(self, link: WorkerLink, message: FromWorker) -> None:
-        if link.alive:
-            self.on_running(link, message)
-        else:
-            self.on_starting(link, message)
-
     def on_running(self, link: WorkerLink, message: FromWorker) -> None:
-        match message:
-            case PagesAttached():
-                self.supervisor.num_unattached -= 1
-                if self.supervisor.num_unattached == 0:
-                    self.attached.set()
-            case Failed():
-                link.stderr_tail.append(message.message)
-            case _:
-                self.coordinator.handle(link, message)
-
-    def on_starting(self, link: WorkerLink, message: FromWorker) -> None:
-        match message:
-            case Mapped():
-                link.channel.unlink_names()
-            case Loading():
-                event = StartEvent(
-                    "loading", link.index, message.done, message.total, message.phase
-                )
-                self._on_event(event)
-            case Ready():
-                link.is_ready(message)
-                if not link.ready.done():
-                    link.ready.set_result(message)
-            case Failed():
-                if not link.ready.done():
-                    link.ready.set_exception(from_code(message.code, message.message))
-
-    async def watch(self, link: WorkerLink) -> None:
-        """Act on a worker's end: nobody else may wait for it."""
-        how = await self.supervisor.watch(link)
-        error = lost(link, how)
-        self.receive(link)
-        if not link.ready.done():
-            link.ready.set_exception(error)
-        if self.leaving or not link.alive:
-            link.state = "lost"
-            return
-        logger.error("%s", error)
-        self.coordinator.lose(link)
-        for mate in self.supervisor.end_instance(link):
-            logger.error("%s", lost(mate, "is ended"))
-            self.receive(mate)
-            self.coordinator.lose(mate)
-        alive = [other for other in self.supervisor.links if other.alive]
-        covered = any(x.prefills for x in alive) and any(x.decodes for x in alive)
-        if not (self.serving and covered):
-            self.stop(error=error)
+        """What a worker that runs has to say."""
+        self.coordinator.handle(link, message)
 
     # ---- clients
 

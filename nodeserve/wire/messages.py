@@ -96,7 +96,15 @@ class Probe(NamedTuple):
     """Nothing was heard for longer than expected: say what you hold. Answer: Alive."""
 
 
-ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe
+class DetachPages(NamedTuple):
+    """The peer `worker` has ended: unmap its pages. No answer but a RequestFailed with
+    `handoff_failed` for each pull from there that was not over. A later AttachPages is about its
+    next life."""
+
+    worker: int
+
+
+ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe | DetachPages
 TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker, limits.OF_A_RING)
 
 # ---- worker -> coordinator

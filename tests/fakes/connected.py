@@ -17,7 +17,8 @@ from nodeserve.wire.messages import (
     ToClient,
     ToServer,
 )
-from tests.fakes.node import FakeNode, FakeTransport
+from tests.fakes.node import FakeNode
+from tests.fakes.transport import FakeTransport
 
 MAX_FRAME_BYTES = 1 << 16
 LIMITS = ConnectionLimits(MAX_FRAME_BYTES, 1 << 20, 4, Quota(), Access())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.faults import FOLDER
 from tests.fakes.raw_client import RawClient
 
 
@@ -39,6 +40,13 @@ class Nodes:
         self.folder = folder
         self.running: list[RunningNode] = []
 
+    def order(self, fault: str, worker: int, phase: str) -> Path:
+        """A fault of that worker (tests/fakes/faults.py). The file goes when it happens."""
+        order = self.folder / f"{worker}.{phase}"
+        written = order.with_suffix(".new")
+        written.write_text(fault)
+        return written.rename(order)
+
     def spawn(self, socket: Path | None = None, **settings: Any) -> RunningNode:
         socket = socket or self.folder / f"node{len(self.running)}.sock"
         arguments = json.dumps({"socket": str(socket), **settings})
@@ -47,6 +55,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, FOLDER: str(self.folder)},
         )
         node = RunningNode(process, socket)
         self.running.append(node)
@@ -59,19 +68,23 @@ class Nodes:
         assert line == "ready\n", f"the node did not start: {node.process.communicate()}"
         return node
 
+    def end(self) -> None:
+        """All that still run."""
+        for node in self.running:
+            if node.process.poll() is None:
+                node.process.terminate()
+            try:
+                node.process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                node.process.kill()
+                node.process.communicate()
+
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     started = Nodes(tmp_path)
     yield started
-    for node in started.running:
-        if node.process.poll() is None:
-            node.process.terminate()
-        try:
-            node.process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            node.process.kill()
-            node.process.communicate()
+    started.end()
 
 
 Connect = Callable[[RunningNode], Awaitable[RawClient]]

@@ -23,6 +23,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Cancel(9),
         m.Shutdown(),
         m.Probe(),
+        m.DetachPages(3),
     ],
     "FROM_WORKER": [
         m.Mapped(4242),
