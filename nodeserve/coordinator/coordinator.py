@@ -277,6 +277,8 @@ class Coordinator:
 
     def join(self, ranks: Sequence[WorkerLink]) -> None:
         """An instance that was lost is back, empty; `links` have its new life already."""
+        for link in ranks:
+            link.joining = False
         self.dispatch.join(ranks)
         self._wake()
 

@@ -4,8 +4,9 @@
 told to stop, prints "ready" on stdout once, and exits with the server's own code. `fake` among the
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
-With device "sim" they are simulated ones (tests/fakes/sim_worker.py). `log_level` logs everything
-from that level on, of all loggers, to stderr.
+With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
+the embedded model on the processor (tests/fakes/cpu_worker.py).
+`log_level` logs everything from that level on, of all loggers, to stderr.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from nodeserve.types import StartEvent
 from tests.fakes.sim_worker import QUICK, SIM_WORKER
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
+CPU_WORKER = (sys.executable, "-m", "tests.fakes.cpu_worker")
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 FAKE_GPUS = Gpus(found=tuple(Gpu(index, "fake", 1 << 30, 1 << 30) for index in range(4)))
 NO_GPUS = Gpus(obstacle="a test has none")
@@ -45,7 +47,7 @@ def on_event(event: StartEvent) -> None:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
-    gpu_model = settings.pop("gpu_model", None)
+    gpu_model, is_real = settings.pop("gpu_model", None), settings.pop("real", False)
     if (log_level := settings.pop("log_level", None)) is not None:
         logging.basicConfig(level=log_level)
         os.environ["PYTHONASYNCIODEBUG"] = "1"
@@ -56,11 +58,15 @@ def main() -> None:
     }
     if settings.get("device") == "sim":
         defaults = {"profile": QUICK.name}
+    if is_real:
+        defaults = {"kv_memory": 64 << 20, "max_model_len": 512}
     config = EngineConfig(**{**defaults, **settings})
     checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
     gpus, command = NO_GPUS, FAKE_WORKER
     if config.device == "sim":
         command = SIM_WORKER
+    if is_real:
+        checkpoint, command = resolve_checkpoint(None, config.load_format), CPU_WORKER
     if gpu_model is not None:
         checkpoint = resolve_checkpoint(gpu_model, config.load_format)
         gpus, command = FAKE_GPUS, GPU_WORKER

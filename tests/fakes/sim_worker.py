@@ -7,6 +7,7 @@ process as well. Its passes are short, and its noise would show two ranks that d
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nodeserve.config import Simulated, WorkerSpec
 from nodeserve.coordinator.supervisor import make_lockstep
@@ -35,7 +36,9 @@ QUICK = Profile(
     max_num_seqs=16,
     max_model_len=1024,
 )
-PROFILES[QUICK.name] = QUICK
+# Pages take a second for each block: a fault meets them on their way for certain.
+FAR_APART = replace(QUICK, name="far-apart", handoff_bytes_per_s=16e3)
+PROFILES.update({one.name: one for one in (QUICK, FAR_APART)})
 
 
 def expected_stream(
