@@ -205,6 +205,7 @@ class Coordinator:
     ) -> None:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
+            self.dispatch.first_token(request, now)
         if link.role is not Role.PREFILL:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
@@ -305,7 +306,7 @@ class Coordinator:
             request.on(event)
             return
         if event is Event.FINISHED:
-            self.dispatch.finish(request)
+            self.dispatch.finish(request, self._now())
         self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)
