@@ -7,6 +7,7 @@ import select
 import signal
 import socket as socketlib
 import struct
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from nodeserve.errors import ConnectionLost
 if TYPE_CHECKING:
     from rich.table import Table
 
-STOP_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 60.0  # from a server's goodbye to the end of its process
+CUT_OFF = 3  # exit code, as the server's
 ANSWER_TIMEOUT_S = 3.0  # a server that is ready answers in milliseconds
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
@@ -153,31 +155,47 @@ def show_table(table: "Table") -> None:
     "--timeout",
     "timeout_s",
     type=float,
-    default=STOP_TIMEOUT_S,
-    show_default=True,
-    help="Seconds to wait for the server's end after it said goodbye.",
+    help="With --drain: seconds after which what still runs is ended, with exit code 3."
+    " [default, and at most: the server's --drain-timeout]",
 )
-def stop(socket: str | None, drain: bool, timeout_s: float) -> None:
+def stop(socket: str | None, drain: bool, timeout_s: float | None) -> None:
     """Stop the server and wait until its process and socket are gone."""
     with Client(socket, connect_timeout_s=ANSWER_TIMEOUT_S) as client:
         try:
             pid = int(client.server()["pid"])
-            ask = functools.partial(client.stop_server, drain=drain)
+            ask = functools.partial(client.stop_server, drain=drain, timeout_s=timeout_s)
         except ConnectionLost:
             loading = listening_pid(client.socket_path)
             if loading is None:
                 raise
             pid = loading
-            ask = functools.partial(os.kill, pid, signal.SIGTERM)
+            ask = functools.partial(terminated, pid)
         with closing(ProcessEnd(pid)) as end:
-            ask()
-            if not end.wait(timeout_s):
+            in_time = ask()
+            if not end.wait(END_TIMEOUT_S):
                 raise click.ClickException(
-                    f"the server (pid {pid}) still runs after {timeout_s:g} s: try `kill {pid}`"
+                    f"the server (pid {pid}) still runs after {END_TIMEOUT_S:g} s:"
+                    f" try `kill -KILL {pid}`"
                 )
         if client.socket_path.exists():
             raise click.ClickException(f"the server is gone but left {client.socket_path}")
+    if not in_time:
+        click.echo(f"stopped (pid {pid}); requests still ran after {timeout_s:g} s")
+        sys.exit(CUT_OFF)
     click.echo(f"stopped (pid {pid})")
+
+
+def terminated(pid: int) -> bool:
+    """Send SIGTERM to a server that answers nobody; true, as nothing of it ran."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise click.ClickException(
+            f"the server (pid {pid}) does not answer yet, and only its own user can stop it now"
+        ) from None
+    return True
 
 
 def listening_pid(path: Path) -> int | None:

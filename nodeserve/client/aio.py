@@ -205,14 +205,19 @@ class AsyncClient:
         """Queues, rates and workers, as docs/protocol.md lists them."""
         return await (await self.connection()).stats()
 
-    async def stop_server(self, *, drain: bool = False) -> None:
+    async def stop_server(self, *, drain: bool = False, timeout_s: float | None = None) -> bool:
         """Stop the server and wait until it closes the connection.
 
-        With `drain` it finishes what runs first.
+        With `drain` it finishes what runs first. What still runs after `timeout_s`, or after the
+        server's own limit, is ended; False if that was after `timeout_s`.
         """
         connection = await self.connection()
         connection.stop_server(drain)
-        await asyncio.wait([connection.closed])
+        done, _ = await asyncio.wait([connection.closed], timeout=timeout_s if drain else None)
+        if not done:
+            connection.stop_server(False)
+            await asyncio.wait([connection.closed])
+        return bool(done)
 
     async def connection(self) -> Connection:
         """The connection, made or made again when needed. For code that speaks the protocol."""

@@ -113,9 +113,9 @@ class Client:
         """Queues, rates and workers, as docs/protocol.md lists them."""
         return self._wait(self._client.stats())
 
-    def stop_server(self, *, drain: bool = False) -> None:
-        """Stop the server and wait until it closes the connection."""
-        self._wait(self._client.stop_server(drain=drain))
+    def stop_server(self, *, drain: bool = False, timeout_s: float | None = None) -> bool:
+        """As AsyncClient's."""
+        return self._wait(self._client.stop_server(drain=drain, timeout_s=timeout_s))
 
     def tokenizer(self) -> Tokenizer:
         """The served model's tokenizer, loaded when first needed."""

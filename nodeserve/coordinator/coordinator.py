@@ -39,6 +39,7 @@ from nodeserve.wire.messages import (
     unpack_times,
 )
 
+LEAST_RETRY_S = 1.0
 MAX_LOSSES = 2  # workers that may end under one request before it ends too
 
 
@@ -59,8 +60,10 @@ class Coordinator:
         self.streams: set[Stream] = set()  # open connections
         self.dispatch = Dispatch(links, self.requests, limits, policies)
         self.totals = Totals()
-        self.closing = False
-        self.on_idle: Callable[[], None] = lambda: None  # no request is left
+        self.closes_s: float | None = None  # it stops, and by then at the latest it is over
+        self.farewell: NodeServeError | None = None  # that every new connection is told
+        self.on_idle: Callable[[], object] = lambda: None  # no request is left
+        self.on_left: Callable[[], object] = lambda: None  # a connection is gone
         self._now = now
         self._wake = wake
         self._moved: dict[Reader, None] = {}
@@ -95,6 +98,12 @@ class Coordinator:
             self._end(request, Event.CANCELLED, "cancelled", "cancelled", "connection closed")
         self._wake()
 
+    def leave(self, stream: Stream) -> None:
+        """A connection is gone."""
+        self.streams.discard(stream)
+        self.drop_stream(stream)
+        self.on_left()
+
     def end_all(self, error: NodeServeError) -> None:
         """End every request that has not ended."""
         for request in list(self.requests.values()):
@@ -117,11 +126,12 @@ class Coordinator:
             stream.flush()
 
     def _accept(self, stream: Stream, message: Submit) -> Request:
-        if self.closing:
-            raise ShuttingDown("the server is stopping and takes no new requests")
+        now = self._now()
+        if self.closes_s is not None:
+            words = "the server is stopping and takes no new requests"
+            raise ShuttingDown(words, max(LEAST_RETRY_S, self.closes_s - now))
         if message.request_id in stream.requests:
             raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
-        now = self._now()
         if stream.meter is not None:
             stream.meter.take(len(stream.requests), now)
         request = admit(message, self._next_id, stream, self.limits, now)

@@ -1,6 +1,7 @@
 """One worker as the coordinator sees it: its channel, its process, what it holds."""
 
 import asyncio
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -107,5 +108,10 @@ class WorkerLink:
     def give_up(self, error: NodeServeError) -> None:
         """Its rings cannot be trusted any more: end it, and its end is handled as any other."""
         self.stderr_tail.append(str(error))
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL: a worker heeds no other signal."""
         if self.process is not None and self.process.returncode is None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()

@@ -162,6 +162,8 @@ class Connection(asyncio.Protocol):
     def _check(self, transport: asyncio.WriteTransport) -> None:
         peer = peer_of(transport.get_extra_info("socket"))
         self._limits.access.check(peer)
+        if self._coordinator.farewell is not None:  # it came while the listener was being closed
+            raise self._coordinator.farewell
         if len(self._coordinator.streams) >= self._limits.max_connections:
             raise Overloaded(
                 f"{self._limits.max_connections} clients are connected already (--max-connections)"
@@ -192,8 +194,7 @@ class Connection(asyncio.Protocol):
                 self._stop(message.drain)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._coordinator.streams.discard(self.stream)
-        self._coordinator.drop_stream(self.stream)
+        self._coordinator.leave(self.stream)
 
     def pause_writing(self) -> None:
         self.stream.pause()

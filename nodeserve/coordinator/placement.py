@@ -174,6 +174,8 @@ def check_numbers(config: EngineConfig) -> None:
     rate = config.max_connection_rate
     if rate is not None and not 0.0 < rate < math.inf:
         raise ConfigError(f"--max-connection-rate {rate:g}: use a number above 0")
+    if not 0.0 <= config.drain_timeout < math.inf:
+        raise ConfigError(f"--drain-timeout {config.drain_timeout:g}: use seconds, 0 or more")
     if config.block_size < 16 or config.block_size % 16:
         raise ConfigError(f"--block-size must be a multiple of 16, got {config.block_size}")
     if not 0.0 < config.gpu_memory_utilization <= 1.0:

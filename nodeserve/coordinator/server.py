@@ -1,15 +1,13 @@
-"""A node from start to stop: workers, the socket, the loop, and the way down.
+"""A node from start to stop: workers, the socket, the loop.
 
 `serve` blocks until the node has stopped and returns its exit code. Start: resolve, spawn, wait for
-every worker, attach pages, listen. Stop: refuse new requests, finish or end the running ones, ask
-the workers to leave, remove the socket. A crash in any task of the loop takes the same way down.
+every worker, attach pages, listen. Stop: see ending.py; then ask the workers to leave, remove the
+socket. A crash in any task of the loop takes the same way down.
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.access import access_of
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.ending import Ending
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
     BACKLOG_CONNECTIONS,
@@ -62,7 +61,6 @@ from nodeserve.wire.messages import (
 )
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
-DRAIN_TIMEOUT_S = 600.0
 MIN_FRAME_LIMIT_BYTES = 4 << 20
 MAX_BACKLOG_BYTES = 8 << 20
 
@@ -75,10 +73,7 @@ def serve(
     gpus: Gpus,
     command: Sequence[str] = WORKER_COMMAND,
 ) -> int:
-    """Run a node until it is stopped; 0 after a stop that was asked for, 1 after a failure.
-
-    gpus: those it may use.
-    """
+    """Run a node until it is stopped; its exit code, see ending.py. `gpus`: those it may use."""
     on_event(StartEvent("model", None, 0, 1, config.model or "embedded demo model"))
     checkpoint = resolve_checkpoint(config.model, config.load_format)
     plan = resolve(config, checkpoint, gpus)
@@ -102,7 +97,6 @@ class Server:
         self.started_s = time.monotonic()
         self._on_event = on_event
         self._command = command
-        self.error: NodeServeError | None = None  # why it stops, unless it was asked to
         self.serving = False  # before that a worker that ends is a start that failed
         self.leaving = False  # after that it is no news
 
@@ -110,10 +104,9 @@ class Server:
         """The whole life. Typed errors of the start-up leave as exceptions."""
         sweep_stale()
         self.loop = asyncio.get_running_loop()
-        self.stopping: asyncio.Future[bool] = self.loop.create_future()  # True: drain first
-        self.wound_down = asyncio.Event()  # a drain need not wait any longer
+        self.ending = Ending(self.plan.config.drain_timeout)
         self.attached = asyncio.Event()  # every puller has mapped every pool it may read
-        self.listen_signals()
+        self.ending.listen(lambda drain: self.stop(drain=drain))
         assert self.plan.config.socket is not None
         with (
             bound_socket(Path(self.plan.config.socket), self.access) as listener,
@@ -132,19 +125,24 @@ class Server:
                 )
                 self.serving = True
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
-                drain = await self.stopping
+                await self.ending.begun.wait()
+                await self.ending.drain(self.coordinator)
                 server.close()
-                await self.wind_down(drain)
+                await self.ending.say_goodbye(self.coordinator)
             finally:
                 self.leaving = True
-                await supervisor.stop()
+                await supervisor.stop(self.ending.hurried)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         if self.error is not None:
             logger.error("stopped: %s", self.error)
-            return 1
-        return 0
+        return self.ending.code
+
+    @property
+    def error(self) -> NodeServeError | None:
+        """Why it stops or has stopped, unless it was asked to."""
+        return self.ending.error
 
     def make_coordinator(self, links: list[WorkerLink]) -> Coordinator:
         config = self.plan.config
@@ -177,9 +175,11 @@ class Server:
     async def or_stopped(self, work: "asyncio.Future[Any]") -> None:
         """Wait for the workers, a signal to stop, or the deadline, whichever comes first."""
         work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        stopped = asyncio.ensure_future(self.ending.begun.wait())
         done, _ = await asyncio.wait(
-            {work, self.stopping}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            {work, stopped}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
         )
+        stopped.cancel()
         if work in done:
             work.result()
             return
@@ -331,33 +331,7 @@ class Server:
 
     # ---- stop
 
-    def listen_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.add_signal_handler(number, self.on_signal)
-
-    def on_signal(self) -> None:
-        """A signal does not wait for running requests, also when a drain is under way."""
-        self.stop()
-
     def stop(self, *, drain: bool = False, error: NodeServeError | None = None) -> None:
         """Begin to stop; a later call without `drain`, or with an error, cuts a drain short."""
-        self.coordinator.closing = True
-        self.error = self.error or error
-        if not self.stopping.done():
-            self.stopping.set_result(drain)
-        elif not drain:
-            self.wound_down.set()
-
-    async def wind_down(self, drain: bool) -> None:
-        """Finish or end what runs, then say goodbye on every connection."""
-        coordinator = self.coordinator
-        if drain and coordinator.requests:
-            coordinator.on_idle = self.wound_down.set
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                    await self.wound_down.wait()
-        reason = self.error or ShuttingDown("the server was stopped")
-        coordinator.end_all(reason)
-        coordinator.flush()
-        for stream in list(coordinator.streams):
-            stream.goodbye(reason.code, str(reason))
+        self.ending.begin(drain=drain, error=error)
+        self.coordinator.closes_s = self.ending.deadline_s

@@ -179,32 +179,29 @@ class Supervisor:
                     self.num_unattached += 1
         return self.num_unattached
 
-    async def stop(self) -> None:
-        """The ladder: ask, terminate, kill. Returns when no child is left."""
+    async def stop(self, hurried: asyncio.Event) -> None:
+        """Ask, then kill, at once where nobody would listen: in a worker that loads, or when
+        `hurried`. Returns when no child is left."""
         for link in self.links:
             link.send(Shutdown())
-        self._signal(signal.SIGTERM, [link for link in self.links if link.info is None])  # loading
-        if not await self._all_gone(EXIT_GRACE_S):
-            self._signal(signal.SIGTERM, self.links)
-            if not await self._all_gone(EXIT_GRACE_S):
-                self._signal(signal.SIGKILL, self.links)
-                await self._all_gone(EXIT_GRACE_S)
-
-    async def _all_gone(self, timeout_s: float) -> bool:
-        waits = [link.process.wait() for link in self.links if link.process is not None]
+            if link.info is None:
+                link.kill()
+        gone = asyncio.create_task(self._gone())
+        hurry = asyncio.create_task(hurried.wait())
         try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            return False
-        return True
+            either = (gone, hurry)
+            await asyncio.wait(either, timeout=EXIT_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            for link in self.links:
+                link.kill()
+            await asyncio.wait([gone], timeout=EXIT_GRACE_S)
+        finally:
+            gone.cancel()
+            hurry.cancel()
 
-    @staticmethod
-    def _signal(number: signal.Signals, links: Sequence[WorkerLink]) -> None:
-        for link in links:
-            if link.process is not None and link.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    link.process.send_signal(number)
+    async def _gone(self) -> None:
+        for link in self.links:
+            if link.process is not None:
+                await link.process.wait()
 
     def _spec(self, link: WorkerLink) -> WorkerSpec:
         config, place = self._plan.config, self._plan.places[link.index]

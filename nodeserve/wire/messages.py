@@ -298,8 +298,8 @@ class End(NamedTuple):
 
     With `reason` "stop" or "length", `code` is None; else `reason` is "error" or "cancelled"
     and `code`, `message` name a class of errors.py. `usage` has prompt_tokens and
-    completion_tokens; `timings` the fields of types.Timings. `retry_after_s` comes with
-    "overloaded": when it may be worth another try.
+    completion_tokens; `timings` the fields of types.Timings. `retry_after_s` may come with
+    "overloaded" and "shutting_down": when it may be worth another try.
     """
 
     request_id: int

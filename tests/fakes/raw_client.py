@@ -36,8 +36,9 @@ class RawClient:
         self.goodbye: Goodbye | None = None
 
     @classmethod
-    async def connect(cls, path: Path) -> "RawClient":
-        client = cls(*await asyncio.open_unix_connection(str(path)))
+    async def connect(cls, path: Path, limit_bytes: int = 1 << 16) -> "RawClient":
+        """`limit_bytes` are read ahead at most; the rest waits in the kernel and at the server."""
+        client = cls(*await asyncio.open_unix_connection(str(path), limit=limit_bytes))
         assert isinstance(await client.read(), Hello)
         return client
 

@@ -120,6 +120,7 @@ class FakeServer:
         }
         self.welcome = welcome or Hello(PROTOCOL_VERSION, self.about)
         self.leaves_socket = False
+        self.drains_for_ever = False
         self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
         self.received: list[ToServer] = []
         self.peers: list[Peer] = []
@@ -182,7 +183,7 @@ class FakeServer:
                 self.aborted[message.request_id].set()
             case GetStats():
                 peer.send(Stats(self.stats))
-            case Stop():
+            case Stop(drain) if not (drain and self.drains_for_ever):
                 if not self.leaves_socket:
                     self.path.unlink()
                 peer.send(Goodbye("shutting_down", "the server was stopped"))

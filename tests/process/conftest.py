@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -74,7 +74,10 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
             node.process.communicate()
 
 
-Connect = Callable[[RunningNode], Awaitable[RawClient]]
+class Connect(Protocol):
+    """Opens a connection to a node."""
+
+    async def __call__(self, node: RunningNode, limit_bytes: int = ...) -> RawClient: ...
 
 
 @pytest.fixture
@@ -82,8 +85,8 @@ async def connect() -> AsyncIterator[Connect]:
     """Opens connections to nodes, closed at the end of the test."""
     clients: list[RawClient] = []
 
-    async def open_one(node: RunningNode) -> RawClient:
-        clients.append(await RawClient.connect(node.socket))
+    async def open_one(node: RunningNode, limit_bytes: int = 1 << 16) -> RawClient:
+        clients.append(await RawClient.connect(node.socket, limit_bytes))
         return clients[-1]
 
     yield open_one

@@ -49,6 +49,7 @@ REFUSED = {
         EngineConfig(max_connection_rate=0.0),
         "--max-connection-rate 0: use a number above",
     ),
+    "endless drain": (EngineConfig(drain_timeout=float("inf")), "--drain-timeout inf: use seconds"),
     "no queue": (EngineConfig(max_num_queued_tokens=0), "--max-num-queued-tokens must be at least"),
     "utilization": (EngineConfig(gpu_memory_utilization=90.0), "such as 0.9"),
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
