@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nodeserve.cli.talk import CONNECT_TIMEOUT_S, socket_option
+from nodeserve.cli.verdicts import audit_verdict, health_line, health_verdict
 from nodeserve.client import Client
 from nodeserve.errors import ConnectionLost
 
@@ -48,9 +49,23 @@ _COLUMNS = (  # heading, cell: 80 columns hold all of them
 @click.command()
 @socket_option
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-def status(socket: str | None, as_json: bool) -> None:
+@click.option("--health", is_flag=True, help="Say only whether it serves; if not, exit code 1.")
+@click.option(
+    "--audit",
+    is_flag=True,
+    help="Check that blocks, requests and records add up between the server and its workers; if"
+    " not, exit code 1.",
+)
+def status(socket: str | None, as_json: bool, health: bool, audit: bool) -> None:
     """Show workers, queues, free blocks and rates."""
-    with Client(socket, connect_timeout_s=CONNECT_TIMEOUT_S) as client:
+    if health and audit:
+        raise click.UsageError("--health and --audit are two questions: ask one at a time")
+    timeout_s = ANSWER_TIMEOUT_S if health else CONNECT_TIMEOUT_S
+    with Client(socket, connect_timeout_s=timeout_s) as client:
+        if health:
+            sys.exit(health_verdict(client.health(), as_json))
+        if audit:
+            sys.exit(audit_verdict(client.audit(), as_json))
         stats = client.stats()
         if as_json:
             click.echo(json.dumps({**stats, "socket": str(client.socket_path)}))
@@ -66,6 +81,7 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
     return [
         f"{stats['model']}  {stats['layout']}  pid {stats['pid']}"
         f"  up {_duration(stats['uptime_s'])}  {path}",
+        *how_it_is(stats.get("health", {})),
         "requests  " + "  ".join(f"{count} {name}" for name, count in requests.items()),
         f"rates     {rates['prompt_tokens_per_s']:.1f} prompt tokens/s"
         f"  {rates['output_tokens_per_s']:.1f} output tokens/s"
@@ -73,6 +89,12 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
         *how_requests_leave(stats["dispatch"]),
         *how_they_run(stats["workers"]),
     ]
+
+
+def how_it_is(health: dict[str, Any]) -> list[str]:
+    """Nothing, where all is well."""
+    reasons = health.get("reasons", [])
+    return [f"health    {health_line(health['state'], reasons)}"] if reasons else []
 
 
 def how_requests_leave(dispatch: dict[str, Any]) -> list[str]:

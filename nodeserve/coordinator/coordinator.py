@@ -25,6 +25,7 @@ from nodeserve.wire.messages import (
     FINISH_REASONS,
     Alive,
     Cancel,
+    Counted,
     Dropped,
     FromWorker,
     KvPulled,
@@ -64,10 +65,16 @@ class Coordinator:
         self.farewell: NodeServeError | None = None  # that every new connection is told
         self.on_idle: Callable[[], object] = lambda: None  # no request is left
         self.on_left: Callable[[], object] = lambda: None  # a connection is gone
+        self.on_counted: Callable[[WorkerLink, Counted], object] = lambda *_: None  # for an audit
         self._now = now
         self._wake = wake
         self._moved: dict[Reader, None] = {}
         self._next_id = 1
+
+    @property
+    def num_accepted(self) -> int:
+        """Requests so far."""
+        return self._next_id - 1
 
     # ---- clients
 
@@ -160,6 +167,9 @@ class Coordinator:
             case Alive():
                 link.report(message.load)
                 self.dispatch.on_alive(link, self._now())
+            case Counted():
+                self.on_counted(link, message)
+                link.report(message.load)
             case _:
                 raise AssertionError(f"{type(message).__name__} from a running worker")
         self._wake()

@@ -10,7 +10,17 @@ from nodeserve.metrics import Rate
 from nodeserve.policy.account import Account
 from nodeserve.types import Load, Role
 from nodeserve.wire.channel import CoordinatorEnd
-from nodeserve.wire.messages import TO_WORKER, Prefill, Prompt, Ready, StepDone, ToWorker
+from nodeserve.wire.messages import (
+    TO_WORKER,
+    Cancel,
+    Prefill,
+    Prompt,
+    PullKv,
+    Ready,
+    ReleaseKv,
+    StepDone,
+    ToWorker,
+)
 
 NUM_STDERR_LINES = 20
 
@@ -57,6 +67,8 @@ class WorkerLink:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.info: Ready | None = None
         self.account = Account(0)
+        self.num_sent = self.num_received = 0  # records, those that wait for room included
+        self.tail: list[int] | None = None  # during an audit: requests of records after its Count
         self.counters = Counters()
         self.stderr_tail: deque[str] = deque(maxlen=NUM_STDERR_LINES)
         self.rung = asyncio.Event()
@@ -85,6 +97,8 @@ class WorkerLink:
 
     def send(self, message: ToWorker) -> None:
         """Queue a record; never blocks, never loses. A lost worker gets nothing."""
+        if self.tail is not None and isinstance(message, PullKv | ReleaseKv | Cancel):
+            self.tail.append(message.request_id)
         self._post(TO_WORKER.encode(message))
 
     def send_prompts(self, departure: int, prompts: list[Prompt]) -> None:
@@ -95,6 +109,8 @@ class WorkerLink:
             self.send_prompts(0, prompts[:half])
             self.send_prompts(departure, prompts[half:])
         else:
+            if self.tail is not None:
+                self.tail += [prompt.request_id for prompt in prompts]
             self._post(record)
 
     def _post(self, record: bytes) -> None:
@@ -102,6 +118,7 @@ class WorkerLink:
             return
         try:
             self.channel.inbox.post(record)
+            self.num_sent += 1
         except RingError as error:
             self.give_up(error)
 

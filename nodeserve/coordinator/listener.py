@@ -10,13 +10,14 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.desk import Desk
 from nodeserve.coordinator.streams import Stream
 from nodeserve.errors import ConfigError, NodeServeError, Overloaded
 from nodeserve.log import logger
@@ -25,9 +26,9 @@ from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
     TO_SERVER,
     Abort,
+    GetAudit,
+    GetHealth,
     GetStats,
-    Hello,
-    Stats,
     Stop,
     Submit,
     ToServer,
@@ -124,15 +125,11 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         coordinator: Coordinator,
-        welcome: Hello,
-        stats: Callable[[], Stats],
-        stop: Callable[[bool], None],
+        desk: Desk,
         limits: ConnectionLimits,
     ) -> None:
         self._coordinator = coordinator
-        self._welcome = welcome
-        self._stats = stats
-        self._stop = stop
+        self._desk = desk
         self._limits = limits
         self._reader = FrameReader(limits.max_frame_bytes)
         self._stream: Stream | None = None
@@ -157,7 +154,7 @@ class Connection(asyncio.Protocol):
             self._stream.goodbye(error.code, str(error))
             return
         coordinator.streams.add(self._stream)
-        self._stream.send(self._welcome)
+        self._stream.send(self._desk.welcome())
 
     def _check(self, transport: asyncio.WriteTransport) -> None:
         peer = peer_of(transport.get_extra_info("socket"))
@@ -189,9 +186,13 @@ class Connection(asyncio.Protocol):
                 if request := self.stream.requests.get(message.request_id):
                     self._coordinator.abort(request)
             case GetStats():
-                self.stream.send(self._stats())
+                self.stream.send(self._desk.stats())
+            case GetHealth():
+                self.stream.send(self._desk.health())
+            case GetAudit():
+                self._desk.audit(self.stream)
             case Stop():
-                self._stop(message.drain)
+                self._desk.stop(message.drain)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._coordinator.leave(self.stream)

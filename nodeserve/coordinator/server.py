@@ -6,7 +6,6 @@ socket. A crash in any task of the loop takes the same way down.
 """
 
 import asyncio
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +14,13 @@ from typing import Any
 
 import uvloop
 
-from nodeserve import __version__
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.access import access_of
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.desk import MAX_BACKLOG_BYTES, Desk
 from nodeserve.coordinator.ending import Ending
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
@@ -31,7 +30,7 @@ from nodeserve.coordinator.listener import (
     bound_socket,
 )
 from nodeserve.coordinator.placement import Plan, resolve
-from nodeserve.coordinator.stats import how_they_run, node_stats
+from nodeserve.coordinator.stats import how_they_run
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
 from nodeserve.coordinator.turns import Turns
 from nodeserve.errors import (
@@ -49,20 +48,15 @@ from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
 from nodeserve.wire.messages import (
     FROM_WORKER,
-    PROTOCOL_VERSION,
     Failed,
     FromWorker,
-    Hello,
     Loading,
     Mapped,
     PagesAttached,
     Ready,
-    Stats,
 )
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
-MIN_FRAME_LIMIT_BYTES = 4 << 20
-MAX_BACKLOG_BYTES = 8 << 20
 
 OnEvent = Callable[[StartEvent], None]
 
@@ -94,7 +88,6 @@ class Server:
         self.plan = plan
         self.checkpoint = checkpoint
         self.access = access_of(plan.config)
-        self.started_s = time.monotonic()
         self._on_event = on_event
         self._command = command
         self.serving = False  # before that a worker that ends is a start that failed
@@ -117,12 +110,16 @@ class Server:
             self.supervisor = supervisor
             self.turns = Turns(time.monotonic, lambda earliest_s: self.coordinator.turn(earliest_s))
             self.coordinator = self.make_coordinator(supervisor.links)
+            self.desk = Desk(
+                self.plan, self.checkpoint, self.coordinator, lambda drain: self.stop(drain=drain)
+            )
             tasks: list[asyncio.Task[None]] = []
             try:
                 await self.start(tasks)
                 server = await self.loop.create_unix_server(
                     self.connection, sock=listener, backlog=BACKLOG_CONNECTIONS
                 )
+                tasks.append(self.guarded(self.desk.pulse.run(), "pulse"))
                 self.serving = True
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
                 await self.ending.begun.wait()
@@ -219,6 +216,7 @@ class Server:
             self.on_record(link, message)
 
     def on_record(self, link: WorkerLink, message: FromWorker) -> None:
+        link.num_received += 1
         if link.alive:
             self.on_running(link, message)
         else:
@@ -276,57 +274,17 @@ class Server:
     # ---- clients
 
     def connection(self) -> Connection:
-        return Connection(
-            self.coordinator,
-            self.welcome(),
-            self.stats,
-            lambda drain: self.stop(drain=drain),
-            self.connection_limits,
-        )
+        return Connection(self.coordinator, self.desk, self.connection_limits)
 
     @property
     def connection_limits(self) -> ConnectionLimits:
         config = self.plan.config
         return ConnectionLimits(
-            self.max_frame_bytes,
+            self.desk.max_frame_bytes,
             MAX_BACKLOG_BYTES,
             config.max_connections,
             Quota(config.max_connection_reqs, config.max_connection_rate),
             self.access,
-        )
-
-    @property
-    def max_frame_bytes(self) -> int:
-        return max(MIN_FRAME_LIMIT_BYTES, 8 * self.plan.max_model_len)
-
-    def welcome(self) -> Hello:
-        config, model = self.plan.config, self.checkpoint.config
-        server = {
-            "model": config.served_model_name,
-            "tokenizer": str(self.checkpoint.path),
-            "max_model_len": self.plan.max_model_len,
-            "vocab_size": model.vocab_size,
-            "eos_token_ids": list(model.eos_token_ids),
-            "max_frame_bytes": self.max_frame_bytes,
-            "max_backlog_bytes": MAX_BACKLOG_BYTES,
-            "block_size": config.block_size,
-            "layout": config.layout,
-            "pid": os.getpid(),
-            "version": __version__,
-        }
-        return Hello(PROTOCOL_VERSION, server)
-
-    def stats(self) -> Stats:
-        now = time.monotonic()
-        config = self.plan.config
-        return Stats(
-            {
-                "model": config.served_model_name,
-                "layout": config.layout,
-                "pid": os.getpid(),
-                "uptime_s": now - self.started_s,
-                **node_stats(self.coordinator, now),
-            }
         )
 
     # ---- stop
