@@ -201,12 +201,13 @@ def request_problems(
 
 
 def account_problems(name: str, link: WorkerLink, told: Counted) -> Iterator[str]:
-    """Nothing moves there, so what is believed here is what is there."""
+    """No request moves there, so what is believed here is what is there."""
     account, num_pinned = link.account, len(told.pinned) // 8
+    num_tokens = Load._make(told.load).waiting_tokens  # of a running step, its requests being gone
     for what, believed, there in (
         ("free blocks", account.free_blocks, told.num_free),
         ("requests", account.num_sequences, num_pinned),
-        ("prompt tokens to compute", account.outstanding_tokens, 0),
+        ("prompt tokens to compute", account.outstanding_tokens, num_tokens),
     ):
         if believed != there:
             yield f"{name}: {what}: {believed} believed, {there} there"

@@ -63,7 +63,7 @@ class Coordinator:
         self.totals = Totals()
         self.closes_s: float | None = None  # it stops, and by then at the latest it is over
         self.farewell: NodeServeError | None = None  # that every new connection is told
-        self.on_idle: Callable[[], object] = lambda: None  # no request is left
+        self.on_idle: Callable[[], object] = lambda: None  # while it stops: nobody waits any more
         self.on_left: Callable[[], object] = lambda: None  # a connection is gone
         self.on_counted: Callable[[WorkerLink, Counted], object] = lambda *_: None  # for an audit
         self._now = now
@@ -75,6 +75,11 @@ class Coordinator:
     def num_accepted(self) -> int:
         """Requests so far."""
         return self._next_id - 1
+
+    @property
+    def is_idle(self) -> bool:
+        """Every request has ended for its client; workers may still have to let go of some."""
+        return not any(stream.requests for stream in self.streams)
 
     # ---- clients
 
@@ -331,6 +336,8 @@ class Coordinator:
         request.on(event)
         self.totals.count(reason, self._now())
         request.stream.end(request, end_of(request, reason, self._now(), code, message))
+        if self.closes_s is not None and self.is_idle:
+            self.on_idle()
         if request.phase is Phase.DONE:
             self._forget(request)
             return
@@ -368,5 +375,3 @@ class Coordinator:
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.request_id]
-        if not self.requests:
-            self.on_idle()

@@ -77,10 +77,10 @@ class Ending:
 
     async def drain(self, coordinator: Coordinator) -> None:
         """Let what was accepted finish, if there is time for that; then end it."""
-        if self._drains and coordinator.requests:
+        if self._drains and not coordinator.is_idle:
             coordinator.on_idle = self._wound_down.set
             await within(self.deadline_s - self._clock(), self._wound_down)
-        if any(stream.requests for stream in coordinator.streams):
+        if not coordinator.is_idle:
             self._cut_off = self._drains
         coordinator.end_all(self.reason)
         coordinator.flush()

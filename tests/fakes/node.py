@@ -20,16 +20,13 @@ from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.streams import Stream
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import Role
-from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
-    TO_CLIENT,
     TO_WORKER,
     Alive,
     Cancel,
     Count,
     Counted,
     Dropped,
-    End,
     FromWorker,
     KvPulled,
     KvReady,
@@ -42,13 +39,13 @@ from nodeserve.wire.messages import (
     ReleaseKv,
     StepDone,
     Submit,
-    Tokens,
     ToWorker,
     pack_ids,
     pack_request_ids,
     pack_times,
     unpack_ids,
 )
+from tests.fakes.transport import FakeTransport
 
 VOCAB = 97
 BLOCK = 16
@@ -259,32 +256,6 @@ class Told:
             kv_tokens=self.kv_tokens,
             received=pack_times(self.received),
         )
-
-
-class FakeTransport:
-    """Collects what a client would receive."""
-
-    def __init__(self) -> None:
-        self.reader = FrameReader(1 << 24)
-        self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, list[End]] = {}
-        self.closed = False
-
-    def write(self, data: bytes) -> None:
-        assert not self.closed
-        for payload in self.reader.feed(data):
-            match TO_CLIENT.decode(payload):
-                case Tokens(items):
-                    for request_id, token_ids, _ in items:
-                        assert request_id not in self.ends, "a token after the end"
-                        self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
-                case End() as end:
-                    self.ends.setdefault(end.request_id, []).append(end)
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
 
 
 LIMITS = Limits(vocab_size=VOCAB, max_model_len=256, block_size=BLOCK)

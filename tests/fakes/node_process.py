@@ -4,11 +4,13 @@
 told to stop, prints "ready" on stdout once, and exits with the server's own code. `fake` among the
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
-With device "sim" they are simulated ones (tests/fakes/sim_worker.py).
+With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with `leak` such ones that
+lose something (tests/fakes/leaky_worker.py).
 """
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import StartEvent
+from tests.fakes.leaky_worker import LEAK, LEAKY_WORKER
 from tests.fakes.sim_worker import QUICK, SIM_WORKER
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
@@ -43,6 +46,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model = settings.pop("gpu_model", None)
+    leak = settings.pop("leak", None)
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
@@ -55,6 +59,8 @@ def main() -> None:
     gpus, command = NO_GPUS, FAKE_WORKER
     if config.device == "sim":
         command = SIM_WORKER
+    if leak is not None:
+        os.environ[LEAK], command = leak, LEAKY_WORKER
     if gpu_model is not None:
         checkpoint = resolve_checkpoint(gpu_model, config.load_format)
         gpus, command = FAKE_GPUS, GPU_WORKER

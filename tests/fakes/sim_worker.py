@@ -7,6 +7,7 @@ process as well. Its passes are short, and its noise would show two ranks that d
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nodeserve.config import Simulated, WorkerSpec
 from nodeserve.coordinator.supervisor import make_lockstep
@@ -34,7 +35,13 @@ QUICK = Profile(
     max_num_seqs=16,
     max_model_len=1024,
 )
-PROFILES[QUICK.name] = QUICK
+SLOW = replace(  # every phase of a request lasts long enough to be met in it
+    QUICK,
+    name="slow",
+    cost=StepCost(0.05, 0.01, 1e-5, 0.0, 1e-5, 0.0, 1e-5),
+    handoff_bytes_per_s=1e5,  # a block in 0.16 s
+)
+PROFILES.update({QUICK.name: QUICK, SLOW.name: SLOW})
 
 
 def expected_stream(

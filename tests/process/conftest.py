@@ -1,5 +1,6 @@
 """Running nodes for the process tests, ended by id whatever happens."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -64,24 +65,26 @@ class Nodes:
         return node
 
 
-def audit(node: RunningNode) -> None:
+def audit(node: RunningNode) -> tuple[str, ...]:
     """After every test: blocks, requests and records of a node that still runs add up."""
+    if not node.is_ready or node.process.poll() is not None:
+        return ()
     try:
         with Client(node.socket, connect_timeout_s=5.0) as client:
-            problems = client.audit().problems
-    except NodeServeError:
-        node.wait()  # it was stopping
-    else:
-        assert not problems
+            return client.audit().problems
+    except NodeServeError as error:
+        # No problem if it was stopping.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait()
+            return ()
+        return (str(error),)
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     started = Nodes(tmp_path)
     yield started
-    for node in started.running:
-        if node.is_ready and node.process.poll() is None:
-            audit(node)
+    problems = [problem for node in started.running for problem in audit(node)]
     for node in started.running:
         if node.process.poll() is None:
             node.process.terminate()
@@ -90,6 +93,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         except subprocess.TimeoutExpired:
             node.process.kill()
             node.process.communicate()
+    assert not problems
 
 
 class Connect(Protocol):
