@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from nodeserve.errors import NodeServeError, RingError
 from nodeserve.metrics import Rate
 from nodeserve.policy.account import Account
+from nodeserve.policy.startup import Start
 from nodeserve.types import Load, Role
 from nodeserve.wire.channel import CoordinatorEnd
 from nodeserve.wire.messages import (
@@ -68,6 +69,8 @@ class WorkerLink:
         self.info: Ready | None = None
         self.account = Account(0)
         self.num_sent = self.num_received = 0  # records, those that wait for room included
+        self.start: Start | None = None  # how far it is, once there is a process
+        self.num_unattached = 0  # AttachPages without an answer yet
         self.tail: list[int] | None = None  # during an audit: requests of records after its Count
         self.counters = Counters()
         self.stderr_tail: deque[str] = deque(maxlen=NUM_STDERR_LINES)

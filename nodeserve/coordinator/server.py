@@ -30,6 +30,7 @@ from nodeserve.coordinator.listener import (
     bound_socket,
 )
 from nodeserve.coordinator.placement import Plan, resolve
+from nodeserve.coordinator.startup import late_start
 from nodeserve.coordinator.stats import how_they_run
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
 from nodeserve.coordinator.turns import Turns
@@ -55,8 +56,6 @@ from nodeserve.wire.messages import (
     PagesAttached,
     Ready,
 )
-
-START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
 
 OnEvent = Callable[[StartEvent], None]
 
@@ -164,26 +163,29 @@ class Server:
             tasks.append(self.guarded(self.watch(link), f"watch:{link.index}"))
         await self.or_stopped(asyncio.gather(*(link.ready for link in links)))
         if self.supervisor.attach_pages():
+            for link in links:
+                self.moved(link, "peers", 0, link.num_unattached)
             await self.or_stopped(asyncio.ensure_future(self.attached.wait()))
         self._on_event(StartEvent("pages", None, 1, 1))
         for note in how_they_run(links):
             self._on_event(StartEvent("note", None, 0, 0, note))
 
     async def or_stopped(self, work: "asyncio.Future[Any]") -> None:
-        """Wait for the workers, a signal to stop, or the deadline, whichever comes first."""
+        """Wait for the workers, a signal to stop, or somebody who is late, as it comes."""
         work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         stopped = asyncio.ensure_future(self.ending.begun.wait())
-        done, _ = await asyncio.wait(
-            {work, stopped}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
-        )
-        stopped.cancel()
+        late = asyncio.ensure_future(late_start(self.supervisor.links, time.monotonic))
+        done, _ = await asyncio.wait({work, stopped, late}, return_when=asyncio.FIRST_COMPLETED)
+        for other in {work, stopped, late} - done:
+            other.cancel()
         if work in done:
             work.result()
             return
-        work.cancel()
-        if not done:
-            late = [str(link.index) for link in self.supervisor.links if not link.alive]
-            raise WorkerLost(f"workers {', '.join(late)} were not ready in {START_TIMEOUT_S:.0f} s")
+        if late in done:
+            timeout_s = self.plan.startup_timeout_s
+            raise WorkerLost(
+                f"{late.result()}; give it more time with --startup-timeout ({timeout_s:.0f} s now)"
+            )
         raise self.error or ShuttingDown("stopped while starting")
 
     def guarded(self, work: "asyncio._CoroutineLike[None]", name: str) -> asyncio.Task[None]:
@@ -225,8 +227,9 @@ class Server:
     def on_running(self, link: WorkerLink, message: FromWorker) -> None:
         match message:
             case PagesAttached():
-                self.supervisor.num_unattached -= 1
-                if self.supervisor.num_unattached == 0:
+                link.num_unattached -= 1
+                self.moved(link, "peers", 0, link.num_unattached)
+                if not any(other.num_unattached for other in self.supervisor.links):
                     self.attached.set()
             case Failed():
                 link.stderr_tail.append(message.message)
@@ -237,18 +240,29 @@ class Server:
         match message:
             case Mapped():
                 link.channel.unlink_names()
+                self.moved(link, "import", 0, 1)
             case Loading():
+                self.moved(link, *message)
                 event = StartEvent(
                     "loading", link.index, message.done, message.total, message.phase
                 )
                 self._on_event(event)
             case Ready():
                 link.is_ready(message)
+                self.moved(link, "ready", 0, 0)
                 if not link.ready.done():
                     link.ready.set_result(message)
             case Failed():
                 if not link.ready.done():
                     link.ready.set_exception(from_code(message.code, message.message))
+
+    @staticmethod
+    def moved(link: WorkerLink, phase: str, done: int, total: int) -> None:
+        """A worker is further with its start; with nothing left to do it is over."""
+        assert link.start is not None, "it has a process"
+        link.start.move(phase, done, total, time.monotonic())
+        if not total:
+            link.start.finish()
 
     async def watch(self, link: WorkerLink) -> None:
         """Act on a worker's end: nobody else may wait for it."""

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place, Plan
 from nodeserve.errors import ConfigError, RingError, WorkerLost
 from nodeserve.log import logger
+from nodeserve.policy.startup import Start
 from nodeserve.types import Role
 from nodeserve.wire.channel import CoordinatorEnd
 from nodeserve.wire.messages import AttachPages, Shutdown
@@ -82,7 +84,6 @@ class Supervisor:
 
     def __init__(self, plan: Plan, model: str, node_id: str, command: Sequence[str]) -> None:
         self.links: list[WorkerLink] = []
-        self.num_unattached = 0  # AttachPages without an answer yet
         self._plan = plan
         self._model = model
         self._node_id = node_id
@@ -133,6 +134,7 @@ class Supervisor:
         pool_fds = [link.pages_fd for link in self.links]
         for link in self.links:
             lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
+            link.start = Start(self._plan.startup_timeout_s, time.monotonic())
             link.process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--spec",
@@ -176,8 +178,8 @@ class Supervisor:
                             owner.index, owner.pages_fd, info.pages_bytes, info.pages_handle
                         )
                     )
-                    self.num_unattached += 1
-        return self.num_unattached
+                    reader.num_unattached += 1
+        return sum(reader.num_unattached for reader in self.links)
 
     async def stop(self, hurried: asyncio.Event) -> None:
         """Ask, then kill, at once where nobody would listen: in a worker that loads, or when

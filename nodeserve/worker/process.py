@@ -95,14 +95,14 @@ def failure(problem: Exception) -> Failed:
 
 
 def throttled(link: RingLink) -> Progress:
-    """Progress records, at most one in 50 ms but always the last of a phase."""
-    last_s = 0.0
+    """Progress records, at most one in 50 ms but always the first and the last of a phase."""
+    last_s, last_phase = 0.0, ""
 
     def progress(phase: str, done: int, total: int) -> None:
-        nonlocal last_s
+        nonlocal last_s, last_phase
         now_s = time.monotonic()
-        if done >= total or now_s - last_s >= PROGRESS_EVERY_S:
-            last_s = now_s
+        if phase != last_phase or done >= total or now_s - last_s >= PROGRESS_EVERY_S:
+            last_s, last_phase = now_s, phase
             link.beat()
             link.put(Loading(phase, done, total))
 

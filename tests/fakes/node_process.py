@@ -5,7 +5,7 @@ told to stop, prints "ready" on stdout once, and exits with the server's own cod
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with `leak` such ones that
-lose something (tests/fakes/leaky_worker.py).
+lose something (tests/fakes/leaky_worker.py), with `hang` one never starts (hanging_worker.py).
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import StartEvent
+from tests.fakes.hanging_worker import HANG, HANGING_WORKER
 from tests.fakes.leaky_worker import LEAK, LEAKY_WORKER
 from tests.fakes.sim_worker import QUICK, SIM_WORKER
 
@@ -46,7 +47,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model = settings.pop("gpu_model", None)
-    leak = settings.pop("leak", None)
+    leak, hang = settings.pop("leak", None), settings.pop("hang", None)
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
@@ -61,6 +62,8 @@ def main() -> None:
         command = SIM_WORKER
     if leak is not None:
         os.environ[LEAK], command = leak, LEAKY_WORKER
+    if hang is not None:
+        os.environ[HANG], command = hang, HANGING_WORKER
     if gpu_model is not None:
         checkpoint = resolve_checkpoint(gpu_model, config.load_format)
         gpus, command = FAKE_GPUS, GPU_WORKER
