@@ -97,6 +97,9 @@ class EngineConfig:
     window: str = "auto"  # interval between departures: auto, off, or milliseconds
     window_k: float = 1.0  # an automatic interval is this times (pass + dead time) / instances
     decode_allocation: str = "cost"  # one of policy.units.DECODE_ALLOCATIONS
+    step_timeout: float | None = None  # seconds that make a worker hung; None: from its steps
+    max_restarts: int = 5  # of an instance within ten minutes; one more death takes it out
+    restart_delay: float = 0.5  # seconds before the first restart; each further one doubles it
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None
     load_format: str = (
@@ -141,6 +144,7 @@ class WorkerSpec:
     num_threads: int
     parent_pid: int  # the coordinator's; the worker dies with it
     door_s: float  # how long a pass may be held for a Departure at most; 0: never
+    idle_wait_s: float  # an idle worker gives a sign of life so often
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
     channel: dict[str, int | str]  # the rings and doorbells: what wire.channel's WorkerEnd takes
     load_format: str  # "auto" or "dummy"

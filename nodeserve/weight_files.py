@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from nodeserve.checkpoint import read_json
 from nodeserve.errors import ModelError
+from nodeserve.model_files import open_regular, read_json
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # as the format's own library has it
@@ -19,12 +19,9 @@ _LENGTH = struct.Struct("<Q")
 def check_weight_files(folder: Path) -> None:
     """ModelError names the first file that is missing, cut short or none at all."""
     for path in weight_files(folder):
-        try:
-            with path.open("rb") as file:
-                length = file.read(_LENGTH.size)
-                header = file.read(_header_bytes(path, length))
-        except OSError as problem:
-            raise ModelError(f"cannot read {path}: {problem.strerror}") from None
+        with open_regular(path) as file:
+            length = file.read(_LENGTH.size)
+            header = file.read(_header_bytes(path, length))
         expected = _LENGTH.size + len(header) + _data_bytes(path, header)
         if (size := path.stat().st_size) != expected:
             raise ModelError(
@@ -39,9 +36,17 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise ModelError(f"{index}: weight_map must map tensor names to file names")
-    return [folder / name for name in sorted(set(map(str, names.values())))]
+    if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
+        raise ModelError(
+            f"{index}: weight_map must map tensor names to *.safetensors files in its folder"
+        )
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _is_file_name(value: object) -> bool:
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return Path(value).name == value and value.endswith(".safetensors")
 
 
 def _header_bytes(path: Path, length: bytes) -> int:

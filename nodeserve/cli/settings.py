@@ -56,6 +56,11 @@ ENGINE_HELP = {
     "window": "Time between staggered departures: auto (from pass times), off or milliseconds.",
     "window_k": "Stretches the automatic window.",
     "decode_allocation": "How decoders are chosen: round-robin, fewest-requests, iqr or cost.",
+    "step_timeout": "Seconds without a step, or a sign of life, after which a worker is killed and"
+    " started again. [default: ten times what a full step takes, at least 30]",
+    "max_restarts": "Times that an instance is started again within ten minutes.",
+    "restart_delay": "Seconds before it is started again; each further time within ten minutes"
+    " doubles them, up to 30.",
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",

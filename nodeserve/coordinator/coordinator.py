@@ -9,18 +9,25 @@ Always true: a request accepted by `submit` ends with exactly one End on its str
 a worker are released once nobody reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nodeserve.coordinator.admission import Limits, admit
 from nodeserve.coordinator.dispatch import Dispatch
-from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
+from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
-from nodeserve.errors import InvalidRequest, NodeServeError, ShuttingDown, WorkerLost
+from nodeserve.errors import (
+    HandoffFailed,
+    InvalidRequest,
+    NodeServeError,
+    ProtocolError,
+    ShuttingDown,
+    from_code,
+)
 from nodeserve.metrics import Totals
 from nodeserve.policy.lifecycle import Event, Phase
-from nodeserve.types import Role
 from nodeserve.wire.messages import (
     FINISH_REASONS,
     Alive,
@@ -31,7 +38,6 @@ from nodeserve.wire.messages import (
     KvPulled,
     KvReady,
     KvRefused,
-    ReleaseKv,
     RequestFailed,
     StepDone,
     Submit,
@@ -41,7 +47,6 @@ from nodeserve.wire.messages import (
 )
 
 LEAST_RETRY_S = 1.0
-MAX_LOSSES = 2  # workers that may end under one request before it ends too
 
 
 class Coordinator:
@@ -60,6 +65,7 @@ class Coordinator:
         self.requests: dict[int, Request] = {}
         self.streams: set[Stream] = set()  # open connections
         self.dispatch = Dispatch(links, self.requests, limits, policies)
+        self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
         self.totals = Totals()
         self.closes_s: float | None = None  # it stops, and by then at the latest it is over
         self.farewell: NodeServeError | None = None  # that every new connection is told
@@ -176,7 +182,7 @@ class Coordinator:
                 self.on_counted(link, message)
                 link.report(message.load)
             case _:
-                raise AssertionError(f"{type(message).__name__} from a running worker")
+                raise ProtocolError(f"{type(message).__name__} from a running worker")
         self._wake()
 
     def _on_step(self, link: WorkerLink, step: StepDone) -> None:
@@ -215,6 +221,8 @@ class Coordinator:
                 if finish and request is not None:
                     request.on(Event.FINISHED)
                 continue
+            if request.holder != link.index:
+                raise ProtocolError("a token of a request that is elsewhere")
             request.tokens.append(token)
             request.stamps.last_token = now
             if request.phase is Phase.PREFILL:
@@ -230,7 +238,7 @@ class Coordinator:
     ) -> None:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
-        if link.role is not Role.PREFILL:
+        if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
 
@@ -242,22 +250,13 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             return
         request.source, request.source_blocks = link.index, block_ids
-        self._park(request)
-
-    def _park(self, request: Request) -> None:
-        request.stamps.parked = self._now()
-        self.dispatch.park(request)
+        self.setbacks.park(request)
 
     def _on_preempted(self, request_id: int) -> None:
         if request := self.requests.get(request_id):
             request.on(Event.PREEMPTED)
             if request.phase is Phase.WAITING:
-                self._put_back(request)
-
-    def _put_back(self, request: Request) -> None:
-        request.num_preemptions += 1
-        request.holder = request.source = -1
-        self.dispatch.put_back(request, self._now())
+                self.setbacks.put_back(request)
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
@@ -271,7 +270,7 @@ class Coordinator:
         request.decode_worker = link.index
         request.handoff_s += message.seconds
         request.handoff_bytes += message.num_bytes
-        self._release_source(request)
+        self.setbacks.release_source(request)
 
     def _on_refused(self, link: WorkerLink, message: KvRefused) -> None:
         link.report(message.load)
@@ -279,48 +278,38 @@ class Coordinator:
         if request := self.requests.get(message.request_id):
             request.on(Event.KV_REFUSED)
             if request.phase is Phase.PARKED:
-                self._park_again(request)
-
-    def _park_again(self, request: Request) -> None:
-        """A pull did not happen: the pages still wait at their source, if that lives."""
-        request.holder = request.source
-        if self.links[request.source].alive:
-            self._park(request)
-        else:
-            request.on(Event.WORKER_LOST)
-            self._put_back(request)
+                self.setbacks.park_again(request)
 
     def _on_failed(self, link: WorkerLink, message: RequestFailed) -> None:
         link.report(message.load)
-        if request := self.requests.get(message.request_id):
-            self._end(request, Event.FAILED, "error", message.code, message.message)
+        request = self.requests.get(message.request_id)
+        if request is None:
+            return
+        if request.phase is Phase.MOVING and message.code == HandoffFailed.code:
+            self.setbacks.redo(request, message.message)
+        else:
+            self._fail(request, from_code(message.code, message.message))
+
+    # ---- workers come and go
 
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone: its requests go back to the window with the tokens they have."""
-        link.state = "lost"
+        link.state = LOST
         self.dispatch.lose(link)
         for request in list(self.requests.values()):
-            if link.index in request.waiting_for:
-                self._let_go(link, request.request_id)
-            elif request.phase is Phase.MOVING and request.holder == link.index:
-                request.on(Event.KV_REFUSED)
-                self._park_again(request)
-            elif request.holder == link.index and request.phase is not Phase.DRAINING:
-                self._lose_holder(request)
+            self.setbacks.lose(request, link)
+            self._let_go(link, request.request_id)
         self._wake()
 
-    def _lose_holder(self, request: Request) -> None:
-        """Again from the window; but whoever saw several workers die may be why they did."""
-        self.dispatch.remove(request)
-        request.num_losses += request.phase is not Phase.PARKED
-        if request.num_losses > MAX_LOSSES:
-            words = f"{request.num_losses} workers ended while they computed this request"
-            self._end(request, Event.FAILED, "error", WorkerLost.code, words)
-        else:
-            request.on(Event.WORKER_LOST)
-            self._put_back(request)
+    def join(self, ranks: Sequence[WorkerLink]) -> None:
+        """An instance that was lost is back, empty; `links` have its new life already."""
+        self.dispatch.join(ranks)
+        self._wake()
 
     # ---- ends
+
+    def _fail(self, request: Request, error: NodeServeError) -> None:
+        self._end(request, Event.FAILED, "error", error.code, str(error))
 
     def _end(
         self, request: Request, event: Event, reason: str, code: str | None, message: str
@@ -349,7 +338,7 @@ class Coordinator:
     def _holders(self, request: Request, event: Event) -> set[int]:
         """Workers to be cancelled now. A source is asked only after its reader has let go."""
         if request.phase is Phase.MOVING and event is Event.FAILED:
-            return {request.source}
+            return {request.source} - {-1}
         return {request.holder} if request.holder >= 0 else set()
 
     def _let_go(self, link: WorkerLink, request_id: int) -> None:
@@ -358,7 +347,7 @@ class Coordinator:
         if request is None or link.index not in request.waiting_for:
             return
         request.waiting_for.discard(link.index)
-        if request.source not in (-1, link.index) and self.links[request.source].alive:
+        if request.source not in (-1, link.index):
             request.waiting_for.add(request.source)
             self.links[request.source].send(Cancel(request_id))
             request.source = -1
@@ -368,10 +357,6 @@ class Coordinator:
         if not request.waiting_for:
             request.on(Event.RELEASED)
             self._forget(request)
-
-    def _release_source(self, request: Request) -> None:
-        source, request.source = self.links[request.source], -1
-        source.send(ReleaseKv(request.request_id))
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.request_id]

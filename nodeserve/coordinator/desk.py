@@ -9,7 +9,7 @@ from nodeserve import __version__
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.coordinator.audit import Auditor
 from nodeserve.coordinator.coordinator import Coordinator
-from nodeserve.coordinator.health import Pulse, health_of, seats_of
+from nodeserve.coordinator.health import Pulse, health_of, seat_of
 from nodeserve.coordinator.placement import Plan
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.coordinator.streams import Stream
@@ -20,20 +20,20 @@ MAX_BACKLOG_BYTES = 8 << 20
 
 
 class Desk:
-    """What connections ask that is not about a request. `stop(drain)` is passed on."""
+    """What connections ask that is not about a request. `on_stop(drain)` stops the node."""
 
     def __init__(
         self,
         plan: Plan,
         checkpoint: Checkpoint,
         coordinator: Coordinator,
-        stop: Callable[[bool], None],
+        on_stop: Callable[[bool], None],
     ) -> None:
-        self.stop = stop
-        self.pulse = Pulse(coordinator.links)
+        self.pulse = Pulse()
         self._plan = plan
         self._checkpoint = checkpoint
         self._coordinator = coordinator
+        self._on_stop = on_stop
         self._auditor = Auditor(coordinator)
         self._started_s = time.monotonic()
 
@@ -79,6 +79,9 @@ class Desk:
         """The answer follows when all workers have counted."""
         self._auditor.ask(lambda result: stream.send(Audit(result)))
 
+    def stop(self, drain: bool) -> None:
+        self._on_stop(drain)
+
     def _health(self) -> dict[str, Any]:
         coordinator = self._coordinator
         instances = coordinator.dispatch.dispatcher.instances
@@ -87,5 +90,5 @@ class Desk:
             for one in instances
             if one.suspect and not one.lost
         ]
-        seats = seats_of(coordinator.links, self.pulse)
+        seats = [seat_of(link) for link in coordinator.links]
         return health_of(seats, self.pulse.lag_s, coordinator.closes_s is not None, doubts)

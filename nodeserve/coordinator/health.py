@@ -5,8 +5,8 @@ are taken, and each phase has an instance all of whose workers turn their loops.
 counts its turns as well, once a second at least, so silence is news whether or not there is work.
 Degraded: it serves with less than it has.
 
-Silence is measured in the loop's own pulses: whoever stops the whole node for an hour has not made
-its workers silent. An answer costs O(workers), whatever number of requests there is.
+Silence counts only while the loop turned: whoever stops the whole node for an hour has not made its
+workers silent (policy/watchdog.py). An answer costs O(workers), however many requests there are.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nodeserve.coordinator.link import WorkerLink
+from nodeserve.types import Role
 
 PULSE_S = 1.0
 NUM_LAGS = 10  # pulses whose lateness is remembered
@@ -26,16 +27,12 @@ SILENT_STEPS = 4.0
 
 
 class Pulse:
-    """Feels once a second whether the loop and the workers turn."""
+    """Feels once a second whether the loop turns."""
 
-    def __init__(
-        self, links: Sequence[WorkerLink], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._links = links
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._due_s = clock() + PULSE_S
         self._lags_s: deque[float] = deque(maxlen=NUM_LAGS)
-        self._seen: dict[WorkerLink, tuple[int, float]] = {}  # beats, and silence since, in pulses
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -49,21 +46,11 @@ class Pulse:
         now_s = self._clock()
         self._lags_s.append(max(0.0, now_s - self._due_s))
         self._due_s = now_s + PULSE_S
-        seen, self._seen = self._seen, {}
-        for link in self._links:
-            if link.alive:
-                beats = link.channel.outbox.beats
-                before, silent_s = seen.get(link, (beats - 1, 0.0))
-                self._seen[link] = beats, silent_s + PULSE_S if beats == before else 0.0
 
     @property
     def lag_s(self) -> float:
         """How late the loop was at worst, in the last seconds."""
         return max([*self._lags_s, self._clock() - self._due_s, 0.0])
-
-    def silent_s(self, link: WorkerLink) -> float:
-        """For how long a worker has not turned its loop while ours turned."""
-        return self._seen.get(link, (0, 0.0))[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +64,20 @@ class Seat:
     trouble: str  # why it makes no steps; empty: it does, or could
 
 
-def seats_of(links: Iterable[WorkerLink], pulse: Pulse) -> list[Seat]:
-    return [
-        Seat(
-            f"{link.role.value} worker {link.index}",
-            link.instance,
-            link.prefills,
-            link.decodes,
-            trouble_of(link, pulse.silent_s(link)),
-        )
-        for link in links
-    ]
+def seat_of(link: WorkerLink) -> Seat:
+    return Seat(
+        f"{link.role.value} worker {link.index}",
+        link.instance,
+        link.prefills,
+        link.acting is not Role.PREFILL,
+        trouble_of(link),
+    )
 
 
-def trouble_of(link: WorkerLink, silent_s: float) -> str:
+def trouble_of(link: WorkerLink) -> str:
     if not link.alive:
-        return f"is {link.state}"
+        return f"is {link.state}" + (f" ({link.reason})" if link.reason else "")
+    silent_s = link.watchdog.silent_s
     if silent_s >= max(SILENT_S, SILENT_STEPS * link.counters.step_s):
         return f"has been silent for {silent_s:.0f} s"
     return ""

@@ -22,6 +22,7 @@ from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.desk import MAX_BACKLOG_BYTES, Desk
 from nodeserve.coordinator.ending import Ending
+from nodeserve.coordinator.fleet import Fleet
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
     BACKLOG_CONNECTIONS,
@@ -30,32 +31,19 @@ from nodeserve.coordinator.listener import (
     bound_socket,
 )
 from nodeserve.coordinator.placement import Plan, resolve
-from nodeserve.coordinator.startup import late_start
 from nodeserve.coordinator.stats import how_they_run
-from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
+from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor
 from nodeserve.coordinator.turns import Turns
 from nodeserve.errors import (
     NodeServeError,
-    ProtocolError,
-    RingError,
     ShuttingDown,
-    WorkerLost,
-    from_code,
 )
 from nodeserve.gpus import Gpus
 from nodeserve.log import logger
 from nodeserve.policy.metering import Quota
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
-from nodeserve.wire.messages import (
-    FROM_WORKER,
-    Failed,
-    FromWorker,
-    Loading,
-    Mapped,
-    PagesAttached,
-    Ready,
-)
+from nodeserve.wire.messages import FromWorker
 
 OnEvent = Callable[[StartEvent], None]
 
@@ -89,15 +77,12 @@ class Server:
         self.access = access_of(plan.config)
         self._on_event = on_event
         self._command = command
-        self.serving = False  # before that a worker that ends is a start that failed
-        self.leaving = False  # after that it is no news
 
     async def run(self) -> int:
         """The whole life. Typed errors of the start-up leave as exceptions."""
         sweep_stale()
         self.loop = asyncio.get_running_loop()
         self.ending = Ending(self.plan.config.drain_timeout)
-        self.attached = asyncio.Event()  # every puller has mapped every pool it may read
         self.ending.listen(lambda drain: self.stop(drain=drain))
         assert self.plan.config.socket is not None
         with (
@@ -112,25 +97,32 @@ class Server:
             self.desk = Desk(
                 self.plan, self.checkpoint, self.coordinator, lambda drain: self.stop(drain=drain)
             )
-            tasks: list[asyncio.Task[None]] = []
+            self.fleet = Fleet(
+                *(self.plan, supervisor, self.coordinator, self._on_event),
+                handle=self.on_running,
+                begin=self.guarded,
+                fail=lambda error: self.stop(error=error),
+            )
+            tasks = [self.guarded(self.turns.run(), "turns")]
             try:
-                await self.start(tasks)
+                await self.start()
                 server = await self.loop.create_unix_server(
                     self.connection, sock=listener, backlog=BACKLOG_CONNECTIONS
                 )
                 tasks.append(self.guarded(self.desk.pulse.run(), "pulse"))
-                self.serving = True
+                self.fleet.serve()
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
                 await self.ending.begun.wait()
                 await self.ending.drain(self.coordinator)
                 server.close()
                 await self.ending.say_goodbye(self.coordinator)
             finally:
-                self.leaving = True
+                self.fleet.leave()
                 await supervisor.stop(self.ending.hurried)
+                await self.fleet.close()
                 for task in tasks:
                     task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        self.ending.failed = bool(self.fleet.taken_out)
         if self.error is not None:
             logger.error("stopped: %s", self.error)
         return self.ending.code
@@ -151,41 +143,25 @@ class Server:
 
     # ---- start
 
-    async def start(self, tasks: list[asyncio.Task[None]]) -> None:
+    async def start(self) -> None:
         """Spawn, wait until all are ready, map pages. Raises the first failure."""
         links = self.supervisor.links
         self._on_event(StartEvent("workers", None, 0, len(links)))
-        await self.supervisor.start()
-        tasks.append(self.guarded(self.turns.run(), "turns"))
-        for link in links:
-            self.loop.add_reader(link.channel.fileno(), link.rung.set)
-            tasks.append(self.guarded(self.pump(link), f"pump:{link.index}"))
-            tasks.append(self.guarded(self.watch(link), f"watch:{link.index}"))
-        await self.or_stopped(asyncio.gather(*(link.ready for link in links)))
-        if self.supervisor.attach_pages():
-            for link in links:
-                self.moved(link, "peers", 0, link.num_unattached)
-            await self.or_stopped(asyncio.ensure_future(self.attached.wait()))
+        await self.or_stopped(asyncio.ensure_future(self.fleet.start()))
         self._on_event(StartEvent("pages", None, 1, 1))
         for note in how_they_run(links):
             self._on_event(StartEvent("note", None, 0, 0, note))
 
     async def or_stopped(self, work: "asyncio.Future[Any]") -> None:
-        """Wait for the workers, a signal to stop, or somebody who is late, as it comes."""
+        """Wait for the workers, or a signal to stop, whichever comes first."""
         work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         stopped = asyncio.ensure_future(self.ending.begun.wait())
-        late = asyncio.ensure_future(late_start(self.supervisor.links, time.monotonic))
-        done, _ = await asyncio.wait({work, stopped, late}, return_when=asyncio.FIRST_COMPLETED)
-        for other in {work, stopped, late} - done:
-            other.cancel()
+        done, _ = await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
         if work in done:
             work.result()
             return
-        if late in done:
-            timeout_s = self.plan.startup_timeout_s
-            raise WorkerLost(
-                f"{late.result()}; give it more time with --startup-timeout ({timeout_s:.0f} s now)"
-            )
+        work.cancel()
         raise self.error or ShuttingDown("stopped while starting")
 
     def guarded(self, work: "asyncio._CoroutineLike[None]", name: str) -> asyncio.Task[None]:
@@ -199,91 +175,9 @@ class Server:
             logger.error("%s crashed", task.get_name(), exc_info=problem)
             self.stop(error=NodeServeError(f"{task.get_name()} crashed: {problem!r}"))
 
-    # ---- run
-
-    async def pump(self, link: WorkerLink) -> None:
-        """Carry a worker's records to the coordinator, and what waits for room back to it."""
-        while True:
-            await link.rung.wait()
-            link.rung.clear()  # first, so that no ring is lost
-            self.receive(link)
-
-    def receive(self, link: WorkerLink) -> None:
-        try:
-            messages = [FROM_WORKER.decode(record) for record in link.channel.receive()]
-        except (RingError, ProtocolError) as error:
-            link.give_up(error)
-            return
-        for message in messages:
-            self.on_record(link, message)
-
-    def on_record(self, link: WorkerLink, message: FromWorker) -> None:
-        link.num_received += 1
-        if link.alive:
-            self.on_running(link, message)
-        else:
-            self.on_starting(link, message)
-
     def on_running(self, link: WorkerLink, message: FromWorker) -> None:
-        match message:
-            case PagesAttached():
-                link.num_unattached -= 1
-                self.moved(link, "peers", 0, link.num_unattached)
-                if not any(other.num_unattached for other in self.supervisor.links):
-                    self.attached.set()
-            case Failed():
-                link.stderr_tail.append(message.message)
-            case _:
-                self.coordinator.handle(link, message)
-
-    def on_starting(self, link: WorkerLink, message: FromWorker) -> None:
-        match message:
-            case Mapped():
-                link.channel.unlink_names()
-                self.moved(link, "import", 0, 1)
-            case Loading():
-                self.moved(link, *message)
-                event = StartEvent(
-                    "loading", link.index, message.done, message.total, message.phase
-                )
-                self._on_event(event)
-            case Ready():
-                link.is_ready(message)
-                self.moved(link, "ready", 0, 0)
-                if not link.ready.done():
-                    link.ready.set_result(message)
-            case Failed():
-                if not link.ready.done():
-                    link.ready.set_exception(from_code(message.code, message.message))
-
-    @staticmethod
-    def moved(link: WorkerLink, phase: str, done: int, total: int) -> None:
-        """A worker is further with its start; with nothing left to do it is over."""
-        assert link.start is not None, "it has a process"
-        link.start.move(phase, done, total, time.monotonic())
-        if not total:
-            link.start.finish()
-
-    async def watch(self, link: WorkerLink) -> None:
-        """Act on a worker's end: nobody else may wait for it."""
-        how = await self.supervisor.watch(link)
-        error = lost(link, how)
-        self.receive(link)
-        if not link.ready.done():
-            link.ready.set_exception(error)
-        if self.leaving or not link.alive:
-            link.state = "lost"
-            return
-        logger.error("%s", error)
-        self.coordinator.lose(link)
-        for mate in self.supervisor.end_instance(link):
-            logger.error("%s", lost(mate, "is ended"))
-            self.receive(mate)
-            self.coordinator.lose(mate)
-        alive = [other for other in self.supervisor.links if other.alive]
-        covered = any(x.prefills for x in alive) and any(x.decodes for x in alive)
-        if not (self.serving and covered):
-            self.stop(error=error)
+        """What a worker that runs has to say."""
+        self.coordinator.handle(link, message)
 
     # ---- clients
 

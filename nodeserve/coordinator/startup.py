@@ -8,8 +8,8 @@ from nodeserve.coordinator.link import WorkerLink
 TICK_S = 1.0  # at least so often it is asked whether the loop itself stood still
 
 
-async def late_start(links: Sequence[WorkerLink], clock: Callable[[], float]) -> str:
-    """Returns when workers are late: which, and in what. Never, if all come in time.
+async def late_ones(links: Sequence[WorkerLink], clock: Callable[[], float]) -> list[WorkerLink]:
+    """Returns when workers are late: which. Never, if all come in time.
 
     Time in which our own loop stood still (the node was suspended, say) is not held against them:
     what they said meanwhile has not been read yet.
@@ -24,11 +24,7 @@ async def late_start(links: Sequence[WorkerLink], clock: Callable[[], float]) ->
         for start in starts:
             start.pause(now_s - slept_s - wait_s)
         if late := [link for link in links if is_late(link, now_s)]:
-            return "; ".join(
-                f"{link.role.value} worker {link.index} is late: {link.start.describe(now_s)}"
-                for link in late
-                if link.start is not None
-            )
+            return late
 
 
 def is_late(link: WorkerLink, now_s: float) -> bool:

@@ -10,6 +10,7 @@ Rings (coordinator <-> worker) need no version, both ends are one commit. The so
 
 from typing import Any, NamedTuple
 
+from nodeserve.wire import limits
 from nodeserve.wire.numbers import pack_floats as pack_floats
 from nodeserve.wire.numbers import pack_ids as pack_ids
 from nodeserve.wire.numbers import pack_request_ids as pack_request_ids
@@ -100,14 +101,24 @@ class Probe(NamedTuple):
     """Nothing was heard for longer than expected: say what you hold. Answer: Alive."""
 
 
+class DetachPages(NamedTuple):
+    """The peer `worker` has ended: unmap its pages. No answer but a RequestFailed with
+    `handoff_failed` for each pull from there that was not over. A later AttachPages is about its
+    next life."""
+
+    worker: int
+
+
 class Count(NamedTuple):
     """For an audit: count everything. Answer: Counted, with the same number."""
 
     number: int
 
 
-ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe | Count
-TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker)
+ToWorker = (
+    AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe | DetachPages | Count
+)
+TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker, limits.OF_A_RING)
 
 # ---- worker -> coordinator
 
@@ -269,7 +280,7 @@ FromWorker = (
     | Alive
     | Counted
 )
-FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker)
+FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker, limits.OF_A_RING)
 
 FINISH_REASONS = (None, "stop", "length")
 
@@ -315,7 +326,7 @@ class GetAudit(NamedTuple):
 
 
 ToServer = Submit | Abort | GetStats | Stop | GetHealth | GetAudit
-TO_SERVER: Tagged[ToServer] = Tagged(ToServer)
+TO_SERVER: Tagged[ToServer] = Tagged(ToServer, limits.OF_A_CLIENT)
 
 # ---- coordinator -> client
 
@@ -385,4 +396,4 @@ class Audit(NamedTuple):
 
 
 ToClient = Hello | Tokens | End | Stats | Goodbye | Health | Audit
-TO_CLIENT: Tagged[ToClient] = Tagged(ToClient)
+TO_CLIENT: Tagged[ToClient] = Tagged(ToClient, limits.OF_THE_SERVER)

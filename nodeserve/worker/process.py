@@ -57,6 +57,7 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
         device.executor,
         device.transfer,
         door_s=spec.door_s,
+        idle_wait_s=spec.idle_wait_s,
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again

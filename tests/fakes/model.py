@@ -57,6 +57,8 @@ class FakeSettings:
     token_s: float = 0.0
     load_s: float = 0.0
     load_error: str | None = None
+    weights: str | None = None  # a file that has to be there
+    leaves_child: bool = False  # a process that has the worker's stderr, and outlives it
     crash_at_step: int | None = None  # SIGKILL itself, instead of computing this step
     fail_at_step: int | None = None  # raise
     only_worker: int | None = None

@@ -72,6 +72,10 @@ class FakeChannel:
 
     max_record_bytes = 1 << 20
 
+    @property
+    def num_queued(self) -> int:
+        return len(self.records)
+
     def post(self, record: bytes) -> None:
         self.records.append(record)
 
@@ -258,6 +262,10 @@ class Told:
         )
 
 
+def fake_ready(num_blocks: int) -> Ready:
+    return Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0)
+
+
 LIMITS = Limits(vocab_size=VOCAB, max_model_len=256, block_size=BLOCK)
 
 
@@ -294,7 +302,7 @@ class FakeNode:
         self.coordinator = Coordinator(links, LIMITS, policies, lambda: self.now, self._on_wake)
         self.workers = [FakeWorker(link, num_blocks, lambda: self.now) for link in links]
         for link in links:
-            link.is_ready(Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0))
+            link.is_ready(fake_ready(num_blocks))
 
     def _on_wake(self) -> None:
         self.is_woken = True
@@ -333,7 +341,10 @@ class FakeNode:
     def act(self, rng: random.Random) -> None:
         """One random thing happens somewhere."""
         self.now += 0.001
-        worker = rng.choice([worker for worker in self.workers if not worker.lost])
+        alive = [worker for worker in self.workers if not worker.lost]
+        if not alive:
+            return self.turn()
+        worker = rng.choice(alive)
         rng.choice(
             [
                 lambda: worker.receive(rng),
@@ -346,6 +357,21 @@ class FakeNode:
     def lose(self, worker: FakeWorker) -> None:
         worker.lost = True
         self.coordinator.lose(worker.link)
+
+    def restart(self, instance: int) -> None:
+        """A lost instance comes back: new links, nothing in them."""
+        links, ranks = self.coordinator.links, []
+        for worker in self.workers:
+            old = worker.link
+            if old.instance == instance:
+                link = WorkerLink(old.index, old.role, FakeChannel(), -1)  # type: ignore[arg-type]
+                link.instance = instance
+                links[link.index] = link
+                link.is_ready(fake_ready(worker.num_blocks))
+                fresh = FakeWorker(link, worker.num_blocks, worker.now)
+                self.workers[self.workers.index(worker)] = fresh
+                ranks.append(link)
+        self.coordinator.join(ranks)
 
     def run_to_idle(self, rng: random.Random, max_actions: int = 200_000) -> None:
         for _ in range(max_actions):

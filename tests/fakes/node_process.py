@@ -6,10 +6,12 @@ settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_mode
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with `leak` such ones that
 lose something (tests/fakes/leaky_worker.py), with `hang` one never starts (hanging_worker.py).
+`log_level` logs everything from that level on, of all loggers, to stderr.
 """
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -48,6 +50,9 @@ def main() -> None:
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model = settings.pop("gpu_model", None)
     leak, hang = settings.pop("leak", None), settings.pop("hang", None)
+    if (log_level := settings.pop("log_level", None)) is not None:
+        logging.basicConfig(level=log_level)
+        os.environ["PYTHONASYNCIODEBUG"] = "1"
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,

@@ -17,6 +17,7 @@ from nodeserve.policy.profiles import PROFILES
 from nodeserve.worker.device import load
 from nodeserve.worker.executor_sim import Tokens
 from nodeserve.worker.process import main
+from tests.fakes.faults import faulty
 from tests.fakes.harness import default_spec
 
 SIM_WORKER = (sys.executable, "-m", "tests.fakes.sim_worker")
@@ -58,7 +59,8 @@ def rank_specs(
     owner: ExitStack, num_ranks: int, instance: int = 0
 ) -> tuple[list[WorkerSpec], tuple[int, ...]]:
     """One instance's workers, and the descriptors that they inherit."""
-    lockstep = make_lockstep(owner, num_ranks)
+    lockstep = make_lockstep(num_ranks)
+    owner.callback(lockstep.close)
     specs = [
         default_spec(
             index=num_ranks * instance + rank,
@@ -78,4 +80,4 @@ def rank_specs(
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(faulty(load)))

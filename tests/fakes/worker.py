@@ -3,8 +3,10 @@
 Rings, step loop, scheduler, page pool and handoff are the real ones; torch is never loaded.
 """
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import ModelError
@@ -13,8 +15,12 @@ from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.process import main
+from tests.fakes.faults import faulty
 from tests.fakes.late_model import ThreadedExecutor
 from tests.fakes.model import FakeExecutor, FakeSettings
+
+# It ends with the node: nobody else has that pipe's other end.
+CHILD = ("sh", "-c", "while echo >&2; do sleep 0.05; done")
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
@@ -22,6 +28,10 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     progress("weights", 0, 1)
     if settings.load_error is not None:
         raise ModelError(settings.load_error)
+    if settings.weights is not None and not Path(settings.weights).exists():
+        raise ModelError("no such weights")
+    if settings.leaves_child:
+        subprocess.Popen(CHILD)
     if settings.load_s:
         time.sleep(settings.load_s)
     progress("weights", 1, 1)
@@ -48,4 +58,4 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(faulty(load)))

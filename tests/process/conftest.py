@@ -13,6 +13,7 @@ import pytest
 
 from nodeserve.client import Client
 from nodeserve.errors import NodeServeError
+from tests.fakes.faults import FOLDER
 from tests.fakes.raw_client import RawClient
 
 
@@ -43,6 +44,13 @@ class Nodes:
         self.folder = folder
         self.running: list[RunningNode] = []
 
+    def order(self, fault: str, worker: int, phase: str) -> Path:
+        """A fault of that worker (tests/fakes/faults.py). The file goes when it happens."""
+        order = self.folder / f"{worker}.{phase}"
+        written = order.with_suffix(".new")
+        written.write_text(fault)
+        return written.rename(order)
+
     def spawn(self, socket: Path | None = None, **settings: Any) -> RunningNode:
         socket = socket or self.folder / f"node{len(self.running)}.sock"
         arguments = json.dumps({"socket": str(socket), **settings})
@@ -51,6 +59,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, FOLDER: str(self.folder)},
         )
         node = RunningNode(process, socket)
         self.running.append(node)
@@ -63,6 +72,17 @@ class Nodes:
         assert line == "ready\n", f"the node did not start: {node.process.communicate()}"
         node.is_ready = True
         return node
+
+    def end(self) -> None:
+        """All that still run."""
+        for node in self.running:
+            if node.process.poll() is None:
+                node.process.terminate()
+            try:
+                node.process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                node.process.kill()
+                node.process.communicate()
 
 
 def audit(node: RunningNode) -> tuple[str, ...]:
@@ -85,14 +105,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     started = Nodes(tmp_path)
     yield started
     problems = [problem for node in started.running for problem in audit(node)]
-    for node in started.running:
-        if node.process.poll() is None:
-            node.process.terminate()
-        try:
-            node.process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            node.process.kill()
-            node.process.communicate()
+    started.end()
     assert not problems
 
 

@@ -172,42 +172,6 @@ async def test_abort_ends_once_and_frees_both_sides(
     assert got == expected_stream(list(range(90)), LONG)[: len(got)]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
-async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, victim: int) -> None:
-    node = nodes.start(layout="2p2d")
-    client = await connect(node)
-    for i in range(12):
-        client.submit(i, [i, 2 * i], max_tokens=200)
-    await client.read_until(lambda: len(client.tokens) == 12)
-    pids = {w["index"]: w["pid"] for w in (await client.stats())["workers"]}
-    os.kill(pids[victim], signal.SIGKILL)
-    await client.finish(*range(12))
-    for i in range(12):
-        assert client.tokens[i] == expected_stream([i, 2 * i], 200)
-        assert [end.reason for end in client.ends[i]] == ["length"]
-    while "lost" not in (states := [w["state"] for w in (await client.stats())["workers"]]):
-        pass  # its requests may have ended before it was killed
-    assert states.count("lost") == 1 and states[victim] == "lost"
-
-
-async def test_losing_a_whole_role_ends_all_requests_and_the_node(
-    nodes: Nodes, connect: Connect
-) -> None:
-    node = nodes.start(layout="1p1d")
-    client = await connect(node)
-    for i in range(6):
-        client.submit(i, [i], max_tokens=LONG)
-    await client.read_until(lambda: len(client.tokens) == 6)
-    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
-    os.kill(pids["decode"], signal.SIGKILL)
-    await client.read_to_end()
-    codes = {end.code for ends in client.ends.values() for end in ends}
-    assert all(len(ends) == 1 for ends in client.ends.values()) and codes <= {None, "worker_lost"}
-    assert len(client.ends) == 6
-    assert node.wait() == 1
-    assert not node.socket.exists() and not names_of(node.pid)
-
-
 def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
     node = nodes.spawn(layout="2m", fake={"load_s": 60.0})
     while len(workers := node.worker_pids()) < 2:
@@ -216,37 +180,6 @@ def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
     _, words = node.process.communicate(timeout=20)
     assert node.process.returncode == 1 and "was killed by SIGKILL" in words
     assert not node.socket.exists() and not names_of(node.pid)
-
-
-def nested(depth: int) -> object:
-    value: object = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-HOSTILE: dict[str, dict[str, Any]] = {
-    "long list of stops": {"stop_token_ids": [5] * 1_000_000},
-    "long bias": {"logit_bias": {i: 1.0 for i in range(97)} | {0: [0] * 100_000}},
-    "deep nesting": {"max_tokens": nested(500)},
-    "large value": {"temperature": b"x" * 4_000_000},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_value_ends_its_own_request_only(
-    nodes: Nodes, connect: Connect, name: str
-) -> None:
-    node = nodes.start(layout="1p1d")
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=50)
-    client.submit(2, [3], **HOSTILE[name])
-    client.submit(3, [4], max_tokens=5)
-    await client.finish(1, 2, 3)
-    assert client.ends[2][0].code == "invalid_request"
-    assert len(client.ends[2][0].message) < 500
-    assert client.tokens[1] == expected_stream([3], 50)
-    assert client.tokens[3] == expected_stream([4], 5)
 
 
 def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) -> None:

@@ -18,13 +18,18 @@ def test_a_worker_that_hangs_in_its_start_is_named_with_its_phase(nodes: Nodes) 
     for phase, node in started.items():
         _, words = node.process.communicate(timeout=60)
         assert node.process.returncode == 1
-        assert f"worker_lost: decode worker 1 is late: {FOUND_IN[phase]} since" in words
+        assert (
+            f"worker_lost: decode worker 1 is late with its start: {FOUND_IN[phase]} since" in words
+        )
         assert "prefill" not in words
-        assert words.rstrip().endswith("give it more time with --startup-timeout (14 s now)")
+        assert words.rstrip().endswith("give it more time with --startup-timeout (14 s)")
         assert not node.socket.exists() and not names_of(node.pid)
 
 
 def test_the_whole_time_bounds_a_start_that_moves_too_slowly(nodes: Nodes) -> None:
     node = nodes.spawn(layout="1m", fake={"load_s": 60.0}, startup_timeout=2.0)
     _, words = node.process.communicate(timeout=30)
-    assert node.process.returncode == 1 and "mixed worker 0 is late: in 'weights' since" in words
+    assert (
+        node.process.returncode == 1
+        and "mixed worker 0 is late with its start: in 'weights' since" in words
+    )

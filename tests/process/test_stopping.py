@@ -127,15 +127,26 @@ async def test_a_stop_without_a_drain_ends_what_runs(nodes: Nodes, connect: Conn
     assert node.wait() == STOPPED
 
 
-async def test_a_drain_ends_when_its_role_dies(nodes: Nodes, connect: Connect) -> None:
+async def test_a_drain_ends_when_nobody_is_left(nodes: Nodes, connect: Connect) -> None:
     """A worker's end during a drain was taken for part of the stop, and the drain waited on."""
-    node, client = await running(nodes, connect)
-    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
+    node, client = await running(nodes, connect, max_restarts=0)
+    workers = node.worker_pids()
     client.send(Stop(True))
-    os.kill(pids["decode"], signal.SIGKILL)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
     await client.read_to_end()
     assert [end.code for end in client.ends[1]] == ["worker_lost"]
     assert node.wait() == FAILED
+
+
+async def test_a_worker_lost_during_a_drain_costs_no_token(nodes: Nodes, connect: Connect) -> None:
+    node, client = await running(nodes, connect, restart_delay=0.0)
+    client.send(Stop(True))
+    os.kill(node.worker_pids()[1], signal.SIGKILL)
+    await client.read_to_end()
+    assert client.tokens[1] == expected_stream([3], LONG)
+    assert [end.reason for end in client.ends[1]] == ["length"]
+    assert node.wait() == STOPPED
 
 
 # ---- clients that do not read

@@ -1,8 +1,5 @@
 """Health: what is true of the loop and the workers, and nothing that they said long ago."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import pytest
 
 from nodeserve.coordinator.health import (
@@ -13,22 +10,13 @@ from nodeserve.coordinator.health import (
     Pulse,
     Seat,
     health_of,
+    seat_of,
     trouble_of,
 )
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.types import Role
 
 FINE = ""
-
-
-@dataclass
-class Outbox:
-    beats: int = 0
-
-
-@dataclass
-class Channel:
-    outbox: Outbox = field(default_factory=Outbox)
 
 
 class Clock:
@@ -39,79 +27,58 @@ class Clock:
         return self.now_s
 
 
-def link_of(index: int = 0, role: Role = Role.MIXED) -> WorkerLink:
-    link = WorkerLink(index, role, Channel(), -1)  # type: ignore[arg-type]
-    link.state = "ready"
-    return link
-
-
-class Felt:
-    """A pulse, and the workers and the clock that it feels."""
-
-    def __init__(self, num_workers: int = 1) -> None:
-        self.clock, self.links = Clock(), [link_of(index) for index in range(num_workers)]
-        self.pulse = Pulse(self.links, self.clock)
-
-    def pass_time(self, num_pulses: int, silent: Sequence[int] = ()) -> None:
-        for _ in range(num_pulses):
-            self.clock.now_s += PULSE_S
-            for link in self.links:
-                link.channel.outbox.beats += link.index not in silent  # type: ignore[misc]
-            self.pulse.beat()
-
-
 # ---- the pulse
 
 
-async def test_a_worker_that_turns_is_not_silent_however_long_it_idles() -> None:
-    felt = Felt()
-    felt.pass_time(1000)
-    assert felt.pulse.silent_s(felt.links[0]) == 0.0 and felt.pulse.lag_s == 0.0
-
-
-async def test_silence_is_counted_until_the_next_beat() -> None:
-    felt = Felt(2)
-    felt.pass_time(3)
-    felt.pass_time(7, silent=[1])
-    assert [felt.pulse.silent_s(link) for link in felt.links] == [0.0, 7 * PULSE_S]
-    felt.pass_time(1)
-    assert [felt.pulse.silent_s(link) for link in felt.links] == [0.0, 0.0]
-
-
-async def test_a_node_that_was_stopped_has_late_pulses_and_no_silent_worker() -> None:
-    felt = Felt()
-    felt.pass_time(3)
-    felt.clock.now_s += 3600.0
-    assert felt.pulse.lag_s == pytest.approx(3600.0 - PULSE_S), "before any pulse could say so"
-    felt.pulse.beat()
-    assert felt.pulse.silent_s(felt.links[0]) == PULSE_S
-    felt.pass_time(1)
-    assert felt.pulse.silent_s(felt.links[0]) == 0.0 and felt.pulse.lag_s > LATE_S
-    felt.pass_time(NUM_LAGS)
-    assert felt.pulse.lag_s == 0.0
-
-
-async def test_a_worker_that_took_anothers_place_begins_anew() -> None:
-    felt = Felt()
-    felt.pass_time(3)
-    felt.pass_time(9, silent=[0])
-    felt.links[0] = link_of()
-    felt.pass_time(1, silent=[0])
-    assert felt.pulse.silent_s(felt.links[0]) == 0.0
+def test_a_loop_that_was_held_up_says_so_until_it_is_long_ago() -> None:
+    clock = Clock()
+    pulse = Pulse(clock)
+    pulse.beat()
+    clock.now_s += PULSE_S
+    pulse.beat()
+    assert pulse.lag_s == 0.0
+    clock.now_s += 3600.0
+    assert pulse.lag_s == pytest.approx(3600.0 - PULSE_S), "before any pulse could say so"
+    pulse.beat()
+    for _ in range(NUM_LAGS - 1):
+        clock.now_s += PULSE_S
+        pulse.beat()
+        assert pulse.lag_s > LATE_S
+    clock.now_s += PULSE_S
+    pulse.beat()
+    assert pulse.lag_s == 0.0
 
 
 # ---- a worker
 
 
-async def test_a_long_pass_is_no_trouble() -> None:
-    link = link_of()
-    assert trouble_of(link, SILENT_S - 1.0) == FINE
-    assert trouble_of(link, 7.0) == "has been silent for 7 s"
+async def test_silence_is_trouble_and_a_long_pass_is_none() -> None:
+    link = WorkerLink(0, Role.MIXED, None, -1)  # type: ignore[arg-type]
+    link.state = "ready"
+    assert trouble_of(link) == FINE
+    link.watchdog.silent_s = SILENT_S - 1.0
+    assert trouble_of(link) == FINE
+    link.watchdog.silent_s = 7.0
+    assert trouble_of(link) == "has been silent for 7 s"
     link.counters.step_s = 3.0
-    assert trouble_of(link, 7.0) == FINE
-    assert trouble_of(link, 13.0) == "has been silent for 13 s"
-    link.state = "lost"
-    assert trouble_of(link, 0.0) == "is lost"
+    assert trouble_of(link) == FINE
+    link.watchdog.silent_s = 13.0
+    assert trouble_of(link) == "has been silent for 13 s"
+
+
+async def test_who_is_gone_is_told_with_the_reason() -> None:
+    link = WorkerLink(0, Role.MIXED, None, -1)  # type: ignore[arg-type]
+    assert trouble_of(link) == "is starting"
+    link.state, link.reason = "restarting", "mixed worker 0 was killed by SIGKILL"
+    assert trouble_of(link) == "is restarting (mixed worker 0 was killed by SIGKILL)"
+
+
+async def test_a_worker_that_stands_in_is_there_for_both() -> None:
+    link = WorkerLink(0, Role.PREFILL, None, -1)  # type: ignore[arg-type]
+    link.state = "ready"
+    assert (seat_of(link).prefills, seat_of(link).decodes) == (True, False)
+    link.stands_in = True
+    assert (seat_of(link).prefills, seat_of(link).decodes) == (True, True)
 
 
 # ---- the node

@@ -14,6 +14,7 @@ from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profiles import profile_named
+from nodeserve.policy.restarts import RestartOptions
 from nodeserve.policy.units import DispatchOptions
 from nodeserve.types import Role
 
@@ -102,6 +103,9 @@ def test_the_policy_gets_what_was_asked_for() -> None:
         max_num_queued_reqs=7,
         max_num_queued_tokens=70_000,
         on_overload="queue",
+        max_restarts=3,
+        restart_delay=1.5,
+        step_timeout=20.0,
     )
     policies = policies_of(config, max_num_seqs=32, max_num_batched_tokens=512)
     assert policies == Policies(
@@ -109,6 +113,8 @@ def test_the_policy_gets_what_was_asked_for() -> None:
         "iqr",
         FlowOptions(7, 70_000, "queue"),
         {},
+        RestartOptions(3, 1.5),
+        20.0,
     )
 
 

@@ -60,8 +60,9 @@ def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "one.safetensors").write_bytes(file_of(TENSORS))
     names = {"a": "one.safetensors", "b": "two.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(ModelError, match="cannot read .*two.safetensors: No such file"):
+    with pytest.raises(ModelError, match="cannot read .*two.safetensors.*No such file"):
         check_weight_files(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": 3}))
-    with pytest.raises(ModelError, match="weight_map must map"):
-        check_weight_files(tmp_path)
+    for odd in (3, {"a": 3}, {"a": "../one.safetensors"}, {"a": "one.bin"}):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": odd}))
+        with pytest.raises(ModelError, match="weight_map must map"):
+            check_weight_files(tmp_path)
