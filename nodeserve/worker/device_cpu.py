@@ -25,6 +25,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
+    progress("device", 0, 1)
     ops = backend.make_ops(
         found.config,
         dtype,
@@ -32,6 +33,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         num_threads=spec.num_threads,
         cpus=spec.cpus,
     )
+    progress("device", 1, 1)
     layout = kv.layout_of(found.config, spec.block_size, dtype)
     assert spec.kv_memory is not None, "resolved for CPU workers"
     num_blocks = num_blocks_in(spec.kv_memory, layout.block_bytes, max_blocks)
@@ -44,7 +46,9 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     executor = ModelExecutor(model, ops.cache(layout, pool), staging)
     if len(spec.cpus) > 1:
         os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
+    progress("warm-up", 0, 1)
     executor.warm_up()
+    progress("warm-up", 1, 1)
     return Device(
         executor=executor,
         transfer=HostTransfer(pool, layout.block_bytes),

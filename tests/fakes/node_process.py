@@ -5,7 +5,8 @@ told to stop, prints "ready" on stdout once, and exits with the server's own cod
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
-the embedded model on the processor (tests/fakes/cpu_worker.py).
+the embedded model on the processor (cpu_worker.py), with `leak` simulated ones that lose something
+(leaky_worker.py), with `hang` one never starts (hanging_worker.py).
 `log_level` logs everything from that level on, of all loggers, to stderr.
 """
 
@@ -27,6 +28,8 @@ from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import StartEvent
+from tests.fakes.hanging_worker import HANG, HANGING_WORKER
+from tests.fakes.leaky_worker import LEAK, LEAKY_WORKER
 from tests.fakes.sim_worker import QUICK, SIM_WORKER
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
@@ -48,6 +51,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model, is_real = settings.pop("gpu_model", None), settings.pop("real", False)
+    leak, hang = settings.pop("leak", None), settings.pop("hang", None)
     if (log_level := settings.pop("log_level", None)) is not None:
         logging.basicConfig(level=log_level)
         os.environ["PYTHONASYNCIODEBUG"] = "1"
@@ -67,6 +71,10 @@ def main() -> None:
         command = SIM_WORKER
     if is_real:
         checkpoint, command = resolve_checkpoint(None, config.load_format), CPU_WORKER
+    if leak is not None:
+        os.environ[LEAK], command = leak, LEAKY_WORKER
+    if hang is not None:
+        os.environ[HANG], command = hang, HANGING_WORKER
     if gpu_model is not None:
         checkpoint = resolve_checkpoint(gpu_model, config.load_format)
         gpus, command = FAKE_GPUS, GPU_WORKER

@@ -38,7 +38,13 @@ QUICK = Profile(
 )
 # Pages take a second for each block: a fault meets them on their way for certain.
 FAR_APART = replace(QUICK, name="far-apart", handoff_bytes_per_s=16e3)
-PROFILES.update({one.name: one for one in (QUICK, FAR_APART)})
+SLOW = replace(  # every phase of a request lasts long enough to be met in it
+    QUICK,
+    name="slow",
+    cost=StepCost(0.05, 0.01, 1e-5, 0.0, 1e-5, 0.0, 1e-5),
+    handoff_bytes_per_s=1e5,  # a block in 0.16 s
+)
+PROFILES.update({one.name: one for one in (QUICK, FAR_APART, SLOW)})
 
 
 def expected_stream(
