@@ -212,6 +212,7 @@ class Coordinator:
     ) -> None:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
+            self.dispatch.first_token(request, now)
         if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
@@ -295,7 +296,7 @@ class Coordinator:
             request.on(event)
             return
         if event is Event.FINISHED:
-            self.dispatch.finish(request)
+            self.dispatch.finish(request, self._now())
         self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)

@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from nodeserve.wire.messages import (
 
 BACKLOG_CONNECTIONS = 1024
 WRITE_HIGH_WATER_BYTES = 1 << 20
+MESSAGES_A_TURN = 256  # of one connection; one read may hold 40,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,12 @@ def _refuse_live(path: Path) -> None:
 
 
 class Connection(asyncio.Protocol):
-    """One client. Anything that is not a message ends the connection with a Goodbye."""
+    """One client. Anything that is not a message ends the connection with a Goodbye.
+
+    Nothing more is read while messages of an earlier read wait for their turn.
+    """
+
+    _transport: asyncio.Transport  # from connection_made on
 
     def __init__(
         self,
@@ -135,6 +142,7 @@ class Connection(asyncio.Protocol):
         self._stop = stop
         self._limits = limits
         self._reader = FrameReader(limits.max_frame_bytes)
+        self._payloads: deque[bytes] = deque()
         self._stream: Stream | None = None
 
     @property
@@ -143,9 +151,8 @@ class Connection(asyncio.Protocol):
         return self._stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(
-            asyncio.WriteTransport, transport
-        )  # uvloop's own class is none of asyncio's
+        transport = cast(asyncio.Transport, transport)  # uvloop's own class is none of asyncio's
+        self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         limits, coordinator = self._limits, self._coordinator
         meter = Meter(limits.quota)
@@ -172,12 +179,34 @@ class Connection(asyncio.Protocol):
         if self.stream.closed:
             return
         try:
-            for payload in self._reader.feed(data):
-                if self.stream.closed:  # one of its own messages ended it
-                    return
-                self._on_message(TO_SERVER.decode(payload))
+            self._payloads.extend(self._reader.feed(data))
         except NodeServeError as error:
             self._coordinator.drop_stream(self.stream, error)
+            return
+        self._take()
+        if self._payloads:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _take(self) -> None:
+        """As many messages as one turn of the loop may take without others noticing."""
+        payloads = self._payloads
+        try:
+            for _ in range(min(MESSAGES_A_TURN, len(payloads))):
+                if self.stream.closed:  # one of its own messages ended it
+                    break
+                self._on_message(TO_SERVER.decode(payloads.popleft()))
+        except NodeServeError as error:
+            self._coordinator.drop_stream(self.stream, error)
+        if self.stream.closed:
+            payloads.clear()
+
+    def _go_on(self) -> None:
+        self._take()
+        if self._payloads:
+            asyncio.get_running_loop().call_soon(self._go_on)
+        elif not self.stream.closed:
+            self._transport.resume_reading()
 
     def _on_message(self, message: ToServer) -> None:
         match message:

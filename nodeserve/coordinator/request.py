@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.foresight import Forecast
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.policy.units import Waiting
 from nodeserve.types import Timings
@@ -66,13 +67,14 @@ class Request:
     request_id: int
     client_id: int
     stream: Reader
-    tokens: "array[int]"
+    tokens: "array[int]" = field(repr=False)  # what people wrote is in no error and no log
     num_prompt_tokens: int
     sampling: dict[str, Any]
     slo: dict[str, Any] | None
     max_tokens: int
     waiting: Waiting  # its place in the buffer: the present one, or the last
     stamps: Stamps
+    forecast: Forecast | None = None  # when it came in; None: there was none, or it is void
     phase: Phase = Phase.WAITING
     num_sent: int = 0
     dirty: bool = False

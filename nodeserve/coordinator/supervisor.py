@@ -82,6 +82,7 @@ def make_lockstep(num_ranks: int) -> LockstepFds:
     with contextlib.ExitStack() as opened:
         board = os.memfd_create("nodeserve-lockstep")
         opened.callback(os.close, board)
+        os.fchmod(board, 0o600)
         bells: list[int] = []
         for _ in range(num_ranks):
             bells.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))

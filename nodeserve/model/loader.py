@@ -14,11 +14,13 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nodeserve.checkpoint import Checkpoint, read_json
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile
 from nodeserve.model.dequantise import dequantise
-from nodeserve.model.dummy import DummyWeights
+from nodeserve.model.dummy import DummyWeights, shape_of
+from nodeserve.model_files import open_regular, read_json
 
 
 class Upload(Protocol):
@@ -41,9 +43,10 @@ class Source(Protocol):
 class Weights(ABC):
     """The tensors of one model, in one dtype, by hub name."""
 
-    def __init__(self, where: str, dtype: torch.dtype) -> None:
+    def __init__(self, where: str, config: ModelConfig, dtype: torch.dtype) -> None:
         self.where = where
         self.dtype = dtype
+        self._config = config
 
     @abstractmethod
     def __contains__(self, name: object) -> bool: ...
@@ -56,6 +59,12 @@ class Weights(ABC):
         if name not in self:
             raise ModelError(f"{self.where} has no tensor {name}")
         return self._read(name)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Kernels trust the shapes that the configuration gives: a file must have the same."""
+        expected = shape_of(self._config, name)
+        if expected is not None and shape != expected:
+            raise ModelError(f"{self.where}: {name} has the shape {shape}, expected {expected}")
 
     def __call__(self, name: str) -> torch.Tensor:
         """The whole tensor called `name`, on the CPU."""
@@ -99,7 +108,7 @@ def open_weights(
 
 class SafetensorsWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(str(checkpoint.path), dtype)
+        super().__init__(str(checkpoint.path), checkpoint.config, dtype)
         self._files: dict[Path, Any] = {}
         self._places = _places(checkpoint.path, self._open)
 
@@ -111,10 +120,12 @@ class SafetensorsWeights(Weights):
             tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{self._places[name]}: cannot read {name}: {error}") from None
+        self._check_shape(name, tuple(tensor.shape))
         return tensor
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
+            open_regular(path).close()
             try:
                 self._files[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -128,7 +139,9 @@ def _places(folder: Path, open_file: Any) -> dict[str, Path]:
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(_is_file_name(n) for n in names.values()):
-            raise ModelError(f"{index}: weight_map must map tensor names to file names")
+            raise ModelError(
+                f"{index}: weight_map must map tensor names to *.safetensors files in its folder"
+            )
         return {name: folder / file for name, file in names.items()}
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -140,7 +153,9 @@ def _places(folder: Path, open_file: Any) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return Path(value).name == value and value.endswith(".safetensors")
 
 
 # -- GGUF ---------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ def gguf_name(hub_name: str) -> str:
 
 class GgufWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(str(checkpoint.path), dtype)
+        super().__init__(str(checkpoint.path), checkpoint.config, dtype)
         self._file = GgufFile(checkpoint.path)
         self._heads: dict[str, int] = {}
         if checkpoint.config.architecture == "llama":  # only there the converter reorders rows
@@ -191,6 +206,7 @@ class GgufWeights(Weights):
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._file.tensors[gguf_name(name)]
+        self._check_shape(name, tensor.shape)
         data = torch.frombuffer(
             self._file.data, dtype=torch.uint8, offset=tensor.offset, count=tensor.num_bytes
         )

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from nodeserve.wire import limits
 from nodeserve.wire.tagged import Tagged
 
 PROTOCOL_VERSION = 2
@@ -104,7 +105,7 @@ class DetachPages(NamedTuple):
 
 
 ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe | DetachPages
-TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker)
+TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker, limits.OF_A_RING)
 
 # ---- worker -> coordinator
 
@@ -241,7 +242,7 @@ FromWorker = (
     | Failed
     | Alive
 )
-FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker)
+FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker, limits.OF_A_RING)
 
 FINISH_REASONS = (None, "stop", "length")
 
@@ -279,7 +280,7 @@ class Stop(NamedTuple):
 
 
 ToServer = Submit | Abort | GetStats | Stop
-TO_SERVER: Tagged[ToServer] = Tagged(ToServer)
+TO_SERVER: Tagged[ToServer] = Tagged(ToServer, limits.OF_A_CLIENT)
 
 # ---- coordinator -> client
 
@@ -337,7 +338,7 @@ class Goodbye(NamedTuple):
 
 
 ToClient = Hello | Tokens | End | Stats | Goodbye
-TO_CLIENT: Tagged[ToClient] = Tagged(ToClient)
+TO_CLIENT: Tagged[ToClient] = Tagged(ToClient, limits.OF_THE_SERVER)
 
 
 # ---- bulk numbers

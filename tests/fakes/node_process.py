@@ -6,10 +6,13 @@ settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_mode
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
 the embedded model on the processor (tests/fakes/cpu_worker.py).
+`log_level` logs everything from that level on, of all loggers, to stderr.
 """
 
 import asyncio
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,9 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model, is_real = settings.pop("gpu_model", None), settings.pop("real", False)
+    if (log_level := settings.pop("log_level", None)) is not None:
+        logging.basicConfig(level=log_level)
+        os.environ["PYTHONASYNCIODEBUG"] = "1"
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,

@@ -1,7 +1,7 @@
 """Where a client's connection is: what it would receive."""
 
 from nodeserve.wire.frames import FrameReader
-from nodeserve.wire.messages import TO_CLIENT, End, Tokens, unpack_ids
+from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens, unpack_ids
 
 
 class FakeTransport:
@@ -16,13 +16,16 @@ class FakeTransport:
     def write(self, data: bytes) -> None:
         assert not self.closed
         for payload in self.reader.feed(data):
-            match TO_CLIENT.decode(payload):
-                case Tokens(items):
-                    for request_id, token_ids, _ in items:
-                        assert request_id not in self.ends, "a token after the end"
-                        self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
-                case End() as end:
-                    self.ends.setdefault(end.request_id, []).append(end)
+            self.take(TO_CLIENT.decode(payload))
+
+    def take(self, message: ToClient) -> None:
+        match message:
+            case Tokens(items):
+                for request_id, token_ids, _ in items:
+                    assert request_id not in self.ends, "a token after the end"
+                    self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
+            case End() as end:
+                self.ends.setdefault(end.request_id, []).append(end)
 
     def close(self) -> None:
         self.closed = True

@@ -249,37 +249,6 @@ def test_stop_reaches_a_server_that_still_loads(nodes: Nodes) -> None:
     assert node.wait() == 1 and not node.socket.exists()
 
 
-def nested(depth: int) -> object:
-    value: object = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-HOSTILE: dict[str, dict[str, Any]] = {
-    "long list of stops": {"stop_token_ids": [5] * 1_000_000},
-    "long bias": {"logit_bias": {i: 1.0 for i in range(97)} | {0: [0] * 100_000}},
-    "deep nesting": {"max_tokens": nested(500)},
-    "large value": {"temperature": b"x" * 4_000_000},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_value_ends_its_own_request_only(
-    nodes: Nodes, connect: Connect, name: str
-) -> None:
-    node = nodes.start(layout="1p1d")
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=50)
-    client.submit(2, [3], **HOSTILE[name])
-    client.submit(3, [4], max_tokens=5)
-    await client.finish(1, 2, 3)
-    assert client.ends[2][0].code == "invalid_request"
-    assert len(client.ends[2][0].message) < 500
-    assert client.tokens[1] == expected_stream([3], 50)
-    assert client.tokens[3] == expected_stream([4], 5)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_stops_in_order(
     nodes: Nodes, connect: Connect, number: signal.Signals

@@ -9,6 +9,7 @@ import pytest
 
 from nodeserve.errors import ProtocolError
 from nodeserve.wire import messages as m
+from nodeserve.wire.limits import OF_A_RING
 from nodeserve.wire.tagged import Tagged
 
 IDS = m.pack_ids([1, 2, 70_000])
@@ -165,7 +166,7 @@ def test_a_union_takes_only_types_that_can_be_checked() -> None:
         field: set[int]
 
     with pytest.raises(TypeError, match="cannot be"):
-        Tagged[Any](Odd)
+        Tagged[Any](Odd, OF_A_RING)
 
 
 def test_bulk_numbers_are_little_endian() -> None:
