@@ -21,6 +21,7 @@ from nodeserve.gguf import GgufFile
 from nodeserve.model.dequantise import dequantise
 from nodeserve.model.dummy import DummyWeights, shape_of
 from nodeserve.model_files import open_regular, read_json
+from nodeserve.types import brief
 
 
 class Upload(Protocol):
@@ -119,7 +120,7 @@ class SafetensorsWeights(Weights):
         try:
             tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(f"{self._places[name]}: cannot read {name}: {error}") from None
+            raise ModelError(f"{self._places[name]}: cannot read {name}: {brief(error)}") from None
         self._check_shape(name, tuple(tensor.shape))
         return tensor
 
@@ -129,7 +130,7 @@ class SafetensorsWeights(Weights):
             try:
                 self._files[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {path}: {error}") from None
+                raise ModelError(f"cannot read {path}: {brief(error)}") from None
         return self._files[path]
 
 
@@ -153,7 +154,7 @@ def _places(folder: Path, open_file: Any) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    if not isinstance(value, str) or "\0" in value:
+    if not isinstance(value, str) or "\0" in value or len(value) > 255:
         return False
     return Path(value).name == value and value.endswith(".safetensors")
 
