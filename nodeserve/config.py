@@ -74,6 +74,9 @@ class EngineConfig:
     max_connections: int = 1024
     max_connection_reqs: int = 4096  # open at once on one connection
     max_connection_rate: float | None = None  # requests a second on one connection; None: any
+    http: str | None = None  # where gateways listen, HOST:PORT or unix:PATH; None: there are none
+    http_workers: int = 1
+    api_key_file: str | None = None  # of the gateways
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory

@@ -51,7 +51,7 @@ class FrameTooLarge(ProtocolError):
 class Overloaded(NodeServeError):
     """The server cannot take the request now: its queue is full, or the SLO would be missed."""
 
-    code, http_status = "overloaded", 503
+    code, http_status = "overloaded", 429
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         """`retry_after_s`: when it may be worth another try, if the server said so."""
