@@ -22,6 +22,14 @@ KEEP_ALIVE_S = 75  # longer than load balancers keep theirs: it is they who clos
 
 def serve(listener: socket.socket, settings: GatewaySettings) -> None:
     """Blocks. SIGTERM and SIGINT let running answers end, for `stop_timeout_s` at most."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # It has its own handlers while it serves and raises what they caught again afterwards.
+        signal.signal(number, lambda *_: None)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(make_server(settings), listener))
+
+
+def make_server(settings: GatewaySettings) -> uvicorn.Server:
     config = uvicorn.Config(
         make_app(settings),
         http="httptools",
@@ -34,11 +42,7 @@ def serve(listener: socket.socket, settings: GatewaySettings) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.stop_timeout_s,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # It has its own handlers while it serves and raises what they caught again afterwards.
-        signal.signal(number, lambda *_: None)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(uvicorn.Server(config), listener))
+    return uvicorn.Server(config)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -4,12 +4,14 @@
 told to stop, prints "ready" on stdout once, and exits with the server's own code. `fake` among the
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
-With device "sim" they are simulated ones (tests/fakes/sim_worker.py).
+With device "sim" they are simulated ones (tests/fakes/sim_worker.py), and `tokenizer` is the path
+of one with TEXT_VOCAB tokens, for clients that send text.
 """
 
 import asyncio
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 FAKE_GPUS = Gpus(found=tuple(Gpu(index, "fake", 1 << 30, 1 << 30) for index in range(4)))
 NO_GPUS = Gpus(obstacle="a test has none")
 VOCAB = 97
+TEXT_VOCAB = 264  # of tests.fakes.gguf_writer.gpt2_metadata
 MODEL = ModelConfig("llama", VOCAB, 8, 8, 1, 1, 1, 8, 512, 1e-5, 1e4)
 
 
@@ -43,6 +46,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model = settings.pop("gpu_model", None)
+    tokenizer = settings.pop("tokenizer", None)
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
@@ -51,7 +55,10 @@ def main() -> None:
     if settings.get("device") == "sim":
         defaults = {"profile": QUICK.name}
     config = EngineConfig(**{**defaults, **settings})
-    checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
+    path, model = Path(f"fake:{fake}"), MODEL
+    if tokenizer is not None:
+        path, model = Path(tokenizer), replace(MODEL, vocab_size=TEXT_VOCAB)
+    checkpoint = Checkpoint(path, "fake", model, "fake")
     gpus, command = NO_GPUS, FAKE_WORKER
     if config.device == "sim":
         command = SIM_WORKER
