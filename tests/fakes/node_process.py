@@ -7,7 +7,8 @@ config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
 the embedded model on the processor (cpu_worker.py), with `leak` simulated ones that lose something
 (leaky_worker.py), with `hang` one never starts (hanging_worker.py).
-`log_level` logs everything from that level on, of all loggers, to stderr.
+`tokenizer` is the path of one with TEXT_VOCAB tokens, for clients that send text; `log_level` logs
+everything from that level on, of all loggers, to stderr.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 FAKE_GPUS = Gpus(found=tuple(Gpu(index, "fake", 1 << 30, 1 << 30) for index in range(4)))
 NO_GPUS = Gpus(obstacle="a test has none")
 VOCAB = 97
+TEXT_VOCAB = 264  # of tests.fakes.gguf_writer.gpt2_metadata
 MODEL = ModelConfig("llama", VOCAB, 8, 8, 1, 1, 1, 8, 512, 1e-5, 1e4)
 
 
@@ -55,6 +58,7 @@ def main() -> None:
     if (log_level := settings.pop("log_level", None)) is not None:
         logging.basicConfig(level=log_level)
         os.environ["PYTHONASYNCIODEBUG"] = "1"
+    tokenizer = settings.pop("tokenizer", None)
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
@@ -65,7 +69,10 @@ def main() -> None:
     if is_real:
         defaults = {"kv_memory": 64 << 20, "max_model_len": 512}
     config = EngineConfig(**{**defaults, **settings})
-    checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
+    path, model = Path(f"fake:{fake}"), MODEL
+    if tokenizer is not None:
+        path, model = Path(tokenizer), replace(MODEL, vocab_size=TEXT_VOCAB)
+    checkpoint = Checkpoint(path, "fake", model, "fake")
     gpus, command = NO_GPUS, FAKE_WORKER
     if config.device == "sim":
         command = SIM_WORKER

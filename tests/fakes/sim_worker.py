@@ -48,10 +48,13 @@ PROFILES.update({one.name: one for one in (QUICK, FAR_APART, SLOW)})
 
 
 def expected_stream(
-    prompt: Sequence[int], num_tokens: int, eos_token_ids: tuple[int, ...] = ()
+    prompt: Sequence[int],
+    num_tokens: int,
+    eos_token_ids: tuple[int, ...] = (),
+    vocab_size: int = VOCAB,
 ) -> list[int]:
     """What a request must get, whatever happens to it on its way."""
-    tokens, stream = Tokens(VOCAB, eos_token_ids), list(prompt)
+    tokens, stream = Tokens(vocab_size, eos_token_ids), list(prompt)
     for _ in range(num_tokens):
         stream.append(tokens.after(stream[-1], len(stream) - 1))
     return stream[len(prompt) :]
