@@ -76,6 +76,8 @@ class CpuLinear:
         n: int,
         k: int,
         epilogue: str,
+        storage: str = "dtype",
+        zero: float = 0.0,
     ) -> None: ...
     def __call__(self, x: int, out: int, rows: int) -> None: ...
 
@@ -144,10 +146,24 @@ class CpuAttention:
 
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
-def cpu_packed_bytes(dtype: str, n: int, k: int, epilogue: str) -> int: ...
+def cpu_packed_bytes(dtype: str, n: int, k: int, epilogue: str, storage: str = "dtype") -> int: ...
 def cpu_pack(
     engine: CpuEngine, dtype: str, weight: int, out: int, n: int, k: int, epilogue: str
 ) -> None: ...
+def cpu_pack_quantised(
+    engine: CpuEngine,
+    dtype: str,
+    storage: str,
+    q: int,
+    scale: int,
+    low: int,
+    out: int,
+    n: int,
+    k: int,
+    epilogue: str,
+) -> None:
+    """Integers of a byte each [n, k], and per 32 of them scale and low [n, k / 32] float32."""
+
 def cpu_read(engine: CpuEngine, address: int, num_bytes: int) -> None:
     """Read every byte once, on all threads: the memory ceiling of a benchmark."""
 

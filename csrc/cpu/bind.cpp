@@ -36,6 +36,14 @@ Epilogue epilogue_named(const std::string& name) {
     throw std::invalid_argument("epilogue must be store, store_f32, add_f32 or silu_mul, got '" + name + "'");
 }
 
+Storage storage_named(const std::string& name) {
+    if (name == "dtype") return Storage::DTYPE;
+    if (name == "q4") return Storage::Q4;
+    if (name == "q4_f32") return Storage::Q4_F32;
+    if (name == "q8") return Storage::Q8;
+    throw std::invalid_argument("storage must be dtype, q4, q4_f32 or q8, got '" + name + "'");
+}
+
 py::buffer_info bytes_of(const py::buffer& buffer, const char* name, bool writable) {
     py::buffer_info info;
     try {
@@ -134,11 +142,11 @@ void bind_engine(py::module_& module) {
     });
     module.def(
         "cpu_packed_bytes",
-        [](const std::string& dtype, int64_t n, int64_t k, const std::string& epilogue) {
+        [](const std::string& dtype, int64_t n, int64_t k, const std::string& epilogue, const std::string& storage) {
             require(n >= 1 && k >= 1, "n and k must be at least 1");
-            return packed_bytes(dtype_named(dtype), n, k, epilogue_named(epilogue));
+            return packed_bytes(dtype_named(dtype), n, k, epilogue_named(epilogue), storage_named(storage));
         },
-        py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
+        py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("epilogue"), py::arg("storage") = "dtype");
     module.def(
         "cpu_pack",
         [](Engine& engine, const std::string& dtype, Address weight, Address out, int64_t n, int64_t k,
@@ -151,11 +159,23 @@ void bind_engine(py::module_& module) {
         py::arg("engine"), py::arg("dtype"), py::arg("weight"), py::arg("out"), py::arg("n"), py::arg("k"),
         py::arg("epilogue"));
     module.def(
+        "cpu_pack_quantised",
+        [](Engine& engine, const std::string& dtype, const std::string& storage, Address q, Address scale,
+           Address low, Address out, int64_t n, int64_t k, const std::string& epilogue) {
+            const PackQuantisedParams params{
+                at<const uint8_t>(q), at<const float>(scale), at<const float>(low),     at<char>(out), n, k,
+                dtype_named(dtype),   epilogue_named(epilogue), storage_named(storage)};
+            const py::gil_scoped_release no_gil;
+            pack_quantised(engine, params);
+        },
+        py::arg("engine"), py::arg("dtype"), py::arg("storage"), py::arg("q"), py::arg("scale"), py::arg("low"),
+        py::arg("out"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
+    module.def(
         "cpu_read",
         [](Engine& engine, Address address, int64_t num_bytes) {
             require(address != 0, "address must not be null");
             require(num_bytes >= 0, "num_bytes must not be negative");
-            engine.share(num_bytes / 64, true, [&](int64_t first, int64_t last) {
+            engine.share(num_bytes / 64, true, [&](int, int64_t first, int64_t last) {
                 engine.kernels.read(at<const char>(address) + first * 64, last - first);
             });
         },
@@ -167,13 +187,13 @@ void bind_engine(py::module_& module) {
 void bind_layers(py::module_& module) {
     py::class_<Linear>(module, "CpuLinear")
         .def(py::init([](EnginePtr engine, const std::string& dtype, Address weight, Address bias, int64_t n,
-                         int64_t k, const std::string& epilogue) {
+                         int64_t k, const std::string& epilogue, const std::string& storage, float zero) {
                  return Linear(std::move(engine), dtype_named(dtype),
                                {at<const void>(weight), at<const float>(bias), nullptr, nullptr, 0, n, k,
-                                epilogue_named(epilogue)});
+                                epilogue_named(epilogue), storage_named(storage), zero, nullptr});
              }),
              py::arg("engine"), py::arg("dtype"), py::arg("weight"), py::arg("bias"), py::arg("n"),
-             py::arg("k"), py::arg("epilogue"))
+             py::arg("k"), py::arg("epilogue"), py::arg("storage") = "dtype", py::arg("zero") = 0.0f)
         .def(
             "__call__",
             [](Linear& self, Address x, Address out, int64_t rows) { self.run(at<void>(x), at<void>(out), rows); },

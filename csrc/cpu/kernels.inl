@@ -18,6 +18,7 @@ namespace {
 #include "cpu/simd128.inl"
 #endif
 #include "cpu/numeric.inl"
+#include "cpu/quantised.inl"
 #include "cpu/linear.inl"
 #include "cpu/pointwise.inl"
 #include "cpu/store.inl"

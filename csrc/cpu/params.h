@@ -32,13 +32,28 @@ constexpr int kGroup = kLanes;   // tokens whose keys share a vector
 constexpr int kPanel = 32;       // columns of a packed panel, the unit dealt to threads
 constexpr int kChunk = 512;      // tokens between two rescalings of the softmax
 
+// How a packed weight is stored: whole numbers of its Dtype, or small integers and their scales.
+enum class Storage : int { DTYPE = 0, Q4 = 1, Q4_F32 = 2, Q8 = 3 };
+
+constexpr int kScaled = 32;  // values along k that share a scale
+
+// Packed with DTYPE: [ceil(n / 32)][ceil(k / depth)][32][depth]; depth 2 for BF16, else 1.
+//
+// The others hold integers q, and weight = round to Dtype of float((q - zero) * scale) + low, each
+// of the two rounded to float. Per panel and 32 of k there is one group: the integers in the order
+// that DTYPE has, then scale[32] and for 4 bits low[32], one per column, as float16 (Q4_F32: float).
+// 8 bits are int8. 4 bits of eight steps share words: nibble j of word [octet][vector][lane], lowest
+// first, belongs to step 8 * octet + j, where a step's 32 * depth values are vectors of 16 lanes.
 struct LinearParams {
-    const void* weight;  // packed: [ceil(n / 32)][ceil(k / depth)][32][depth]; depth 2 for BF16, else 1
+    const void* weight;
     const float* bias;   // [n] or null
     const void* x;       // [rows, k] activation type
     void* out;           // see Epilogue
     int64_t rows, n, k;
     Epilogue epilogue;
+    Storage storage;
+    float zero;     // 4 bits: the integer that stands for 0
+    char* scratch;  // of this thread, unless DTYPE: at least expanded_bytes()
 };
 
 struct NormParams {
@@ -130,6 +145,22 @@ struct Kernels {
     void (*attend)(Dtype, const AttendCall&, int64_t first_item, int64_t last_item);
     float (*read)(const char* bytes, int64_t num_lines);
 };
+
+constexpr int64_t kExpandedBytes = 256 << 10;  // of panels that are expanded before all rows use them
+
+static inline int64_t group_bytes(Storage storage) {
+    if (storage == Storage::Q8) return kPanel * kScaled + kPanel * 2;
+    return kPanel * kScaled / 2 + 2 * kPanel * (storage == Storage::Q4_F32 ? 4 : 2);
+}
+
+static inline int64_t panels_at_once(int64_t panel_bytes) {
+    return panel_bytes < kExpandedBytes ? kExpandedBytes / panel_bytes : 1;
+}
+
+static inline int64_t expanded_bytes(Dtype dtype, int64_t k) {
+    const int64_t panel_bytes = k * kPanel * (dtype == Dtype::F32 ? 4 : 2);
+    return panel_bytes * panels_at_once(panel_bytes);
+}
 
 constexpr int kRowsPerUnit = 24;  // query rows (token, head) that a unit aims at
 

@@ -16,6 +16,7 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
+from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _HUGE_PAGE_BYTES = 2 << 20
@@ -192,8 +193,8 @@ class CpuOps:
         )
         return self._plan
 
-    def embedding(self, table: torch.Tensor) -> Bound:
-        rows = table.to(self.dtype).contiguous()
+    def embedding(self, table: Weight) -> Bound:
+        rows = dense(table).to(self.dtype).contiguous()
         native = _host.CpuEmbedding(self.engine, self._name, rows.data_ptr(), *rows.shape)
         return Bound(native, rows)
 
@@ -202,36 +203,47 @@ class CpuOps:
         native = _host.CpuRmsNorm(self.engine, self._name, scale.data_ptr(), scale.numel(), eps)
         return Bound(native, scale)
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Bound:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Bound:
         return self._linear(weight, "store_f32", bias)
 
-    def linear_add(self, weight: torch.Tensor) -> Bound:
+    def linear_add(self, weight: Weight) -> Bound:
         """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
         return self._linear(weight, "add_f32")
 
-    def linear_add_norm(
-        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
-    ) -> AddNorm:
+    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
         return AddNorm(self.linear_add(weight), self.rms_norm(norm_weight, eps))
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Bound:
-        return self._linear(torch.cat([gate, up]), "silu_mul")
+    def gated(self, gate: Weight, up: Weight) -> Bound:
+        return self._linear(stacked([gate, up]), "silu_mul")
 
-    def _linear(
-        self, weight: torch.Tensor, epilogue: str, bias: torch.Tensor | None = None
-    ) -> Bound:
-        source = weight.to(self.dtype).contiguous()
-        n, k = source.shape
-        packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue))
-        _host.cpu_pack(
-            self.engine, self._name, source.data_ptr(), packed.data_ptr(), n, k, epilogue
-        )
+    def _linear(self, weight: Weight, epilogue: str, bias: torch.Tensor | None = None) -> Bound:
+        n, k = weight.shape
+        packed, storage, zero = self._pack(weight, epilogue)
         offset = None if bias is None else bias.float().contiguous()
         bias_address = 0 if offset is None else offset.data_ptr()
         native = _host.CpuLinear(
-            self.engine, self._name, packed.data_ptr(), bias_address, n, k, epilogue
+            self.engine, self._name, packed.data_ptr(), bias_address, n, k, epilogue, storage, zero
         )
         return Bound(native, packed, offset)
+
+    def _pack(self, weight: Weight, epilogue: str) -> tuple[torch.Tensor, str, float]:
+        """The panels, how they store their numbers, and the integer that stands for 0."""
+        n, k = weight.shape
+        if not isinstance(weight, Quantised) or weight.dtype != self.dtype:
+            source = dense(weight).to(self.dtype).contiguous()
+            packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue))
+            _host.cpu_pack(
+                self.engine, self._name, source.data_ptr(), packed.data_ptr(), n, k, epilogue
+            )
+            return packed, "dtype", 0.0
+        storage, zero, q, scale, low = weight.integers()
+        packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue, storage))
+        parts = [part.contiguous() for part in (q, scale, low) if part is not None]
+        addresses = [part.data_ptr() for part in parts] + [0] * (low is None)
+        _host.cpu_pack_quantised(
+            self.engine, self._name, storage, *addresses, packed.data_ptr(), n, k, epilogue
+        )
+        return packed, storage, zero
 
     def attention(
         self,
