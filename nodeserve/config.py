@@ -84,6 +84,9 @@ class EngineConfig:
     max_connection_rate: float | None = None  # requests a second on one connection; None: any
     startup_timeout: float | None = None  # seconds until all workers are ready; None: by the model
     drain_timeout: float = 30.0  # seconds that running requests get when the server is to stop
+    http: str | None = None  # where gateways listen, HOST:PORT or unix:PATH; None: there are none
+    http_workers: int = 1
+    api_key_file: str | None = None  # of the gateways
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory

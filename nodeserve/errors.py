@@ -56,7 +56,7 @@ class FrameTooLarge(ProtocolError):
 class Overloaded(NodeServeError):
     """The server cannot take the request now: its queue is full, or the SLO would be missed."""
 
-    code, http_status = "overloaded", 503
+    code, http_status = "overloaded", 429
 
 
 class Forbidden(NodeServeError):

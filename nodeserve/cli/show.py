@@ -88,6 +88,7 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
         f"  {rates['requests_per_s']:.2f} requests/s",
         *how_requests_leave(stats["dispatch"]),
         *how_they_run(stats["workers"]),
+        *how_they_fare(stats["workers"]),
     ]
 
 
@@ -133,6 +134,25 @@ def how_they_run(workers: list[dict[str, Any]]) -> list[str]:
         for words, indices in kinds.items():
             whose = f" (worker {', '.join(indices)})" if len(kinds) > 1 else ""
             lines += [f"{name:<10}{words}{whose}"] if words else []
+    return lines
+
+
+def how_they_fare(workers: list[dict[str, Any]]) -> list[str]:
+    """A line for each worker that has ended before, is away, or does more than its own."""
+    lines = []
+    for worker in workers:
+        words = []
+        if worker["state"] != "ready":
+            wait_s = worker.get("restart_in_s")
+            words.append(worker["state"] + ("" if wait_s is None else f" in {wait_s:.1f} s"))
+        if worker.get("acting", worker["role"]) != worker["role"]:
+            words.append("takes prompts and decodes, since nobody else does one of them")
+        if restarts := worker.get("restarts"):
+            words.append(f"restarts: {restarts}")
+        if reason := worker.get("reason"):
+            words.append(f"last end: {reason}")
+        if words:
+            lines.append(f"worker {worker['index']:<3}" + "  ".join(words))
     return lines
 
 

@@ -19,7 +19,13 @@ from nodeserve.client.results import Audit, Chunk, Completion, Health, join
 from nodeserve.errors import Cancelled, ConnectionLost, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
-from nodeserve.types import check_priority, check_sampling, sampling_from, sampling_to
+from nodeserve.types import (
+    Sampling,
+    check_priority,
+    check_sampling,
+    sampling_from,
+    sampling_to,
+)
 from nodeserve.wire.messages import End, pack_ids
 
 Message = Mapping[str, Any]
@@ -182,11 +188,33 @@ class AsyncClient:
         if detokenize:
             tokenizer = await self.tokenizer()
             detokenizer = Detokenizer(tokenizer, continues=messages is None)
+        return await self.submit(
+            ids, settings, detokenizer=detokenizer, stops=stops, slo=slo, priority=priority
+        )
+
+    async def submit(
+        self,
+        token_ids: bytes,
+        sampling: Sampling,
+        *,
+        detokenizer: Detokenizer | None = None,
+        stops: StopStrings | None = None,
+        slo: Mapping[str, float] | None = None,
+        priority: int = 0,
+    ) -> Call:
+        """Send what is in the protocol's form already (`pack_ids`), for callers with text of their
+        own. Nothing is checked here: the server says what is wrong. Without a detokenizer chunks
+        have no text and nothing stops at strings."""
+        connection = await self.connection()
         answer = Answer(
-            len(ids) // 4, time.perf_counter(), detokenizer, stops, settings.logprobs is not None
+            len(token_ids) // 4,
+            time.perf_counter(),
+            detokenizer,
+            stops,
+            sampling.logprobs is not None,
         )
         request_id, mailbox = await connection.submit(
-            ids, sampling_to(settings), None if slo is None else dict(slo), priority
+            token_ids, sampling_to(sampling), None if slo is None else dict(slo), priority
         )
         return Call(connection, request_id, mailbox, answer)
 

@@ -238,6 +238,7 @@ class Coordinator:
     ) -> None:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
+            self.dispatch.first_token(request, now)
         if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
@@ -303,6 +304,8 @@ class Coordinator:
 
     def join(self, ranks: Sequence[WorkerLink]) -> None:
         """An instance that was lost is back, empty; `links` have its new life already."""
+        for link in ranks:
+            link.joining = False
         self.dispatch.join(ranks)
         self._wake()
 
@@ -319,7 +322,7 @@ class Coordinator:
             request.on(event)
             return
         if event is Event.FINISHED:
-            self.dispatch.finish(request)
+            self.dispatch.finish(request, self._now())
         self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)

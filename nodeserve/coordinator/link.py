@@ -74,6 +74,7 @@ class WorkerLink:
         self.rank = 0  # its place in the instance
         self.stands_in = False  # for the phase that is not its own, since nobody else is there
         self.state = STARTING
+        self.joining = False  # it gets no requests yet: peers are about to map pages
         self.num_restarts = 0  # lives before this one
         self.reason = ""  # why the last one ended
         self.restart_at_s: float | None = None  # when the next one begins, if this one is over

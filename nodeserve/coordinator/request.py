@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.foresight import Forecast
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.policy.units import Waiting
 from nodeserve.types import Timings
@@ -73,6 +74,7 @@ class Request:
     max_tokens: int
     waiting: Waiting  # its place in the buffer: the present one, or the last
     stamps: Stamps
+    forecast: Forecast | None = None  # when it came in; None: there was none, or it is void
     phase: Phase = Phase.WAITING
     num_sent: int = 0
     dirty: bool = False

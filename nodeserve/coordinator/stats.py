@@ -5,7 +5,7 @@ from typing import Any
 
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.dispatch import Dispatch
-from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.link import STARTING, WorkerLink
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.types import Role
 
@@ -20,7 +20,7 @@ def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
         "instance": link.instance,
         "rank": link.rank,
         "pid": link.process.pid if link.process else 0,
-        "state": link.state,
+        "state": STARTING if link.alive and link.joining else link.state,
         "restarts": link.num_restarts,
         "restart_in_s": None if link.restart_at_s is None else max(0.0, link.restart_at_s - now_s),
         "reason": link.reason,

@@ -152,7 +152,7 @@ class Supervisor:
             for link in [link for link in self.links if link.instance == instance]:
                 link.channel.close()
                 fresh = self._make_link(link.index, link.num_restarts + 1)
-                fresh.reason = link.reason
+                fresh.reason, fresh.joining = link.reason, True
                 self.links[link.index] = fresh
         except (OSError, RingError, posix_ipc.Error) as problem:
             raise self._does_not_fit(problem) from None

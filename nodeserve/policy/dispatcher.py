@@ -29,6 +29,7 @@ from nodeserve.policy.units import (
     DispatchOptions,
     PassDone,
     Unit,
+    Wait,
     Waiting,
 )
 from nodeserve.policy.window import Mean, Moment, Window
@@ -161,8 +162,8 @@ class Dispatcher:
         wake_s = min([wake_s, self._silence_s(alive), *(one.probe_s for one in alive)])
         return Decision(departures, probes, wake_s if math.isfinite(wake_s) else None)
 
-    def predict_wait_s(self, waiting: Waiting, now_s: float) -> float | None:
-        """Seconds to the first token that a newcomer like this can expect; None: nobody knows.
+    def predict(self, waiting: Waiting, now_s: float) -> Wait | None:
+        """What a newcomer like this can expect before its first token; None: nobody knows.
 
         That is so before any pass has shown how long one takes, and where none has ended for
         UNKNOWN_AFTER_S and the node is empty: else an estimate that is too high, by which everybody
@@ -185,7 +186,7 @@ class Dispatcher:
         own, rest = divmod(waiting.num_tokens, budget)
         own_s = own * full_s + (self.times.level_s(rest, 1) if rest else 0.0)
         begins_s = takes_in_s + batches * full_s / len(alive)
-        return begins_s - now_s + own_s + self.window.dead_s
+        return Wait(begins_s - now_s, own_s + self.window.dead_s)
 
     def _leave_in_turn(self, now_s: float) -> tuple[list[Departure], float]:
         departures: list[Departure] = []

@@ -56,6 +56,7 @@ class FakeSettings:
     step_s: float = 0.0  # a step takes at least step_s + tokens * token_s
     token_s: float = 0.0
     load_s: float = 0.0
+    load_again_s: float = 0.0  # in every life but the first
     load_error: str | None = None
     weights: str | None = None  # a file that has to be there
     leaves_child: bool = False  # a process that has the worker's stderr, and outlives it

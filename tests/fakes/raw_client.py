@@ -34,6 +34,7 @@ class RawClient:
         self.reader = reader
         self.writer = writer
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[Any]] = {}  # of requests that asked for them
         self.ends: dict[int, list[End]] = {}
         self.goodbye: Goodbye | None = None
 
@@ -64,8 +65,10 @@ class RawClient:
     def _take(self, message: ToClient) -> None:
         match message:
             case Tokens(items):
-                for request_id, token_ids, _ in items:
+                for request_id, token_ids, logprobs in items:
                     self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
+                    if logprobs is not None:
+                        self.logprobs.setdefault(request_id, []).extend(logprobs)
             case End():
                 self.ends.setdefault(message.request_id, []).append(message)
             case Goodbye():

@@ -3,6 +3,7 @@
 Rings, step loop, scheduler, page pool and handoff are the real ones; torch is never loaded.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -32,8 +33,9 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         raise ModelError("no such weights")
     if settings.leaves_child:
         subprocess.Popen(CHILD)
-    if settings.load_s:
-        time.sleep(settings.load_s)
+    has_lived = os.fstat(spec.pages_fd).st_size > 0
+    if load_s := settings.load_again_s if has_lived else settings.load_s:
+        time.sleep(load_s)
     progress("weights", 1, 1)
     block_bytes = settings.block_bytes_for(spec.block_size)
     assert spec.kv_memory is not None

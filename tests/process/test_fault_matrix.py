@@ -1,9 +1,13 @@
 """Every fault, in every phase of a request, in a worker of every role: no stream notices.
 
-One node of simulated workers serves all cells. In each one worker fails while requests run; all of
-them must end with their known tokens, and the worker must be back, for the reason that it had.
+Simulated workers. In each cell one fails while requests run; all of these must end with their known
+tokens, and the worker must be back, for the reason that it had. The first layout has two of each
+kind, so that the others can do what the failed one did; in the second nobody else can but by
+standing in; in the third an instance has two ranks, which fail and come back together. The cells of
+a layout share a node.
 """
 
+import math
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -28,29 +32,40 @@ REASONS = {
 }
 PHASES = ("buffered", "prefill", "handoff", "decode", "idle")
 ROLES = ("prefill", "decode", "mixed")
+LAYOUT, ALONE, RANKS = "2p2d2m", "1p1d", "1p:ep2,1d:ep2"
+CELLS = [
+    *((LAYOUT, phase, role) for role in ROLES for phase in PHASES),
+    *((layout, phase, "prefill") for layout in (ALONE, RANKS) for phase in ("prefill", "handoff")),
+    *((layout, phase, "decode") for layout in (ALONE, RANKS) for phase in ("handoff", "decode")),
+]
+SETTINGS = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0, "max_restarts": 1000}
 Request = tuple[list[int], int]  # prompt, tokens to get
 
 
 class Cells:
-    """The node that all cells share."""
+    """The nodes, one for each layout that was asked for."""
 
-    def __init__(self, nodes: Nodes, node: RunningNode) -> None:
-        self.nodes = nodes
-        self.node = node
-        self.num_fds = 0  # of the coordinator, before the first fault
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.started: dict[str, tuple[Nodes, RunningNode]] = {}
+        self.num_fds: dict[str, int] = {}  # of each coordinator, before the first fault
+        self._factory = factory
 
-    def open_fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.node.pid}/fd"))
+    def of(self, layout: str) -> tuple[Nodes, RunningNode]:
+        if layout not in self.started:
+            nodes = Nodes(self._factory.mktemp("faults"))
+            self.started[layout] = nodes, nodes.start(layout=layout, device="sim", **SETTINGS)
+        return self.started[layout]
+
+
+def open_fds(node: RunningNode) -> int:
+    return len(os.listdir(f"/proc/{node.pid}/fd"))
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cells]:
-    nodes = Nodes(tmp_path_factory.mktemp("faults"))
-    settings = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0, "max_restarts": 1000}
-    node = nodes.start(layout="2p2d2m", device="sim", **settings)
-    try:
-        yield Cells(nodes, node)
-    finally:
+    shared = Cells(tmp_path_factory)
+    yield shared
+    for nodes, _ in shared.started.values():
         nodes.end()
 
 
@@ -142,17 +157,17 @@ async def has_failed(client: RawClient, victim: dict[str, Any]) -> dict[str, Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("fault", REASONS)
+@pytest.mark.parametrize(("layout", "phase", "role"), CELLS)
 async def test_no_stream_notices(
-    cells: Cells, connect: Connect, fault: str, phase: str, role: str
+    cells: Cells, connect: Connect, layout: str, phase: str, role: str, fault: str
 ) -> None:
-    client = await connect(cells.node)
-    cells.num_fds = cells.num_fds or cells.open_fds()
+    nodes, node = cells.of(layout)
+    client = await connect(node)
+    cells.num_fds.setdefault(layout, open_fds(node))
     victim = await ready_worker(client, role)
     load = Load(client)
-    order = await ENTER[phase](load, lambda at: cells.nodes.order(fault, victim["index"], at), role)
+    order = await ENTER[phase](load, lambda at: nodes.order(fault, victim["index"], at), role)
     await load.check()
     while order.exists():
         await client.stats()
@@ -169,14 +184,16 @@ async def test_no_stream_notices(
 
 
 @pytest.mark.slow
-async def test_nothing_is_left_of_them(cells: Cells, connect: Connect) -> None:
-    client = await connect(cells.node)
+@pytest.mark.parametrize("layout", [LAYOUT, ALONE, RANKS])
+async def test_nothing_is_left_of_them(cells: Cells, connect: Connect, layout: str) -> None:
+    _, node = cells.of(layout)
+    client = await connect(node)
     stats = await all_ready(client)
     assert not stats["requests"]["failed"]
     await settled(client)
-    assert cells.open_fds() <= cells.num_fds
-    pids = cells.node.worker_pids()
-    assert len(pids) == 6, "one process for each worker, none of an earlier life"
-    cells.node.process.terminate()
-    assert cells.node.wait() == 0
-    assert not names_of(cells.node.pid)
+    assert open_fds(node) <= cells.num_fds.get(layout, math.inf)
+    pids = node.worker_pids()
+    assert len(pids) == len(stats["workers"]), "one process each, none of an earlier life"
+    node.process.terminate()
+    assert node.wait() == 0
+    assert not names_of(node.pid)

@@ -12,6 +12,7 @@ import pytest
 from tests.fakes.faults import TIMEOUT_S
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
+from tests.fakes.sim_worker import FAR_APART
 from tests.fakes.sim_worker import expected_stream as simulated_stream
 from tests.process.conftest import Connect, Nodes, names_of
 
@@ -148,6 +149,7 @@ async def test_a_worker_that_cannot_start_again_is_taken_out(
 HANGS = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["stop", "spin", "hang"])
 async def test_a_worker_that_gets_on_with_nothing_is_ended(
     nodes: Nodes, connect: Connect, fault: str
@@ -164,6 +166,7 @@ async def test_a_worker_that_gets_on_with_nothing_is_ended(
     assert [worker["restarts"] for worker in workers] == [0, 1] and words in workers[1]["reason"]
 
 
+@pytest.mark.slow
 async def test_a_node_that_was_suspended_whole_blames_nobody(
     nodes: Nodes, connect: Connect
 ) -> None:
@@ -196,3 +199,37 @@ async def test_a_child_that_a_worker_leaves_behind_does_not_hide_its_end(
     await client.finish(1)
     assert client.tokens[1] == expected_stream([3], 5)
     assert (await client.stats())["workers"][0]["restarts"] == 1
+
+
+@pytest.mark.slow
+async def test_pages_on_their_way_from_a_dead_worker_are_computed_again(
+    nodes: Nodes, connect: Connect
+) -> None:
+    """Nobody waits for a copy out of memory that its next life writes to."""
+    far = {"profile": FAR_APART.name, "restart_delay": 0.0}
+    node = nodes.start(layout="1p1d", device="sim", **far)
+    client = await connect(node)
+    order = nodes.order("kill", 0, "handoff")
+    prompt = [7] * 100
+    client.submit(1, prompt, max_tokens=20)
+    await client.finish(1)
+    assert client.tokens[1] == simulated_stream(prompt, 20) and not order.exists()
+    assert client.ends[1][0].timings["num_preemptions"] == 1
+    assert [worker["restarts"] for worker in (await client.stats())["workers"]] == [1, 0]
+
+
+@pytest.mark.parametrize("state", ["restarting", "starting"])
+async def test_a_stop_does_not_wait_for_who_is_away(
+    nodes: Nodes, connect: Connect, state: str
+) -> None:
+    delay_s = 60.0 if state == "restarting" else 0.0
+    settings = {"restart_delay": delay_s, "fake": {"load_again_s": 60.0}}
+    node = nodes.start(layout="2m", **settings)
+    client = await connect(node)
+    os.kill((await client.stats())["workers"][0]["pid"], signal.SIGKILL)
+    while (await client.stats())["workers"][0]["state"] != state:
+        pass
+    workers = node.worker_pids()
+    node.process.send_signal(signal.SIGTERM)
+    assert node.wait() == 0 and not names_of(node.pid)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

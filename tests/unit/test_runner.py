@@ -13,6 +13,7 @@ from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling, sampling_to
 from nodeserve.wire.messages import (
     Cancel,
+    DetachPages,
     Dropped,
     FromWorker,
     KvPulled,
@@ -322,6 +323,16 @@ def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> Non
     bench.transfer.problem = CudaError("cudaStreamSynchronize: an illegal memory access", 700)
     with pytest.raises(CudaError, match="illegal"):
         bench.turn(pull(3))
+
+
+def test_pulls_from_a_peer_that_ended_fail_alone() -> None:
+    bench = Bench()
+    [] = bench.turn(pull(2))
+    assert bench.turn(DetachPages(5)) == []
+    [failed] = bench.turn(DetachPages(0))
+    assert isinstance(failed, RequestFailed) and failed.code == "handoff_failed"
+    bench.scheduler.check()
+    assert failed.load == [0, 0, 0, NUM_BLOCKS, 0, 1]
 
 
 def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:
