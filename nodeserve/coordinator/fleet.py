@@ -336,6 +336,8 @@ class Fleet:
         words = link.watchdog.look(beats, link.busy, elapsed_s, most_tokens)
         if words is not None:
             link.give_up(words)
+        elif link.watchdog.silent_s > 2 * elapsed_s:
+            link.channel.nudge()
 
     def _ranks(self, instance: int) -> list[WorkerLink]:
         return [link for link in self.links if link.instance == instance]

@@ -1,6 +1,7 @@
 """`nodeserve status --health` and a client's `health()` of real nodes."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from nodeserve.client import AsyncClient
 from nodeserve.wire.messages import Stop
+from tests.fakes.model import expected_stream
 from tests.process.conftest import Connect, Nodes, RunningNode
 
 
@@ -25,17 +27,18 @@ async def verdict(node: RunningNode) -> tuple[int, str]:
 
 
 async def test_a_node_is_ready_then_degraded_then_stopping(nodes: Nodes, connect: Connect) -> None:
-    node = nodes.start(layout="1p2d", fake={"step_s": 0.01})
+    node = nodes.start(layout="1p2d", fake={"step_s": 0.01}, max_restarts=0)
     assert await verdict(node) == (0, "ready")
     client = await connect(node)
     workers = (await client.stats())["workers"]
     os.kill(workers[2]["pid"], signal.SIGKILL)
     async with AsyncClient(node.socket) as asking:
-        while (health := await asking.health()).state == "ready":
+        while "taken out" not in "".join((health := await asking.health()).reasons):
             pass  # until its end was seen; the test's timeout bounds it
-    assert (health.state, health.ready) == ("degraded", True)
-    assert health.reasons == ("decode worker 2 is lost",) and health.loop_lag_s < 60.0
-    assert await verdict(node) == (0, "degraded: decode worker 2 is lost")
+    assert (health.state, health.ready) == ("degraded", True) and health.loop_lag_s < 60.0
+    words = "decode worker 2 is taken out (decode worker 2 was killed by SIGKILL)"
+    assert health.reasons == (words,)
+    assert await verdict(node) == (0, f"degraded: {words}")
     client.submit(1, [3], max_tokens=400)
     await client.read_until(lambda: 1 in client.tokens)
     client.send(Stop(True))
@@ -84,3 +87,17 @@ async def test_a_node_that_still_loads_is_not_healthy(nodes: Nodes) -> None:
         assert node.process.poll() is None
     code, words = await verdict(node)
     assert code == 1 and "may still be loading" in words
+
+
+async def test_a_wait_that_never_ends_by_itself_is_ended(nodes: Nodes, connect: Connect) -> None:
+    """A clock that is set back prolongs the waits that are under way. Idle workers did not give a
+    sign of life any more, and were killed for it."""
+    node = nodes.start(layout="1p1d", step_timeout=1.0, fake={"oversleeps": True})
+    client = await connect(node)
+    with contextlib.suppress(TimeoutError):  # nothing comes meanwhile
+        await asyncio.wait_for(client.read_to_end(), 2.5)
+    again = await connect(node)
+    again.submit(1, [3], max_tokens=20)
+    await again.finish(1)
+    assert again.tokens[1] == expected_stream([3], 20)
+    assert [worker["restarts"] for worker in (await again.stats())["workers"]] == [0, 0]

@@ -12,9 +12,13 @@ FOUND_IN = {phase: f"in {phase!r}" for phase in PHASES} | {"ready": "after 'weig
 @pytest.mark.slow
 def test_a_worker_that_hangs_in_its_start_is_named_with_its_phase(nodes: Nodes) -> None:
     """All phases at once, as each takes its time to be found."""
-    started = {
-        phase: nodes.spawn(layout="1p1d", hang=phase, startup_timeout=14.0) for phase in PHASES
-    }
+    started = {}
+    for phase in PHASES:
+        folder = nodes.folder / phase  # in one, only one server may start at a time
+        folder.mkdir()
+        started[phase] = nodes.spawn(
+            socket=folder / "node.sock", layout="1p1d", hang=phase, startup_timeout=14.0
+        )
     for phase, node in started.items():
         _, words = node.process.communicate(timeout=60)
         assert node.process.returncode == 1
