@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from nodeserve.client import AsyncClient
 from nodeserve.client.aio import Call
+from nodeserve.errors import NodeServeError
 from nodeserve.gateway.asked import MAX_TOKENS, Asked
 from nodeserve.gateway.problems import HttpProblem
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
@@ -46,6 +47,14 @@ class Engine:
         except TimeoutError:
             words = f"the server did not answer in {CHECK_TIMEOUT_S:g} s"
             raise HttpProblem(503, "connection_lost", words) from None
+
+    async def stats(self) -> dict[str, Any] | None:
+        """The node's state (docs/protocol.md, Stats); None when the server does not answer."""
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await self.client.stats()
+        except (NodeServeError, TimeoutError):
+            return None
 
     async def check_model(self, name: str | None) -> str:
         """The served model's name, which `name` must be if it is given."""
