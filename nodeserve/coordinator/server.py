@@ -132,6 +132,8 @@ class Server:
                 turns.cancel()
         if self.error is not None:
             logger.error("stopped: %s", self.error)
+        for instance in self.fleet.taken_out:
+            logger.error("instance %d was taken out, see above", instance)
         return 1 if self.error is not None or self.fleet.taken_out else 0
 
     def make_coordinator(self, links: list[WorkerLink]) -> Coordinator:
