@@ -36,6 +36,12 @@ ENGINE_HELP = {
     "max_connections": "Clients at once; more are turned away.",
     "max_connection_reqs": "Open requests of one connection; more are refused.",
     "max_connection_rate": "Requests a second of one connection; more are refused. [default: any]",
+    "startup_timeout": "Seconds until all workers must be ready; one that stands still is found"
+    " earlier. [default: 4 minutes, and more for large models]",
+    "drain_timeout": "Seconds that running requests get when the server is to stop.",
+    "http": "Serve OpenAI's HTTP API too, on HOST:PORT or unix:PATH (see nodeserve gateway).",
+    "http_workers": "Processes that serve it.",
+    "api_key_file": "Keys for it, one on each line; $NODESERVE_API_KEY is one more.",
     "max_model_len": "Tokens of prompt and output together. [default: the model's own limit]",
     "block_size": "Tokens in a KV block.",
     "kv_memory": "KV pages of each worker, such as 512MiB or 2GB. [default: from free memory]",

@@ -32,6 +32,7 @@ from nodeserve.wire.messages import (
     FINISH_REASONS,
     Alive,
     Cancel,
+    Counted,
     Dropped,
     FromWorker,
     KvPulled,
@@ -44,6 +45,8 @@ from nodeserve.wire.messages import (
     unpack_request_ids,
     unpack_times,
 )
+
+LEAST_RETRY_S = 1.0
 
 
 class Coordinator:
@@ -64,12 +67,25 @@ class Coordinator:
         self.dispatch = Dispatch(links, self.requests, limits, policies)
         self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
         self.totals = Totals()
-        self.closing = False
-        self.on_idle: Callable[[], None] = lambda: None  # no request is left
+        self.closes_s: float | None = None  # it stops, and by then at the latest it is over
+        self.farewell: NodeServeError | None = None  # that every new connection is told
+        self.on_idle: Callable[[], object] = lambda: None  # while it stops: nobody waits any more
+        self.on_left: Callable[[], object] = lambda: None  # a connection is gone
+        self.on_counted: Callable[[WorkerLink, Counted], object] = lambda *_: None  # for an audit
         self._now = now
         self._wake = wake
         self._moved: dict[Reader, None] = {}
         self._next_id = 1
+
+    @property
+    def num_accepted(self) -> int:
+        """Requests so far."""
+        return self._next_id - 1
+
+    @property
+    def is_idle(self) -> bool:
+        """Every request has ended for its client; workers may still have to let go of some."""
+        return not any(stream.requests for stream in self.streams)
 
     # ---- clients
 
@@ -100,6 +116,12 @@ class Coordinator:
             self._end(request, Event.CANCELLED, "cancelled", "cancelled", "connection closed")
         self._wake()
 
+    def leave(self, stream: Stream) -> None:
+        """A connection is gone."""
+        self.streams.discard(stream)
+        self.drop_stream(stream)
+        self.on_left()
+
     def end_all(self, error: NodeServeError) -> None:
         """End every request that has not ended."""
         for request in list(self.requests.values()):
@@ -122,11 +144,12 @@ class Coordinator:
             stream.flush()
 
     def _accept(self, stream: Stream, message: Submit) -> Request:
-        if self.closing:
-            raise ShuttingDown("the server is stopping and takes no new requests")
+        now = self._now()
+        if self.closes_s is not None:
+            words = "the server is stopping and takes no new requests"
+            raise ShuttingDown(words, max(LEAST_RETRY_S, self.closes_s - now))
         if message.request_id in stream.requests:
             raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
-        now = self._now()
         if stream.meter is not None:
             stream.meter.take(len(stream.requests), now)
         request = admit(message, self._next_id, stream, self.limits, now)
@@ -155,6 +178,9 @@ class Coordinator:
             case Alive():
                 link.report(message.load)
                 self.dispatch.on_alive(link, self._now())
+            case Counted():
+                self.on_counted(link, message)
+                link.report(message.load)
             case _:
                 raise ProtocolError(f"{type(message).__name__} from a running worker")
         self._wake()
@@ -302,6 +328,8 @@ class Coordinator:
         request.on(event)
         self.totals.count(reason, self._now())
         request.stream.end(request, end_of(request, reason, self._now(), code, message))
+        if self.closes_s is not None and self.is_idle:
+            self.on_idle()
         if request.phase is Phase.DONE:
             self._forget(request)
             return
@@ -335,5 +363,3 @@ class Coordinator:
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.request_id]
-        if not self.requests:
-            self.on_idle()

@@ -23,8 +23,9 @@ from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import RESTARTING, TAKEN_OUT, WorkerLink
 from nodeserve.coordinator.placement import Plan
 from nodeserve.coordinator.records import message_of
+from nodeserve.coordinator.startup import late_ones
 from nodeserve.coordinator.supervisor import Supervisor
-from nodeserve.errors import ConfigError, NodeServeError, from_code
+from nodeserve.errors import ConfigError, NodeServeError, WorkerLost, from_code
 from nodeserve.log import logger
 from nodeserve.policy.restarts import Restarts
 from nodeserve.types import Role, StartEvent
@@ -40,7 +41,6 @@ from nodeserve.wire.messages import (
     StepDone,
 )
 
-RESTART_TIMEOUT_S = 900.0  # to load a large model from a slow disk
 LOOKS = 8  # at every worker in the time that makes one hung
 LONGEST_LOOK_S = 1.0
 Start = Callable[["asyncio._CoroutineLike[None]", str], asyncio.Task[None]]
@@ -85,14 +85,17 @@ class Fleet:
             self._follow(link)
         up = asyncio.ensure_future(self._bring_up(self.links))
         died = asyncio.ensure_future(first_death(self.links))
+        late = asyncio.ensure_future(late_ones(self.links, self._clock))
         try:
-            await asyncio.wait({up, died}, return_when=FIRST_COMPLETED)
+            await asyncio.wait({up, died, late}, return_when=FIRST_COMPLETED)
             if died.done():
                 raise died.result()
+            if not up.done():
+                raise self._too_late(late.result())
             up.result()
         finally:
-            up.cancel()
-            died.cancel()
+            for task in (up, died, late):
+                task.cancel()
 
     def serve(self) -> None:
         """From now on who dies is started again, and who hangs is ended."""
@@ -141,6 +144,22 @@ class Fleet:
         last = f": {link.stderr_tail[-1]}" if link.stderr_tail else ""
         link.end(link.lost(how + last))
 
+    def _moved(self, link: WorkerLink, phase: str, done: int, total: int) -> None:
+        """A worker is further with its start; with nothing left to do it is where it should be."""
+        assert link.start is not None, "it has a process"
+        link.start.move(phase, done, total, self._clock())
+        if not total:
+            link.start.finish()
+
+    def _too_late(self, links: Iterable[WorkerLink]) -> WorkerLost:
+        words = "; ".join(str(link.lost(self._lateness(link))) for link in links)
+        timeout_s = self._plan.startup_timeout_s
+        return WorkerLost(f"{words}; give it more time with --startup-timeout ({timeout_s:.0f} s)")
+
+    def _lateness(self, link: WorkerLink) -> str:
+        assert link.start is not None
+        return f"is late with its start: {link.start.describe(self._clock())}"
+
     def _receive(self, link: WorkerLink) -> None:
         """Take in what it sent, unless its life is over. Nonsense, and what it cannot have to say,
         end it: nothing that a worker sends may end the coordinator."""
@@ -153,6 +172,7 @@ class Fleet:
             link.give_up(f"sent what cannot be: {error}")
 
     def _on_record(self, link: WorkerLink, message: FromWorker) -> None:
+        link.num_received += 1
         if isinstance(message, Failed):
             self._on_failed(link, message)
         elif link.alive:
@@ -170,6 +190,7 @@ class Fleet:
         match message:
             case PagesAttached():
                 link.has_attached(message.worker)
+                self._moved(link, "peers", 0, len(link.attaching))
                 return
             case StepDone():
                 num_tokens = message.num_prefill_tokens + message.num_decodes
@@ -182,10 +203,13 @@ class Fleet:
         match message:
             case Mapped():
                 link.channel.unlink_names()
+                self._moved(link, "import", 0, 1)
             case Loading(phase, done, total):
+                self._moved(link, phase, done, total)
                 self._on_event(StartEvent("loading", link.index, done, total, phase))
             case Ready():
                 link.is_ready(message)
+                self._moved(link, "ready", 0, 0)
                 link.ready.set_result(message)
 
     # ---- one instance, life after life
@@ -242,19 +266,20 @@ class Fleet:
             self._follow(link)
         died = asyncio.ensure_future(first_death(ranks))
         up = asyncio.ensure_future(self._bring_up(ranks))
+        late = asyncio.ensure_future(late_ones(ranks, self._clock))
         try:
-            await asyncio.wait({died, up}, timeout=RESTART_TIMEOUT_S, return_when=FIRST_COMPLETED)
-            if not up.done():
-                late = next((link for link in ranks if not link.alive), ranks[0])
-                late.give_up(f"was not ready in {RESTART_TIMEOUT_S:.0f} s")  # if it did not die
+            await asyncio.wait({died, up, late}, return_when=FIRST_COMPLETED)
+            if late.done():
+                for link in late.result():
+                    link.give_up(self._lateness(link))
             elif not any(link.death.done() for link in ranks):
                 up.result()
                 self._coordinator.join(ranks)
                 logger.warning("instance %d is back", instance)
             return await died
         finally:
-            died.cancel()
-            up.cancel()
+            for task in (died, up, late):
+                task.cancel()
 
     def _take_out(self, instance: int, error: NodeServeError) -> None:
         """It dies too often."""
@@ -272,6 +297,9 @@ class Fleet:
         may read of these."""
         await asyncio.wait([link.ready for link in ranks])  # a gather's end would end them too
         waiting = [reader.attach(owner) for reader, owner in self._readers(ranks) if owner.alive]
+        for link in self.links:
+            if link.attaching:
+                self._moved(link, "peers", 0, len(link.attaching))
         if waiting:
             await asyncio.wait(waiting)
 
@@ -309,6 +337,8 @@ class Fleet:
         words = link.watchdog.look(beats, link.busy, elapsed_s, most_tokens)
         if words is not None:
             link.give_up(words)
+        elif link.watchdog.silent_s > 2 * elapsed_s:
+            link.channel.nudge()
 
     def _ranks(self, instance: int) -> list[WorkerLink]:
         return [link for link in self.links if link.instance == instance]

@@ -5,21 +5,26 @@ is said about it, is about a link that is no longer alive.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 
 from nodeserve.errors import NodeServeError, RingError, WorkerLost
 from nodeserve.metrics import Rate
 from nodeserve.policy.account import Account
+from nodeserve.policy.startup import Start
 from nodeserve.policy.watchdog import Watchdog
 from nodeserve.types import Load, Role
 from nodeserve.wire.channel import CoordinatorEnd
 from nodeserve.wire.messages import (
     TO_WORKER,
     AttachPages,
+    Cancel,
     Prefill,
     Prompt,
+    PullKv,
     Ready,
+    ReleaseKv,
     StepDone,
     ToWorker,
 )
@@ -79,6 +84,9 @@ class WorkerLink:
         self.attaching: dict[int, asyncio.Future[None]] = {}  # peers whose pages it is to map
         self.info: Ready | None = None
         self.account = Account(0)
+        self.num_sent = self.num_received = 0  # records, those that wait for room included
+        self.start: Start | None = None  # how far it is, once there is a process
+        self.tail: list[int] | None = None  # during an audit: requests of records after its Count
         self.watchdog = Watchdog()
         self.counters = Counters()
         self.stderr_tail: deque[str] = deque(maxlen=NUM_STDERR_LINES)
@@ -142,6 +150,8 @@ class WorkerLink:
 
     def send(self, message: ToWorker) -> None:
         """Queue a record; never blocks, never loses. A lost worker gets nothing."""
+        if self.tail is not None and isinstance(message, PullKv | ReleaseKv | Cancel):
+            self.tail.append(message.request_id)
         self._post(TO_WORKER.encode(message))
 
     def send_prompts(self, departure: int, prompts: list[Prompt]) -> None:
@@ -152,6 +162,8 @@ class WorkerLink:
             self.send_prompts(0, prompts[:half])
             self.send_prompts(departure, prompts[half:])
         else:
+            if self.tail is not None:
+                self.tail += [prompt.request_id for prompt in prompts]
             self._post(record)
 
     def _post(self, record: bytes) -> None:
@@ -159,14 +171,20 @@ class WorkerLink:
             return
         try:
             self.channel.inbox.post(record)
+            self.num_sent += 1
         except RingError as error:
             self.give_up(f"cannot be reached: {error}")
 
     def give_up(self, why: str) -> None:
         """End it, for a reason that its process cannot give; nothing if it has ended."""
         self.end(self.lost(why))
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL: a worker heeds no other signal."""
         if self.process is not None and self.process.returncode is None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
 
     def end(self, error: NodeServeError) -> None:
         """This life is over. The first to say so gives the reason."""

@@ -9,7 +9,14 @@ from typing import Any
 
 from nodeserve.errors import ProtocolError
 from nodeserve.types import Load
-from nodeserve.wire.messages import FINISH_REASONS, FROM_WORKER, FromWorker, KvReady, StepDone
+from nodeserve.wire.messages import (
+    FINISH_REASONS,
+    FROM_WORKER,
+    Counted,
+    FromWorker,
+    KvReady,
+    StepDone,
+)
 
 _NUM_LOAD = len(Load._fields)
 
@@ -19,6 +26,8 @@ def message_of(record: bytes) -> FromWorker:
     message = FROM_WORKER.decode(record)
     if isinstance(message, StepDone):
         _check_step(message)
+    elif isinstance(message, Counted):
+        _check_counted(message)
     elif isinstance(message, KvReady):
         _require(_are_ids(message.block_ids), "block ids")
     _require(_is_load(getattr(message, "load", None)), "load")
@@ -35,6 +44,11 @@ def _check_step(step: StepDone) -> None:
     _require(all(map(_is_offer, step.kv_ready)), "pages")
     for entry in step.logprobs or ():
         _require(_is_logprobs(entry, num_tokens), "logprobs")
+
+
+def _check_counted(told: Counted) -> None:
+    lists = (told.waiting, told.running, told.pulling, told.pinned, told.preempted)
+    _require(not any(len(ids) % 8 for ids in lists), "counted requests")
 
 
 def _require(holds: bool, what: str) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place, Plan
 from nodeserve.errors import ConfigError, RingError
 from nodeserve.log import logger
+from nodeserve.policy.startup import Start
 from nodeserve.policy.watchdog import Watchdog
 from nodeserve.types import Role
 from nodeserve.wire.channel import CoordinatorEnd
@@ -178,6 +180,7 @@ class Supervisor:
     async def _spawn(self, links: Sequence[WorkerLink]) -> None:
         for link in links:
             lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
+            link.start = Start(self._plan.startup_timeout_s, time.monotonic())
             link.process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--spec",
@@ -201,32 +204,29 @@ class Supervisor:
         reading.cancel()
         return describe_exit(code)
 
-    async def stop(self) -> None:
-        """The ladder: ask, terminate, kill. Returns when no child is left."""
+    async def stop(self, hurried: asyncio.Event) -> None:
+        """Ask, then kill, at once where nobody would listen: in a worker that loads, or when
+        `hurried`. Returns when no child is left."""
         for link in self.links:
             link.send(Shutdown())
-        self._signal(signal.SIGTERM, [link for link in self.links if link.info is None])  # loading
-        if not await self._all_gone(EXIT_GRACE_S):
-            self._signal(signal.SIGTERM, self.links)
-            if not await self._all_gone(EXIT_GRACE_S):
-                self._signal(signal.SIGKILL, self.links)
-                await self._all_gone(EXIT_GRACE_S)
-
-    async def _all_gone(self, timeout_s: float) -> bool:
-        waits = [link.process.wait() for link in self.links if link.process is not None]
+            if link.info is None:
+                link.kill()
+        gone = asyncio.create_task(self._gone())
+        hurry = asyncio.create_task(hurried.wait())
         try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            return False
-        return True
+            either = (gone, hurry)
+            await asyncio.wait(either, timeout=EXIT_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            for link in self.links:
+                link.kill()
+            await asyncio.wait([gone], timeout=EXIT_GRACE_S)
+        finally:
+            gone.cancel()
+            hurry.cancel()
 
-    @staticmethod
-    def _signal(number: signal.Signals, links: Sequence[WorkerLink]) -> None:
-        for link in links:
-            if link.process is not None and link.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    link.process.send_signal(number)
+    async def _gone(self) -> None:
+        for link in self.links:
+            if link.process is not None:
+                await link.process.wait()
 
     def _spec(self, link: WorkerLink) -> WorkerSpec:
         config, place = self._plan.config, self._plan.places[link.index]

@@ -8,6 +8,7 @@ system keeps of them. For another device, tensors go there as they are in the fi
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.gguf import GgufFile
+from nodeserve.gguf import GgufFile, TensorInfo
 from nodeserve.model.dequantise import dequantise
 from nodeserve.model.dummy import DummyWeights, shape_of
+from nodeserve.model.quantised import Quantised, Weight, can_stay
 from nodeserve.model_files import open_regular, read_json
+from nodeserve.types import brief
 
 
 class Upload(Protocol):
@@ -103,6 +106,14 @@ def open_weights(
     return weights if upload is None else Uploaded(weights, upload)
 
 
+def open_stored(
+    checkpoint: Checkpoint, dtype: torch.dtype, load_format: str = "auto"
+) -> Callable[[str], Weight]:
+    """Weights on the CPU by hub name; matrices that a file quantises stay so where they can."""
+    weights = open_weights(checkpoint, dtype, load_format)
+    return weights.as_quantised if isinstance(weights, GgufWeights) else weights
+
+
 # -- safetensors --------------------------------------------------------------------------------
 
 
@@ -119,7 +130,7 @@ class SafetensorsWeights(Weights):
         try:
             tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(f"{self._places[name]}: cannot read {name}: {error}") from None
+            raise ModelError(f"{self._places[name]}: cannot read {name}: {brief(error)}") from None
         self._check_shape(name, tuple(tensor.shape))
         return tensor
 
@@ -129,7 +140,7 @@ class SafetensorsWeights(Weights):
             try:
                 self._files[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {path}: {error}") from None
+                raise ModelError(f"cannot read {path}: {brief(error)}") from None
         return self._files[path]
 
 
@@ -153,7 +164,7 @@ def _places(folder: Path, open_file: Any) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    if not isinstance(value, str) or "\0" in value:
+    if not isinstance(value, str) or "\0" in value or len(value) > 255:
         return False
     return Path(value).name == value and value.endswith(".safetensors")
 
@@ -207,12 +218,25 @@ class GgufWeights(Weights):
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._file.tensors[gguf_name(name)]
         self._check_shape(name, tensor.shape)
-        data = torch.frombuffer(
+        return self._in_order(dequantise(self._bytes_of(tensor), tensor, self.dtype), tensor)
+
+    def as_quantised(self, name: str) -> Weight:
+        """The tensor called `name`, its blocks as they are where that can be."""
+        tensor = self._file.tensors.get(gguf_name(name))
+        if tensor is None or not can_stay(tensor):
+            return self(name)
+        self._check_shape(name, tensor.shape)
+        blocks = self._bytes_of(tensor).view(tensor.shape[0], -1)
+        return Quantised(self._in_order(blocks, tensor), tensor.type, self.dtype)
+
+    def _bytes_of(self, tensor: TensorInfo) -> torch.Tensor:
+        return torch.frombuffer(
             self._file.data, dtype=torch.uint8, offset=tensor.offset, count=tensor.num_bytes
         )
-        values = dequantise(data, tensor, self.dtype)
+
+    def _in_order(self, rows: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
         part = tensor.name.split(".")[-2]
-        return halves_from_pairs(values, self._heads[part]) if part in self._heads else values
+        return halves_from_pairs(rows, self._heads[part]) if part in self._heads else rows
 
 
 def halves_from_pairs(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

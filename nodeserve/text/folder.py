@@ -14,6 +14,7 @@ from nodeserve.model_files import (
     read_text,
 )
 from nodeserve.text.vocabulary import Vocabulary
+from nodeserve.types import brief
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -43,7 +44,7 @@ def _encoder(path: Path) -> tokenizers.Tokenizer:
     try:
         encoder: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
-        raise ModelError(f"{path} is not a tokenizer: {error}") from None
+        raise ModelError(f"{path} is not a tokenizer: {brief(error)}") from None
     encoder.no_truncation()
     encoder.no_padding()
     return encoder

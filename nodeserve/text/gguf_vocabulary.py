@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers as pre
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.text.vocabulary import SPACE, Vocabulary, check_token_id
-from nodeserve.types import shown
+from nodeserve.types import brief, shown
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types
 
@@ -196,7 +196,7 @@ def _bpe(fields: _Metadata, vocab: dict[str, int], merges: list[Any], **options:
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
-        raise ModelError(f"{fields.path}: tokens and merges do not fit: {error}") from None
+        raise ModelError(f"{fields.path}: tokens and merges do not fit: {brief(error)}") from None
 
 
 def _vocabulary(

@@ -28,6 +28,7 @@ from nodeserve.wire.messages import (
     Alive,
     AttachPages,
     Cancel,
+    Count,
     DetachPages,
     Dropped,
     FromWorker,
@@ -60,10 +61,15 @@ from nodeserve.worker.contract import (
     Ticket,
     Transfer,
 )
+from nodeserve.worker.count import counted
 
 
 class Link(Protocol):
     """Our end of the two rings."""
+
+    @property
+    def num_sent(self) -> int:
+        """Records that were put."""
 
     def drain(self) -> list[ToWorker]: ...
 
@@ -116,7 +122,8 @@ class Runner:
         self._idle_wait_s = idle_wait_s
         self._door_until_s = -math.inf  # the next pass waits until then for who may board it
         self._departure = 0  # the newest that we received whole
-        self._num_received = 0
+        self._num_received = 0  # prompts and pulls
+        self._num_records = 0
         self._num_steps = 0
         executor.on_done(link.wake)
         transfer.on_done(link.wake)
@@ -129,6 +136,7 @@ class Runner:
             DetachPages: self._detach,
             Shutdown: self._shutdown,
             Probe: self._probe,
+            Count: self._count,
         }
 
     def run(self) -> None:
@@ -142,6 +150,7 @@ class Runner:
         """What has come, then what can begin; sleeps if nothing can."""
         self.link.beat()
         for message in self.link.drain():
+            self._num_records += 1
             self._take[type(message)](message)
         for moved in self.transfer.poll():
             self._on_moved(moved)
@@ -263,6 +272,11 @@ class Runner:
 
     def _probe(self, message: Probe) -> None:
         self.link.put(Alive(self._load()))
+
+    def _count(self, message: Count) -> None:
+        untold = (step.batch for step in self._launched)
+        records = self._num_records, self.link.num_sent + 1
+        self.link.put(counted(message.number, self.scheduler, untold, self._load(), *records))
 
     def _shutdown(self, message: Shutdown) -> None:
         self.stopped = True

@@ -64,6 +64,7 @@ class FakeSettings:
     fail_at_step: int | None = None  # raise
     only_worker: int | None = None
     instant: bool = False
+    oversleeps: bool = False  # every wait has no end but the bell: as if the clock was set back
     overlaps: bool = False  # a device with a thread of its own: see tests/fakes/late_model.py
     max_blocks: int = 4096  # the pool's size where kv_memory would give more
     block_bytes: int = 0  # more than a block's tokens take, to have pages of a real model's size

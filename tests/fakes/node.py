@@ -24,6 +24,8 @@ from nodeserve.wire.messages import (
     TO_WORKER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     Dropped,
     FromWorker,
     KvPulled,
@@ -100,6 +102,7 @@ class FakeWorker:
     out: deque[FromWorker] = field(default_factory=deque)
     lost: bool = False
     num_received: int = 0
+    num_records: int = 0
 
     @property
     def free(self) -> int:
@@ -123,6 +126,7 @@ class FakeWorker:
         channel = self.link.channel
         assert isinstance(channel, FakeChannel)
         if channel.records:
+            self.num_records += 1
             self.on(TO_WORKER.decode(channel.records.popleft()), rng)
 
     def on(self, message: ToWorker, rng: random.Random) -> None:
@@ -145,6 +149,24 @@ class FakeWorker:
                 self.out.append(Dropped(message.request_id, self.load()))
             case Probe():
                 self.out.append(Alive(self.load()))
+            case Count():
+                self.out.append(self.counted(message.number))
+
+    def counted(self, number: int) -> Counted:
+        ids: dict[str, list[int]] = {}
+        for request_id, held in self.held.items():
+            ids.setdefault(held.state, []).append(request_id)
+        pinned = [*ids.get("pinned", ()), *ids.get("copying", ())]
+        return Counted(
+            *(number, self.num_records, self.link.num_received + len(self.out) + 1),
+            *(self.num_blocks, self.free, self.num_blocks - self.free),
+            *(pack_request_ids(ids.get("waiting", ())), pack_request_ids(ids.get("running", ()))),
+            b"",
+            pack_request_ids(pinned),
+            b"",
+            self.load(),
+            "",
+        )
 
     def _pull(self, message: PullKv, rng: random.Random) -> None:
         self.num_received += 1
@@ -293,7 +315,9 @@ class FakeNode:
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()
-        return Stream(transport, max_backlog_bytes), transport  # type: ignore[arg-type]
+        stream = Stream(transport, max_backlog_bytes)  # type: ignore[arg-type]
+        self.coordinator.streams.add(stream)
+        return stream, transport
 
     def submit(self, stream: Stream, request_id: int, prompt: list[int], max_tokens: int) -> None:
         sampling = {"max_tokens": max_tokens, "temperature": 0.0}
@@ -302,6 +326,7 @@ class FakeNode:
     def deliver(self, worker: FakeWorker) -> None:
         """One record from a worker to the coordinator."""
         if worker.out and not worker.lost:
+            worker.link.num_received += 1
             self.coordinator.handle(worker.link, worker.out.popleft())
 
     def step(self, worker: FakeWorker, rng: random.Random) -> None:

@@ -1,7 +1,8 @@
-"""Where a client's connection is: what it would receive."""
+"""A connection in memory, from the server's side: what a client would receive."""
 
 from nodeserve.wire.frames import FrameReader
-from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens, unpack_ids
+from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens
+from nodeserve.wire.numbers import unpack_ids
 
 
 class FakeTransport:

@@ -12,6 +12,7 @@ from pathlib import Path
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import ModelError
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.wire.ring import SemaphoreDoorbell
 from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
@@ -26,6 +27,9 @@ CHILD = ("sh", "-c", "while echo >&2; do sleep 0.05; done")
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
     settings = FakeSettings.parse(spec.model)
+    if settings.oversleeps:
+        wait = SemaphoreDoorbell.wait
+        setattr(SemaphoreDoorbell, "wait", lambda bell, timeout_s: wait(bell, None))  # noqa: B010
     progress("weights", 0, 1)
     if settings.load_error is not None:
         raise ModelError(settings.load_error)

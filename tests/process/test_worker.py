@@ -223,9 +223,10 @@ def test_a_start_that_cannot_work_says_why(
         assert worker.process.wait(DEADLINE_S) == 1
 
 
-def test_ctrl_c_is_left_to_the_coordinator() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_left_to_the_coordinator(number: signal.Signals) -> None:
     with started(default_spec()) as [worker]:
-        worker.process.send_signal(signal.SIGINT)
+        worker.process.send_signal(number)
         worker.prefill(1, PROMPT, max_tokens=3)
         worker.finish(1)
         assert worker.process.poll() is None

@@ -224,11 +224,24 @@ async def test_stop_waits_for_the_end(server: FakeServer, drain: bool) -> None:
     assert Stop(drain) in server.received
 
 
-async def test_stop_says_when_the_server_does_not_end(server: FakeServer) -> None:
+async def test_stop_says_when_the_server_does_not_end(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeserve.cli.show.END_TIMEOUT_S", 0.01)
     server.about["pid"] = os.getpid()
-    result = await run(server, "stop", "--timeout", "0.01")
+    result = await run(server, "stop")
     assert result.exit_code == 1
-    assert f"still runs after 0.01 s: try `kill {os.getpid()}`" in result.stderr
+    assert f"still runs after 0.01 s: try `kill -KILL {os.getpid()}`" in result.stderr
+
+
+async def test_a_drain_is_cut_short_when_its_time_is_over(server: FakeServer) -> None:
+    server.drains_for_ever = True
+    result = await run(server, "stop", "--drain", "--timeout", "0.01")
+    assert (result.exit_code, result.stdout) == (
+        3,
+        "stopped (pid 4000000); requests still ran after 0.01 s\n",
+    )
+    assert server.received == [Stop(True), Stop(False)]
 
 
 async def test_stop_says_when_the_socket_is_left(server: FakeServer) -> None:

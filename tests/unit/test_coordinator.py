@@ -183,11 +183,12 @@ async def test_a_stopping_server_refuses_and_ends_what_runs() -> None:
         node.submit(stream, request_id, [request_id], 50)
     for _ in range(100):
         node.act(rng)
-    node.coordinator.closing = True
+    node.coordinator.closes_s = node.now + 30.0
     node.coordinator.end_all(ShuttingDown("bye"))
     node.submit(stream, 99, [1], 1)
     node.run_to_idle(rng)
-    assert [end.code for end in client.ends[99]] == ["shutting_down"]
+    (refused,) = client.ends[99]
+    assert refused.code == "shutting_down" and refused.retry_after_s == pytest.approx(30.0)
     for request_id in range(10):
         assert [end.code for end in client.ends[request_id]] == ["shutting_down"]
     node.check_nothing_held()

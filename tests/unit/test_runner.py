@@ -46,6 +46,10 @@ class FakeLink:
         self.waits: list[float] = []
         self.num_wakes = 0
 
+    @property
+    def num_sent(self) -> int:
+        return len(self.said)
+
     def drain(self) -> list[ToWorker]:
         taken, self.inbox = self.inbox, []
         return taken
