@@ -7,6 +7,7 @@ token is a response of its own with its own status; one after it is the stream's
 
 import asyncio
 import json
+import time
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from nodeserve.errors import Cancelled, NodeServeError
 from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.engine import Engine, Prompt
 from nodeserve.gateway.logprobs import TokenTexts
+from nodeserve.gateway.meters import Meters, Reading
 from nodeserve.gateway.problems import error_object
 from nodeserve.gateway.shapes import DONE, Choice, Shape, compact
 from nodeserve.types import Sampling
@@ -35,22 +37,29 @@ Result = TypeVar("Result")
 class Answers(Response):
     """The response to one request: all of its choices, whole or as a stream."""
 
-    def __init__(self, engine: Engine, shape: Shape) -> None:
+    def __init__(self, engine: Engine, shape: Shape, meters: Meters) -> None:
         self._engine = engine
         self._shape = shape
+        self._meters = meters
+        self._began_s = time.perf_counter()
         self._asked: Asked = shape.asked
         self._choices: list[Choice] = []
         self._gone = False  # the client is
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
+        self._meters.open.inc()
         try:
             await self._start()
             await (self._stream(send) if self._asked.stream else self._whole(send))
-        except Cancelled:
-            if not self._gone:
-                raise
+        except NodeServeError:
+            if self._gone:
+                return
+            for choice in self._choices:
+                choice.reading.failed()
+            raise
         finally:
+            self._meters.open.dec()
             watcher.cancel()
             self._abort()
 
@@ -65,6 +74,7 @@ class Answers(Response):
         """Harmless to those that have ended."""
         for choice in self._choices:
             choice.call.abort()
+            choice.reading.left()
 
     async def _start(self) -> None:
         asked, engine = self._asked, self._engine
@@ -76,11 +86,13 @@ class Answers(Response):
             await self._start_choices(prompt, await engine.sampling(asked, len(prompt.ids)))
 
     async def _start_choices(self, prompt: Prompt, sampling: Sampling) -> None:
+        meters = self._meters.of(self._shape.model)
         for number in range(self._asked.n):
             if self._gone:
                 raise Cancelled("the client hung up")
             call = await self._engine.start(self._asked, prompt, sampling, number)
-            self._choices.append(Choice(len(self._choices), prompt, call))
+            reading = Reading(meters, self._began_s, len(prompt.ids), self._asked.slo)
+            self._choices.append(Choice(len(self._choices), prompt, call, reading))
 
     # ---- whole
 
@@ -94,6 +106,7 @@ class Answers(Response):
     async def _collect(self, choice: Choice) -> Completion:
         parts: list[Chunk] = []
         while (chunk := await choice.call.chunk()) is not None:
+            choice.reading.chunk(chunk)
             parts.append(chunk)
         if not parts or parts[-1].finish_reason is None:
             raise Cancelled("the client hung up")
@@ -108,6 +121,8 @@ class Answers(Response):
         except NodeServeError as error:
             if self._gone or not out.begun:
                 raise
+            for choice in self._choices:
+                choice.reading.failed()
             await out.end(f"data: {json.dumps(error_object(error))}\n\n".encode() + DONE)
             return
         usage = b""
@@ -118,10 +133,12 @@ class Answers(Response):
     async def _pump(self, choice: Choice, out: "EventStream") -> int:
         """Write one answer's events; returns how many tokens it had."""
         next_chunk, events, write = choice.call.chunk, self._shape.events, out.write
+        count = choice.reading.chunk
         num_tokens = 0
         while (chunk := await next_chunk()) is not None:
             if chunk.usage is not None:
                 num_tokens = chunk.usage.completion_tokens
+            count(chunk)
             await write(events(choice, chunk))
         return num_tokens
 

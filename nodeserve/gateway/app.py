@@ -15,6 +15,7 @@ from nodeserve.client import AsyncClient
 from nodeserve.errors import NodeServeError
 from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.gate import REQUEST_ID, Gate
+from nodeserve.gateway.meters import Meters
 from nodeserve.gateway.problems import HttpProblem, error_response
 from nodeserve.gateway.routes import Routes
 from nodeserve.gateway.settings import GatewaySettings
@@ -26,14 +27,19 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     """Over a connection to the server that is made by the first request, and again when lost."""
     client = AsyncClient(settings.socket, connect_timeout_s=settings.connect_timeout_s)
 
+    meters = Meters()
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await client.aclose()
 
     app = Starlette(
-        routes=Routes(Engine(client), settings).all(),
-        middleware=[Middleware(Gate, keys=settings.api_keys), *cors(settings)],
+        routes=Routes(Engine(client), settings, meters).all(),
+        middleware=[
+            Middleware(Gate, keys=settings.api_keys, responses=meters.responses),
+            *cors(settings),
+        ],
         exception_handlers={
             NodeServeError: on_error,
             HTTPException: on_http_exception,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from nodeserve.client import AsyncClient, Health
 from nodeserve.client.aio import Call
+from nodeserve.errors import NodeServeError
 from nodeserve.gateway.asked import MAX_TOKENS, Asked
 from nodeserve.gateway.problems import HttpProblem
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
@@ -41,6 +42,14 @@ class Engine:
     async def health(self) -> Health:
         """What the server says of itself now; ConnectionLost when it does not answer."""
         return await self.client.health(CHECK_TIMEOUT_S)
+
+    async def stats(self) -> dict[str, Any] | None:
+        """The node's state (docs/protocol.md, Stats); None when the server does not answer."""
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await self.client.stats()
+        except (NodeServeError, TimeoutError):
+            return None
 
     async def check_model(self, name: str | None) -> str:
         """The served model's name, which `name` must be if it is given."""

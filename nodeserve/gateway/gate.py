@@ -6,6 +6,7 @@ import re
 import uuid
 from collections.abc import Sequence
 
+from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,6 +14,11 @@ from nodeserve.gateway.problems import HttpProblem, error_response
 
 # Orchestrators ask these and have no key.
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
+PATHS = OPEN_PATHS | {
+    *("/v1/completions", "/v1/chat/completions", "/v1/models"),
+    *("/tokenize", "/detokenize", "/metrics", "/version"),
+}
+MODELS = "/v1/models/"
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -43,8 +49,9 @@ def _digest(key: bytes) -> bytes:
 class Gate:
     """Wraps the routes. Each response gets the request's id, its own or the client's."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], responses: Counter) -> None:
         self._app = app
+        self._responses = responses
         self._keys = Keys(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +64,7 @@ class Gate:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                self._responses.labels(route_of(scope["path"]), str(message["status"])).inc()
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
@@ -68,6 +76,11 @@ class Gate:
             await error_response(problem)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
+
+
+def route_of(path: str) -> str:
+    """The path of a known route, so that strangers cannot invent any number of labels."""
+    return path if path in PATHS else MODELS if path.startswith(MODELS) else "other"
 
 
 def request_id_of(headers: Headers) -> str:

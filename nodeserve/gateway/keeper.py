@@ -2,15 +2,19 @@
 
 import contextlib
 import importlib.util
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from socket import socket as Socket
 
 from nodeserve.errors import ConfigError
 from nodeserve.gateway.listen import Address, listening
+from nodeserve.gateway.settings import SHARED_METERS
 from nodeserve.log import logger
 
 COMMAND = (sys.executable, "-m", "nodeserve", "gateway")
@@ -24,8 +28,11 @@ KILL_AFTER_S = 5.0  # beyond the time that it may take for running answers
 class Keeper:
     """Of one process. Its thread waits for the process's end, so nothing is polled."""
 
-    def __init__(self, number: int, listener: Socket, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, number: int, listener: Socket, arguments: Sequence[str], meters: Path | None
+    ) -> None:
         self.number = number
+        self._meters = meters
         self._listener = listener
         self._arguments = arguments
         self._stopping = threading.Event()
@@ -57,6 +64,7 @@ class Keeper:
             code = process.wait()
             assert process.stdin is not None
             process.stdin.close()
+            self._forget_open(process.pid)
             if self._stopping.is_set():
                 return
             if time.monotonic() - began_s > LASTING_S:
@@ -78,9 +86,19 @@ class Keeper:
                 [*COMMAND, f"--http-fd={descriptor}", *self._arguments],
                 stdin=subprocess.PIPE,
                 pass_fds=[descriptor],
+                env=self._environment(),
                 process_group=0,  # Ctrl-C is for whoever keeps it
             )
             return self._process
+
+    def _environment(self) -> dict[str, str] | None:
+        return None if self._meters is None else {**os.environ, SHARED_METERS: str(self._meters)}
+
+    def _forget_open(self, pid: int) -> None:
+        """Its counts stay, what it had open is no more."""
+        if self._meters is not None:
+            for path in self._meters.glob(f"gauge_live*_{pid}.db"):
+                path.unlink()
 
 
 def how_it_ended(code: int) -> str:
@@ -97,6 +115,16 @@ def check_installed() -> None:
 
 
 @contextlib.contextmanager
+def shared_meters(count: int) -> Iterator[Path | None]:
+    """The folder through which several processes count together; one alone needs none."""
+    if count == 1:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="nodeserve-meters-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def kept(
     address: Address, count: int, arguments: Sequence[str], stop_timeout_s: float
 ) -> Iterator[Address]:
@@ -106,8 +134,8 @@ def kept(
     listen there.
     """
     check_installed()
-    with listening(address, count) as (real, sockets):
-        keepers = [Keeper(number, one, arguments) for number, one in enumerate(sockets)]
+    with listening(address, count) as (real, sockets), shared_meters(count) as meters:
+        keepers = [Keeper(number, one, arguments, meters) for number, one in enumerate(sockets)]
         for keeper in keepers:
             keeper.start()
         try:

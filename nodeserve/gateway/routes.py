@@ -15,17 +15,22 @@ from nodeserve.gateway.asked import Asked, chat_of, completion_of
 from nodeserve.gateway.body import read_object
 from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.fields import Fields
+from nodeserve.gateway.meters import Meters
+from nodeserve.gateway.node_metrics import node_text
 from nodeserve.gateway.problems import HttpProblem
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.shapes import ChatShape, CompletionShape, Shape
 from nodeserve.gateway.texts import detokenized, tokenized
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 
 class Routes:
     """Endpoints over one engine."""
 
-    def __init__(self, engine: Engine, settings: GatewaySettings) -> None:
+    def __init__(self, engine: Engine, settings: GatewaySettings, meters: Meters) -> None:
         self._engine = engine
+        self._meters = meters
         self._settings = settings
 
     def all(self) -> list[BaseRoute]:
@@ -36,6 +41,7 @@ class Routes:
             Route("/v1/models/{name:path}", self.model),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/metrics", self.metrics),
             Route("/version", self.version),
             Route("/live", self.live),
             Route("/ready", self.ready),
@@ -55,7 +61,9 @@ class Routes:
     async def _answers(self, request: Request, shape: type[Shape], asked: Asked) -> Response:
         model = await self._engine.check_model(asked.model)
         request_id = request.scope["nodeserve.request_id"]
-        return Answers(self._engine, shape(asked, request_id, model, int(time.time())))
+        return Answers(
+            self._engine, shape(asked, request_id, model, int(time.time())), self._meters
+        )
 
     # ---- the model
 
@@ -91,6 +99,13 @@ class Routes:
         return answer(await detokenized(self._engine, fields))
 
     # ---- how it is
+
+    async def metrics(self, request: Request) -> Response:
+        """Of this gateway, and of the node if the server answers."""
+        stats = await self._engine.stats()
+        about = None if stats is None else await self._engine.about()
+        text = self._meters.text() + node_text(about, stats)
+        return Response(text, media_type=METRICS_TYPE)
 
     async def version(self, request: Request) -> Response:
         return answer({"version": __version__})

@@ -7,6 +7,7 @@ from nodeserve.errors import ConfigError
 
 MAX_BODY_BYTES = 16 << 20  # a context of a million tokens, written as numbers, takes half of it
 STOP_TIMEOUT_S = 30
+SHARED_METERS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's; a folder of counters
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ JSON parser.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted  # no line ends that a client splits at
 from typing import Any
 
@@ -17,6 +17,7 @@ from nodeserve.client.aio import Call
 from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.engine import Prompt
 from nodeserve.gateway.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from nodeserve.gateway.meters import Reading
 from nodeserve.types import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -34,10 +35,10 @@ class Choice:
     index: int
     prompt: Prompt
     call: Call
+    reading: Reading
     begun: bool = False  # its first event was written
     num_tokens: int = 0
     num_chars: int = 0  # of its tokens' texts, where these have offsets
-    parts: list[Chunk] = field(default_factory=list)
 
 
 class Shape(ABC):
@@ -50,6 +51,7 @@ class Shape(ABC):
 
     def __init__(self, asked: Asked, request_id: str, model: str, created_s: int) -> None:
         self.asked = asked
+        self.model = model
         self._about = {"id": self.prefix + request_id, "created": created_s, "model": model}
         head = compact({**self._about, "object": self.event_object})[:-1]
         self._head = f'data: {head},"choices":['
