@@ -8,6 +8,7 @@ system keeps of them. For another device, tensors go there as they are in the fi
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.gguf import GgufFile
+from nodeserve.gguf import GgufFile, TensorInfo
 from nodeserve.model.dequantise import dequantise
 from nodeserve.model.dummy import DummyWeights, shape_of
+from nodeserve.model.quantised import Quantised, Weight, can_stay
 from nodeserve.model_files import open_regular, read_json
 from nodeserve.types import brief
 
@@ -102,6 +104,14 @@ def open_weights(
     kind = GgufWeights if checkpoint.kind == "gguf" else SafetensorsWeights
     weights = kind(checkpoint, dtype)
     return weights if upload is None else Uploaded(weights, upload)
+
+
+def open_stored(
+    checkpoint: Checkpoint, dtype: torch.dtype, load_format: str = "auto"
+) -> Callable[[str], Weight]:
+    """Weights on the CPU by hub name; matrices that a file quantises stay so where they can."""
+    weights = open_weights(checkpoint, dtype, load_format)
+    return weights.as_quantised if isinstance(weights, GgufWeights) else weights
 
 
 # -- safetensors --------------------------------------------------------------------------------
@@ -208,12 +218,25 @@ class GgufWeights(Weights):
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._file.tensors[gguf_name(name)]
         self._check_shape(name, tensor.shape)
-        data = torch.frombuffer(
+        return self._in_order(dequantise(self._bytes_of(tensor), tensor, self.dtype), tensor)
+
+    def as_quantised(self, name: str) -> Weight:
+        """The tensor called `name`, its blocks as they are where that can be."""
+        tensor = self._file.tensors.get(gguf_name(name))
+        if tensor is None or not can_stay(tensor):
+            return self(name)
+        self._check_shape(name, tensor.shape)
+        blocks = self._bytes_of(tensor).view(tensor.shape[0], -1)
+        return Quantised(self._in_order(blocks, tensor), tensor.type, self.dtype)
+
+    def _bytes_of(self, tensor: TensorInfo) -> torch.Tensor:
+        return torch.frombuffer(
             self._file.data, dtype=torch.uint8, offset=tensor.offset, count=tensor.num_bytes
         )
-        values = dequantise(data, tensor, self.dtype)
+
+    def _in_order(self, rows: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
         part = tensor.name.split(".")[-2]
-        return halves_from_pairs(values, self._heads[part]) if part in self._heads else values
+        return halves_from_pairs(rows, self._heads[part]) if part in self._heads else rows
 
 
 def halves_from_pairs(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

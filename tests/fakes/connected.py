@@ -6,18 +6,22 @@ from collections.abc import Callable
 from nodeserve.coordinator.access import Access
 from nodeserve.coordinator.listener import Connection, ConnectionLimits
 from nodeserve.coordinator.stats import node_stats
+from nodeserve.coordinator.streams import Stream
 from nodeserve.policy.metering import Quota
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import (
     PROTOCOL_VERSION,
     TO_SERVER,
+    Audit,
     Goodbye,
+    Health,
     Hello,
     Stats,
     ToClient,
     ToServer,
 )
-from tests.fakes.node import FakeNode, FakeTransport
+from tests.fakes.node import FakeNode
+from tests.fakes.transport import FakeTransport
 
 MAX_FRAME_BYTES = 1 << 16
 LIMITS = ConnectionLimits(MAX_FRAME_BYTES, 1 << 20, 4, Quota(), Access())
@@ -58,6 +62,29 @@ class ConnectedTransport(FakeTransport):
         self.reads = True
 
 
+class FakeDesk:
+    """Answers with what a fake node can tell."""
+
+    def __init__(self, node: FakeNode, on_stop: Callable[[bool], None]) -> None:
+        self._node = node
+        self._on_stop = on_stop
+
+    def welcome(self) -> Hello:
+        return Hello(PROTOCOL_VERSION, {})
+
+    def stats(self) -> Stats:
+        return Stats(node_stats(self._node.coordinator, self._node.now))
+
+    def health(self) -> Health:
+        return Health({"state": "ready"})
+
+    def audit(self, stream: Stream) -> None:
+        stream.send(Audit({"problems": []}))
+
+    def stop(self, drain: bool) -> None:
+        self._on_stop(drain)
+
+
 class ConnectedClient:
     """One client of a fake node: what it sends reaches the real decoder and coordinator.
 
@@ -72,13 +99,7 @@ class ConnectedClient:
     ) -> None:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX)
         self.transport = ConnectedTransport(self.theirs)
-        self.connection = Connection(
-            node.coordinator,
-            Hello(PROTOCOL_VERSION, {}),
-            lambda: Stats(node_stats(node.coordinator, node.now)),
-            stop,
-            limits,
-        )
+        self.connection = Connection(node.coordinator, FakeDesk(node, stop), limits)
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
 
     def feed(self, data: bytes) -> None:

@@ -23,6 +23,8 @@ SAMPLES: dict[str, list[Any]] = {
         m.Cancel(9),
         m.Shutdown(),
         m.Probe(),
+        m.DetachPages(3),
+        m.Count(3),
     ],
     "FROM_WORKER": [
         m.Mapped(4242),
@@ -44,6 +46,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.RequestFailed(7, "internal", "what happened", LOAD),
         m.Failed("bad_model", "what happened"),
         m.Alive(LOAD),
+        m.Counted(3, 10, 20, 64, 60, 4, b"", m.pack_request_ids([7]), b"", b"", b"", LOAD, ""),
     ],
     "TO_SERVER": [
         m.Submit(0, IDS, {"max_tokens": 5}, {"ttft_ms": 100}, -1),
@@ -51,6 +54,8 @@ SAMPLES: dict[str, list[Any]] = {
         m.Abort(0),
         m.GetStats(),
         m.Stop(True),
+        m.GetHealth(),
+        m.GetAudit(),
     ],
     "TO_CLIENT": [
         m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
@@ -59,6 +64,8 @@ SAMPLES: dict[str, list[Any]] = {
         m.End(0, "error", "overloaded", "what happened", {}, {}, 1.5),
         m.Stats({"workers": []}),
         m.Goodbye("protocol", "why"),
+        m.Health({"state": "ready"}),
+        m.Audit({"problems": []}),
     ],
 }
 UNIONS: dict[str, Any] = {
