@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 
 .PHONY: help venv build demo check static unit-tests process-tests test slow-tests
 .PHONY: reference-tests kernel-tests
-.PHONY: format sanitize model bench clean
+.PHONY: format sanitize model fuzz bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
 .PHONY: bench-window bench-window-live bench-distserve bench-goodput peers bench-peers
@@ -27,6 +27,7 @@ help:
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
 	@echo "make model     the ring's doorbells under the model checker spin, if it is installed"
+	@echo "make fuzz      FUZZ_SECONDS=60 for each target (15 minutes); FUZZ='gguf ring' for some of them"
 	@echo "make venv    only the virtual environment in $(VENV)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -94,6 +95,11 @@ bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window 
 # The window's arms against real processes in real time, each for some seconds.
 bench-window-live: venv
 	$(BIN)/python -m bench.window_live
+
+# Its tools go below build/fuzz; a target whose tool is not to be had is skipped, with the reason.
+FUZZ_SECONDS ?= 60
+fuzz: venv
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 # What users would run instead, in environments of their own: nothing here is needed by anything else.
 peers: venv
