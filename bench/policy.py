@@ -9,7 +9,7 @@ list of so many units. Then, with 1,000 requests in the buffer and 64 ranks (8 i
     push, on_pass, decide   the dispatcher of prefills, driven by passes of the moe-ep8 cost in
                             virtual time with the buffer kept full; decide is quoted for each
                             request that boards, with all that was done on the way, and a call
-    predict                 the wait predicted for a newcomer
+    forecast                what a newcomer can expect of both phases
     place                   each decode allocation: what a request costs in rounds of 1, 8 and
                             1,000 (looking at every unit once is part of a round), and in a line of
                             1,000 for which there is no room
@@ -46,9 +46,10 @@ from bench.report import emit
 from nodeserve.policy.account import Account
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
-from nodeserve.policy.flow import Buffered, FlowOptions, judge
+from nodeserve.policy.flow import Buffered, FlowOptions, Objective, judge
+from nodeserve.policy.foresight import Forecast, Foresight
 from nodeserve.policy.pass_times import PassTimes
-from nodeserve.policy.units import DECODE_ALLOCATIONS, Unit, Waiting
+from nodeserve.policy.units import DECODE_ALLOCATIONS, Unit, Wait, Waiting
 from nodeserve.types import Load
 
 
@@ -79,8 +80,10 @@ def measure_dispatcher(admission: str, num_buffered: int, config: Config) -> dic
         gc.collect()
         prefills.run(config.num_passes)
         newcomer = Waiting(-1, 1500, 94, prefills.now_s)
-        predict_wait_s = functools.partial(
-            prefills.dispatcher.predict_wait_s, newcomer, prefills.now_s
+        foresight = Foresight(prefills.dispatcher, taught("cost"))
+        decoders = decode_units(config.num_instances * NUM_RANKS, full=False)
+        forecast = functools.partial(
+            foresight.forecast, newcomer, 200, decoders, num_buffered, prefills.now_s
         )
         decide = prefills.decide
         runs.append(
@@ -89,7 +92,7 @@ def measure_dispatcher(admission: str, num_buffered: int, config: Config) -> dic
                 "on_pass_us": prefills.on_pass.us(prefills.on_pass.num_calls),
                 "decide_us_per_request": decide.us(prefills.num_boarded),
                 "decide_us_per_call": decide.us(decide.num_calls),
-                "predict_us": each_us(predict_wait_s, config.num_calls),
+                "forecast_us": each_us(forecast, config.num_calls),
                 "requests_per_pass": prefills.num_boarded / config.num_passes,
             }
         )
@@ -175,11 +178,12 @@ def measure_small(config: Config) -> dict[str, float]:
         passes.append((works, PROFILE.cost.pass_s(works)))
     turns = itertools.cycle(passes)
     options, buffered = FlowOptions(4096, 1 << 22), Buffered(1000, 1_500_000)
+    forecast, slo = Forecast(Wait(1.0, 0.5), 1.9, Wait(0.01, 0.01), 0.03), Objective(2.0, 0.05)
     return {
         "observe_us": best_us(lambda: times.observe(*next(turns)), config),
         "predict_us": best_us(lambda: times.predict_s(next(turns)[0]), config),
         "mean_us": best_us(lambda: times.mean_s, config),
-        "judge_us": best_us(lambda: judge(options, buffered, 1500, 2.0, 1.5), config),
+        "judge_us": best_us(lambda: judge(options, buffered, 1500, slo, forecast), config),
     }
 
 

@@ -21,7 +21,8 @@ from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
 from nodeserve.policy.dispatcher import Dispatcher
-from nodeserve.policy.flow import Buffered, Verdict, judge
+from nodeserve.policy.flow import NO_OBJECTIVE, Buffered, Objective, Verdict, judge
+from nodeserve.policy.foresight import Forecast, Foresight
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.parked import ParkedQueue
 from nodeserve.policy.units import Departure, PassDone, Unit
@@ -39,14 +40,15 @@ class Dispatch:
         limits: Limits,
         policies: Policies,
     ) -> None:
-        self.instances = by_instance(links)
+        self.instances = by_instance(links)  # the ranks of each, in their present lives
         self.policies = policies
         self.parked = ParkedQueue()  # prefilled, pages pinned, no decode room yet
         self._links = links
         self._requests = requests
         self._limits = limits
         self._units = [
-            Unit(link.index, link.instance, link.account, link.role is Role.MIXED) for link in links
+            Unit(link.index, link.instance, link.account, link.role is not Role.PREFILL)
+            for link in links
         ]
         prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
         self.dispatcher = Dispatcher(
@@ -55,21 +57,23 @@ class Dispatch:
         self.allocator = DecodeAllocator(
             policies.decode_allocation, policies.dispatch.max_num_seqs, limits.block_size
         )
-        self._decoders = [self._units[link.index] for link in links if link.decodes]
+        self._decoders = [self._units[link.index] for link in links if link.pulls]
+        self.foresight = Foresight(self.dispatcher, self.allocator)
         self._departures = 0
         self._lost: set[int] = set()  # instances
+        self._stand_ins: set[int] = set()  # instances that decode, and take prompts for now
         self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
         # Workers whose every step is a pass to the dispatcher: a mixed one's decodes are not, but
         # in lockstep all ranks have to be heard.
         self._every_step = {
             link.index
-            for ranks in prefills
+            for ranks in self.instances.values()
             for link in ranks
             if len(ranks) > 1 or link.role is Role.PREFILL
         }
         # Of each instance that decodes, what its ranks, by worker, said of its newest step.
         self._seen: dict[int, dict[int, StepDone]] = {
-            link.instance: {} for link in links if link.decodes
+            link.instance: {} for link in links if link.pulls
         }
 
     # ---- requests come and go
@@ -77,17 +81,22 @@ class Dispatch:
     def check(self, request: Request, now_s: float) -> None:
         """May it come in? Overloaded says why not, and when to try again."""
         dispatcher, waiting = self.dispatcher, request.waiting
-        ttft_ms = {**self.policies.slo, **(request.slo or {})}.get("ttft_ms")
-        slo_s = None if ttft_ms is None else ttft_ms / 1e3
+        slo = objective({**self.policies.slo, **(request.slo or {})})
         buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
-        facts = self.policies.flow, buffered, waiting.num_tokens, slo_s
-        predicted_s = None if slo_s is None else dispatcher.predict_wait_s(waiting, now_s)
-        judged = judge(*facts, predicted_s)
+        facts = self.policies.flow, buffered, waiting.num_tokens, slo
+        forecast = None if slo == NO_OBJECTIVE else self._forecast(request, now_s)
+        judged = judge(*facts, forecast)
         if judged.verdict is Verdict.REJECT:
-            if slo_s is None:  # refused for want of room: only now it matters when there is some
-                judged = judge(*facts, dispatcher.predict_wait_s(waiting, now_s))
+            if slo == NO_OBJECTIVE:  # for want of room: when there is some only matters now
+                judged = judge(*facts, self._forecast(request, now_s))
             raise Overloaded(judged.reason, judged.retry_after_s)
         waiting.best_effort = judged.verdict is Verdict.BEST_EFFORT
+        request.forecast = None if waiting.best_effort else forecast
+
+    def _forecast(self, request: Request, now_s: float) -> Forecast | None:
+        return self.foresight.forecast(
+            request.waiting, request.max_tokens, self._decoders, len(self._requests), now_s
+        )
 
     def push(self, request: Request, now_s: float) -> None:
         """It waits for prefill."""
@@ -95,6 +104,7 @@ class Dispatch:
 
     def put_back(self, request: Request, now_s: float) -> None:
         """It waits for prefill again: since its first arrival, with the tokens it has by now."""
+        request.forecast = None
         num_blocks = request.num_blocks(self._limits.block_size)
         request.waiting = replace(
             request.waiting, num_tokens=len(request.tokens), num_blocks=num_blocks
@@ -112,10 +122,18 @@ class Dispatch:
         self.allocator.forget(request.request_id)
         self.parked.push(ReadyKv(request.request_id, num_blocks, growth), request.waiting.priority)
 
-    def finish(self, request: Request) -> None:
-        """It ended by itself: how much it grew is what others may be expected to."""
+    def first_token(self, request: Request, now_s: float) -> None:
+        """Its first token is here: what was forecast for it can be compared."""
+        if request.forecast is not None:
+            self.foresight.first_token(request.forecast, now_s - request.stamps.arrived)
+
+    def finish(self, request: Request, now_s: float) -> None:
+        """It ended by itself: how it grew, and how long it took, is what others can expect."""
         grown = request.num_blocks(self._limits.block_size) - request.parked_blocks
         self.allocator.forget(request.request_id, grown)
+        decode_s = now_s - (request.stamps.first_token or now_s)
+        num_gaps = request.num_output_tokens - 1
+        self.foresight.ended(request.forecast, decode_s, num_gaps)
 
     def remove(self, request: Request) -> None:
         """It waits for nothing any more and is nowhere, wherever it stood or was."""
@@ -142,7 +160,7 @@ class Dispatch:
         if step.attention or link.index in self._every_step:
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
             self.dispatcher.on_pass(link.index, done, now_s)
-        if link.decodes:
+        if link.pulls:
             seen = self._seen[link.instance]
             newest = next(iter(seen.values())).step if seen else step.step
             if step.step < newest:
@@ -167,6 +185,46 @@ class Dispatch:
         self._lost.add(instance)
         self._decoders = [unit for unit in self._decoders if unit.instance != instance]
         self.dispatcher.lose(instance)
+        self._share_phases()
+
+    def join(self, ranks: Sequence[WorkerLink]) -> None:
+        """A lost instance is back: new links, empty."""
+        instance = ranks[0].instance
+        self._lost.remove(instance)
+        self.instances[instance] = list(ranks)
+        for link in ranks:
+            self._units[link.index].account = link.account
+        if instance in self._seen:
+            self._seen[instance] = {}
+            self._decoders += [self._units[link.index] for link in ranks]
+        self._asked.pop(instance, None)
+        self.dispatcher.join(instance)
+        self._share_phases()
+
+    @property
+    def anyone_pulls(self) -> bool:
+        """Whether pages that wait can be decoded by somebody."""
+        return bool(self._decoders)
+
+    def _share_phases(self) -> None:
+        """While nobody is left for a phase, all that are left do both. What they have begun then
+        they finish, also when those of the phase are back."""
+        alive = {
+            instance: ranks
+            for instance, ranks in self.instances.items()
+            if instance not in self._lost
+        }
+        roles = {ranks[0].role for ranks in alive.values()}
+        alone = roles in ({Role.PREFILL}, {Role.DECODE})
+        for ranks in alive.values():
+            for link in ranks:
+                link.stands_in = alone
+        stand_ins = set(alive) if roles == {Role.DECODE} else set()
+        for instance in self._stand_ins - stand_ins:
+            self.dispatcher.dismiss(instance)
+        for instance in stand_ins - self._stand_ins:
+            self.dispatcher.enlist([self._units[link.index] for link in alive[instance]])
+        self._stand_ins = stand_ins
 
     # ---- decisions
 
@@ -209,8 +267,8 @@ class Dispatch:
             request.on(Event.ADMITTED)
             if request.stamps.first_token is None:
                 request.stamps.depart(now_s)
-            handoff = self._links[index].role is Role.PREFILL
-            prompts.setdefault(index, []).append(request.prompt(handoff=handoff))
+            request.handoff = self._links[index].acting is Role.PREFILL
+            prompts.setdefault(index, []).append(request.prompt())
         number = 0
         if self.policies.dispatch.holds_door:
             self._departures += 1
@@ -226,6 +284,14 @@ class Dispatch:
         self._asked[instance] = {link.index for link in ranks}
         for link in ranks:
             link.send(Probe())
+
+
+def objective(slo: Mapping[str, float]) -> Objective:
+    """A request's `slo`, which is in milliseconds."""
+    ttft_ms, tpot_ms = slo.get("ttft_ms"), slo.get("tpot_ms")
+    return Objective(
+        None if ttft_ms is None else ttft_ms / 1e3, None if tpot_ms is None else tpot_ms / 1e3
+    )
 
 
 def by_instance(links: Sequence[WorkerLink]) -> dict[int, list[WorkerLink]]:

@@ -10,10 +10,11 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
@@ -25,7 +26,10 @@ from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
     TO_SERVER,
     Abort,
+    GetAudit,
+    GetHealth,
     GetStats,
+    Health,
     Hello,
     Stats,
     Stop,
@@ -35,6 +39,7 @@ from nodeserve.wire.messages import (
 
 BACKLOG_CONNECTIONS = 1024
 WRITE_HIGH_WATER_BYTES = 1 << 20
+MESSAGES_A_TURN = 256  # of one connection; one read may hold 40,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +123,37 @@ def _refuse_live(path: Path) -> None:
     )
 
 
+class Answers(Protocol):
+    """Who knows what is not about a request: desk.py."""
+
+    def welcome(self) -> Hello: ...
+    def stats(self) -> Stats: ...
+    def health(self) -> Health: ...
+    def audit(self, stream: Stream) -> None:
+        """The Audit follows."""
+
+    def stop(self, drain: bool) -> None: ...
+
+
 class Connection(asyncio.Protocol):
-    """One client. Anything that is not a message ends the connection with a Goodbye."""
+    """One client. Anything that is not a message ends the connection with a Goodbye.
+
+    Nothing more is read while messages of an earlier read wait for their turn.
+    """
+
+    _transport: asyncio.Transport  # from connection_made on
 
     def __init__(
         self,
         coordinator: Coordinator,
-        welcome: Hello,
-        stats: Callable[[], Stats],
-        stop: Callable[[bool], None],
+        desk: Answers,
         limits: ConnectionLimits,
     ) -> None:
         self._coordinator = coordinator
-        self._welcome = welcome
-        self._stats = stats
-        self._stop = stop
+        self._desk = desk
         self._limits = limits
         self._reader = FrameReader(limits.max_frame_bytes)
+        self._payloads: deque[bytes] = deque()
         self._stream: Stream | None = None
 
     @property
@@ -143,9 +162,8 @@ class Connection(asyncio.Protocol):
         return self._stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(
-            asyncio.WriteTransport, transport
-        )  # uvloop's own class is none of asyncio's
+        transport = cast(asyncio.Transport, transport)  # uvloop's own class is none of asyncio's
+        self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         limits, coordinator = self._limits, self._coordinator
         meter = Meter(limits.quota)
@@ -157,11 +175,13 @@ class Connection(asyncio.Protocol):
             self._stream.goodbye(error.code, str(error))
             return
         coordinator.streams.add(self._stream)
-        self._stream.send(self._welcome)
+        self._stream.send(self._desk.welcome())
 
     def _check(self, transport: asyncio.WriteTransport) -> None:
         peer = peer_of(transport.get_extra_info("socket"))
         self._limits.access.check(peer)
+        if self._coordinator.farewell is not None:  # it came while the listener was being closed
+            raise self._coordinator.farewell
         if len(self._coordinator.streams) >= self._limits.max_connections:
             raise Overloaded(
                 f"{self._limits.max_connections} clients are connected already (--max-connections)"
@@ -172,12 +192,34 @@ class Connection(asyncio.Protocol):
         if self.stream.closed:
             return
         try:
-            for payload in self._reader.feed(data):
-                if self.stream.closed:  # one of its own messages ended it
-                    return
-                self._on_message(TO_SERVER.decode(payload))
+            self._payloads.extend(self._reader.feed(data))
         except NodeServeError as error:
             self._coordinator.drop_stream(self.stream, error)
+            return
+        self._take()
+        if self._payloads:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _take(self) -> None:
+        """As many messages as one turn of the loop may take without others noticing."""
+        payloads = self._payloads
+        try:
+            for _ in range(min(MESSAGES_A_TURN, len(payloads))):
+                if self.stream.closed:  # one of its own messages ended it
+                    break
+                self._on_message(TO_SERVER.decode(payloads.popleft()))
+        except NodeServeError as error:
+            self._coordinator.drop_stream(self.stream, error)
+        if self.stream.closed:
+            payloads.clear()
+
+    def _go_on(self) -> None:
+        self._take()
+        if self._payloads:
+            asyncio.get_running_loop().call_soon(self._go_on)
+        elif not self.stream.closed:
+            self._transport.resume_reading()
 
     def _on_message(self, message: ToServer) -> None:
         match message:
@@ -187,13 +229,16 @@ class Connection(asyncio.Protocol):
                 if request := self.stream.requests.get(message.request_id):
                     self._coordinator.abort(request)
             case GetStats():
-                self.stream.send(self._stats())
+                self.stream.send(self._desk.stats())
+            case GetHealth():
+                self.stream.send(self._desk.health())
+            case GetAudit():
+                self._desk.audit(self.stream)
             case Stop():
-                self._stop(message.drain)
+                self._desk.stop(message.drain)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._coordinator.streams.discard(self.stream)
-        self._coordinator.drop_stream(self.stream)
+        self._coordinator.leave(self.stream)
 
     def pause_writing(self) -> None:
         self.stream.pause()

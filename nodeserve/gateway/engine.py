@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from nodeserve.client import AsyncClient
+from nodeserve.client import AsyncClient, Health
 from nodeserve.client.aio import Call
 from nodeserve.errors import NodeServeError
 from nodeserve.gateway.asked import MAX_TOKENS, Asked
@@ -39,14 +39,9 @@ class Engine:
         """What the server says about itself: docs/protocol.md, Hello."""
         return (await self.client.connection()).server
 
-    async def check(self) -> None:
-        """A round trip through the server's loop; NodeServeError when there is none."""
-        try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                await self.client.health()
-        except TimeoutError:
-            words = f"the server did not answer in {CHECK_TIMEOUT_S:g} s"
-            raise HttpProblem(503, "connection_lost", words) from None
+    async def health(self) -> Health:
+        """What the server says of itself now; ConnectionLost when it does not answer."""
+        return await self.client.health(CHECK_TIMEOUT_S)
 
     async def check_model(self, name: str | None) -> str:
         """The served model's name, which `name` must be if it is given."""

@@ -63,7 +63,7 @@ def headers_of(error: NodeServeError) -> dict[str, str]:
     status = status_of(error)
     if status == 401:
         return {"www-authenticate": "Bearer"}
-    if not isinstance(error, Overloaded):
+    if not isinstance(error, Overloaded) and error.retry_after_s is None:
         return {}
     after_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
     # OpenAI's clients read the finer one first.

@@ -115,12 +115,15 @@ class Routes:
         return answer({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        """A request would reach the server now."""
+        """A request would be taken, and somebody is there to compute it."""
         try:
-            await self._engine.check()
+            health = await self._engine.health()
         except NodeServeError as error:
             raise HttpProblem(503, error.code, str(error)) from None
-        return answer({"status": "ready"})
+        if not health.ready:
+            words = "; ".join(health.reasons)
+            raise HttpProblem(503, "not_ready", f"the server is {health.state}: {words}")
+        return answer({"status": health.state, "reasons": list(health.reasons)})
 
 
 def answer(value: dict[str, Any]) -> Response:

@@ -190,9 +190,10 @@ def count(
 
 
 def missed_by(served: Served, slo: Slo) -> tuple[str, ...]:
-    """The limits that a request missed; a refused one missed its first token's."""
+    """The limits that a request missed; a refused one would have missed it, and for want of room
+    its first token's."""
     if served.outcome == "overloaded":
-        return ("ttft",)
+        return (served.refused_for or "ttft",)
     if served.outcome not in ("stop", "length"):
         return (served.outcome,)
     e2e_s = served.ended_s - served.arrival.arrived_s

@@ -13,6 +13,7 @@ from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.lifecycle import Event
 from nodeserve.policy.parked import ParkedQueue
+from nodeserve.policy.units import Unit
 from nodeserve.types import Load
 
 
@@ -57,18 +58,21 @@ class Handoffs:
         """A decoding rank reported."""
         self._news = True
 
-    def place(self) -> None:
-        """Start pulls of what finds room, highest priority first, then the earliest."""
-        if not self._news or not self.parked:
-            return
-        self._news = False
-        units = [
+    def decoders(self) -> list[Unit]:
+        """The units that may decode."""
+        return [
             rank.unit
             for instance in self._instances
             if instance.decodes and not instance.lost
             for rank in instance.ranks
         ]
-        for request_id, unit in self._line.place(self.allocator, units):
+
+    def place(self) -> None:
+        """Start pulls of what finds room, highest priority first, then the earliest."""
+        if not self._news or not self.parked:
+            return
+        self._news = False
+        for request_id, unit in self._line.place(self.allocator, self.decoders()):
             self._pull(self.parked.pop(request_id), self._ranks[unit])
 
     def lose(self, instance: Instance) -> None:

@@ -7,6 +7,7 @@ from nodeserve.plan.records import Arrival, Served
 from nodeserve.policy.batching import Sequence as Tokens
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.decode_allocation import ReadyKv
+from nodeserve.policy.foresight import Forecast
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.policy.units import Waiting
 from nodeserve.types import Sampling, Timings
@@ -25,6 +26,8 @@ class Life:
     max_len: int
     sampling: Sampling
     best_effort: bool = False
+    forecast: Forecast | None = None  # when it came in; None: there was none, or it is void
+    refused_for: str = ""  # the limit that it would have missed
     phase: Phase = Phase.WAITING
     holder: int = -1
     source: int = -1
@@ -70,6 +73,14 @@ class Life:
         """What it took more when it ended."""
         return blocks_for(self.max_len + 1, block_size) - self.parked_blocks
 
+    def stay(self, now_s: float) -> tuple[Forecast | None, float, int]:
+        """What was forecast of it, and how long its tokens after the first took to come."""
+        return (
+            self.forecast,
+            now_s - (self.first_token_s or now_s),
+            self.max_len - self.arrival.num_prompt_tokens - 1,
+        )
+
     def tokens(self, now_s: float, *, handoff: bool) -> Tokens:
         """What travels to a rank: the number of tokens counts, their values do not."""
         return Tokens(
@@ -86,7 +97,7 @@ class Life:
         first_s = self.first_token_s
         if first_s is None:  # refused, or its node is gone: the buffer is all it saw for sure
             wait_s = now_s - self.arrival.arrived_s
-            return Served(self.arrival, Timings(wait_s), now_s, outcome, None)
+            return Served(self.arrival, Timings(wait_s), now_s, outcome, None, self.refused_for)
         decode_s = now_s - first_s
         timings = Timings(
             self.departed_s - self.arrival.arrived_s,

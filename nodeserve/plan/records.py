@@ -112,6 +112,7 @@ class Served:
     ended_s: float
     outcome: str  # stop, length, or the code of an error
     tpot_s: float | None  # with two output tokens or more
+    refused_for: str = ""  # ttft or tpot: the limit for which it was refused, if it was
 
 
 class Pass(NamedTuple):

@@ -19,7 +19,8 @@ from nodeserve.plan.supervisor import Supervisor
 from nodeserve.policy.batching import Limits
 from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.dispatcher import Dispatcher
-from nodeserve.policy.flow import Buffered, Verdict, judge
+from nodeserve.policy.flow import Buffered, Objective, Verdict, judge
+from nodeserve.policy.foresight import Foresight
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.units import Departure, PassDone
 from nodeserve.types import Role, Sampling
@@ -90,6 +91,7 @@ class Simulation:
             scenario.block_size,
             self.message_s,
         )
+        self.foresight = Foresight(self.dispatcher, self.handoffs.allocator)
         self.handoffs.touched = self._touch
         self.handoffs.changed = self._changed
         self.handoffs.put_back = self._put_back
@@ -101,7 +103,6 @@ class Simulation:
             for instance in self.instances:
                 if instance.role is Role.PREFILL:
                     instance.door_s = 4 * self.message_s + 0.001
-        self._has_handoffs = any(one.role is Role.PREFILL for one in self.instances)
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
@@ -175,14 +176,19 @@ class Simulation:
         tokens.handoff = True
         self.prompt_limits.check_fits(tokens)
         if flow is not None:
+            waiting, arrival = life.waiting(self.scenario.block_size), life.arrival
+            decoders, num_open = self.handoffs.decoders(), len(self.lives) - 1
+            max_tokens = life.sampling.max_tokens
+            forecast = self.foresight.forecast(waiting, max_tokens, decoders, num_open, now_s)
             buffered = Buffered(len(self.dispatcher), self.dispatcher.num_tokens)
-            waiting = life.waiting(self.scenario.block_size)
-            predicted_s = self.dispatcher.predict_wait_s(waiting, now_s)
-            slo_s = life.arrival.ttft_slo_s
-            judged = judge(flow, buffered, waiting.num_tokens, slo_s, predicted_s)
+            slo = Objective(arrival.ttft_slo_s, arrival.tpot_slo_s)
+            judged = judge(flow, buffered, waiting.num_tokens, slo, forecast)
             if judged.verdict is Verdict.REJECT:
+                life.refused_for = judged.limit
                 raise Overloaded(judged.reason)
             life.best_effort = judged.verdict is Verdict.BEST_EFFORT
+            if not life.best_effort:
+                life.forecast = forecast
         self.dispatcher.push(life.waiting(self.scenario.block_size), now_s)
 
     # ---- decisions
@@ -284,8 +290,9 @@ class Simulation:
             if prefills:
                 word = PassDone(done.step, done.began_s, done.seconds, work)
                 self.dispatcher.on_pass(unit.index, word, now_s)
-        if instance.decodes and self._has_handoffs:
-            self.handoffs.allocator.observe(done.works, done.seconds)
+        if instance.decodes:
+            if not any(work.prefill_tokens for work in done.works):
+                self.handoffs.allocator.observe(done.works, done.seconds)
             self.handoffs.room_changed()
 
     def _take_tokens(
@@ -312,6 +319,7 @@ class Simulation:
                 self._first_token(life, done)
             life.on(Event.FINISHED)
             self.handoffs.finish(life)
+            self.foresight.ended(*life.stay(self.clock.now_s))
             self._over(life, "length")
         for request_id, num_tokens in told.preempted:
             life = lives[request_id]
@@ -324,11 +332,15 @@ class Simulation:
         if life.first_token_s is None:
             life.prefilled_s = done.began_s + done.seconds
             life.first_token_s = self.clock.now_s
+            if life.forecast is not None:
+                ttft_s = life.first_token_s - life.arrival.arrived_s
+                self.foresight.first_token(life.forecast, ttft_s)
 
     def _put_back(self, life: Life) -> None:
         """A preempted request, or one whose worker is gone, waits again."""
         self.handoffs.allocator.forget(life.request_id)
         life.num_preemptions += 1
+        life.forecast = None
         life.holder = life.source = -1
         self.dispatcher.push(life.waiting(self.scenario.block_size), self.clock.now_s)
         self._changed()

@@ -56,7 +56,7 @@ class DecodeAllocator:
         self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.block_size = block_size  # tokens
-        self._times = PassTimes()
+        self.times = PassTimes()  # of decode steps
         self._placed: dict[int, _Placed] = {}  # by request
         self._placed_blocks: dict[int, int] = {}  # by unit: when placed, of those there now
         self._growth_blocks: dict[int, int] = {}  # by unit: that those may come to take
@@ -112,7 +112,7 @@ class DecodeAllocator:
 
     def observe(self, ranks: Sequence[RankWork], seconds: float) -> None:
         """A decode step of one instance took so long: step costs are learned from that."""
-        self._times.observe(ranks, seconds)
+        self.times.observe(ranks, seconds)
 
     # ---- a round
 
@@ -176,7 +176,7 @@ class DecodeAllocator:
             return lambda seat: (seat.turn, seat.unit.index), False
         if self.policy == "fewest-requests":
             return lambda seat: (seat.num_sequences, seat.unit.index), False
-        costs = self._times.decode_costs(LEAST_STEPS) if self.policy == "cost" else None
+        costs = self.times.decode_costs(LEAST_STEPS) if self.policy == "cost" else None
         if costs is None:
             return lambda seat: (seat.num_sequences, seat.kv_blocks, seat.unit.index), True
         seq_s, block_s = costs[0], costs[1] * self.block_size

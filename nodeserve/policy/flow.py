@@ -1,8 +1,8 @@
 """Whether a new request may come in: bounds of the buffer, and SLOs that can still be met.
 
-A refusal is final for the client, so it takes certainty: where nothing is predicted, or the miss is
-within what predictions are off by, the request comes in. Turning traffic away on an estimate that
-is too high was seen to refuse mostly what could have been served.
+A refusal is final for the client, so it takes knowledge: where nothing is predicted, the request
+comes in. What is predicted is held against what came of such predictions (foresight.py), since the
+queue grows up to this line: drawn too far out, all that it lets in are late.
 """
 
 import enum
@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SURE = 0.9  # of a predicted time: less than that it hardly takes
+from nodeserve.policy.foresight import Forecast
+
 LEAST_RETRY_S = 0.1  # before that, nothing will have changed
 RETRY_S = 1.0  # where nothing is predicted
 
@@ -25,6 +26,7 @@ class Judgement(NamedTuple):
     verdict: Verdict
     retry_after_s: float = 0.0  # with REJECT: when it may be worth another try
     reason: str = ""
+    limit: str = ""  # ttft or tpot: the one that would be missed
 
 
 class Buffered(NamedTuple):
@@ -44,32 +46,58 @@ class FlowOptions:
     on_overload: str = "reject"
 
 
+class Objective(NamedTuple):
+    """A request's SLO in seconds; None: no limit."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+NO_OBJECTIVE = Objective()
+
+
 def judge(
     options: FlowOptions,
     buffered: Buffered,
     num_tokens: int,
-    ttft_slo_s: float | None,
-    predicted_ttft_s: float | None,
+    slo: Objective,
+    forecast: Forecast | None,
 ) -> Judgement:
-    """Judge a request of `num_tokens`, whose first token is predicted in `predicted_ttft_s`
-    (None: nothing is known yet).
+    """Judge a request of `num_tokens` by what is forecast for it (None: nothing is known yet).
 
     The bounds hold for everybody, whatever `on_overload` says, but a request that would wait alone
     is never too long. A refusal's `retry_after_s` is when the SLO could be met if what waits now is
     served and nothing comes; of a full buffer, when what waits is served.
     """
     if full := _full(options, buffered, num_tokens):
-        again_s = _again_s(RETRY_S if predicted_ttft_s is None else predicted_ttft_s)
+        again_s = _again_s(RETRY_S if forecast is None else forecast.first.whole_s)
         return Judgement(Verdict.REJECT, again_s, f"{full}: try again in {again_s:.1f} s")
-    if ttft_slo_s is None or predicted_ttft_s is None:
+    miss = None if forecast is None else _miss(slo, forecast)
+    if miss is None:
         return Judgement(Verdict.ADMIT)
-    if not SURE * predicted_ttft_s > ttft_slo_s:
-        return Judgement(Verdict.ADMIT)
-    miss = f"the first token would take {predicted_ttft_s:.3g} s, the SLO is {ttft_slo_s:.3g} s"
+    words, again_s = miss.words, _again_s(miss.again_s)
     if options.on_overload == "queue":
-        return Judgement(Verdict.BEST_EFFORT, reason=miss)
-    again_s = _again_s(predicted_ttft_s - ttft_slo_s)
-    return Judgement(Verdict.REJECT, again_s, f"{miss}: try again in {again_s:.1f} s")
+        return Judgement(Verdict.BEST_EFFORT, 0.0, words, miss.limit)
+    words = f"{words}: try again in {again_s:.1f} s"
+    return Judgement(Verdict.REJECT, again_s, words, miss.limit)
+
+
+class _Miss(NamedTuple):
+    limit: str
+    words: str
+    again_s: float
+
+
+def _miss(slo: Objective, forecast: Forecast) -> _Miss | None:
+    """Which limit is too near, if one is."""
+    late_s, slow_s = forecast.safe_ttft_s, forecast.safe_tpot_s
+    if slo.ttft_s is not None and late_s > slo.ttft_s:
+        words = f"the first token may take {late_s:.3g} s, the SLO is {slo.ttft_s:.3g} s"
+        return _Miss("ttft", words, late_s - slo.ttft_s)
+    if slo.tpot_s is not None and slow_s is not None and slow_s > slo.tpot_s:
+        words = f"a token may take {slow_s:.3g} s, the SLO is {slo.tpot_s:.3g} s"
+        return _Miss("tpot", words, forecast.stay_s * (1.0 - slo.tpot_s / slow_s))
+    return None
 
 
 def _full(options: FlowOptions, buffered: Buffered, num_tokens: int) -> str:

@@ -64,6 +64,18 @@ class Decision(NamedTuple):
     wake_s: float | None
 
 
+class Wait(NamedTuple):
+    """Seconds to a first token: until its own passes begin, which is the others' doing, and theirs
+    with the ways there and back."""
+
+    others_s: float
+    own_s: float
+
+    @property
+    def whole_s(self) -> float:
+        return self.others_s + self.own_s
+
+
 IMMEDIATE = ("round-robin", "fewest-requests", "shortest-queue")  # dispatch on arrival
 ADMISSIONS = (*IMMEDIATE, "pull", "staggered")
 DECODE_ALLOCATIONS = ("round-robin", "fewest-requests", "iqr", "cost")

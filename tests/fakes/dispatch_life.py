@@ -102,8 +102,8 @@ class Node:
     def _arrive(self, request: Request) -> None:
         life = Life(len(self.lives), request)
         self.lives.append(life)
-        expected_s = self.dispatcher.predict_wait_s(self._waiting(life), self.clock.now_s)
-        assert expected_s is None or 0.0 <= expected_s < float("inf")
+        expected = self.dispatcher.predict(self._waiting(life), self.clock.now_s)
+        assert expected is None or all(0.0 <= stage_s < float("inf") for stage_s in expected)
         self._push(life)
         if request.cancelled_after_s is not None:
             self.clock.after(request.cancelled_after_s, self._cancel, life)

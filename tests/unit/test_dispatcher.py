@@ -203,20 +203,21 @@ def test_a_lost_instance_gets_nothing_and_one_that_joins_again_does() -> None:
 
 def test_the_predicted_wait_grows_with_what_is_ahead() -> None:
     node = Node(2)
-    assert node.dispatcher.predict_wait_s(Waiting(1, 50, 1, 0.0), 0.0) is None
+    assert node.dispatcher.predict(Waiting(1, 50, 1, 0.0), 0.0) is None
     now_s = node.learn()
     waiting = Waiting(1000, 50, 1, now_s)
-    idle_s = node.dispatcher.predict_wait_s(waiting, now_s)
-    assert idle_s == pytest.approx(1.0, rel=0.2), "its own pass"
+    idle = node.dispatcher.predict(waiting, now_s)
+    assert idle is not None and idle.others_s == 0.0
+    assert idle.own_s == pytest.approx(1.0, rel=0.2), "its own pass"
     for _ in range(2):
         node.push(now_s, 50)
         node.decide(now_s)
     node.push(now_s, *[50] * 40)
-    busy_s = node.dispatcher.predict_wait_s(waiting, now_s)
-    assert busy_s is not None and idle_s is not None and busy_s > idle_s + 5.0
-    long_s = node.dispatcher.predict_wait_s(Waiting(1001, 1050, 1, now_s), now_s)
-    assert long_s is not None and long_s > busy_s + 5.0
-    assert math.isfinite(long_s)
+    busy = node.dispatcher.predict(waiting, now_s)
+    assert busy is not None and busy.others_s > 5.0 and busy.own_s == idle.own_s
+    long = node.dispatcher.predict(Waiting(1001, 1050, 1, now_s), now_s)
+    assert long is not None and long.own_s > busy.own_s + 5.0
+    assert math.isfinite(long.whole_s)
 
 
 def busy_node(admission: str) -> tuple[Node, float]:
@@ -240,8 +241,9 @@ def test_the_predicted_wait_counts_what_the_instances_have(
     node, now_s = busy_node(admission)
     node.push(now_s, *lengths)
     node.decide(now_s)
-    wait_s = node.dispatcher.predict_wait_s(Waiting(9999, 50, 1, now_s), now_s)
-    assert wait_s == pytest.approx(21.0, abs=1.5), "20 passes of each, then its own"
+    wait = node.dispatcher.predict(Waiting(9999, BUDGET, 1, now_s), now_s)
+    assert wait is not None
+    assert wait.whole_s == pytest.approx(21.0, abs=1.5), "20 passes of each, then its own"
 
 
 def test_one_that_joins_knows_nothing_of_its_earlier_life() -> None:

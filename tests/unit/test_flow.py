@@ -11,38 +11,54 @@ from nodeserve.coordinator.admission import check_slo
 from nodeserve.errors import ConfigError
 from nodeserve.policy.flow import (
     LEAST_RETRY_S,
+    NO_OBJECTIVE,
     RETRY_S,
-    SURE,
     Buffered,
     FlowOptions,
     Judgement,
+    Objective,
     Verdict,
     judge,
 )
+from nodeserve.policy.foresight import Forecast
+from nodeserve.policy.units import Wait
 
 REJECT = FlowOptions(max_num_queued_reqs=10, max_num_queued_tokens=1000)
 QUEUE = FlowOptions(max_num_queued_reqs=10, max_num_queued_tokens=1000, on_overload="queue")
 EMPTY, SOME = Buffered(0, 0), Buffered(3, 600)
 
+
+def first_in(likely_s: float, safe_s: float) -> Forecast:
+    """Of the first token alone."""
+    return Forecast(Wait(likely_s, 0.0), safe_s)
+
+
+def token_in(likely_s: float, safe_s: float) -> Forecast:
+    """Of a token, where the first one is no problem; an answer takes 4 s."""
+    return Forecast(Wait(0.0, 0.0), 0.0, Wait(likely_s, 0.0), safe_s, 4.0)
+
+
+HALF, TWENTIETH = Objective(ttft_s=0.5), Objective(tpot_s=0.05)
 CASES = {
-    "nothing known, nothing asked": (EMPTY, 100, None, None, Verdict.ADMIT),
-    "no SLO": (SOME, 100, None, 1e9, Verdict.ADMIT),
-    "no prediction": (SOME, 100, 0.001, None, Verdict.ADMIT),
-    "in time": (SOME, 100, 0.5, 0.4, Verdict.ADMIT),
-    "just in time": (SOME, 100, 0.5, 0.5, Verdict.ADMIT),
-    "within the error of a prediction": (SOME, 100, 0.5, 0.5 / SURE, Verdict.ADMIT),
-    "a prediction that is none": (SOME, 100, 0.5, math.nan, Verdict.ADMIT),
-    "the last of the tokens": (SOME, 400, None, None, Verdict.ADMIT),
-    "too long for the buffer, but alone": (EMPTY, 5000, None, None, Verdict.ADMIT),
-    "the last place": (Buffered(9, 0), 1, None, None, Verdict.ADMIT),
+    "nothing known, nothing asked": (EMPTY, 100, NO_OBJECTIVE, None),
+    "no SLO": (SOME, 100, NO_OBJECTIVE, Forecast(Wait(1e9, 0.0), 1e9, Wait(1e9, 0.0), 1e9)),
+    "nothing forecast": (SOME, 100, Objective(0.001, 0.001), None),
+    "in time": (SOME, 100, HALF, first_in(0.3, 0.4)),
+    "just in time": (SOME, 100, HALF, first_in(0.3, 0.5)),
+    "late most likely, but not surely": (SOME, 100, HALF, first_in(0.55, 0.5)),
+    "of tokens nothing is known": (SOME, 100, TWENTIETH, first_in(0.1, 0.1)),
+    "a step in time": (SOME, 100, TWENTIETH, token_in(0.04, 0.05)),
+    "a number that is none": (SOME, 100, Objective(0.5, 0.5), token_in(math.nan, math.nan)),
+    "the last of the tokens": (SOME, 400, NO_OBJECTIVE, None),
+    "too long for the buffer, but alone": (EMPTY, 5000, NO_OBJECTIVE, None),
+    "the last place": (Buffered(9, 0), 1, NO_OBJECTIVE, None),
 }
 
 
 @pytest.mark.parametrize("options", [REJECT, QUEUE], ids=lambda options: str(options.on_overload))
 @pytest.mark.parametrize("name", CASES)
 def test_what_may_come_in(name: str, options: FlowOptions) -> None:
-    buffered, num_tokens, slo_s, predicted_s, verdict = CASES[name]
-    assert judge(options, buffered, num_tokens, slo_s, predicted_s) == Judgement(verdict)
+    assert judge(options, *CASES[name]) == Judgement(Verdict.ADMIT)
 
 
 FULL = {
@@ -52,7 +68,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("options", [REJECT, QUEUE], ids=lambda options: str(options.on_overload))
-@pytest.mark.parametrize("slo_s", [None, 0.1, 1e9])
+@pytest.mark.parametrize("slo", [NO_OBJECTIVE, Objective(0.1), Objective(1e9, 1e9)])
 @pytest.mark.parametrize(
     ("predicted_s", "retry_after_s"),
     [(None, RETRY_S), (7.0, 7.0), (0.0, LEAST_RETRY_S), (math.inf, RETRY_S)],
@@ -62,46 +78,64 @@ def test_memory_has_bounds_for_everybody(
     name: str,
     predicted_s: float | None,
     retry_after_s: float,
-    slo_s: float | None,
+    slo: Objective,
     options: FlowOptions,
 ) -> None:
     buffered, num_tokens, words = FULL[name]
-    judged = judge(options, buffered, num_tokens, slo_s, predicted_s)
+    forecast = None if predicted_s is None else first_in(predicted_s, predicted_s)
+    judged = judge(options, buffered, num_tokens, slo, forecast)
     assert judged.verdict is Verdict.REJECT and judged.retry_after_s == retry_after_s
     assert words in judged.reason and f"try again in {retry_after_s:.1f} s" in judged.reason
 
 
 @pytest.mark.parametrize(
-    ("predicted_s", "retry_after_s"),
-    [(2.0, 1.5), (0.58, LEAST_RETRY_S), (math.inf, RETRY_S)],
+    ("slo", "forecast", "retry_after_s", "words"),
+    [
+        (HALF, first_in(1.0, 2.0), 1.5, "the first token may take 2 s, the SLO is 0.5 s"),
+        (HALF, first_in(0.4, 0.58), LEAST_RETRY_S, "may take 0.58 s, the SLO is 0.5 s"),
+        (HALF, first_in(1.0, math.inf), RETRY_S, "may take inf s, the SLO is 0.5 s"),
+        (TWENTIETH, token_in(0.04, 0.1), 2.0, "a token may take 0.1 s, the SLO is 0.05 s"),
+        (TWENTIETH, token_in(0.04, 0.0501), LEAST_RETRY_S, "the SLO is 0.05 s"),
+    ],
 )
 @pytest.mark.parametrize("buffered", [EMPTY, SOME])
 def test_an_slo_that_would_be_missed(
-    buffered: Buffered, predicted_s: float, retry_after_s: float
+    buffered: Buffered, slo: Objective, forecast: Forecast, retry_after_s: float, words: str
 ) -> None:
-    refused = judge(REJECT, buffered, 100, 0.5, predicted_s)
+    refused = judge(REJECT, buffered, 100, slo, forecast)
     assert refused.verdict is Verdict.REJECT
     assert refused.retry_after_s == pytest.approx(retry_after_s)
-    assert "the SLO is 0.5 s: try again in" in refused.reason
-    queued = judge(QUEUE, buffered, 100, 0.5, predicted_s)
+    assert words in refused.reason and f"try again in {retry_after_s:.1f} s" in refused.reason
+    queued = judge(QUEUE, buffered, 100, slo, forecast)
     assert queued.verdict is Verdict.BEST_EFFORT and queued.retry_after_s == 0.0
+
+
+LIMITS = st.none() | st.floats(1e-6, 1e6)
 
 
 @given(
     st.sampled_from((REJECT, QUEUE)),
     st.builds(Buffered, st.integers(0, 20), st.integers(0, 2000)),
     st.integers(1, 5000),
-    st.none() | st.floats(1e-6, 1e6),
-    st.none() | st.floats(),
+    st.builds(Objective, LIMITS, LIMITS),
+    st.none()
+    | st.builds(
+        Forecast,
+        st.builds(Wait, st.floats(), st.floats()),
+        st.floats(),
+        st.none() | st.builds(Wait, st.floats(), st.floats()),
+        st.none() | st.floats(),
+        st.floats(),
+    ),
 )
 def test_what_holds_for_every_judgement(
     options: FlowOptions,
     buffered: Buffered,
     num_tokens: int,
-    slo_s: float | None,
-    predicted_s: float | None,
+    slo: Objective,
+    forecast: Forecast | None,
 ) -> None:
-    judged = judge(options, buffered, num_tokens, slo_s, predicted_s)
+    judged = judge(options, buffered, num_tokens, slo, forecast)
     alone = not buffered.num_requests
     if judged.verdict is not Verdict.REJECT:
         assert buffered.num_requests < options.max_num_queued_reqs
@@ -109,7 +143,7 @@ def test_what_holds_for_every_judgement(
         assert judged.retry_after_s == 0.0
     else:
         assert LEAST_RETRY_S <= judged.retry_after_s < math.inf and judged.reason
-    if alone and (slo_s is None or predicted_s is None):
+    if alone and (slo == NO_OBJECTIVE or forecast is None):
         assert judged.verdict is Verdict.ADMIT
 
 

@@ -272,3 +272,11 @@ async def test_probes_and_version(server: FakeServer, http: Path) -> None:
     async with http_client(http) as client:
         for path in ("/live", "/ready", "/health", "/version"):
             assert (await client.get(path)).status_code == 200
+        server.health = {"state": "stopping", "ready": False, "reasons": ["it was told to"]}
+        for path in ("/ready", "/health"):
+            response = await client.get(path)
+            assert response.status_code == 503
+            error = response.json()["error"]
+            assert error["code"] == "not_ready"
+            assert error["message"] == "the server is stopping: it was told to"
+        assert (await client.get("/live")).status_code == 200

@@ -15,7 +15,8 @@ LONGER: dict[str, str] = {}  # path: why it is one file
 
 BASE = {
     *("errors", "types", "layout", "config", "metrics", "log"),
-    *("gguf", "checkpoint", "cuda_build", "gpus", "nvml", "socket_path"),
+    *("gguf", "checkpoint", "model_files", "weight_files", "cuda_build", "gpus", "nvml"),
+    "socket_path",
 }
 MAY_IMPORT = {
     **{name: BASE for name in BASE},

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from nodeserve.errors import Overloaded
-from nodeserve.policy.flow import FlowOptions, Judgement, Verdict
-from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
+from nodeserve.policy.flow import NO_OBJECTIVE, FlowOptions, Judgement, Verdict
+from nodeserve.policy.foresight import Forecast
+from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS, Wait
 from nodeserve.types import Role
 from nodeserve.wire.messages import Submit, pack_ids
 from tests.fakes.node import FakeNode, expected_stream, policies
@@ -47,20 +48,19 @@ async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch)
         return Judgement(Verdict.ADMIT)
 
     monkeypatch.setattr("nodeserve.coordinator.dispatch.judge", judge)
-    monkeypatch.setattr(
-        node.coordinator.dispatch.dispatcher, "predict_wait_s", lambda waiting, now_s: 0.75
-    )
+    forecast = Forecast(Wait(0.5, 0.25), 1.0)
+    monkeypatch.setattr(node.coordinator.dispatch.foresight, "forecast", lambda *about: forecast)
     node.submit(stream, 1, [1] * 9, 1)
-    assert facts.pop(0)[1:] == ((0, 0), 9, None, None), "nothing depends on a prediction"
+    assert facts.pop(0)[1:] == ((0, 0), 9, NO_OBJECTIVE, None), "nothing depends on a forecast"
     node.coordinator.dispatch.policies.slo.update(ttft_ms=500.0)  # type: ignore[attr-defined]
     node.coordinator.submit(stream, Submit(4, pack_ids([1]), {}, {}, 0))
     node.coordinator.submit(stream, Submit(2, pack_ids([1]), {}, {"ttft_ms": 2000}, 0))
     node.coordinator.submit(stream, Submit(3, pack_ids([1]), {}, {"tpot_ms": 20}, 0))
     assert all(options == FlowOptions(7, 1 << 22, "queue") for options, *_ in facts)
     assert [tuple(rest) for _, *rest in facts] == [
-        ((1, 9), 1, 0.5, 0.75),
-        ((2, 10), 1, 2.0, 0.75),
-        ((3, 11), 1, 0.5, 0.75),
+        ((1, 9), 1, (0.5, None), forecast),
+        ((2, 10), 1, (2.0, None), forecast),
+        ((3, 11), 1, (0.5, 0.02), forecast),
     ]
 
 
@@ -70,7 +70,8 @@ async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("allocation", DECODE_ALLOCATIONS)
 @pytest.mark.parametrize("admission", ADMISSIONS)
 async def test_random_lives_under_every_policy(admission: str, allocation: str) -> None:
-    """Losses, cancels, refusals and preemptions: each request ends once and misses no token."""
+    """Losses, returns, cancels, refusals and preemptions: each request ends once and misses no
+    token."""
     rng = random.Random(f"{admission} {allocation}")
     chosen = policies(max_num_seqs=5, admission=admission, decode_allocation=allocation)
     roles, instances = [P, P, P, D, D, D, M], [0, 0, 1, 2, 3, 3, 4]
@@ -87,6 +88,8 @@ async def test_random_lives_under_every_policy(admission: str, allocation: str) 
             node.act(rng)
         if rng.random() < 0.15 and stream.requests:
             node.coordinator.abort(rng.choice(list(stream.requests.values())))
+        if request_id in (30, 50):
+            node.restart({30: 0, 50: 3}[request_id])
         if request_id in (20, 40):
             instance = {20: 0, 40: 3}[request_id]
             for worker in node.workers:
