@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import cast
 
 from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
-from nodeserve.coordinator.streams import Stream
+from nodeserve.coordinator.intake import Intake
+from nodeserve.coordinator.streams import Backlog, Stream
 from nodeserve.errors import ConfigError, NodeServeError, Overloaded
 from nodeserve.log import logger
 from nodeserve.policy.metering import Meter, Quota
@@ -34,7 +36,7 @@ from nodeserve.wire.messages import (
 )
 
 BACKLOG_CONNECTIONS = 1024
-WRITE_HIGH_WATER_BYTES = 1 << 20
+WRITE_HIGH_WATER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class ConnectionLimits:
     max_connections: int
     quota: Quota
     access: Access
+    backlog: Backlog
 
 
 @contextlib.contextmanager
@@ -128,13 +131,17 @@ class Connection(asyncio.Protocol):
         stats: Callable[[], Stats],
         stop: Callable[[bool], None],
         limits: ConnectionLimits,
+        intake: Intake,
     ) -> None:
         self._coordinator = coordinator
         self._welcome = welcome
         self._stats = stats
         self._stop = stop
         self._limits = limits
+        self._intake = intake
         self._reader = FrameReader(limits.max_frame_bytes)
+        self._payloads: deque[bytes] = deque()  # not taken yet
+        self._reading = True
         self._stream: Stream | None = None
 
     @property
@@ -143,13 +150,12 @@ class Connection(asyncio.Protocol):
         return self._stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(
-            asyncio.WriteTransport, transport
-        )  # uvloop's own class is none of asyncio's
+        transport = cast(asyncio.Transport, transport)  # uvloop's own class is none of asyncio's
+        self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         limits, coordinator = self._limits, self._coordinator
         meter = Meter(limits.quota)
-        self._stream = Stream(transport, limits.max_backlog_bytes, meter)
+        self._stream = Stream(transport, limits.max_backlog_bytes, meter, limits.backlog)
         try:
             self._check(transport)
         except NodeServeError as error:
@@ -159,7 +165,7 @@ class Connection(asyncio.Protocol):
         coordinator.streams.add(self._stream)
         self._stream.send(self._welcome)
 
-    def _check(self, transport: asyncio.WriteTransport) -> None:
+    def _check(self, transport: asyncio.Transport) -> None:
         peer = peer_of(transport.get_extra_info("socket"))
         self._limits.access.check(peer)
         if len(self._coordinator.streams) >= self._limits.max_connections:
@@ -171,13 +177,35 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.stream.closed:
             return
+        waits = bool(self._payloads)
         try:
-            for payload in self._reader.feed(data):
-                if self.stream.closed:  # one of its own messages ended it
-                    return
-                self._on_message(TO_SERVER.decode(payload))
+            self._payloads.extend(self._reader.feed(data))
         except NodeServeError as error:
             self._coordinator.drop_stream(self.stream, error)
+        if self._payloads and not waits:
+            self._intake.offer(self)
+
+    def take(self, most: int) -> int:
+        """Handle up to so many messages."""
+        num_taken = 0
+        while num_taken < most and self._payloads and not self.stream.closed:
+            num_taken += 1
+            try:
+                self._on_message(TO_SERVER.decode(self._payloads.popleft()))
+            except NodeServeError as error:
+                self._coordinator.drop_stream(self.stream, error)
+        return num_taken
+
+    def drained(self) -> bool:
+        """No message waits: then the socket is read, and else not."""
+        if self.stream.closed:
+            self._payloads.clear()
+        if self._payloads and self._reading:
+            self._transport.pause_reading()
+        elif not self._payloads and not self._reading and not self.stream.closed:
+            self._transport.resume_reading()
+        self._reading = not self._payloads
+        return self._reading
 
     def _on_message(self, message: ToServer) -> None:
         match message:
@@ -194,6 +222,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._coordinator.streams.discard(self.stream)
         self._coordinator.drop_stream(self.stream)
+        self.stream.lost()
 
     def pause_writing(self) -> None:
         self.stream.pause()

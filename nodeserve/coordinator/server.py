@@ -24,6 +24,7 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.access import access_of
 from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.intake import Intake
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
     BACKLOG_CONNECTIONS,
@@ -33,6 +34,7 @@ from nodeserve.coordinator.listener import (
 )
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import how_they_run, node_stats
+from nodeserve.coordinator.streams import Backlog
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor, lost
 from nodeserve.coordinator.turns import Turns
 from nodeserve.errors import (
@@ -64,7 +66,8 @@ from nodeserve.wire.messages import (
 START_TIMEOUT_S = 900.0  # a large model from a slow disk; people watch the bars meanwhile
 DRAIN_TIMEOUT_S = 600.0
 MIN_FRAME_LIMIT_BYTES = 4 << 20
-MAX_BACKLOG_BYTES = 8 << 20
+MAX_BACKLOG_BYTES = 8 << 20  # of one connection
+MAX_BACKLOGS_BYTES = 128 << 20  # of all
 
 OnEvent = Callable[[StartEvent], None]
 
@@ -99,6 +102,7 @@ class Server:
         self.plan = plan
         self.checkpoint = checkpoint
         self.access = access_of(plan.config)
+        self.backlog = Backlog(MAX_BACKLOGS_BYTES)
         self.started_s = time.monotonic()
         self._on_event = on_event
         self._command = command
@@ -110,6 +114,7 @@ class Server:
         """The whole life. Typed errors of the start-up leave as exceptions."""
         sweep_stale()
         self.loop = asyncio.get_running_loop()
+        self.intake = Intake(self.loop.call_soon)
         self.stopping: asyncio.Future[bool] = self.loop.create_future()  # True: drain first
         self.wound_down = asyncio.Event()  # a drain need not wait any longer
         self.attached = asyncio.Event()  # every puller has mapped every pool it may read
@@ -282,6 +287,7 @@ class Server:
             self.stats,
             lambda drain: self.stop(drain=drain),
             self.connection_limits,
+            self.intake,
         )
 
     @property
@@ -293,6 +299,7 @@ class Server:
             config.max_connections,
             Quota(config.max_connection_reqs, config.max_connection_rate),
             self.access,
+            self.backlog,
         )
 
     @property
