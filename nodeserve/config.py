@@ -53,6 +53,14 @@ class ModelConfig:
         """Tokens that a query of this layer sees, itself included; None: all."""
         return self.sliding_window if layer >= self.first_window_layer else None
 
+    @property
+    def num_weights(self) -> int:
+        """Numbers in all its matrices; the rest does not count beside them."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return embeddings + self.num_layers * layer
+
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token takes over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * dtype_bytes
@@ -74,6 +82,11 @@ class EngineConfig:
     max_connections: int = 1024
     max_connection_reqs: int = 4096  # open at once on one connection
     max_connection_rate: float | None = None  # requests a second on one connection; None: any
+    startup_timeout: float | None = None  # seconds until all workers are ready; None: by the model
+    drain_timeout: float = 30.0  # seconds that running requests get when the server is to stop
+    http: str | None = None  # where gateways listen, HOST:PORT or unix:PATH; None: there are none
+    http_workers: int = 1
+    api_key_file: str | None = None  # of the gateways
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory
@@ -87,6 +100,9 @@ class EngineConfig:
     window: str = "auto"  # interval between departures: auto, off, or milliseconds
     window_k: float = 1.0  # an automatic interval is this times (pass + dead time) / instances
     decode_allocation: str = "cost"  # one of policy.units.DECODE_ALLOCATIONS
+    step_timeout: float | None = None  # seconds that make a worker hung; None: from its steps
+    max_restarts: int = 5  # of an instance within ten minutes; one more death takes it out
+    restart_delay: float = 0.5  # seconds before the first restart; each further one doubles it
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     served_model_name: str | None = None
     load_format: str = (
@@ -131,6 +147,7 @@ class WorkerSpec:
     num_threads: int
     parent_pid: int  # the coordinator's; the worker dies with it
     door_s: float  # how long a pass may be held for a Departure at most; 0: never
+    idle_wait_s: float  # an idle worker gives a sign of life so often
     pages_fd: int  # inherited descriptor of this worker's page pool, size 0 until it is made
     channel: dict[str, int | str]  # the rings and doorbells: what wire.channel's WorkerEnd takes
     load_format: str  # "auto" or "dummy"

@@ -11,6 +11,11 @@ class NodeServeError(Exception):
     code = "internal"
     http_status = 500
 
+    def __init__(self, message: str = "", retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: when it may be worth another try, if the server said so."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class ConfigError(NodeServeError):
     """A setting, a layout or a flag cannot be used as given."""
@@ -51,12 +56,7 @@ class FrameTooLarge(ProtocolError):
 class Overloaded(NodeServeError):
     """The server cannot take the request now: its queue is full, or the SLO would be missed."""
 
-    code, http_status = "overloaded", 503
-
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        """`retry_after_s`: when it may be worth another try, if the server said so."""
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    code, http_status = "overloaded", 429
 
 
 class Forbidden(NodeServeError):

@@ -2,7 +2,9 @@
 
 The file is mapped, not read. String arrays (vocabularies of 100,000 tokens) are stepped over and
 decoded when somebody asks. Nothing in a file is believed: every count and length is checked
-against the bytes that are there, so a truncated or hostile file is a ModelError.
+against the bytes that are there and against what any model has, so a truncated or hostile file is a
+ModelError, soon, however large it is. Tensors lie within the file, where the alignment allows, and
+none over another.
 
 Tensor bytes are mapped private and writable although nobody writes: torch warns about read-only
 memory, and MAP_NORESERVE keeps the kernel from counting the file as memory that we may need.
@@ -12,15 +14,25 @@ import mmap
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 from nodeserve.errors import ModelError
+from nodeserve.model_files import open_regular
+from nodeserve.types import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
+_MAX_TENSORS = 1 << 16
+_MAX_VALUES = 1 << 16
+_MAX_ENTRIES = 1 << 23  # of all arrays together; a vocabulary and its merges are some 800,000
+_MAX_KEY_BYTES = (1 << 16) - 1  # as the format has it
+_MAX_NAME_BYTES = 256  # of tensors; ggml itself takes 64
+_MAX_TEXT_BYTES = 64 << 20  # some files hold a whole tokenizer.json
+_MAX_ALIGNMENT = 1 << 20
+_MAX_FLOATS = 1 << 16  # of a tensor that is read here
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 
 _UINT32, _STRING, _ARRAY = 4, 8, 9
@@ -133,6 +145,7 @@ class _Cursor:
         self.data = data
         self.position = 0
         self.size = len(data)
+        self.entries_left = _MAX_ENTRIES
 
     def skip(self, num_bytes: int) -> int:
         """Move past `num_bytes` that must be there; the position before."""
@@ -150,16 +163,20 @@ class _Cursor:
         value: int = _u64(self.data, self.skip(8))[0]
         return value
 
-    def count(self, min_bytes: int) -> int:
+    def count(self, min_bytes: int, most: int) -> int:
         """A count of things that take at least `min_bytes` each."""
         count = self.u64()
         if count * min_bytes > self.size - self.position:
             raise ModelError(f"{count} entries announced at byte {self.position}, file too short")
+        if count > most:
+            raise ModelError(f"{count} entries announced at byte {self.position}, at most {most}")
         return count
 
-    def string(self) -> str:
+    def string(self, most: int = _MAX_TEXT_BYTES) -> str:
         num_bytes = self.u64()
         start = self.skip(num_bytes)
+        if num_bytes > most:
+            raise ModelError(f"a text of {num_bytes} bytes at byte {start}, at most {most}")
         return self.data[start : start + num_bytes].decode("utf-8", "replace")
 
     def value(self) -> Value:
@@ -187,13 +204,18 @@ class _Cursor:
             raise ModelError(f"an array of arrays at byte {self.position - 4} is not supported")
         code = self._scalar(kind)[1:].replace("?", "B")
         values = array(code)
-        count = self.count(values.itemsize)
+        count = self._entries(values.itemsize)
         start = self.skip(count * values.itemsize)
         values.frombytes(self.data[start : self.position])
         return values
 
+    def _entries(self, min_bytes: int) -> int:
+        count = self.count(min_bytes, self.entries_left)
+        self.entries_left -= count
+        return count
+
     def _string_array(self) -> StringArray:
-        count = self.count(8)
+        count = self._entries(8)
         data, start = self.data, self.position
         position = start
         try:
@@ -218,23 +240,22 @@ class GgufFile:
 
     def _parse(self, cursor: _Cursor) -> None:
         self.version = _check_head(cursor)
-        num_tensors = cursor.count(1)
-        num_values = cursor.count(1)
+        num_tensors = cursor.count(1, _MAX_TENSORS)
+        num_values = cursor.count(1, _MAX_VALUES)
         self.metadata: dict[str, Value] = {}
         for _ in range(num_values):
-            key = cursor.string()
+            key = cursor.string(_MAX_KEY_BYTES)
             if key in self.metadata:
-                raise ModelError(f"metadata key {key!r} appears twice")
+                raise ModelError(f"metadata key {shown(key)} appears twice")
             self.metadata[key] = cursor.value()
         _refuse_split(self.metadata)
         rows = [_tensor_row(cursor) for _ in range(num_tensors)]
-        start = _align(cursor.position, self.metadata.get("general.alignment", 32))
-        self.tensors = {row.name: row for row in (_placed(row, start) for row in rows)}
+        alignment = _alignment(self.metadata.get("general.alignment", 32))
+        start = (cursor.position + alignment - 1) // alignment * alignment
+        self.tensors = {row.name: _placed(row, start, alignment) for row in rows}
         if len(self.tensors) != num_tensors:
             raise ModelError("two tensors have the same name")
-        for tensor in self.tensors.values():
-            if tensor.offset + tensor.num_bytes > cursor.size:
-                raise ModelError(f"the file ends before tensor {tensor.name!r} does: truncated?")
+        _check_places(sorted(self.tensors.values(), key=lambda one: one.offset), cursor.size)
 
     def read_floats(self, name: str) -> tuple[float, ...]:
         """The values of a small F32 tensor, without torch."""
@@ -242,16 +263,18 @@ class GgufFile:
         if tensor.type.name != "F32":
             raise ModelError(f"{self.path}: {name} is {tensor.type.name}, expected F32")
         count = prod(tensor.shape)
+        if count > _MAX_FLOATS:
+            raise ModelError(f"{self.path}: {name} has {count} values, at most {_MAX_FLOATS}")
         return struct.unpack_from(f"<{count}f", self.data, tensor.offset)
 
 
 def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise ModelError(f"cannot read {path}: {error}") from None
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise ModelError(f"cannot read {path}: {error}") from None
 
 
 def _check_head(cursor: _Cursor) -> int:
@@ -277,11 +300,13 @@ def _refuse_split(metadata: dict[str, Value]) -> None:
 
 def _tensor_row(cursor: _Cursor) -> TensorInfo:
     """One entry of the table; its offset still counts from the start of the tensor data."""
-    name = cursor.string()
+    name = cursor.string(_MAX_NAME_BYTES)
     num_dims = cursor.u32()
     if not 1 <= num_dims <= _MAX_DIMS:
         raise ModelError(f"tensor {name!r} has {num_dims} dimensions")
     shape = tuple(reversed([cursor.u64() for _ in range(num_dims)]))
+    if 0 in shape:
+        raise ModelError(f"tensor {name!r} of shape {shape} has no values")
     type_id = cursor.u32()
     offset = cursor.u64()
     if type_id not in TENSOR_TYPES:
@@ -292,11 +317,30 @@ def _tensor_row(cursor: _Cursor) -> TensorInfo:
     return TensorInfo(name, shape, kind, offset, prod(shape) // kind.block_size * kind.block_bytes)
 
 
-def _align(position: int, alignment: Value) -> int:
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise ModelError(f"general.alignment is {alignment!r}, must be a power of two")
-    return (position + alignment - 1) // alignment * alignment
+def _alignment(value: Value) -> int:
+    good = type(value) is int and 8 <= value <= _MAX_ALIGNMENT and not value & (value - 1)
+    if not good or not isinstance(value, int):
+        raise ModelError(
+            f"general.alignment is {shown(value)}, must be a power of two from 8 to"
+            f" {_MAX_ALIGNMENT}"
+        )
+    return value
 
 
-def _placed(row: TensorInfo, start: int) -> TensorInfo:
-    return TensorInfo(row.name, row.shape, row.type, start + row.offset, row.num_bytes)
+def _placed(row: TensorInfo, start: int, alignment: int) -> TensorInfo:
+    if row.offset % alignment:
+        raise ModelError(
+            f"tensor {row.name!r} begins at {row.offset}, no multiple of the alignment {alignment}"
+        )
+    return replace(row, offset=start + row.offset)
+
+
+def _check_places(tensors: list[TensorInfo], num_bytes: int) -> None:
+    """Of tensors in the order of their places: within the file, none over another."""
+    end, before = 0, ""
+    for tensor in tensors:
+        if tensor.offset < end:
+            raise ModelError(f"tensors {before!r} and {tensor.name!r} overlap")
+        end, before = tensor.offset + tensor.num_bytes, tensor.name
+        if end > num_bytes:
+            raise ModelError(f"the file ends before tensor {tensor.name!r} does: truncated?")

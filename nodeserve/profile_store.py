@@ -17,6 +17,7 @@ from nodeserve.errors import ConfigError
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.policy.profiles import FAMILIES, PROFILES, find_profile
+from nodeserve.types import brief, shown
 
 FORMAT = 1
 MAX_NAME = 100
@@ -76,10 +77,10 @@ def read(path: Path) -> Profile:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"profile {path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
-            f"profile {path} is not one that `nodeserve profile` wrote: {error}"
-        ) from (None)
+            f"profile {path} is not one that `nodeserve profile` wrote: {brief(error)}"
+        ) from None
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -149,6 +150,8 @@ def from_json(values: Mapping[str, Any]) -> Profile:
 
 
 def _cost(values: Mapping[str, Any]) -> StepCost:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a cost is {shown(values)}")
     parts = {name: values[name] for name in _PARTS if values.get(name) is not None}
     cost = StepCost(**{**values, **dict.fromkeys(_PARTS)})
     for one in fields(cost):

@@ -10,6 +10,7 @@ from nodeserve.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_LISTED = 1024  # entries of logit_bias and of stop_token_ids
+MAX_PROBLEM_CHARACTERS = 300
 LEAST_TEMPERATURE = 1e-5  # below it the most likely token is taken, as vLLM does
 
 
@@ -82,6 +83,12 @@ SAMPLING_FIELDS = frozenset(f.name for f in fields(Sampling))
 def shown(value: object) -> str:
     """A client's value for an error message: short, whatever its size and depth."""
     return reprlib.repr(value)
+
+
+def brief(problem: object) -> str:
+    """What a library says is wrong with a file, which may be all of the file."""
+    text = str(problem)
+    return text if len(text) <= MAX_PROBLEM_CHARACTERS else f"{text[:MAX_PROBLEM_CHARACTERS]}..."
 
 
 def _is_int(value: object) -> bool:

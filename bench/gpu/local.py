@@ -34,6 +34,7 @@ class LocalLink:
 
     def __init__(self) -> None:
         self.said: deque[FromWorker] = deque()
+        self.num_sent = 0
         self._messages: deque[ToWorker] = deque()
         self._rung = threading.Event()
 
@@ -55,6 +56,7 @@ class LocalLink:
 
     def put(self, message: FromWorker) -> None:
         self.said.append(message)
+        self.num_sent += 1
 
     def beat(self) -> None:
         pass

@@ -8,7 +8,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.peers.contenders import MAX_MODEL_LEN, Contender
@@ -81,41 +81,60 @@ async def measure_life(
 ) -> None:
     until_s = time.perf_counter() + protocol.life_s
     async with Fleet(server.options) as fleet:
-        requests = Requests(protocol.source, min(MAX_MODEL_LEN, limit_of(fleet)))
+        await measure_closed(life, server, Asked(fleet, protocol), say)
+    # Ours hears of the limits with each request; the peers' protocol has no word for them.
+    slo_ms = parse_limits(protocol.limits).of_request()
+    async with Fleet(replace(server.options, slo_ms=slo_ms)) as fleet:
+        await measure_open(life, Asked(fleet, protocol), say, until_s)
 
-        def bench(concurrency: int | None) -> Bench:
-            return Bench(fleet, requests, options_of(protocol, concurrency))
 
-        first = check(await bench(ALONE).run(None, 1))
-        life.start_s = server.ready_s + first.samples[0].ended_s
-        life.memory_mib = server.memory_mib()
-        say(f"answers after {life.start_s:.1f} s, {life.memory_mib:.0f} MiB")
-        life.alone = check(await bench(ALONE).run(None, protocol.num_alone))
-        num = num_together(life.alone, protocol)
-        life.together = check(await bench(TOGETHER).run(None, num))
-        speed = tokens_per_s(life.together.samples)
-        say(f"{tokens_per_s(life.alone.samples):.0f}, {speed:.0f} tokens/s with 1, 16 clients")
+class Asked:
+    """A server's clients, and what they ask for."""
 
-        async def probe(rate: float) -> Tally:
-            num = math.ceil(rate * (protocol.rung_s + protocol.settle_s))
-            result = await bench(None).run(rate, max(num, 8))
-            life.rungs[rate] = result
-            tally, valid = result.report.tally, result.report.punctuality.valid
-            note = "" if valid else f"; {', '.join(result.report.punctuality.reasons)}"
-            say(f"{rate:g}/s: {tally.num_good} of {tally.num_offered} good{note}")
-            return tally
+    def __init__(self, fleet: Fleet, protocol: Protocol) -> None:
+        self.protocol = protocol
+        self._fleet = fleet
+        self._requests = Requests(protocol.source, min(MAX_MODEL_LEN, limit_of(fleet)))
 
-        await probe(protocol.common_rate)
-        done = {rate: one.report.tally for rate, one in life.rungs.items()}
-        capacity = life.together.report.requests_per_s
-        if not await climb(
-            probe,
-            protocol.ladder,
-            START_SHARE * capacity,
-            done,
-            lambda: time.perf_counter() < until_s,
-        ):
-            life.failure = CUT_SHORT
+    def bench(self, concurrency: int | None = None) -> Bench:
+        """Runs with so many clients, or with an open loop."""
+        return Bench(self._fleet, self._requests, options_of(self.protocol, concurrency))
+
+
+async def measure_closed(
+    life: Life, server: Running, asked: Asked, say: Callable[[str], None]
+) -> None:
+    first = check(await asked.bench(ALONE).run(None, 1))
+    life.start_s = server.ready_s + first.samples[0].ended_s
+    life.memory_mib = server.memory_mib()
+    say(f"answers after {life.start_s:.1f} s, {life.memory_mib:.0f} MiB")
+    life.alone = check(await asked.bench(ALONE).run(None, asked.protocol.num_alone))
+    num = num_together(life.alone, asked.protocol)
+    life.together = check(await asked.bench(TOGETHER).run(None, num))
+    speed = tokens_per_s(life.together.samples)
+    say(f"{tokens_per_s(life.alone.samples):.0f}, {speed:.0f} tokens/s with 1, 16 clients")
+
+
+async def measure_open(
+    life: Life, asked: Asked, say: Callable[[str], None], until_s: float
+) -> None:
+    protocol = asked.protocol
+
+    async def probe(rate: float) -> Tally:
+        num = math.ceil(rate * (protocol.rung_s + protocol.settle_s))
+        result = await asked.bench().run(rate, max(num, 8))
+        life.rungs[rate] = result
+        tally, valid = result.report.tally, result.report.punctuality.valid
+        note = "" if valid else f"; {', '.join(result.report.punctuality.reasons)}"
+        say(f"{rate:g}/s: {tally.num_good} of {tally.num_offered} good{note}")
+        return tally
+
+    await probe(protocol.common_rate)
+    assert life.together is not None
+    done = {rate: one.report.tally for rate, one in life.rungs.items()}
+    start = START_SHARE * life.together.report.requests_per_s
+    if not await climb(probe, protocol.ladder, start, done, lambda: time.perf_counter() < until_s):
+        life.failure = CUT_SHORT
 
 
 async def climb(

@@ -36,6 +36,14 @@ Epilogue epilogue_named(const std::string& name) {
     throw std::invalid_argument("epilogue must be store, store_f32, add_f32 or silu_mul, got '" + name + "'");
 }
 
+Storage storage_named(const std::string& name) {
+    if (name == "none") return Storage::NONE;
+    if (name == "q4") return Storage::Q4;
+    if (name == "q4_f32") return Storage::Q4_F32;
+    if (name == "q8") return Storage::Q8;
+    throw std::invalid_argument("storage must be none, q4, q4_f32 or q8, got '" + name + "'");
+}
+
 py::buffer_info bytes_of(const py::buffer& buffer, const char* name, bool writable) {
     py::buffer_info info;
     try {
@@ -124,6 +132,12 @@ void bind_engine(py::module_& module) {
         .def(py::init<int, std::vector<int>, const std::string&>(), py::arg("num_threads") = 1,
              py::arg("cpus") = std::vector<int>{}, py::arg("isa") = "")
         .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels.name; })
+        .def(
+            "quantised_rows",
+            [](const Engine& engine, const std::string& dtype) {
+                return engine.kernels.quantised_rows(dtype_named(dtype));
+            },
+            py::arg("dtype"))
         .def_property_readonly("num_threads", [](const Engine& engine) { return engine.team.size(); })
         .def_property_readonly("busy_seconds", [](const Engine& engine) { return 1e-9 * static_cast<double>(engine.busy_ns); });
     module.def("cpu_isa", [] { return available_kernels().front()->name; });
@@ -140,6 +154,13 @@ void bind_engine(py::module_& module) {
         },
         py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
     module.def(
+        "cpu_quantised_bytes",
+        [](const std::string& storage, int64_t n, int64_t k, const std::string& epilogue) {
+            require(n >= 1 && k >= 1, "n and k must be at least 1");
+            return quantised_bytes(storage_named(storage), n, k, epilogue_named(epilogue));
+        },
+        py::arg("storage"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
+    module.def(
         "cpu_pack",
         [](Engine& engine, const std::string& dtype, Address weight, Address out, int64_t n, int64_t k,
            const std::string& epilogue) {
@@ -150,6 +171,18 @@ void bind_engine(py::module_& module) {
         },
         py::arg("engine"), py::arg("dtype"), py::arg("weight"), py::arg("out"), py::arg("n"), py::arg("k"),
         py::arg("epilogue"));
+    module.def(
+        "cpu_pack_quantised",
+        [](Engine& engine, const std::string& dtype, const std::string& storage, Address q, Address scale,
+           Address low, Address out, int64_t n, int64_t k, const std::string& epilogue) {
+            const PackQuantisedParams params{
+                at<const uint8_t>(q), at<const float>(scale), at<const float>(low),     at<char>(out), n, k,
+                dtype_named(dtype),   epilogue_named(epilogue), storage_named(storage)};
+            const py::gil_scoped_release no_gil;
+            pack_quantised(engine, params);
+        },
+        py::arg("engine"), py::arg("dtype"), py::arg("storage"), py::arg("q"), py::arg("scale"), py::arg("low"),
+        py::arg("out"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
     module.def(
         "cpu_read",
         [](Engine& engine, Address address, int64_t num_bytes) {
@@ -167,13 +200,14 @@ void bind_engine(py::module_& module) {
 void bind_layers(py::module_& module) {
     py::class_<Linear>(module, "CpuLinear")
         .def(py::init([](EnginePtr engine, const std::string& dtype, Address weight, Address bias, int64_t n,
-                         int64_t k, const std::string& epilogue) {
+                         int64_t k, const std::string& epilogue, const std::string& storage, Address quantised,
+                         float zero) {
                  return Linear(std::move(engine), dtype_named(dtype),
                                {at<const void>(weight), at<const float>(bias), nullptr, nullptr, 0, n, k,
-                                epilogue_named(epilogue)});
+                                epilogue_named(epilogue), {at<const char>(quantised), storage_named(storage), zero}});
              }),
              py::arg("engine"), py::arg("dtype"), py::arg("weight"), py::arg("bias"), py::arg("n"),
-             py::arg("k"), py::arg("epilogue"))
+             py::arg("k"), py::arg("epilogue"), py::arg("storage") = "none", py::arg("quantised") = Address{0}, py::arg("zero") = 0.0f)
         .def(
             "__call__",
             [](Linear& self, Address x, Address out, int64_t rows) { self.run(at<void>(x), at<void>(out), rows); },

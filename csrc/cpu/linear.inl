@@ -87,8 +87,16 @@ INLINE int64_t rows_of_slab(int64_t k) {
     return (tiles > kLeastTiles ? tiles : kLeastTiles) * T::kLinearRows;
 }
 
+#if NS_SIMD == 512
+#include "cpu/quantised.inl"
+#endif
+
 template <class T>
 void linear_of(const LinearParams& p, int64_t first, int64_t last) {
+#if NS_SIMD == 512
+    if constexpr (T::kQuantisedRows > 0)
+        if (p.quantised.groups && p.rows <= T::kQuantisedRows) return quantised_linear<T>(p, first, last);
+#endif
     const int64_t panel_size = (p.k + T::kDepth - 1) / T::kDepth * T::kDepth * kPanel;
     const int64_t most = rows_of_slab<T>(p.k), slabs = (p.rows + most - 1) / most;
     for (int64_t slab = 0; slab < slabs; ++slab) {
@@ -108,4 +116,9 @@ void linear(Dtype dtype, const LinearParams& p, int64_t first, int64_t last) {
     if (dtype == Dtype::BF16) return linear_of<Bf16>(p, first, last);
     if (dtype == Dtype::F32) return linear_of<F32>(p, first, last);
     return linear_of<F16>(p, first, last);
+}
+
+int64_t quantised_rows(Dtype dtype) {
+    if (dtype == Dtype::BF16) return Bf16::kQuantisedRows;
+    return dtype == Dtype::F32 ? F32::kQuantisedRows : F16::kQuantisedRows;
 }

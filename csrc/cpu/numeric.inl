@@ -44,13 +44,17 @@ INLINE Vec exp(Vec x) {
 INLINE Vec silu(Vec x) { return div(x, add(splat(1.0f), exp(sub(zero(), x)))); }
 
 // The element types. `Weight` is what weights and KV pages hold, `Act` what activations hold,
-// `kDepth` how many steps of the inner dimension one vector carries.
+// `kDepth` how many steps of the inner dimension one vector
+// carries, `Values` that vector's registers. Up to
+// `kQuantisedRows` rows a quantised weight is read rather than its panels.
 struct Bf16 {
     using Weight = uint16_t;
     using Act = uint16_t;
+    using Values = Pairs;
     static constexpr int kDepth = 2;
     static constexpr int kRows = NS_BF16_ROWS;  // of a tile 4 (or 2) vectors wide
     static constexpr int kLinearRows = NS_BF16_LINEAR_ROWS;
+    static constexpr int kQuantisedRows = NS_HAS_BF16 ? 4 : 0;
     static INLINE Pairs weights(const Weight* p) { return load_pairs(p); }
     static INLINE Pairs act(const Act* p) {
         uint32_t pair;
@@ -67,9 +71,11 @@ struct Bf16 {
 struct F32 {
     using Weight = float;
     using Act = float;
+    using Values = Vec;
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
     static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
+    static constexpr int kQuantisedRows = NS_SIMD == 512 ? 8 : 0;
     static INLINE Vec weights(const Weight* p) { return load(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }
@@ -82,9 +88,11 @@ struct F32 {
 struct F16 {
     using Weight = uint16_t;
     using Act = float;
+    using Values = Vec;
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
     static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
+    static constexpr int kQuantisedRows = 0;
     static INLINE Vec weights(const Weight* p) { return load_fp16(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }
@@ -122,18 +130,13 @@ INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // sums[r][c] += over `steps` of x[r][step] * w[c][step]: the only place where products are summed,
 // so that linears, scores and values are the same chain whatever the tile around them.
-// `ahead` are P addresses, one line of each prefetched per step.
-template <class T, int R, int C, int P>
-INLINE void product(Vec (&sums)[R][C], const typename T::Weight* const (&w)[C], int64_t w_stride,
-                    const typename T::Act* x, int64_t x_stride, int64_t steps,
-                    const char* const* ahead) {
+// fetch(step, columns) gives w[0..C)[step]; it is called once per step, in order.
+template <class T, int R, int C, class Fetch>
+INLINE void product_of(Vec (&sums)[R][C], const typename T::Act* x, int64_t x_stride, int64_t steps,
+                       const Fetch& fetch) {
     for (int64_t step = 0; step < steps; ++step) {
-        decltype(T::weights(w[0])) columns[C];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) columns[c] = T::weights(w[c] + step * w_stride);
-#pragma GCC unroll 4
-        for (int i = 0; i < P; ++i)
-            prefetch(ahead[i] + step * w_stride * static_cast<int64_t>(sizeof(typename T::Weight)));
+        typename T::Values columns[C];
+        fetch(step, columns);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const auto a = T::act(x + r * x_stride + step * T::kDepth);
@@ -141,4 +144,19 @@ INLINE void product(Vec (&sums)[R][C], const typename T::Weight* const (&w)[C], 
             for (int c = 0; c < C; ++c) sums[r][c] = T::mac(sums[r][c], columns[c], a);
         }
     }
+}
+
+// The same of weights in memory. `ahead` are P addresses, one line of each prefetched per step.
+template <class T, int R, int C, int P>
+INLINE void product(Vec (&sums)[R][C], const typename T::Weight* const (&w)[C], int64_t w_stride,
+                    const typename T::Act* x, int64_t x_stride, int64_t steps,
+                    const char* const* ahead) {
+    product_of<T>(sums, x, x_stride, steps,
+                  [&](int64_t step, typename T::Values (&columns)[C]) INLINE_LAMBDA {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) columns[c] = T::weights(w[c] + step * w_stride);
+#pragma GCC unroll 4
+        for (int i = 0; i < P; ++i)
+            prefetch(ahead[i] + step * w_stride * static_cast<int64_t>(sizeof(typename T::Weight)));
+    });
 }

@@ -11,6 +11,10 @@ namespace {
 // Below this many elements waking the team costs more than it saves.
 constexpr int64_t kWorthSharing = 1 << 15;
 
+void require_whole_groups(Storage storage, int64_t k) {
+    require(storage == Storage::NONE || k % kScaled == 0, "k of a quantised weight must be a multiple of 32");
+}
+
 }  // namespace
 
 Engine::Engine(int num_threads, std::vector<int> cpus, const std::string& isa)
@@ -35,6 +39,12 @@ Linear::Linear(EnginePtr engine, Dtype dtype, LinearParams params)
     const bool silu = params.epilogue == Epilogue::SILU_MUL;
     require(!silu || (params.n % 2 == 0 && params.bias == nullptr),
             "epilogue silu_mul needs an even n and no bias");
+    const Storage storage = params.quantised.storage;
+    require((storage == Storage::NONE) == (params.quantised.groups == nullptr),
+            "quantised must be null with storage none, and only there");
+    require(storage == Storage::NONE || engine_->kernels.quantised_rows(dtype) > 0,
+            "storage must be none: these kernels read no quantised weight of this dtype");
+    require_whole_groups(storage, params.k);
     num_shares_ = num_panels(params.n, params.epilogue);
 }
 
@@ -142,6 +152,19 @@ void pack(Engine& engine, const PackParams& params) {
     require(params.n >= 1 && params.k >= 1, "n and k must be at least 1");
     const int64_t panels = num_panels(params.n, params.epilogue);
     engine.share(panels, true, [&](int64_t first, int64_t last) { pack_panels(params, first, last); });
+}
+
+void pack_quantised(Engine& engine, const PackQuantisedParams& params) {
+    require(params.q != nullptr && params.scale != nullptr && params.out != nullptr,
+            "q, scale and out must not be null");
+    require((params.low == nullptr) == (params.storage == Storage::Q8), "low must be null for q8, and only there");
+    require(params.n >= 1 && params.k >= 1, "n and k must be at least 1");
+    require(params.storage != Storage::NONE, "storage must be q4, q4_f32 or q8");
+    require_whole_groups(params.storage, params.k);
+    const int64_t panels = num_panels(params.n, params.epilogue);
+    engine.share(panels, true, [&](int64_t first, int64_t last) {
+        pack_quantised_panels(params, first, last);
+    });
 }
 
 }  // namespace nodeserve::cpu

@@ -101,5 +101,6 @@ class Attention {
 };
 
 void pack(Engine& engine, const PackParams& params);
+void pack_quantised(Engine& engine, const PackQuantisedParams& params);
 
 }  // namespace nodeserve::cpu

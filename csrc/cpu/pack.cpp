@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "cpu/scalar.h"
+
 namespace nodeserve::cpu {
 
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::F32 ? 4 : 2; }
@@ -12,6 +14,10 @@ int64_t num_panels(int64_t n, Epilogue epilogue) {
     return (n + kPanel - 1) / kPanel;
 }
 
+int64_t quantised_bytes(Storage storage, int64_t n, int64_t k, Epilogue epilogue) {
+    return num_panels(n, epilogue) * (k / kScaled) * group_bytes(storage);
+}
+
 int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k, Epilogue epilogue) {
     const int64_t depth = depth_of(dtype), steps = (k + depth - 1) / depth;
     return num_panels(n, epilogue) * steps * kPanel * depth * element_bytes(dtype);
@@ -20,7 +26,8 @@ int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k, Epilogue epilogue) {
 namespace {
 
 // The row of the weight behind a packed column, or -1 for padding.
-int64_t source_row(const PackParams& p, int64_t column) {
+template <class Params>
+int64_t source_row(const Params& p, int64_t column) {
     if (p.epilogue != Epilogue::SILU_MUL) return column < p.n ? column : -1;
     const int64_t width = p.n / 2, lane = column % kPanel;
     const int64_t row = column / kPanel * kLanes + lane % kLanes;
@@ -51,7 +58,53 @@ void pack_of(const PackParams& p, int64_t first_panel, int64_t last_panel) {
     }
 }
 
+void put_scale(char* to, float scale, Storage storage) {
+    if (storage == Storage::Q4_F32) std::memcpy(to, &scale, sizeof scale);
+    else {
+        const uint16_t half = fp16_from(scale);
+        std::memcpy(to, &half, sizeof half);
+    }
+}
+
+// One column's integers of one group; `to` is the group, all zero before its first column.
+void put_integers(const PackQuantisedParams& p, const uint8_t* from, char* to, int64_t column) {
+    const int64_t depth = depth_of(p.dtype), width = kPanel * depth;
+    for (int64_t i = 0; i < kScaled; ++i) {
+        const int64_t step = i / depth, place = column * depth + i % depth;
+        if (p.storage == Storage::Q8) {
+            to[(step / 4 * width + place) * 4 + step % 4] = static_cast<char>(from[i] ^ 0x80);
+            continue;
+        }
+        char* const word = to + (step / 8 * width + place) * 4;
+        uint32_t nibbles;
+        std::memcpy(&nibbles, word, sizeof nibbles);
+        nibbles |= (from[i] & 15u) << (step % 2 * 16 + step % 8 / 2 * 4);
+        std::memcpy(word, &nibbles, sizeof nibbles);
+    }
+}
+
+// One group of a panel: 32 columns by 32 of k.
+void pack_group(const PackQuantisedParams& p, int64_t panel, int64_t group, char* out) {
+    const int64_t groups = p.k / kScaled, scale_bytes = p.storage == Storage::Q4_F32 ? 4 : 2;
+    char* const scales = out + kPanel * kScaled / (p.storage == Storage::Q8 ? 1 : 2);
+    std::memset(out, 0, static_cast<size_t>(group_bytes(p.storage)));
+    for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t row = source_row(p, panel * kPanel + c);
+        if (row < 0) continue;
+        put_integers(p, p.q + row * p.k + group * kScaled, out, c);
+        put_scale(scales + c * scale_bytes, p.scale[row * groups + group], p.storage);
+        if (p.low) put_scale(scales + (kPanel + c) * scale_bytes, p.low[row * groups + group], p.storage);
+    }
+}
+
 }  // namespace
+
+void pack_quantised_panels(const PackQuantisedParams& params, int64_t first_panel, int64_t last_panel) {
+    const int64_t groups = params.k / kScaled, size = group_bytes(params.storage);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel)
+        for (int64_t group = 0; group < groups; ++group)
+            pack_group(params, panel, group, params.out + (panel * groups + group) * size);
+}
 
 void pack_panels(const PackParams& params, int64_t first_panel, int64_t last_panel) {
     if (params.dtype == Dtype::BF16) pack_of<uint16_t, 2>(params, first_panel, last_panel);

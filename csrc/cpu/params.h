@@ -32,6 +32,28 @@ constexpr int kGroup = kLanes;   // tokens whose keys share a vector
 constexpr int kPanel = 32;       // columns of a packed panel, the unit dealt to threads
 constexpr int kChunk = 512;      // tokens between two rescalings of the softmax
 
+// A weight once more, for few rows: integers and scales are a third of its bytes, and few rows wait for
+// memory. With many the arithmetic of making floats of them again would cost more than it saves.
+enum class Storage : int {
+    NONE = 0,
+    Q4 = 1,      // 4 bits, float16 scales
+    Q4_F32 = 2,  // 4 bits, float scales
+    Q8 = 3,      // 8 bits, float16 scales
+};
+
+constexpr int kScaled = 32;  // values along k that share a scale
+
+// weight = round to Dtype of float((q - zero) * scale) + low, each of the two rounded to float; the
+// first is exact. Per panel and 32 of k there is one group: integers, then scale[32] and for 4 bits
+// low[32], one per column. A step's 32 * depth integers, in the order of the panel, are vectors of 16
+// lanes; 8 steps of 4 bits share words [octet][vector][lane], where step 2 * j + half has the bits from
+// 16 * half + 4 * j; 4 steps of 8 bits share words [quad][vector][lane], a byte (q + 128) each.
+struct QuantisedWeight {
+    const char* groups;  // [ceil(n / 32)][k / 32][group_bytes()], null with NONE
+    Storage storage;
+    float zero;  // 4 bits: the integer that stands for 0
+};
+
 struct LinearParams {
     const void* weight;  // packed: [ceil(n / 32)][ceil(k / depth)][32][depth]; depth 2 for BF16, else 1
     const float* bias;   // [n] or null
@@ -39,6 +61,7 @@ struct LinearParams {
     void* out;           // see Epilogue
     int64_t rows, n, k;
     Epilogue epilogue;
+    QuantisedWeight quantised;  // the same numbers, to the bit
 };
 
 struct NormParams {
@@ -123,6 +146,7 @@ struct AttendCall {
 struct Kernels {
     const char* name;
     void (*linear)(Dtype, const LinearParams&, int64_t first_panel, int64_t last_panel);
+    int64_t (*quantised_rows)(Dtype);  // up to how many rows linear() reads LinearParams::quantised
     void (*rms_norm)(Dtype, const NormParams&, int64_t first_row, int64_t last_row);
     void (*embed)(Dtype, const EmbedParams&, int64_t first_row, int64_t last_row);
     void (*store)(Dtype, const StoreCall&, int64_t first_token, int64_t last_token);
@@ -130,6 +154,11 @@ struct Kernels {
     void (*attend)(Dtype, const AttendCall&, int64_t first_item, int64_t last_item);
     float (*read)(const char* bytes, int64_t num_lines);
 };
+
+static inline int64_t group_bytes(Storage storage) {
+    if (storage == Storage::Q8) return kPanel * kScaled + kPanel * 2;
+    return kPanel * kScaled / 2 + 2 * kPanel * (storage == Storage::Q4_F32 ? 4 : 2);
+}
 
 constexpr int kRowsPerUnit = 24;  // query rows (token, head) that a unit aims at
 

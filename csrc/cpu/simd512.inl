@@ -27,6 +27,12 @@ INLINE Vec keep_lanes(Vec x, int first, int last, float fill) {
     return _mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(below & ~skip), x);
 }
 
+// Eight neighbours, each twice: lanes [8 * half, 8 * half + 8) of x.
+INLINE Vec twice(Vec x, int half) {
+    const __m512i pair = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(pair, _mm512_set1_epi32(8 * half)), x);
+}
+
 INLINE Vec load_bf16(const uint16_t* p) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -48,6 +54,7 @@ INLINE void store_bf16(uint16_t* p, Vec x) {
 }
 
 using Pairs = __m512i;  // 16 pairs of bfloat16
+INLINE Pairs join_pairs(Vec first, Vec second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 INLINE Pairs load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
 INLINE Pairs splat_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
 INLINE Vec dot(Vec sum, Pairs a, Pairs b) {

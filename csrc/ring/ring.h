@@ -246,8 +246,10 @@ class Ring {
     }
 
     std::size_t length_at(std::uint64_t counter, std::size_t left) const {
-        Length length;  // counter and capacity are multiples of 8, so the length never wraps
-        std::memcpy(&length, data_ + counter % capacity_, sizeof length);
+        // Loaded once: a peer that writes over it must not change it between check and use. Counter
+        // and capacity are multiples of 8, so the length never wraps.
+        const auto* place = reinterpret_cast<const Length*>(data_ + counter % capacity_);
+        const Length length = __atomic_load_n(place, __ATOMIC_RELAXED);
         if (footprint(length) > left) {
             throw RingError("damaged ring: a record of " + std::to_string(length) +
                             " bytes where " + std::to_string(left) + " are pending");

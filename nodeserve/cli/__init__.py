@@ -7,6 +7,7 @@ import click
 from nodeserve import __version__
 from nodeserve.cli.bench import bench
 from nodeserve.cli.doctor.command import doctor
+from nodeserve.cli.gateway import gateway
 from nodeserve.cli.launch import start
 from nodeserve.cli.plan import plan
 from nodeserve.cli.profile import profile
@@ -38,5 +39,8 @@ def version() -> None:
     click.echo(f"nodeserve {__version__} (client protocol {PROTOCOL_VERSION})")
 
 
-for command in (start, complete, chat, status, stop, doctor, simulate, bench, plan, profile):
+for command in (
+    *(start, gateway, complete, chat, status, stop),
+    *(doctor, simulate, bench, plan, profile),
+):
     main.add_command(command)

@@ -194,7 +194,7 @@ def prepare_places(file: Path | None, folder: Path | None) -> None:
     if folder is not None:
         from nodeserve.loadgen.figures import check_matplotlib
 
-        check_matplotlib()
+        check_matplotlib("--figures")
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,6 @@ def target_options(options: dict[str, Any], source: Source, limits: Limits) -> T
         raise ConfigError("--url and --socket are two servers: use one of them")
     key = os.environ.get(KEY_VARIABLE)
     use_key = key and options["url"] is not None
-    told = {"ttft_ms": limits.ttft, "tpot_ms": limits.tpot} if options["tell_slo"] else {}
     if options["tell_slo"] and (limits.relative or options["url"] is not None):
         raise ConfigError("--tell-slo is for a node's socket, with limits in milliseconds")
     return TargetOptions(
@@ -117,7 +116,7 @@ def target_options(options: dict[str, Any], source: Source, limits: Limits) -> T
         extra_body=parse_object(options["extra_body"]),
         headers={"Authorization": f"Bearer {key}"} if use_key else {},
         block_tokens=source.block_tokens,
-        slo_ms={name: 1e3 * one.value for name, one in told.items() if one is not None},
+        slo_ms=limits.of_request() if options["tell_slo"] else {},
     )
 
 

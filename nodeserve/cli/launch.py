@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from nodeserve.cli.gateway import beside
 from nodeserve.cli.progress import StartReport, start_report
 from nodeserve.cli.settings import engine_options, given, read_toml, to_arguments
 from nodeserve.config import EngineConfig
@@ -59,7 +60,10 @@ def start(
         from nodeserve.gpus import find_gpus
 
         on_event = report.on_event if report else event_writer(events_fd)
-        code = serve(config, on_event, find_gpus().seen_through(os.environ.get(VISIBLE_GPUS)))
+        with beside(config) as notes:
+            for note in notes:
+                on_event(StartEvent("note", None, 0, 0, note))
+            code = serve(config, on_event, find_gpus().seen_through(os.environ.get(VISIBLE_GPUS)))
     sys.exit(code)
 
 

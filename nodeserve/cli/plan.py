@@ -81,7 +81,7 @@ def plan(
         said = verdict(report)
     seconds = time.monotonic() - began_s
     if figure is not None:
-        draw(report, figure)
+        draw(report, figure, heading(question, options["profile"]))
     if as_json:
         click.echo(json.dumps(as_numbers(report, said, model, options["profile"], seconds)))
         return
@@ -344,13 +344,12 @@ def check_drawing(path: Path) -> None:
     """Before anything takes long."""
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"--figure {path}: use a name that ends in .png or .svg")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("--figure needs matplotlib: pip install 'nodeserve[plot]'") from None
+    from nodeserve.loadgen.figures import check_matplotlib
+
+    check_matplotlib("--figure")
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: Report, path: Path, title: str) -> None:
     """Attainment against the rate of each finalist, and the goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -366,6 +365,8 @@ def draw(report: Report, path: Path) -> None:
     axes.axhline(100 * report.question.goal, color="grey", linestyle=":")
     axes.set_xlabel("requests a second and GPU")
     axes.set_ylabel("in time, %")
+    axes.set_xlim(left=0)
     axes.set_ylim(0, 102)
+    axes.set_title(title, fontsize="medium")
     axes.legend()
     figure.savefig(path)

@@ -36,6 +36,12 @@ ENGINE_HELP = {
     "max_connections": "Clients at once; more are turned away.",
     "max_connection_reqs": "Open requests of one connection; more are refused.",
     "max_connection_rate": "Requests a second of one connection; more are refused. [default: any]",
+    "startup_timeout": "Seconds until all workers must be ready; one that stands still is found"
+    " earlier. [default: 4 minutes, and more for large models]",
+    "drain_timeout": "Seconds that running requests get when the server is to stop.",
+    "http": "Serve OpenAI's HTTP API too, on HOST:PORT or unix:PATH (see nodeserve gateway).",
+    "http_workers": "Processes that serve it.",
+    "api_key_file": "Keys for it, one on each line; $NODESERVE_API_KEY is one more.",
     "max_model_len": "Tokens of prompt and output together. [default: the model's own limit]",
     "block_size": "Tokens in a KV block.",
     "kv_memory": "KV pages of each worker, such as 512MiB or 2GB. [default: from free memory]",
@@ -53,6 +59,11 @@ ENGINE_HELP = {
     "window": "Time between staggered departures: auto (from pass times), off or milliseconds.",
     "window_k": "Stretches the automatic window.",
     "decode_allocation": "How decoders are chosen: round-robin, fewest-requests, iqr or cost.",
+    "step_timeout": "Seconds without a step, or a sign of life, after which a worker is killed and"
+    " started again. [default: ten times what a full step takes, at least 30]",
+    "max_restarts": "Times that an instance is started again within ten minutes.",
+    "restart_delay": "Seconds before it is started again; each further time within ten minutes"
+    " doubles them, up to 30.",
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",

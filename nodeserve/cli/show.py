@@ -7,6 +7,7 @@ import select
 import signal
 import socket as socketlib
 import struct
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nodeserve.cli.talk import CONNECT_TIMEOUT_S, socket_option
+from nodeserve.cli.verdicts import audit_verdict, health_line, health_verdict
 from nodeserve.client import Client
 from nodeserve.errors import ConnectionLost
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-STOP_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 60.0  # from a server's goodbye to the end of its process
+CUT_OFF = 3  # exit code, as the server's
 ANSWER_TIMEOUT_S = 3.0  # a server that is ready answers in milliseconds
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
@@ -46,9 +49,23 @@ _COLUMNS = (  # heading, cell: 80 columns hold all of them
 @click.command()
 @socket_option
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-def status(socket: str | None, as_json: bool) -> None:
+@click.option("--health", is_flag=True, help="Say only whether it serves; if not, exit code 1.")
+@click.option(
+    "--audit",
+    is_flag=True,
+    help="Check that blocks, requests and records add up between the server and its workers; if"
+    " not, exit code 1.",
+)
+def status(socket: str | None, as_json: bool, health: bool, audit: bool) -> None:
     """Show workers, queues, free blocks and rates."""
-    with Client(socket, connect_timeout_s=CONNECT_TIMEOUT_S) as client:
+    if health and audit:
+        raise click.UsageError("--health and --audit are two questions: ask one at a time")
+    timeout_s = ANSWER_TIMEOUT_S if health else CONNECT_TIMEOUT_S
+    with Client(socket, connect_timeout_s=timeout_s) as client:
+        if health:
+            sys.exit(health_verdict(client.health(), as_json))
+        if audit:
+            sys.exit(audit_verdict(client.audit(), as_json))
         stats = client.stats()
         if as_json:
             click.echo(json.dumps({**stats, "socket": str(client.socket_path)}))
@@ -64,13 +81,21 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
     return [
         f"{stats['model']}  {stats['layout']}  pid {stats['pid']}"
         f"  up {_duration(stats['uptime_s'])}  {path}",
+        *how_it_is(stats.get("health", {})),
         "requests  " + "  ".join(f"{count} {name}" for name, count in requests.items()),
         f"rates     {rates['prompt_tokens_per_s']:.1f} prompt tokens/s"
         f"  {rates['output_tokens_per_s']:.1f} output tokens/s"
         f"  {rates['requests_per_s']:.2f} requests/s",
         *how_requests_leave(stats["dispatch"]),
         *how_they_run(stats["workers"]),
+        *how_they_fare(stats["workers"]),
     ]
+
+
+def how_it_is(health: dict[str, Any]) -> list[str]:
+    """Nothing, where all is well."""
+    reasons = health.get("reasons", [])
+    return [f"health    {health_line(health['state'], reasons)}"] if reasons else []
 
 
 def how_requests_leave(dispatch: dict[str, Any]) -> list[str]:
@@ -109,6 +134,25 @@ def how_they_run(workers: list[dict[str, Any]]) -> list[str]:
         for words, indices in kinds.items():
             whose = f" (worker {', '.join(indices)})" if len(kinds) > 1 else ""
             lines += [f"{name:<10}{words}{whose}"] if words else []
+    return lines
+
+
+def how_they_fare(workers: list[dict[str, Any]]) -> list[str]:
+    """A line for each worker that has ended before, is away, or does more than its own."""
+    lines = []
+    for worker in workers:
+        words = []
+        if worker["state"] != "ready":
+            wait_s = worker.get("restart_in_s")
+            words.append(worker["state"] + ("" if wait_s is None else f" in {wait_s:.1f} s"))
+        if worker.get("acting", worker["role"]) != worker["role"]:
+            words.append("takes prompts and decodes, since nobody else does one of them")
+        if restarts := worker.get("restarts"):
+            words.append(f"restarts: {restarts}")
+        if reason := worker.get("reason"):
+            words.append(f"last end: {reason}")
+        if words:
+            lines.append(f"worker {worker['index']:<3}" + "  ".join(words))
     return lines
 
 
@@ -153,31 +197,47 @@ def show_table(table: "Table") -> None:
     "--timeout",
     "timeout_s",
     type=float,
-    default=STOP_TIMEOUT_S,
-    show_default=True,
-    help="Seconds to wait for the server's end after it said goodbye.",
+    help="With --drain: seconds after which what still runs is ended, with exit code 3."
+    " [default, and at most: the server's --drain-timeout]",
 )
-def stop(socket: str | None, drain: bool, timeout_s: float) -> None:
+def stop(socket: str | None, drain: bool, timeout_s: float | None) -> None:
     """Stop the server and wait until its process and socket are gone."""
     with Client(socket, connect_timeout_s=ANSWER_TIMEOUT_S) as client:
         try:
             pid = int(client.server()["pid"])
-            ask = functools.partial(client.stop_server, drain=drain)
+            ask = functools.partial(client.stop_server, drain=drain, timeout_s=timeout_s)
         except ConnectionLost:
             loading = listening_pid(client.socket_path)
             if loading is None:
                 raise
             pid = loading
-            ask = functools.partial(os.kill, pid, signal.SIGTERM)
+            ask = functools.partial(terminated, pid)
         with closing(ProcessEnd(pid)) as end:
-            ask()
-            if not end.wait(timeout_s):
+            in_time = ask()
+            if not end.wait(END_TIMEOUT_S):
                 raise click.ClickException(
-                    f"the server (pid {pid}) still runs after {timeout_s:g} s: try `kill {pid}`"
+                    f"the server (pid {pid}) still runs after {END_TIMEOUT_S:g} s:"
+                    f" try `kill -KILL {pid}`"
                 )
         if client.socket_path.exists():
             raise click.ClickException(f"the server is gone but left {client.socket_path}")
+    if not in_time:
+        click.echo(f"stopped (pid {pid}); requests still ran after {timeout_s:g} s")
+        sys.exit(CUT_OFF)
     click.echo(f"stopped (pid {pid})")
+
+
+def terminated(pid: int) -> bool:
+    """Send SIGTERM to a server that answers nobody; true, as nothing of it ran."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise click.ClickException(
+            f"the server (pid {pid}) does not answer yet, and only its own user can stop it now"
+        ) from None
+    return True
 
 
 def listening_pid(path: Path) -> int | None:

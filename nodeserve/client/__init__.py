@@ -7,7 +7,16 @@ with Client() as client:
 """
 
 from nodeserve.client.aio import AsyncClient
-from nodeserve.client.results import Chunk, Completion, Latency, Usage
+from nodeserve.client.results import Audit, Chunk, Completion, Health, Latency, Usage
 from nodeserve.client.sync import Client
 
-__all__ = ["AsyncClient", "Chunk", "Client", "Completion", "Latency", "Usage"]
+__all__ = [
+    "AsyncClient",
+    "Audit",
+    "Chunk",
+    "Client",
+    "Completion",
+    "Health",
+    "Latency",
+    "Usage",
+]

@@ -15,15 +15,22 @@ from typing import Any, Literal, overload
 
 from nodeserve.client.answer import Answer, merge
 from nodeserve.client.connection import Arrival, Connection, Mailbox, connect
-from nodeserve.client.results import Chunk, Completion, join
-from nodeserve.errors import Cancelled, InvalidRequest, NodeServeError
+from nodeserve.client.results import Audit, Chunk, Completion, Health, join
+from nodeserve.errors import Cancelled, ConnectionLost, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
-from nodeserve.types import check_priority, check_sampling, sampling_from, sampling_to
+from nodeserve.types import (
+    Sampling,
+    check_priority,
+    check_sampling,
+    sampling_from,
+    sampling_to,
+)
 from nodeserve.wire.messages import End, pack_ids
 
 Message = Mapping[str, Any]
 CONNECT_TIMEOUT_S = 30.0
+HEALTH_TIMEOUT_S = 3.0  # a server that lives answers in milliseconds
 
 
 class Call:
@@ -181,11 +188,33 @@ class AsyncClient:
         if detokenize:
             tokenizer = await self.tokenizer()
             detokenizer = Detokenizer(tokenizer, continues=messages is None)
+        return await self.submit(
+            ids, settings, detokenizer=detokenizer, stops=stops, slo=slo, priority=priority
+        )
+
+    async def submit(
+        self,
+        token_ids: bytes,
+        sampling: Sampling,
+        *,
+        detokenizer: Detokenizer | None = None,
+        stops: StopStrings | None = None,
+        slo: Mapping[str, float] | None = None,
+        priority: int = 0,
+    ) -> Call:
+        """Send what is in the protocol's form already (`pack_ids`), for callers with text of their
+        own. Nothing is checked here: the server says what is wrong. Without a detokenizer chunks
+        have no text and nothing stops at strings."""
+        connection = await self.connection()
         answer = Answer(
-            len(ids) // 4, time.perf_counter(), detokenizer, stops, settings.logprobs is not None
+            len(token_ids) // 4,
+            time.perf_counter(),
+            detokenizer,
+            stops,
+            sampling.logprobs is not None,
         )
         request_id, mailbox = await connection.submit(
-            ids, sampling_to(settings), None if slo is None else dict(slo), priority
+            token_ids, sampling_to(sampling), None if slo is None else dict(slo), priority
         )
         return Call(connection, request_id, mailbox, answer)
 
@@ -195,24 +224,45 @@ class AsyncClient:
         """What the server says about itself: model, tokenizer, limits, layout, pid, version."""
         return dict((await self.connection()).server)
 
-    async def health(self) -> dict[str, Any]:
-        """As `server`, after a round trip through the server's loop. Raises ConnectionLost."""
+    async def health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> Health:
+        """Whether it serves, and if not, why not. ConnectionLost: it does not even answer."""
         connection = await self.connection()
-        await connection.stats()
-        return dict(connection.server)
+        try:
+            async with asyncio.timeout(timeout_s):
+                told = await connection.health()
+        except TimeoutError:
+            raise ConnectionLost(
+                f"the server on {self.socket_path} did not answer in {timeout_s:g} s"
+            ) from None
+        return Health(
+            str(told.get("state", "")),
+            told.get("ready") is True,
+            tuple(map(str, told.get("reasons", ()))),
+            float(told.get("loop_lag_ms", 0.0)) / 1e3,
+        )
+
+    async def audit(self) -> Audit:
+        """Compare the server's books with what each worker counts anew; any time will do."""
+        told = await (await self.connection()).audit()
+        return Audit(tuple(told["problems"]), told["requests"], told["workers"])
 
     async def stats(self) -> dict[str, Any]:
         """Queues, rates and workers, as docs/protocol.md lists them."""
         return await (await self.connection()).stats()
 
-    async def stop_server(self, *, drain: bool = False) -> None:
+    async def stop_server(self, *, drain: bool = False, timeout_s: float | None = None) -> bool:
         """Stop the server and wait until it closes the connection.
 
-        With `drain` it finishes what runs first.
+        With `drain` it finishes what runs first. What still runs after `timeout_s`, or after the
+        server's own limit, is ended; False if that was after `timeout_s`.
         """
         connection = await self.connection()
         connection.stop_server(drain)
-        await asyncio.wait([connection.closed])
+        done, _ = await asyncio.wait([connection.closed], timeout=timeout_s if drain else None)
+        if not done:
+            connection.stop_server(False)
+            await asyncio.wait([connection.closed])
+        return bool(done)
 
     async def connection(self) -> Connection:
         """The connection, made or made again when needed. For code that speaks the protocol."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from nodeserve.client.connection import Arrival
 from nodeserve.client.results import Chunk, Latency, Usage
-from nodeserve.errors import Overloaded, ProtocolError, from_code
+from nodeserve.errors import ProtocolError, from_code
 from nodeserve.text import Detokenizer, StopStrings
 from nodeserve.types import Timings, TokenLogprobs
 from nodeserve.wire.messages import End, unpack_floats, unpack_ids
@@ -56,8 +56,7 @@ class Answer:
             return self._last("", "stop", self._received(), read_timings(end.timings))
         if end.code is not None:
             error = from_code(end.code, end.message)
-            if isinstance(error, Overloaded):
-                error.retry_after_s = end.retry_after_s
+            error.retry_after_s = end.retry_after_s
             raise error
         usage = Usage(
             end.usage.get("prompt_tokens", self._num_prompt_tokens),

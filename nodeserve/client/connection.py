@@ -26,9 +26,13 @@ from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_SERVER,
     Abort,
+    Audit,
     End,
+    GetAudit,
+    GetHealth,
     GetStats,
     Goodbye,
+    Health,
     Hello,
     Stats,
     Stop,
@@ -50,6 +54,7 @@ class Arrival(NamedTuple):
 
 
 Event = Arrival | End | NodeServeError
+Answer = asyncio.Future[dict[str, Any]]
 
 
 class Mailbox:
@@ -82,7 +87,7 @@ class Connection(asyncio.Protocol):
         self.error: NodeServeError | None = None
         self._reader = FrameReader(MAX_INCOMING_BYTES)
         self._mailboxes: dict[int, Mailbox] = {}
-        self._stats: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._answers: dict[type, deque[Answer]] = {Stats: deque(), Health: deque(), Audit: deque()}
         self._writable = asyncio.Event()
         self._writable.set()
         self._next_id = 0
@@ -123,11 +128,21 @@ class Connection(asyncio.Protocol):
         self._mailboxes.pop(request_id, None)
 
     async def stats(self) -> dict[str, Any]:
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        return await self._ask(GetStats(), Stats)
+
+    async def health(self) -> dict[str, Any]:
+        return await self._ask(GetHealth(), Health)
+
+    async def audit(self) -> dict[str, Any]:
+        return await self._ask(GetAudit(), Audit)
+
+    async def _ask(self, question: ToServer, kind: type) -> dict[str, Any]:
+        """Answers of a kind come in the order of the questions."""
+        answer: Answer = asyncio.get_running_loop().create_future()
         if self.error is not None:
             raise self.error
-        self._stats.append(answer)
-        self._send(GetStats())
+        self._answers[kind].append(answer)
+        self._send(question)
         return await answer
 
     def stop_server(self, drain: bool) -> None:
@@ -183,8 +198,8 @@ class Connection(asyncio.Protocol):
             case End():
                 if mailbox := self._mailboxes.pop(message.request_id, None):
                     mailbox.put(message)
-            case Stats():
-                self._on_stats(message)
+            case Stats() | Health() | Audit():
+                self._on_answer(message)
             case Goodbye():
                 self._fail(from_code(message.code, message.message))
             case Hello():
@@ -216,12 +231,14 @@ class Connection(asyncio.Protocol):
                 case _:
                     raise ProtocolError("an item of Tokens is not [request_id, ids, logprobs]")
 
-    def _on_stats(self, message: Stats) -> None:
-        if not self._stats:
-            raise ProtocolError("the server sent Stats that nobody asked for")
-        answer = self._stats.popleft()
+    def _on_answer(self, message: Stats | Health | Audit) -> None:
+        waiting = self._answers[type(message)]
+        if not waiting:
+            name = type(message).__name__
+            raise ProtocolError(f"the server sent {name} that nobody asked for")
+        answer = waiting.popleft()
         if not answer.done():
-            answer.set_result(message.stats)
+            answer.set_result(message[0])
 
     def _fail(self, error: NodeServeError) -> None:
         """The first reason ends everything that waits; later ones say nothing new."""
@@ -233,10 +250,11 @@ class Connection(asyncio.Protocol):
         for mailbox in self._mailboxes.values():
             mailbox.put(error)
         self._mailboxes.clear()
-        for answer in self._stats:
-            if not answer.done():
-                answer.set_exception(error)
-        self._stats.clear()
+        for waiting in self._answers.values():
+            for answer in waiting:
+                if not answer.done():
+                    answer.set_exception(error)
+            waiting.clear()
         self._writable.set()
         if self._transport is not None:
             # Not close(): that would wait for a server that does not read.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nodeserve.types import Timings, TokenLogprobs
 
@@ -62,6 +63,29 @@ class Completion:
     usage: Usage
     timings: Timings
     latency: Latency
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a server is. One that does not answer has none: that is ConnectionLost."""
+
+    state: str  # ready, degraded, not ready, stopping
+    ready: bool  # it serves: it is ready, or degraded
+    reasons: tuple[str, ...]  # why it is not simply ready, for people
+    loop_lag_s: float  # by which its loop was late within the last seconds, at worst
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Whether a server's books balance, as docs/protocol.md says."""
+
+    problems: tuple[str, ...]  # what differs, in words
+    requests: dict[str, int]  # how many in which phase
+    workers: list[dict[str, Any]]
+
+    @property
+    def adds_up(self) -> bool:
+        return not self.problems
 
 
 def join(chunks: Iterable[Chunk]) -> Completion:

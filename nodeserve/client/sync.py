@@ -12,8 +12,15 @@ from collections.abc import Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
-from nodeserve.client.aio import CONNECT_TIMEOUT_S, AsyncClient, Call, Message, whole
-from nodeserve.client.results import Chunk, Completion
+from nodeserve.client.aio import (
+    CONNECT_TIMEOUT_S,
+    HEALTH_TIMEOUT_S,
+    AsyncClient,
+    Call,
+    Message,
+    whole,
+)
+from nodeserve.client.results import Audit, Chunk, Completion, Health
 from nodeserve.errors import ConnectionLost
 from nodeserve.text import Tokenizer
 
@@ -105,17 +112,21 @@ class Client:
         """What the server says about itself: model, tokenizer, limits, layout, pid, version."""
         return self._wait(self._client.server())
 
-    def health(self) -> dict[str, Any]:
-        """As `server`, after a round trip through the server's loop. Raises ConnectionLost."""
-        return self._wait(self._client.health())
+    def health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> Health:
+        """As AsyncClient's."""
+        return self._wait(self._client.health(timeout_s))
+
+    def audit(self) -> Audit:
+        """As AsyncClient's."""
+        return self._wait(self._client.audit())
 
     def stats(self) -> dict[str, Any]:
         """Queues, rates and workers, as docs/protocol.md lists them."""
         return self._wait(self._client.stats())
 
-    def stop_server(self, *, drain: bool = False) -> None:
-        """Stop the server and wait until it closes the connection."""
-        self._wait(self._client.stop_server(drain=drain))
+    def stop_server(self, *, drain: bool = False, timeout_s: float | None = None) -> bool:
+        """As AsyncClient's."""
+        return self._wait(self._client.stop_server(drain=drain, timeout_s=timeout_s))
 
     def tokenizer(self) -> Tokenizer:
         """The served model's tokenizer, loaded when first needed."""

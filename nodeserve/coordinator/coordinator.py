@@ -9,28 +9,35 @@ Always true: a request accepted by `submit` ends with exactly one End on its str
 a worker are released once nobody reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nodeserve.coordinator.admission import Limits, admit, check_vocabulary
 from nodeserve.coordinator.dispatch import Dispatch
-from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
+from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
-from nodeserve.errors import InvalidRequest, NodeServeError, ShuttingDown, WorkerLost
+from nodeserve.errors import (
+    HandoffFailed,
+    InvalidRequest,
+    NodeServeError,
+    ProtocolError,
+    ShuttingDown,
+    from_code,
+)
 from nodeserve.metrics import Totals
 from nodeserve.policy.lifecycle import Event, Phase
-from nodeserve.types import Role
 from nodeserve.wire.messages import (
     FINISH_REASONS,
     Alive,
     Cancel,
+    Counted,
     Dropped,
     FromWorker,
     KvPulled,
     KvReady,
     KvRefused,
-    ReleaseKv,
     RequestFailed,
     StepDone,
     Submit,
@@ -39,7 +46,7 @@ from nodeserve.wire.messages import (
     unpack_times,
 )
 
-MAX_LOSSES = 2  # workers that may end under one request before it ends too
+LEAST_RETRY_S = 1.0
 
 
 class Coordinator:
@@ -58,13 +65,27 @@ class Coordinator:
         self.requests: dict[int, Request] = {}
         self.streams: set[Stream] = set()  # open connections
         self.dispatch = Dispatch(links, self.requests, limits, policies)
+        self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
         self.totals = Totals()
-        self.closing = False
-        self.on_idle: Callable[[], None] = lambda: None  # no request is left
+        self.closes_s: float | None = None  # it stops, and by then at the latest it is over
+        self.farewell: NodeServeError | None = None  # that every new connection is told
+        self.on_idle: Callable[[], object] = lambda: None  # while it stops: nobody waits any more
+        self.on_left: Callable[[], object] = lambda: None  # a connection is gone
+        self.on_counted: Callable[[WorkerLink, Counted], object] = lambda *_: None  # for an audit
         self._now = now
         self._wake = wake
         self._moved: dict[Reader, None] = {}
         self._next_id = 1
+
+    @property
+    def num_accepted(self) -> int:
+        """Requests so far."""
+        return self._next_id - 1
+
+    @property
+    def is_idle(self) -> bool:
+        """Every request has ended for its client; workers may still have to let go of some."""
+        return not any(stream.requests for stream in self.streams)
 
     # ---- clients
 
@@ -95,6 +116,12 @@ class Coordinator:
             self._end(request, Event.CANCELLED, "cancelled", "cancelled", "connection closed")
         self._wake()
 
+    def leave(self, stream: Stream) -> None:
+        """A connection is gone."""
+        self.streams.discard(stream)
+        self.drop_stream(stream)
+        self.on_left()
+
     def end_all(self, error: NodeServeError) -> None:
         """End every request that has not ended."""
         for request in list(self.requests.values()):
@@ -117,11 +144,12 @@ class Coordinator:
             stream.flush()
 
     def _accept(self, stream: Stream, message: Submit) -> Request:
-        if self.closing:
-            raise ShuttingDown("the server is stopping and takes no new requests")
+        now = self._now()
+        if self.closes_s is not None:
+            words = "the server is stopping and takes no new requests"
+            raise ShuttingDown(words, max(LEAST_RETRY_S, self.closes_s - now))
         if message.request_id in stream.requests:
             raise InvalidRequest(f"request_id {message.request_id} is in use on this connection")
-        now = self._now()
         if stream.meter is not None:
             stream.meter.take(len(stream.requests), now)
         request = admit(message, self._next_id, stream, self.limits, now)
@@ -151,8 +179,11 @@ class Coordinator:
             case Alive():
                 link.report(message.load)
                 self.dispatch.on_alive(link, self._now())
+            case Counted():
+                self.on_counted(link, message)
+                link.report(message.load)
             case _:
-                raise AssertionError(f"{type(message).__name__} from a running worker")
+                raise ProtocolError(f"{type(message).__name__} from a running worker")
         self._wake()
 
     def _on_step(self, link: WorkerLink, step: StepDone) -> None:
@@ -191,6 +222,8 @@ class Coordinator:
                 if finish and request is not None:
                     request.on(Event.FINISHED)
                 continue
+            if request.holder != link.index:
+                raise ProtocolError("a token of a request that is elsewhere")
             request.tokens.append(token)
             request.stamps.last_token = now
             if request.phase is Phase.PREFILL:
@@ -207,7 +240,7 @@ class Coordinator:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
             self.dispatch.first_token(request, now)
-        if link.role is not Role.PREFILL:
+        if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
 
@@ -219,22 +252,13 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             return
         request.source, request.source_blocks = link.index, block_ids
-        self._park(request)
-
-    def _park(self, request: Request) -> None:
-        request.stamps.parked = self._now()
-        self.dispatch.park(request)
+        self.setbacks.park(request)
 
     def _on_preempted(self, request_id: int) -> None:
         if request := self.requests.get(request_id):
             request.on(Event.PREEMPTED)
             if request.phase is Phase.WAITING:
-                self._put_back(request)
-
-    def _put_back(self, request: Request) -> None:
-        request.num_preemptions += 1
-        request.holder = request.source = -1
-        self.dispatch.put_back(request, self._now())
+                self.setbacks.put_back(request)
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
@@ -248,7 +272,7 @@ class Coordinator:
         request.decode_worker = link.index
         request.handoff_s += message.seconds
         request.handoff_bytes += message.num_bytes
-        self._release_source(request)
+        self.setbacks.release_source(request)
 
     def _on_refused(self, link: WorkerLink, message: KvRefused) -> None:
         link.report(message.load)
@@ -256,48 +280,40 @@ class Coordinator:
         if request := self.requests.get(message.request_id):
             request.on(Event.KV_REFUSED)
             if request.phase is Phase.PARKED:
-                self._park_again(request)
-
-    def _park_again(self, request: Request) -> None:
-        """A pull did not happen: the pages still wait at their source, if that lives."""
-        request.holder = request.source
-        if self.links[request.source].alive:
-            self._park(request)
-        else:
-            request.on(Event.WORKER_LOST)
-            self._put_back(request)
+                self.setbacks.park_again(request)
 
     def _on_failed(self, link: WorkerLink, message: RequestFailed) -> None:
         link.report(message.load)
-        if request := self.requests.get(message.request_id):
-            self._end(request, Event.FAILED, "error", message.code, message.message)
+        request = self.requests.get(message.request_id)
+        if request is None:
+            return
+        if request.phase is Phase.MOVING and message.code == HandoffFailed.code:
+            self.setbacks.redo(request, message.message)
+        else:
+            self._fail(request, from_code(message.code, message.message))
+
+    # ---- workers come and go
 
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone: its requests go back to the window with the tokens they have."""
-        link.state = "lost"
+        link.state = LOST
         self.dispatch.lose(link)
         for request in list(self.requests.values()):
-            if link.index in request.waiting_for:
-                self._let_go(link, request.request_id)
-            elif request.phase is Phase.MOVING and request.holder == link.index:
-                request.on(Event.KV_REFUSED)
-                self._park_again(request)
-            elif request.holder == link.index and request.phase is not Phase.DRAINING:
-                self._lose_holder(request)
+            self.setbacks.lose(request, link)
+            self._let_go(link, request.request_id)
         self._wake()
 
-    def _lose_holder(self, request: Request) -> None:
-        """Again from the window; but whoever saw several workers die may be why they did."""
-        self.dispatch.remove(request)
-        request.num_losses += request.phase is not Phase.PARKED
-        if request.num_losses > MAX_LOSSES:
-            words = f"{request.num_losses} workers ended while they computed this request"
-            self._end(request, Event.FAILED, "error", WorkerLost.code, words)
-        else:
-            request.on(Event.WORKER_LOST)
-            self._put_back(request)
+    def join(self, ranks: Sequence[WorkerLink]) -> None:
+        """An instance that was lost is back, empty; `links` have its new life already."""
+        for link in ranks:
+            link.joining = False
+        self.dispatch.join(ranks)
+        self._wake()
 
     # ---- ends
+
+    def _fail(self, request: Request, error: NodeServeError) -> None:
+        self._end(request, Event.FAILED, "error", error.code, str(error))
 
     def _end(
         self, request: Request, event: Event, reason: str, code: str | None, message: str
@@ -313,6 +329,8 @@ class Coordinator:
         request.on(event)
         self.totals.count(reason, self._now())
         request.stream.end(request, end_of(request, reason, self._now(), code, message))
+        if self.closes_s is not None and self.is_idle:
+            self.on_idle()
         if request.phase is Phase.DONE:
             self._forget(request)
             return
@@ -324,7 +342,7 @@ class Coordinator:
     def _holders(self, request: Request, event: Event) -> set[int]:
         """Workers to be cancelled now. A source is asked only after its reader has let go."""
         if request.phase is Phase.MOVING and event is Event.FAILED:
-            return {request.source}
+            return {request.source} - {-1}
         return {request.holder} if request.holder >= 0 else set()
 
     def _let_go(self, link: WorkerLink, request_id: int) -> None:
@@ -333,7 +351,7 @@ class Coordinator:
         if request is None or link.index not in request.waiting_for:
             return
         request.waiting_for.discard(link.index)
-        if request.source not in (-1, link.index) and self.links[request.source].alive:
+        if request.source not in (-1, link.index):
             request.waiting_for.add(request.source)
             self.links[request.source].send(Cancel(request_id))
             request.source = -1
@@ -344,11 +362,5 @@ class Coordinator:
             request.on(Event.RELEASED)
             self._forget(request)
 
-    def _release_source(self, request: Request) -> None:
-        source, request.source = self.links[request.source], -1
-        source.send(ReleaseKv(request.request_id))
-
     def _forget(self, request: Request) -> None:
         del self.requests[request.request_id]
-        if not self.requests:
-            self.on_idle()

@@ -40,14 +40,15 @@ class Dispatch:
         limits: Limits,
         policies: Policies,
     ) -> None:
-        self.instances = by_instance(links)
+        self.instances = by_instance(links)  # the ranks of each, in their present lives
         self.policies = policies
         self.parked = ParkedQueue()  # prefilled, pages pinned, no decode room yet
         self._links = links
         self._requests = requests
         self._limits = limits
         self._units = [
-            Unit(link.index, link.instance, link.account, link.role is Role.MIXED) for link in links
+            Unit(link.index, link.instance, link.account, link.role is not Role.PREFILL)
+            for link in links
         ]
         prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
         self.dispatcher = Dispatcher(
@@ -56,22 +57,23 @@ class Dispatch:
         self.allocator = DecodeAllocator(
             policies.decode_allocation, policies.dispatch.max_num_seqs, limits.block_size
         )
+        self._decoders = [self._units[link.index] for link in links if link.pulls]
         self.foresight = Foresight(self.dispatcher, self.allocator)
-        self._decoders = [self._units[link.index] for link in links if link.decodes]
         self._departures = 0
         self._lost: set[int] = set()  # instances
+        self._stand_ins: set[int] = set()  # instances that decode, and take prompts for now
         self._asked: dict[int, set[int]] = {}  # instance: ranks that have not answered its probe
         # Workers whose every step is a pass to the dispatcher: a mixed one's decodes are not, but
         # in lockstep all ranks have to be heard.
         self._every_step = {
             link.index
-            for ranks in prefills
+            for ranks in self.instances.values()
             for link in ranks
             if len(ranks) > 1 or link.role is Role.PREFILL
         }
         # Of each instance that decodes, what its ranks, by worker, said of its newest step.
         self._seen: dict[int, dict[int, StepDone]] = {
-            link.instance: {} for link in links if link.decodes
+            link.instance: {} for link in links if link.pulls
         }
 
     # ---- requests come and go
@@ -158,7 +160,7 @@ class Dispatch:
         if step.attention or link.index in self._every_step:
             done = PassDone(step.step, step.began_s, step.step_s, work_of(step))
             self.dispatcher.on_pass(link.index, done, now_s)
-        if link.decodes:
+        if link.pulls:
             seen = self._seen[link.instance]
             newest = next(iter(seen.values())).step if seen else step.step
             if step.step < newest:
@@ -183,6 +185,46 @@ class Dispatch:
         self._lost.add(instance)
         self._decoders = [unit for unit in self._decoders if unit.instance != instance]
         self.dispatcher.lose(instance)
+        self._share_phases()
+
+    def join(self, ranks: Sequence[WorkerLink]) -> None:
+        """A lost instance is back: new links, empty."""
+        instance = ranks[0].instance
+        self._lost.remove(instance)
+        self.instances[instance] = list(ranks)
+        for link in ranks:
+            self._units[link.index].account = link.account
+        if instance in self._seen:
+            self._seen[instance] = {}
+            self._decoders += [self._units[link.index] for link in ranks]
+        self._asked.pop(instance, None)
+        self.dispatcher.join(instance)
+        self._share_phases()
+
+    @property
+    def anyone_pulls(self) -> bool:
+        """Whether pages that wait can be decoded by somebody."""
+        return bool(self._decoders)
+
+    def _share_phases(self) -> None:
+        """While nobody is left for a phase, all that are left do both. What they have begun then
+        they finish, also when those of the phase are back."""
+        alive = {
+            instance: ranks
+            for instance, ranks in self.instances.items()
+            if instance not in self._lost
+        }
+        roles = {ranks[0].role for ranks in alive.values()}
+        alone = roles in ({Role.PREFILL}, {Role.DECODE})
+        for ranks in alive.values():
+            for link in ranks:
+                link.stands_in = alone
+        stand_ins = set(alive) if roles == {Role.DECODE} else set()
+        for instance in self._stand_ins - stand_ins:
+            self.dispatcher.dismiss(instance)
+        for instance in stand_ins - self._stand_ins:
+            self.dispatcher.enlist([self._units[link.index] for link in alive[instance]])
+        self._stand_ins = stand_ins
 
     # ---- decisions
 
@@ -225,8 +267,8 @@ class Dispatch:
             request.on(Event.ADMITTED)
             if request.stamps.first_token is None:
                 request.stamps.depart(now_s)
-            handoff = self._links[index].role is Role.PREFILL
-            prompts.setdefault(index, []).append(request.prompt(handoff=handoff))
+            request.handoff = self._links[index].acting is Role.PREFILL
+            prompts.setdefault(index, []).append(request.prompt())
         number = 0
         if self.policies.dispatch.holds_door:
             self._departures += 1

@@ -11,10 +11,10 @@ import os
 import socket
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
@@ -27,7 +27,10 @@ from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
     TO_SERVER,
     Abort,
+    GetAudit,
+    GetHealth,
     GetStats,
+    Health,
     Hello,
     Stats,
     Stop,
@@ -121,22 +124,35 @@ def _refuse_live(path: Path) -> None:
     )
 
 
+class Answers(Protocol):
+    """Who knows what is not about a request: desk.py."""
+
+    def welcome(self) -> Hello: ...
+    def stats(self) -> Stats: ...
+    def health(self) -> Health: ...
+    def audit(self, stream: Stream) -> None:
+        """The Audit follows."""
+
+    def stop(self, drain: bool) -> None: ...
+
+
 class Connection(asyncio.Protocol):
-    """One client. Anything that is not a message ends the connection with a Goodbye."""
+    """One client. Anything that is not a message ends the connection with a Goodbye.
+
+    Nothing more is read while messages of an earlier read wait for their turn.
+    """
+
+    _transport: asyncio.Transport  # from connection_made on
 
     def __init__(
         self,
         coordinator: Coordinator,
-        welcome: Hello,
-        stats: Callable[[], Stats],
-        stop: Callable[[bool], None],
+        desk: Answers,
         limits: ConnectionLimits,
         intake: Intake,
     ) -> None:
         self._coordinator = coordinator
-        self._welcome = welcome
-        self._stats = stats
-        self._stop = stop
+        self._desk = desk
         self._limits = limits
         self._intake = intake
         self._reader = FrameReader(limits.max_frame_bytes)
@@ -163,11 +179,13 @@ class Connection(asyncio.Protocol):
             self._stream.goodbye(error.code, str(error))
             return
         coordinator.streams.add(self._stream)
-        self._stream.send(self._welcome)
+        self._stream.send(self._desk.welcome())
 
     def _check(self, transport: asyncio.Transport) -> None:
         peer = peer_of(transport.get_extra_info("socket"))
         self._limits.access.check(peer)
+        if self._coordinator.farewell is not None:  # it came while the listener was being closed
+            raise self._coordinator.farewell
         if len(self._coordinator.streams) >= self._limits.max_connections:
             raise Overloaded(
                 f"{self._limits.max_connections} clients are connected already (--max-connections)"
@@ -215,13 +233,16 @@ class Connection(asyncio.Protocol):
                 if request := self.stream.requests.get(message.request_id):
                     self._coordinator.abort(request)
             case GetStats():
-                self.stream.send(self._stats())
+                self.stream.send(self._desk.stats())
+            case GetHealth():
+                self.stream.send(self._desk.health())
+            case GetAudit():
+                self._desk.audit(self.stream)
             case Stop():
-                self._stop(message.drain)
+                self._desk.stop(message.drain)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._coordinator.streams.discard(self.stream)
-        self._coordinator.drop_stream(self.stream)
+        self._coordinator.leave(self.stream)
         self.stream.lost()
 
     def pause_writing(self) -> None:

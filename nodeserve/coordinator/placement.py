@@ -6,21 +6,28 @@ with nothing to clean up.
 
 import math
 import os
-import shutil
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, Simulated
 from nodeserve.coordinator.policies import Policies, policies_of
+from nodeserve.coordinator.room import (
+    check_gpus,
+    check_kv_memory,
+    check_simulated_memory,
+    choose_kv_memory,
+)
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.profiles import PROFILES
+from nodeserve.policy.startup import default_timeout_s
 from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
 from nodeserve.profile_store import one_profile, path_of
 from nodeserve.types import Role
+from nodeserve.weight_files import check_weight_files
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core computes at its full rate from about 64 rows on, so a larger prefill step only makes
@@ -30,8 +37,6 @@ CPU_BATCHED_TOKENS = 128
 # for it: a smaller one bounds the gap between their tokens.
 GPU_BATCHED_TOKENS, GPU_MIXED_BATCHED_TOKENS = 8192, 2048
 CPU_NUM_SEQS, GPU_NUM_SEQS = 64, 256
-MAX_AUTO_KV_BYTES = 1 << 30  # per CPU worker: 46k tokens of the demo model
-SHM = "/dev/shm"
 CHOICES = {
     "device": ("auto", "cuda", "cpu", "sim"),
     "dtype": ("auto", *DTYPE_BYTES),
@@ -49,7 +54,6 @@ COUNTS = (
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
 REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
 SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
-MAX_SIM_BLOCKS = 1 << 22  # the imitated memory costs none, but each of its blocks some 50 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_memory: int | None  # bytes for each worker; None: each GPU worker sees what is left
+    startup_timeout_s: float
     policies: Policies
     simulated: Simulated | None  # with device "sim"
     notes: tuple[str, ...]  # what a person should know, one line each
@@ -104,6 +109,11 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
     check_kv_memory(config.kv_memory, least)
+    weight_bytes = checkpoint.config.num_weights * DTYPE_BYTES[dtype]
+    if on_gpus:
+        check_gpus([place.gpus[0] for place in places], gpus.found, weight_bytes + least)
+    if checkpoint.kind == "safetensors":
+        check_weight_files(checkpoint.path)
     resolved = replace(
         config,
         device="cuda" if on_gpus else "cpu",
@@ -120,7 +130,8 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
         max_num_batched_tokens=budget,
         kv_memory=config.kv_memory
         if on_gpus
-        else choose_kv_memory(config.kv_memory, least, len(places)),
+        else choose_kv_memory(config.kv_memory, least, len(places), weight_bytes),
+        startup_timeout_s=config.startup_timeout or default_timeout_s(weight_bytes),
         policies=policies_of(config, max_num_seqs, budget),
         simulated=None,
         notes=notes,
@@ -138,7 +149,7 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
     check_kv_memory(
         config.kv_memory, block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
     )
-    check_simulated_memory(config.kv_memory, MAX_SIM_BLOCKS * block_bytes)
+    check_simulated_memory(config.kv_memory, block_bytes)
     resolved = replace(
         config,
         dtype="bfloat16",
@@ -154,6 +165,7 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         kv_memory=config.kv_memory or profile.num_kv_tokens * profile.kv_bytes_per_token,
+        startup_timeout_s=config.startup_timeout or default_timeout_s(0),
         policies=policies_of(config, max_num_seqs, budget),
         simulated=Simulated(
             config.profile if config.profile in PROFILES else str(path_of(config.profile)),
@@ -174,6 +186,10 @@ def check_numbers(config: EngineConfig) -> None:
     rate = config.max_connection_rate
     if rate is not None and not 0.0 < rate < math.inf:
         raise ConfigError(f"--max-connection-rate {rate:g}: use a number above 0")
+    if not 0.0 <= config.drain_timeout < math.inf:
+        raise ConfigError(f"--drain-timeout {config.drain_timeout:g}: use seconds, 0 or more")
+    if config.startup_timeout is not None and not 0.0 < config.startup_timeout < math.inf:
+        raise ConfigError(f"--startup-timeout {config.startup_timeout:g}: use seconds above 0")
     if config.block_size < 16 or config.block_size % 16:
         raise ConfigError(f"--block-size must be a multiple of 16, got {config.block_size}")
     if not 0.0 < config.gpu_memory_utilization <= 1.0:
@@ -343,46 +359,3 @@ def choose_budget(config: EngineConfig, max_num_seqs: int, default: int) -> int:
             " every running sequence needs one token a step"
         )
     return asked
-
-
-def check_kv_memory(asked: int | None, least: int) -> None:
-    if asked is not None and asked < least:
-        raise ConfigError(
-            f"--kv-memory {asked} is below the {least} bytes that one sequence of the full"
-            " context takes: raise it or lower --max-model-len"
-        )
-
-
-def check_simulated_memory(asked: int | None, most: int) -> None:
-    if asked is not None and asked > most:
-        raise ConfigError(
-            f"--kv-memory {asked}: at most {most} bytes, {MAX_SIM_BLOCKS} blocks, can be simulated"
-        )
-
-
-def choose_kv_memory(asked: int | None, least: int, num_workers: int) -> int:
-    """Bytes of pages for each CPU worker: what was asked for, or a fair part of what is free."""
-    free = min(_available_bytes(), shutil.disk_usage(SHM).free)
-    hint = "lower --max-model-len or --kv-memory, or free memory"
-    if asked is not None:
-        if asked * num_workers > free:
-            raise ConfigError(
-                f"--kv-memory {asked} for {num_workers} workers is more than the {free} bytes free"
-                f" in memory and {SHM} (docker: --shm-size): {hint}"
-            )
-        return asked
-    fair = min(MAX_AUTO_KV_BYTES, free // (2 * num_workers))
-    if max(fair, least) * num_workers > free:
-        raise ConfigError(
-            f"the pages of one sequence of the full context take {least} bytes a worker, and"
-            f" {free} bytes are free in memory and {SHM} (docker: --shm-size): {hint}"
-        )
-    return max(fair, least)
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo has no MemAvailable line: give --kv-memory")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from nodeserve.config import EngineConfig, parse_slo
 from nodeserve.errors import ConfigError
 from nodeserve.policy.flow import FlowOptions
+from nodeserve.policy.restarts import RestartOptions
 from nodeserve.policy.units import DispatchOptions
 
 MAX_WINDOW_MS = 60_000.0
 MAX_WINDOW_K = 100.0
+LEAST_TIMEOUT_S = 0.1  # the system may keep a process from running for some of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class Policies:
     decode_allocation: str
     flow: FlowOptions
     slo: Mapping[str, float]  # of requests that bring none: ttft_ms, tpot_ms
+    restarts: RestartOptions
+    step_timeout_s: float | None  # None: from what steps take
 
 
 def policies_of(config: EngineConfig, max_num_seqs: int, max_num_batched_tokens: int) -> Policies:
@@ -42,7 +46,23 @@ def policies_of(config: EngineConfig, max_num_seqs: int, max_num_batched_tokens:
             on_overload=config.on_overload,
         ),
         slo={} if config.slo is None else parse_slo(config.slo),
+        restarts=restarts_of(config),
+        step_timeout_s=config.step_timeout,
     )
+
+
+def restarts_of(config: EngineConfig) -> RestartOptions:
+    """How often and when workers are started again; ConfigError for numbers that cannot be."""
+    if config.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {config.max_restarts}: use 0 (never) or more")
+    if not 0.0 <= config.restart_delay < math.inf:
+        raise ConfigError(f"--restart-delay {config.restart_delay:g}: use 0 seconds or more")
+    if config.step_timeout is not None and not LEAST_TIMEOUT_S <= config.step_timeout < math.inf:
+        raise ConfigError(
+            f"--step-timeout {config.step_timeout:g}: use {LEAST_TIMEOUT_S} seconds or more, far"
+            " above what a step takes"
+        )
+    return RestartOptions(config.max_restarts, config.restart_delay)
 
 
 def parse_window(text: str) -> float | None:

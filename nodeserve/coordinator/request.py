@@ -67,7 +67,7 @@ class Request:
     request_id: int
     client_id: int
     stream: Reader
-    tokens: "array[int]"
+    tokens: "array[int]" = field(repr=False)  # what people wrote is in no error and no log
     num_prompt_tokens: int
     sampling: dict[str, Any]
     slo: dict[str, Any] | None
@@ -80,6 +80,7 @@ class Request:
     dirty: bool = False
     wants_logprobs: bool = False
     logprobs: list[Any] = field(default_factory=list)
+    handoff: bool = False  # its first token comes with pages for another worker
     holder: int = -1
     source: int = -1
     source_blocks: bytes = b""
@@ -105,9 +106,9 @@ class Request:
         """Blocks for all its tokens and the one that comes next."""
         return blocks_for(len(self.tokens) + 1, block_size)
 
-    def prompt(self, *, handoff: bool) -> Prompt:
+    def prompt(self) -> Prompt:
         ids = pack_ids(self.tokens)
-        return Prompt(self.request_id, ids, self.num_prompt_tokens, self.sampling, handoff)
+        return Prompt(self.request_id, ids, self.num_prompt_tokens, self.sampling, self.handoff)
 
     def pull_message(self) -> PullKv:
         return PullKv(

@@ -5,7 +5,7 @@ from typing import Any
 
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.dispatch import Dispatch
-from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.link import STARTING, WorkerLink
 from nodeserve.policy.prefill_instance import PrefillInstance
 from nodeserve.types import Role
 
@@ -16,10 +16,14 @@ def worker_stats(link: WorkerLink, now_s: float) -> dict[str, Any]:
     return {
         "index": link.index,
         "role": link.role.value,
+        "acting": link.acting.value,
         "instance": link.instance,
         "rank": link.rank,
         "pid": link.process.pid if link.process else 0,
-        "state": link.state,
+        "state": STARTING if link.alive and link.joining else link.state,
+        "restarts": link.num_restarts,
+        "restart_in_s": None if link.restart_at_s is None else max(0.0, link.restart_at_s - now_s),
+        "reason": link.reason,
         "running": load.num_running,
         "waiting": load.num_waiting,
         "pinned": load.num_pinned,

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from nodeserve.coordinator.request import Request
-from nodeserve.errors import NodeServeError, Overloaded
+from nodeserve.errors import NodeServeError
 from nodeserve.policy.metering import Meter
 from nodeserve.types import Timings
 from nodeserve.wire.frames import frame
@@ -94,15 +94,21 @@ class Stream:
         self._paused = False
         for data in self._let_go():
             self._transport.write(data)
-        self.flush()
+        if self.closed:  # the last of them was its goodbye
+            self._transport.close()
+        else:
+            self.flush()
 
     def goodbye(self, code: str, message: str) -> None:
-        """Last frame, then close; whatever is unsent before it is still delivered."""
-        if not self.closed:
-            self.flush()
-            self.send(Goodbye(code, message))
-            self.closed = True
+        """Last frame, then close; whatever is unsent before it is still delivered, also to a peer
+        that begins to read only now."""
+        if self.closed:
+            return
+        self.flush()
+        self.send(Goodbye(code, message))
+        if not self._paused:
             self._transport.close()
+        self.closed = True
 
     def abort(self) -> None:
         self.closed = True
@@ -151,9 +157,8 @@ def end_of(request: Request, reason: str, now_s: float, code: str | None, messag
 def refusal(client_id: int, error: NodeServeError) -> End:
     """The End of a request that never ran."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0}
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else None
     timings = told(Timings())
-    return End(client_id, "error", error.code, str(error), usage, timings, retry_after_s)
+    return End(client_id, "error", error.code, str(error), usage, timings, error.retry_after_s)
 
 
 def told(timings: Timings) -> dict[str, Any]:

@@ -3,6 +3,10 @@
 The coordinator never imports worker code: it starts `python -m nodeserve.worker`, so it never loads
 torch, and tests start a fake worker instead. Rings, page pools and doorbells are made here and
 inherited as descriptors; no name outlives the moment a worker has mapped its own.
+
+Each life of a worker has rings and a bell of its own. Its page pool is one for all lives: every
+other worker has inherited the descriptor, and while one holds it the memory stays taken. What an
+earlier life wrote there nobody is told to read.
 """
 
 import asyncio
@@ -10,6 +14,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -19,16 +24,20 @@ import posix_ipc
 from nodeserve.config import WorkerSpec
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place, Plan
-from nodeserve.errors import ConfigError, RingError, WorkerLost
+from nodeserve.errors import ConfigError, RingError
 from nodeserve.log import logger
+from nodeserve.policy.startup import Start
+from nodeserve.policy.watchdog import Watchdog
 from nodeserve.types import Role
 from nodeserve.wire.channel import CoordinatorEnd
-from nodeserve.wire.messages import AttachPages, Shutdown
+from nodeserve.wire.messages import Shutdown
 
 WORKER_COMMAND = (sys.executable, "-m", "nodeserve.worker")
 MIN_RING_BYTES = 1 << 20
 EXIT_GRACE_S = 5.0
 DOOR_S = 0.02  # the coordinator answers in a tenth of it; past it a worker goes on by itself
+IDLE_WAIT_S = 1.0  # an idle worker gives a sign of life so often
+LAST_WORDS_S = 0.2  # for what a worker wrote before it ended
 READ_BYTES = 1 << 16
 MAX_LINE_BYTES = 2000
 
@@ -62,31 +71,38 @@ class LockstepFds(NamedTuple):
     def inherited(self) -> tuple[int, ...]:
         return (self.board, *self.bells) if self.bells else ()
 
+    def close(self) -> None:
+        for fd in self.inherited:
+            os.close(fd)
+
 
 NO_LOCKSTEP = LockstepFds(-1, ())
 
 
-def make_lockstep(owner: contextlib.ExitStack, num_ranks: int) -> LockstepFds:
-    """Nameless; closed with `owner`, when every rank has inherited them."""
-    fds = LockstepFds(
-        os.memfd_create("nodeserve-lockstep"),
-        tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(num_ranks)),
-    )
-    for fd in fds.inherited:
-        owner.callback(os.close, fd)
-    return fds
+def make_lockstep(num_ranks: int) -> LockstepFds:
+    """Nameless; to be closed when every rank has inherited them."""
+    with contextlib.ExitStack() as opened:
+        board = os.memfd_create("nodeserve-lockstep")
+        opened.callback(os.close, board)
+        os.fchmod(board, 0o600)
+        bells: list[int] = []
+        for _ in range(num_ranks):
+            bells.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+            opened.callback(os.close, bells[-1])
+        opened.pop_all()
+    return LockstepFds(board, tuple(bells))
 
 
 class Supervisor:
     """Owns every child process and all that they inherit."""
 
     def __init__(self, plan: Plan, model: str, node_id: str, command: Sequence[str]) -> None:
-        self.links: list[WorkerLink] = []
-        self.num_unattached = 0  # AttachPages without an answer yet
+        self.links: list[WorkerLink] = []  # the present life of each worker
         self._plan = plan
         self._model = model
         self._node_id = node_id
         self._command = command
+        self._pages_fds: list[int] = []  # one for all lives: peers have inherited it
         self._lockstep: dict[int, LockstepFds] = {}  # by instance, where ranks need it
         self._stack = contextlib.ExitStack()
 
@@ -94,32 +110,64 @@ class Supervisor:
         try:
             self._make_links()
         except (OSError, RingError, posix_ipc.Error) as problem:
-            self._stack.close()
+            self._close()
             raise self._does_not_fit(problem) from None
         return self
 
-    def _make_links(self) -> None:
-        for index, place in enumerate(self._plan.places):
-            channel = self._stack.enter_context(
-                CoordinatorEnd(self._node_id, f"w{index}", self._ring_bytes())
-            )
-            pages_fd = make_pages_fd(self._node_id, index)
-            self._stack.callback(os.close, pages_fd)
-            link = WorkerLink(index, place.role, channel, pages_fd)
-            link.gpu = place.gpus[0] if place.gpus else None
-            link.instance, link.rank = place.instance, place.rank
-            self.links.append(link)
-        if self._plan.simulated is not None:
-            for instance, group in enumerate(self._plan.layout.instances):
-                self._lockstep[instance] = make_lockstep(self._stack, group.shape.num_workers)
-
     def __exit__(self, *exc_info: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for link in self.links:
+            link.channel.close()
+        for lockstep in self._lockstep.values():
+            lockstep.close()
         self._stack.close()
 
-    async def start(self) -> None:
-        """Spawn all workers; returns when the processes exist, not when they are ready."""
+    def _make_links(self) -> None:
+        for index in range(len(self._plan.places)):
+            pages_fd = make_pages_fd(self._node_id, index)
+            self._stack.callback(os.close, pages_fd)
+            self._pages_fds.append(pages_fd)
+            self.links.append(self._make_link(index, 0))
+        if self._plan.simulated is not None:
+            for instance in range(len(self._plan.layout.instances)):
+                self._renew_lockstep(instance)
+
+    def _make_link(self, index: int, life: int) -> WorkerLink:
+        place = self._plan.places[index]
+        channel = CoordinatorEnd(self._node_id, f"w{index}.{life}", self._ring_bytes())
+        link = WorkerLink(index, place.role, channel, self._pages_fds[index])
+        link.gpu = place.gpus[0] if place.gpus else None
+        link.instance, link.rank, link.num_restarts = place.instance, place.rank, life
+        link.watchdog = Watchdog(self._plan.policies.step_timeout_s)
+        return link
+
+    def renew(self, instance: int) -> list[WorkerLink]:
+        """Links for the next life of its ranks, in the place of the last ones, whose processes have
+        ended and whose channels are closed by this. ConfigError if the machine has no room."""
         try:
-            await self._spawn()
+            if self._plan.simulated is not None:
+                self._renew_lockstep(instance)
+            for link in [link for link in self.links if link.instance == instance]:
+                link.channel.close()
+                fresh = self._make_link(link.index, link.num_restarts + 1)
+                fresh.reason, fresh.joining = link.reason, True
+                self.links[link.index] = fresh
+        except (OSError, RingError, posix_ipc.Error) as problem:
+            raise self._does_not_fit(problem) from None
+        return [link for link in self.links if link.instance == instance]
+
+    def _renew_lockstep(self, instance: int) -> None:
+        if old := self._lockstep.pop(instance, None):
+            old.close()
+        num_ranks = self._plan.layout.instances[instance].shape.num_workers
+        self._lockstep[instance] = make_lockstep(num_ranks)
+
+    async def spawn(self, links: Sequence[WorkerLink]) -> None:
+        """Start these; returns when the processes exist, not when they are ready."""
+        try:
+            await self._spawn(links)
         except OSError as problem:
             raise self._does_not_fit(problem) from None
 
@@ -129,15 +177,15 @@ class Supervisor:
             " raise `ulimit -n` or the size of /dev/shm, or lower --max-model-len or --max-num-seqs"
         )
 
-    async def _spawn(self) -> None:
-        pool_fds = [link.pages_fd for link in self.links]
-        for link in self.links:
+    async def _spawn(self, links: Sequence[WorkerLink]) -> None:
+        for link in links:
             lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
+            link.start = Start(self._plan.startup_timeout_s, time.monotonic())
             link.process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--spec",
                 self._spec(link).to_json(),
-                pass_fds=(*link.channel.inherited_fds, *pool_fds, *lockstep.inherited),
+                pass_fds=(*link.channel.inherited_fds, *self._pages_fds, *lockstep.inherited),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
@@ -145,66 +193,40 @@ class Supervisor:
             )
 
     async def watch(self, link: WorkerLink) -> str:
-        """Wait for a worker's end, keeping what it writes; says how it ended."""
-        assert link.process is not None and link.process.stderr is not None
-        async for text in short_lines(link.process.stderr):
-            link.stderr_tail.append(text)
-            logger.warning("worker %d: %s", link.index, text)
-        return describe_exit(await link.process.wait())
+        """Wait for a worker's end, keeping what it writes; says how it ended.
 
-    def end_instance(self, link: WorkerLink) -> list[WorkerLink]:
-        """Its worker has ended: kill the other ranks of its instance, which cannot run a pass
-        without it, and return them."""
-        mates = [
-            mate
-            for mate in self.links
-            if mate.instance == link.instance and mate is not link and mate.state != "lost"
-        ]
-        for mate in mates:
-            mate.give_up(WorkerLost(f"rank {link.rank} of its instance ended"))
-        return mates
+        Its end is that of its process: a child that it leaves may keep its stderr open.
+        """
+        assert link.process is not None
+        reading = asyncio.ensure_future(keep_lines(link))
+        code = await link.process.wait()
+        await asyncio.wait({reading}, timeout=LAST_WORDS_S)
+        reading.cancel()
+        return describe_exit(code)
 
-    def attach_pages(self) -> int:
-        """Let every worker that decodes map every prefill worker's pool; how many maps that is."""
-        for reader in self.links:
-            for owner in self.links:
-                if reader.decodes and owner.role is Role.PREFILL:
-                    assert owner.info is not None
-                    info = owner.info
-                    reader.send(
-                        AttachPages(
-                            owner.index, owner.pages_fd, info.pages_bytes, info.pages_handle
-                        )
-                    )
-                    self.num_unattached += 1
-        return self.num_unattached
-
-    async def stop(self) -> None:
-        """The ladder: ask, terminate, kill. Returns when no child is left."""
+    async def stop(self, hurried: asyncio.Event) -> None:
+        """Ask, then kill, at once where nobody would listen: in a worker that loads, or when
+        `hurried`. Returns when no child is left."""
         for link in self.links:
             link.send(Shutdown())
-        self._signal(signal.SIGTERM, [link for link in self.links if link.info is None])  # loading
-        if not await self._all_gone(EXIT_GRACE_S):
-            self._signal(signal.SIGTERM, self.links)
-            if not await self._all_gone(EXIT_GRACE_S):
-                self._signal(signal.SIGKILL, self.links)
-                await self._all_gone(EXIT_GRACE_S)
-
-    async def _all_gone(self, timeout_s: float) -> bool:
-        waits = [link.process.wait() for link in self.links if link.process is not None]
+            if link.info is None:
+                link.kill()
+        gone = asyncio.create_task(self._gone())
+        hurry = asyncio.create_task(hurried.wait())
         try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            return False
-        return True
+            either = (gone, hurry)
+            await asyncio.wait(either, timeout=EXIT_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            for link in self.links:
+                link.kill()
+            await asyncio.wait([gone], timeout=EXIT_GRACE_S)
+        finally:
+            gone.cancel()
+            hurry.cancel()
 
-    @staticmethod
-    def _signal(number: signal.Signals, links: Sequence[WorkerLink]) -> None:
-        for link in links:
-            if link.process is not None and link.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    link.process.send_signal(number)
+    async def _gone(self) -> None:
+        for link in self.links:
+            if link.process is not None:
+                await link.process.wait()
 
     def _spec(self, link: WorkerLink) -> WorkerSpec:
         config, place = self._plan.config, self._plan.places[link.index]
@@ -224,6 +246,7 @@ class Supervisor:
             num_threads=place.num_threads,
             parent_pid=os.getpid(),
             door_s=DOOR_S if self._holds_door(link) else 0.0,
+            idle_wait_s=self._idle_wait_s(),
             pages_fd=link.pages_fd,
             channel=asdict(link.channel.spec),
             load_format=config.load_format,
@@ -243,6 +266,11 @@ class Supervisor:
     def _holds_door(self, link: WorkerLink) -> bool:
         return link.role is Role.PREFILL and self._plan.policies.dispatch.holds_door
 
+    def _idle_wait_s(self) -> float:
+        """Well within what makes an idle worker look hung."""
+        timeout_s = self._plan.policies.step_timeout_s
+        return IDLE_WAIT_S if timeout_s is None else min(IDLE_WAIT_S, timeout_s / 4)
+
     def _ring_bytes(self) -> int:
         return ring_bytes(self._plan.max_model_len, self._plan.max_num_seqs)
 
@@ -258,6 +286,14 @@ def worker_environment(place: Place) -> dict[str, str]:
         settings["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver's tools number them
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
     return settings
+
+
+async def keep_lines(link: WorkerLink) -> None:
+    """Log what a worker writes, and keep the last of it."""
+    assert link.process is not None and link.process.stderr is not None
+    async for text in short_lines(link.process.stderr):
+        link.stderr_tail.append(text)
+        logger.warning("worker %d: %s", link.index, text)
 
 
 async def short_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
@@ -277,9 +313,3 @@ def describe_exit(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
-
-
-def lost(link: WorkerLink, how: str) -> WorkerLost:
-    """The error for a worker that ended, with the last thing it wrote."""
-    last = f": {link.stderr_tail[-1]}" if link.stderr_tail else ""
-    return WorkerLost(f"{link.role.value} worker {link.index} {how}{last}")

@@ -15,13 +15,13 @@ SIZE_INCHES = (5.0, 3.4)
 LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "worst gap": "worst_gap_s", "E2E": "e2e_s"}
 
 
-def check_matplotlib() -> None:
+def check_matplotlib(option: str) -> None:
     """ConfigError where figures cannot be drawn: better before an hour's run than after it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "figures need matplotlib: pip install 'nodeserve[plot]', or leave --figures out"
+            f"figures need matplotlib: pip install 'nodeserve[plot]', or leave {option} out"
         ) from None
 
 
@@ -34,7 +34,6 @@ def draw(
     kinds: Sequence[str],
 ) -> list[Path]:
     """Write the figures that these results allow, one file for each of `kinds` (svg, png)."""
-    check_matplotlib()
     import matplotlib
 
     matplotlib.use("agg")

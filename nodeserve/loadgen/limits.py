@@ -31,6 +31,11 @@ class Limits:
         """Whether an idle server must be measured first."""
         return any(one is not None and one.relative for one in (self.ttft, self.tpot, self.e2el))
 
+    def of_request(self) -> dict[str, float]:
+        """Absolute ones as a request carries them, in milliseconds."""
+        carried = {"ttft_ms": self.ttft, "tpot_ms": self.tpot}
+        return {name: 1e3 * one.value for name, one in carried.items() if one is not None}
+
     def slo(self, arrival: Arrival, unloaded: Unloaded | None) -> Slo:
         """The limits of one request; `unloaded` is needed where one is relative."""
         if not self.relative:

@@ -25,17 +25,17 @@ _CHUNK_VALUES = 32 * 1024 - 256
 Unpack = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def _halves(blocks: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def halves(blocks: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Bytes start:stop of each block as fp16 numbers, in fp32."""
     return blocks[:, start:stop].contiguous().view(torch.float16).float()
 
 
 def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mul(blocks[:, 2:].view(torch.int8), _halves(blocks, 0, 2), out=out)
+    torch.mul(blocks[:, 2:].view(torch.int8), halves(blocks, 0, 2), out=out)
 
 
 def _q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    scale = _halves(blocks, 0, 2)
+    scale = halves(blocks, 0, 2)
     packed = blocks[:, 2:]
     out[:, :16] = packed & 15
     out[:, 16:] = packed >> 4
@@ -43,7 +43,7 @@ def _q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    scale_and_min = _halves(blocks, 0, 4)
+    scale_and_min = halves(blocks, 0, 4)
     scale, low = scale_and_min[:, :1], scale_and_min[:, 1:]
     packed = blocks[:, 4:]
     torch.mul(packed & 15, scale, out=out[:, :16])
@@ -51,7 +51,7 @@ def _q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
     out.add_(low)
 
 
-def _six_bit_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def six_bit_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The 8 scales and 8 minima in 12 bytes of the K types: low ones whole, high ones split."""
     first, second, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat([first & 63, (high & 15) | ((first >> 2) & 48)], dim=1)
@@ -60,8 +60,8 @@ def _six_bit_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    factors = _halves(blocks, 0, 4)
-    scales, minima = _six_bit_scales(blocks[:, 4:16])
+    factors = halves(blocks, 0, 4)
+    scales, minima = six_bit_scales(blocks[:, 4:16])
     scale = (factors[:, :1] * scales).unsqueeze(-1)
     low = (factors[:, 1:] * minima).unsqueeze(-1)
     packed = blocks[:, 16:].view(-1, 4, 1, 32)
@@ -74,7 +74,7 @@ def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
 def _q6_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     low = blocks[:, :128].view(-1, 2, 1, 64)
     high = blocks[:, 128:192].view(-1, 2, 1, 32)
-    scales = blocks[:, 192:208].view(torch.int8) * _halves(blocks, 208, 210)
+    scales = blocks[:, 192:208].view(torch.int8) * halves(blocks, 208, 210)
     nibbles = torch.cat([low & 15, low >> 4], dim=2).view(-1, 2, 4, 32)
     pairs = torch.cat([(high >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2)
     out.copy_((nibbles | (pairs << 4)).view(-1, 256)).sub_(32.0)

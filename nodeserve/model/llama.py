@@ -24,10 +24,11 @@ from nodeserve.errors import ModelError
 from nodeserve.model import rotary
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
+from nodeserve.model.quantised import Weight, dense, stacked
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
-Weights = Callable[[str], torch.Tensor]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
+Weights = Callable[[str], Weight]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
 Progress = Callable[[int, int], None]  # parts done, parts in all
 
 
@@ -102,19 +103,21 @@ class Layer:
         tables: tuple[torch.Tensor, torch.Tensor],
         next_norm: torch.Tensor,
     ) -> None:
-        def get(name: str) -> torch.Tensor:
+        def get(name: str) -> Weight:
             return weights(f"model.layers.{index}.{name}")
 
-        def qkv(kind: str) -> torch.Tensor:
-            return torch.cat([get(f"self_attn.{name}_proj.{kind}") for name in "qkv"])
+        def qkv(kind: str) -> Weight:
+            return stacked([get(f"self_attn.{name}_proj.{kind}") for name in "qkv"])
 
         norms = None
         if config.qk_norm:
-            norms = (get("self_attn.q_norm.weight"), get("self_attn.k_norm.weight"))
-        self.qkv = ops.linear(qkv("weight"), qkv("bias") if config.attention_bias else None)
+            norms = (dense(get("self_attn.q_norm.weight")), dense(get("self_attn.k_norm.weight")))
+        bias = dense(qkv("bias")) if config.attention_bias else None
+        self.qkv = ops.linear(qkv("weight"), bias)
         self.attention = ops.attention(config, index, tables, norms)
+        middle_norm = dense(get("post_attention_layernorm.weight"))
         self.out_proj = ops.linear_add_norm(
-            get("self_attn.o_proj.weight"), get("post_attention_layernorm.weight"), config.norm_eps
+            get("self_attn.o_proj.weight"), middle_norm, config.norm_eps
         )
         self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
         self.down = ops.linear_add_norm(get("mlp.down_proj.weight"), next_norm, config.norm_eps)
@@ -144,11 +147,11 @@ class Llama:
         self.embed = ops.embedding(table)
         self.head = ops.linear(table if config.tie_embeddings else weights("lm_head.weight"))
         norms = [f"model.layers.{index}.input_layernorm" for index in range(config.num_layers)]
-        self.first_norm = ops.rms_norm(weights(f"{norms[0]}.weight"), config.norm_eps)
+        self.first_norm = ops.rms_norm(dense(weights(f"{norms[0]}.weight")), config.norm_eps)
         progress(1, total)
         self.layers = []
         for index, next_norm in enumerate([*norms[1:], "model.norm"]):
-            next_weight = weights(f"{next_norm}.weight")
+            next_weight = dense(weights(f"{next_norm}.weight"))
             self.layers.append(Layer(config, index, weights, ops, tables, next_weight))
             progress(index + 2, total)
 

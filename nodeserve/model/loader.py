@@ -8,17 +8,22 @@ system keeps of them. For another device, tensors go there as they are in the fi
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nodeserve.checkpoint import Checkpoint, read_json
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.gguf import GgufFile
+from nodeserve.gguf import GgufFile, TensorInfo
 from nodeserve.model.dequantise import dequantise
-from nodeserve.model.dummy import DummyWeights
+from nodeserve.model.dummy import DummyWeights, shape_of
+from nodeserve.model.quantised import Quantised, Weight, can_stay
+from nodeserve.model_files import open_regular, read_json
+from nodeserve.types import brief
 
 
 class Upload(Protocol):
@@ -41,9 +46,10 @@ class Source(Protocol):
 class Weights(ABC):
     """The tensors of one model, in one dtype, by hub name."""
 
-    def __init__(self, where: str, dtype: torch.dtype) -> None:
+    def __init__(self, where: str, config: ModelConfig, dtype: torch.dtype) -> None:
         self.where = where
         self.dtype = dtype
+        self._config = config
 
     @abstractmethod
     def __contains__(self, name: object) -> bool: ...
@@ -56,6 +62,12 @@ class Weights(ABC):
         if name not in self:
             raise ModelError(f"{self.where} has no tensor {name}")
         return self._read(name)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Kernels trust the shapes that the configuration gives: a file must have the same."""
+        expected = shape_of(self._config, name)
+        if expected is not None and shape != expected:
+            raise ModelError(f"{self.where}: {name} has the shape {shape}, expected {expected}")
 
     def __call__(self, name: str) -> torch.Tensor:
         """The whole tensor called `name`, on the CPU."""
@@ -94,12 +106,20 @@ def open_weights(
     return weights if upload is None else Uploaded(weights, upload)
 
 
+def open_stored(
+    checkpoint: Checkpoint, dtype: torch.dtype, load_format: str = "auto"
+) -> Callable[[str], Weight]:
+    """Weights on the CPU by hub name; matrices that a file quantises stay so where they can."""
+    weights = open_weights(checkpoint, dtype, load_format)
+    return weights.as_quantised if isinstance(weights, GgufWeights) else weights
+
+
 # -- safetensors --------------------------------------------------------------------------------
 
 
 class SafetensorsWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(str(checkpoint.path), dtype)
+        super().__init__(str(checkpoint.path), checkpoint.config, dtype)
         self._files: dict[Path, Any] = {}
         self._places = _places(checkpoint.path, self._open)
 
@@ -110,15 +130,17 @@ class SafetensorsWeights(Weights):
         try:
             tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(f"{self._places[name]}: cannot read {name}: {error}") from None
+            raise ModelError(f"{self._places[name]}: cannot read {name}: {brief(error)}") from None
+        self._check_shape(name, tuple(tensor.shape))
         return tensor
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
+            open_regular(path).close()
             try:
                 self._files[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {path}: {error}") from None
+                raise ModelError(f"cannot read {path}: {brief(error)}") from None
         return self._files[path]
 
 
@@ -128,7 +150,9 @@ def _places(folder: Path, open_file: Any) -> dict[str, Path]:
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(_is_file_name(n) for n in names.values()):
-            raise ModelError(f"{index}: weight_map must map tensor names to file names")
+            raise ModelError(
+                f"{index}: weight_map must map tensor names to *.safetensors files in its folder"
+            )
         return {name: folder / file for name, file in names.items()}
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -140,7 +164,9 @@ def _places(folder: Path, open_file: Any) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value
+    if not isinstance(value, str) or "\0" in value or len(value) > 255:
+        return False
+    return Path(value).name == value and value.endswith(".safetensors")
 
 
 # -- GGUF ---------------------------------------------------------------------------------------
@@ -177,7 +203,7 @@ def gguf_name(hub_name: str) -> str:
 
 class GgufWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(str(checkpoint.path), dtype)
+        super().__init__(str(checkpoint.path), checkpoint.config, dtype)
         self._file = GgufFile(checkpoint.path)
         self._heads: dict[str, int] = {}
         if checkpoint.config.architecture == "llama":  # only there the converter reorders rows
@@ -191,12 +217,26 @@ class GgufWeights(Weights):
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._file.tensors[gguf_name(name)]
-        data = torch.frombuffer(
+        self._check_shape(name, tensor.shape)
+        return self._in_order(dequantise(self._bytes_of(tensor), tensor, self.dtype), tensor)
+
+    def as_quantised(self, name: str) -> Weight:
+        """The tensor called `name`, its blocks as they are where that can be."""
+        tensor = self._file.tensors.get(gguf_name(name))
+        if tensor is None or not can_stay(tensor):
+            return self(name)
+        self._check_shape(name, tensor.shape)
+        blocks = self._bytes_of(tensor).view(tensor.shape[0], -1)
+        return Quantised(self._in_order(blocks, tensor), tensor.type, self.dtype)
+
+    def _bytes_of(self, tensor: TensorInfo) -> torch.Tensor:
+        return torch.frombuffer(
             self._file.data, dtype=torch.uint8, offset=tensor.offset, count=tensor.num_bytes
         )
-        values = dequantise(data, tensor, self.dtype)
+
+    def _in_order(self, rows: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
         part = tensor.name.split(".")[-2]
-        return halves_from_pairs(values, self._heads[part]) if part in self._heads else values
+        return halves_from_pairs(rows, self._heads[part]) if part in self._heads else rows
 
 
 def halves_from_pairs(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -5,6 +5,9 @@ Every operation writes into a tensor that it is given, so a step allocates nothi
 
 What ends a half layer and the norm that begins the next one are one operation, `linear_add_norm`: a
 GPU then reads and writes the residual stream once for both.
+
+Matrices come as tensors or as a file quantised them; a backend that cannot use the latter makes
+them `dense`.
 """
 
 from typing import Any, Protocol
@@ -14,6 +17,7 @@ import torch
 from nodeserve.config import ModelConfig
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
+from nodeserve.model.quantised import Weight
 
 
 class Op(Protocol):
@@ -59,21 +63,19 @@ class Ops(Protocol):
     def begin(self, inputs: StepInputs, cache: Any) -> Any:
         """What all layers of a step share. Valid until the next begin."""
 
-    def embedding(self, table: torch.Tensor) -> Op:
+    def embedding(self, table: Weight) -> Op:
         """table [vocab, hidden]: token ids [rows] int32 -> out [rows, hidden] float32"""
 
     def rms_norm(self, weight: torch.Tensor, eps: float) -> Op:
         """x [rows, hidden] float32 -> out [rows, hidden] act"""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Op:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
         """weight [n, k]: x [rows, k] act -> out [rows, n] float32 or qkv_dtype"""
 
-    def linear_add_norm(
-        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
-    ) -> AddNorm:
+    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
         """weight [n, k]: hidden += x weight^T; normed = rms_norm(hidden) * norm_weight"""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Op:
+    def gated(self, gate: Weight, up: Weight) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""
 
     def attention(

@@ -16,6 +16,7 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
+from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _HUGE_PAGE_BYTES = 2 << 20
@@ -124,6 +125,15 @@ class CpuCache:
         return self.pages.num_blocks
 
 
+@dataclass(frozen=True, slots=True)
+class PackedIntegers:
+    """A quantised weight as the kernels read it, or nothing."""
+
+    storage: str = "none"
+    groups: torch.Tensor | None = None
+    zero: float = 0.0
+
+
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
     if config.head_dim % 16 or config.head_dim > 256:
@@ -192,8 +202,8 @@ class CpuOps:
         )
         return self._plan
 
-    def embedding(self, table: torch.Tensor) -> Bound:
-        rows = table.to(self.dtype).contiguous()
+    def embedding(self, table: Weight) -> Bound:
+        rows = dense(table).to(self.dtype).contiguous()
         native = _host.CpuEmbedding(self.engine, self._name, rows.data_ptr(), *rows.shape)
         return Bound(native, rows)
 
@@ -202,36 +212,63 @@ class CpuOps:
         native = _host.CpuRmsNorm(self.engine, self._name, scale.data_ptr(), scale.numel(), eps)
         return Bound(native, scale)
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Bound:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Bound:
         return self._linear(weight, "store_f32", bias)
 
-    def linear_add(self, weight: torch.Tensor) -> Bound:
+    def linear_add(self, weight: Weight) -> Bound:
         """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
         return self._linear(weight, "add_f32")
 
-    def linear_add_norm(
-        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
-    ) -> AddNorm:
+    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
         return AddNorm(self.linear_add(weight), self.rms_norm(norm_weight, eps))
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Bound:
-        return self._linear(torch.cat([gate, up]), "silu_mul")
+    def gated(self, gate: Weight, up: Weight) -> Bound:
+        return self._linear(stacked([gate, up]), "silu_mul")
 
-    def _linear(
-        self, weight: torch.Tensor, epilogue: str, bias: torch.Tensor | None = None
-    ) -> Bound:
-        source = weight.to(self.dtype).contiguous()
-        n, k = source.shape
+    def _linear(self, weight: Weight, epilogue: str, bias: torch.Tensor | None = None) -> Bound:
+        n, k = weight.shape
+        source = dense(weight).to(self.dtype).contiguous()
         packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue))
         _host.cpu_pack(
             self.engine, self._name, source.data_ptr(), packed.data_ptr(), n, k, epilogue
         )
+        small = self._quantised(weight, epilogue)
         offset = None if bias is None else bias.float().contiguous()
-        bias_address = 0 if offset is None else offset.data_ptr()
         native = _host.CpuLinear(
-            self.engine, self._name, packed.data_ptr(), bias_address, n, k, epilogue
+            self.engine,
+            self._name,
+            packed.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            n,
+            k,
+            epilogue,
+            small.storage,
+            0 if small.groups is None else small.groups.data_ptr(),
+            small.zero,
         )
-        return Bound(native, packed, offset)
+        return Bound(native, packed, small.groups, offset)
+
+    def _quantised(self, weight: Weight, epilogue: str) -> PackedIntegers:
+        """The weight a second time for steps of few rows, where its kind and the kernels allow."""
+        if not isinstance(weight, Quantised) or weight.dtype != self.dtype:
+            return PackedIntegers()
+        if self.engine.quantised_rows(self._name) == 0 or (found := weight.integers()) is None:
+            return PackedIntegers()
+        n, k = weight.shape
+        groups = self._arena.take(_host.cpu_quantised_bytes(found.storage, n, k, epilogue))
+        _host.cpu_pack_quantised(
+            self.engine,
+            self._name,
+            found.storage,
+            found.q.data_ptr(),
+            found.scale.data_ptr(),
+            0 if found.low is None else found.low.data_ptr(),
+            groups.data_ptr(),
+            n,
+            k,
+            epilogue,
+        )
+        return PackedIntegers(found.storage, groups, found.zero)
 
     def attention(
         self,

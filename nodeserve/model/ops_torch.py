@@ -15,6 +15,7 @@ from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
 from nodeserve.model.ops import AddNorm, Op
+from nodeserve.model.quantised import Weight, dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +134,10 @@ class TorchOps:
         blocks = table[seqs, positions // block_size]
         return TorchStep(cache.pages, positions, blocks, positions % block_size, spans, table)
 
-    def _own(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return weight.to(self.device, dtype)
+    def _own(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        return dense(weight).to(self.device, dtype)
 
-    def embedding(self, table: torch.Tensor) -> Op:
+    def embedding(self, table: Weight) -> Op:
         rows = self._own(table, self.dtype)
 
         def op(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -152,7 +153,7 @@ class TorchOps:
 
         return op
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Op:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
         matrix = self._own(weight, self.dtype)
         offset = None if bias is None else self._own(bias, torch.float32)
 
@@ -163,9 +164,7 @@ class TorchOps:
 
         return op
 
-    def linear_add_norm(
-        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
-    ) -> AddNorm:
+    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
         matrix = self._own(weight, self.dtype)
         norm = self.rms_norm(norm_weight, eps)
 
@@ -175,7 +174,7 @@ class TorchOps:
 
         return op
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Op:
+    def gated(self, gate: Weight, up: Weight) -> Op:
         gates, ups = self._own(gate, self.dtype), self._own(up, self.dtype)
 
         def op(x: torch.Tensor, out: torch.Tensor) -> None:

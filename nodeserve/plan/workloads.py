@@ -23,6 +23,8 @@ MOST_TOKENS = 32_768  # that a Pareto length may have, likewise
 MAX_SIGMA = 5.0
 MAX_ALPHA = 10.0
 BLOCK_TOKENS = 512  # of a trace's shared prefixes
+MAX_TRACE_TOKENS = 1 << 24  # of one length
+MAX_TRACE_BLOCKS = 1 << 24  # that the rows of a trace name, all together
 TRACE_COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 
 
@@ -154,7 +156,7 @@ def read_trace(path: Path, num_requests: int | None = None) -> list[Arrival]:
     of an earlier row, counted from 0 (-1: of none); `block_ids` then names all its blocks.
     """
     arrivals: list[Arrival] = []
-    fresh = itertools.count()
+    fresh, num_blocks = itertools.count(), 0
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
@@ -168,6 +170,9 @@ def read_trace(path: Path, num_requests: int | None = None) -> list[Arrival]:
                 arrival = _row(row, place)
                 if "prefix_row" in row and "prefix_blocks512" in row:
                     arrival = arrival._replace(block_ids=_blocks(row, arrivals, fresh, place))
+                    num_blocks += len(arrival.block_ids)
+                    if num_blocks > MAX_TRACE_BLOCKS:
+                        raise ConfigError(f"{place}: more than {MAX_TRACE_BLOCKS} blocks so far")
                 arrivals.append(arrival)
     except OSError as error:
         raise ConfigError(f"trace {path}: {error.strerror}") from None
@@ -190,12 +195,14 @@ def at_rate(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
 
 
 def _row(row: dict[str, str], place: str) -> Arrival:
-    arrived_s, *lengths = (_number(row[name] or "") for name in TRACE_COLUMNS)
+    arrived_s, *lengths = (_number(row[name]) for name in TRACE_COLUMNS)
     num_prompt, num_output = lengths
     if arrived_s is None or num_prompt is None or num_output is None:
         raise ConfigError(f"{place}: {', '.join(TRACE_COLUMNS)} must be numbers")
-    if arrived_s < 0.0 or num_prompt < 1 or num_output < 1:
-        raise ConfigError(f"{place}: a time is 0 or later, a length 1 token or more")
+    if arrived_s < 0.0 or not all(1 <= one <= MAX_TRACE_TOKENS for one in (num_prompt, num_output)):
+        raise ConfigError(
+            f"{place}: a time is 0 or later, a length from 1 token to {MAX_TRACE_TOKENS}"
+        )
     return Arrival(arrived_s, int(num_prompt), int(num_output))
 
 
@@ -212,9 +219,9 @@ def _blocks(
     return (*shared, *itertools.islice(fresh, num_blocks - len(shared)))
 
 
-def _number(text: str) -> float | None:
+def _number(text: str | None) -> float | None:
     try:
-        number = float(text)
+        number = float(text or "")  # a short row has no text at its end
     except ValueError:
         return None
     return number if math.isfinite(number) else None

@@ -22,6 +22,11 @@ class Account:
         self._sent: deque[tuple[int, int]] = deque()  # tokens, blocks: not in the report yet
         self._num_sent = 0  # since the start
 
+    @property
+    def num_sent(self) -> int:
+        """Prompts and pulls, since the start."""
+        return self._num_sent
+
     def send(self, num_tokens: int, num_blocks: int) -> None:
         """A prompt of `num_tokens` went into the worker's ring, or a pull (no tokens)."""
         self._sent.append((num_tokens, num_blocks))

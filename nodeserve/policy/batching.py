@@ -36,7 +36,7 @@ class Sequence:
     """
 
     request_id: int
-    token_ids: "array[int]"
+    token_ids: "array[int]" = field(repr=False)  # what people wrote is in no error and no log
     num_prompt_tokens: int
     sampling: Sampling
     handoff: bool = False

@@ -2,19 +2,26 @@
 
 Higher priority first; of the same priority those that can still meet their SLO before best effort;
 of these whoever an earlier departure left behind, by arrival, where a prompt counts as if it had
-come later by the time that its tokens take. So short prompts pass a long one, which costs it little
-and saves them much, but only those that come soon after it: nobody is overtaken for ever by others
-of its class. Newcomers follow: longest first where the next departure is near, since the gaps that
-long prompts leave are filled by short ones and not the other way round, else in the same order as
-those left behind. Every operation is O(log n) amortised: a request is entered twice at most.
+come later by LATER times the time that its tokens take. So short prompts pass a long one, which
+costs it little and saves them much, but only those that come soon after it: nobody is overtaken for
+ever by others of its class. Newcomers follow: longest first where the next departure is near, since
+the gaps that long prompts leave are filled by short ones and not the other way round, else in the
+same order as those left behind. Every operation is O(log n) amortised, a request being entered
+twice at most, but for what keeps `tokens_ahead`, which moves and adds whole numbers in O(n).
 """
 
 import heapq
-from collections import Counter
+import math
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 
 from nodeserve.policy.units import Waiting
 
+_Class = tuple[int, bool]
 _Key = tuple[int, bool, bool, float, int]
+_Place = tuple[float, int]  # order, request id
+# Of requests with a TTFT limit 4 serves 11 % more in time than 1 does, and 8 no more still.
+LATER = 4.0
 MAX_STALE = 64  # entries of requests that are gone, beyond as many as really wait
 
 
@@ -31,7 +38,8 @@ class Buffer:
         self._keys: dict[int, _Key] = {}  # the valid entry of each
         self._fresh: dict[int, Waiting] = {}  # came since the last departure
         self._hidden: set[int] = set()
-        self._class_tokens: Counter[tuple[int, bool]] = Counter()
+        self._lines: defaultdict[_Class, _Line] = defaultdict(_Line)
+        self._places: dict[int, _Place] = {}
         self._departures = 0
         self._before: dict[int, int] = {}  # departures before it came, less the rounds it had
 
@@ -44,7 +52,8 @@ class Buffer:
         self._waiting[request_id] = waiting
         self._before[request_id] = self._departures - waiting.rounds
         self.num_tokens += waiting.num_tokens
-        self._class_tokens[class_of(waiting)] += waiting.num_tokens
+        place = self._places[request_id] = self._order(waiting), request_id
+        self._lines[class_of(waiting)].add(place, waiting.num_tokens)
         if not waiting.rounds:
             self._fresh[request_id] = waiting
         self._enter(waiting)
@@ -58,10 +67,7 @@ class Buffer:
         self._fresh.pop(request_id, None)
         del self._keys[request_id], self._before[request_id]
         self.num_tokens -= waiting.num_tokens
-        kind = class_of(waiting)
-        self._class_tokens[kind] -= waiting.num_tokens
-        if not self._class_tokens[kind]:
-            del self._class_tokens[kind]
+        self._lines[class_of(waiting)].remove(self._places.pop(request_id))
         self._hidden.discard(request_id)
         if len(self._heap) > 2 * len(self._keys) + MAX_STALE:
             self._heap = [key for key in self._keys.values() if key[-1] not in self._hidden]
@@ -107,20 +113,46 @@ class Buffer:
         return next(iter(self._waiting.values())).arrived_s
 
     def tokens_ahead(self, waiting: Waiting) -> int:
-        """Prompt tokens that are considered before a newcomer like this one. O(classes)."""
-        own = class_of(waiting)
-        return sum(tokens for kind, tokens in self._class_tokens.items() if kind <= own)
+        """Prompt tokens that are considered before a newcomer like this one, newcomers taken by
+        their arrival as those left behind are. O(n), but a sum of whole numbers."""
+        own, order = class_of(waiting), self._order(waiting)
+        return sum(
+            line.tokens_until(order if kind == own else math.inf)
+            for kind, line in self._lines.items()
+            if kind <= own
+        )
 
     def _enter(self, waiting: Waiting) -> None:
         newcomer = self.longest_first and waiting.request_id in self._fresh
-        order = waiting.arrived_s + self.token_s * waiting.num_tokens
-        if newcomer:
-            order = -float(waiting.num_tokens)
+        order = -float(waiting.num_tokens) if newcomer else self._order(waiting)
         key = (*class_of(waiting), newcomer, order, waiting.request_id)
         self._keys[waiting.request_id] = key
         heapq.heappush(self._heap, key)
 
+    def _order(self, waiting: Waiting) -> float:
+        return waiting.arrived_s + LATER * self.token_s * waiting.num_tokens
 
-def class_of(waiting: Waiting) -> tuple[int, bool]:
+
+class _Line:
+    """The requests of one class by their order, with their prompt tokens."""
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []
+        self._tokens: list[int] = []
+
+    def add(self, place: _Place, num_tokens: int) -> None:
+        at = bisect_left(self._places, place)
+        self._places.insert(at, place)
+        self._tokens.insert(at, num_tokens)
+
+    def remove(self, place: _Place) -> None:
+        at = bisect_left(self._places, place)
+        del self._places[at], self._tokens[at]
+
+    def tokens_until(self, order: float) -> int:
+        return sum(self._tokens[: bisect_right(self._places, (order, math.inf))])
+
+
+def class_of(waiting: Waiting) -> _Class:
     """What goes before arrival; lower is earlier."""
     return (-waiting.priority, waiting.best_effort)

@@ -46,14 +46,13 @@ class Dispatcher:
     def __init__(self, instances: Sequence[Sequence[Unit]], options: DispatchOptions) -> None:
         self.options = options
         self.times = PassTimes(HISTORY_PASSES * len(instances))
-        self.instances = [
-            PrefillInstance(units, self.times, options.budget, options.holds_door)
-            for units in instances
-        ]
+        self.instances: list[PrefillInstance] = []
         self.window = Window(_fixed_s(options), options.window_k)
         self.falling_back = False
-        self._by_number = {instance.number: instance for instance in self.instances}
-        self._by_unit = {unit.index: one for one in self.instances for unit in one.units}
+        self._by_number: dict[int, PrefillInstance] = {}
+        self._by_unit: dict[int, PrefillInstance] = {}
+        for units in instances:
+            self.enlist(units)
         self._buffer = Buffer(longest_first=len(instances) > 1)
         self._boarding = Boarding(self._buffer, self.times, options)
         self._immediate = Immediate(options)
@@ -84,7 +83,9 @@ class Dispatcher:
 
     def on_pass(self, index: int, done: PassDone, now_s: float) -> None:
         """The unit with this index ended a pass; its account has the report."""
-        instance = self._by_unit[index]
+        instance = self._by_unit.get(index)
+        if instance is None:  # one that was dismissed finishes what it had
+            return
         was_suspect = instance.suspect
         works = instance.on_pass(index, done, now_s)
         if works is None:
@@ -110,8 +111,27 @@ class Dispatcher:
             self._by_number[instance].lose()
 
     def join(self, instance: int) -> None:
-        """An instance is back, empty, with new accounts in its units."""
-        self._by_number[instance].join()
+        """An instance is back, empty, with new accounts in its units. One that does not prefill is
+        none of ours."""
+        self._awaited.pop(instance, None)
+        if instance in self._by_number:
+            self._by_number[instance].join()
+
+    def enlist(self, units: Sequence[Unit]) -> None:
+        """One more instance takes prompts."""
+        options = self.options
+        instance = PrefillInstance(units, self.times, options.budget, options.holds_door)
+        self.instances.append(instance)
+        self._by_number[instance.number] = instance
+        self._by_unit.update((unit.index, instance) for unit in units)
+
+    def dismiss(self, instance: int) -> None:
+        """One takes no more; what it has is its own business."""
+        gone = self._by_number.pop(instance)
+        self.instances.remove(gone)
+        for unit in gone.units:
+            del self._by_unit[unit.index]
+        self._awaited.pop(instance, None)
 
     def _learn(self, number: int, works: list[RankWork], done: PassDone) -> None:
         self.times.observe(works, done.seconds)
@@ -253,7 +273,7 @@ class Dispatcher:
 
     def _silence_s(self, alive: list[PrefillInstance]) -> float:
         """When to give the window up if no pass ends before, with requests waiting."""
-        if self.falling_back or not self._buffer or any(one.empty for one in alive):
+        if self.falling_back or not self._buffer or any(one.empty for one in alive) or not alive:
             return math.inf
         mean_s = self.times.mean_s
         if mean_s is None:

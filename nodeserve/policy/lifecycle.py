@@ -16,7 +16,8 @@ pages wait in prefill memory for room on the decode side. MOVING: a decode worke
 DECODE: one token a step. DRAINING: ended for the client, a worker still holds or reads pages.
 
 A lost worker puts what it held back to WAITING, with the tokens that the client has already seen
-appended to the prompt. A lost puller is a refusal: the source still has the pages.
+appended to the prompt. A lost puller is a refusal: the source still has the pages. If those that
+pull are all gone, what is PARKED goes back to WAITING as well.
 """
 
 import enum

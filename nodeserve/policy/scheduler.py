@@ -351,11 +351,15 @@ class Scheduler:
             self._leaving.remove(sequence)
             self.blocks.release(sequence.block_ids.tolist())
 
+    def held(self) -> list[Sequence]:
+        """All that are here, and those gone whose blocks a launched step may still write to."""
+        return [*self._sequences.values(), *self._leaving]
+
     def check(self) -> None:
         """Audit: nothing lost, nothing twice. Cheap enough to run when idle."""
         self.blocks.check()
         here = list(self._sequences.values())
-        held = [block for one in (*here, *self._leaving) for block in one.block_ids]
+        held = [block for one in self.held() for block in one.block_ids]
         assert len(held) == len(set(held)) == self.limits.num_blocks - self.blocks.num_free
         stages = [one.stage for one in here]
         assert stages.count(Stage.WAITING) == len(self._waiting)

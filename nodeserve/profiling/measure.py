@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig
@@ -61,9 +61,9 @@ def measure_profile(
         pulls, held = with_node(
             pair, checkpoint, gpus, on_event, lambda node: measure_handoffs(node, tell)
         )
-        rate = _rate(pulls)
+        rate = rate_of(pulls)
         profile = replace(profile, handoff_bytes_per_s=rate)
-        handoff = _handoff_errors(held, rate)
+        handoff = handoff_errors(held, rate)
     return _result(profile, measured, handoff)
 
 
@@ -101,18 +101,26 @@ def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Res
     )
 
 
-def _rate(pulls: Sequence[tuple[int, float]]) -> float:
-    """Bytes a second, with errors as shares of what each copy took."""
-    shares = [num_bytes / seconds for num_bytes, seconds in pulls if seconds > 0.0]
+Pulls = Sequence[tuple[int, float]]  # bytes and seconds of copies
+
+
+def rate_of(pulls: Pulls) -> float:
+    """Bytes a second, with errors as shares of what a copy of each size took."""
+    shares = [num_bytes / seconds for num_bytes, seconds in _usual(pulls).items() if seconds > 0.0]
     if not shares:
         return UNMEASURED_BYTES_PER_S
     return sum(share * share for share in shares) / sum(shares)
 
 
-def _handoff_errors(pulls: Sequence[tuple[int, float]], rate: float) -> Errors | None:
+def handoff_errors(pulls: Pulls, rate: float) -> Errors | None:
     """Of copies of the same size together."""
+    off = [abs(size / rate / seconds - 1.0) for size, seconds in _usual(pulls).items()]
+    return Errors(fmean(off), max(off), len(off)) if off else None
+
+
+def _usual(pulls: Pulls) -> dict[int, float]:
+    """Median seconds by size: one copy that was held up says nothing."""
     sizes: dict[int, list[float]] = {}
     for num_bytes, seconds in pulls:
         sizes.setdefault(num_bytes, []).append(seconds)
-    off = [abs(num_bytes / rate / fmean(times) - 1.0) for num_bytes, times in sizes.items()]
-    return Errors(fmean(off), max(off), len(off)) if off else None
+    return {num_bytes: median(times) for num_bytes, times in sizes.items()}

@@ -1,33 +1,49 @@
-"""Chat templates: jinja2 in a sandbox, with the helpers that model authors expect.
+"""Chat templates: rendered in a process of their own (`renderer.py`), which the kernel bounds.
 
 A template comes with a model and is not trusted; messages come with a request and are checked
 here, so that a template sees dictionaries with a role and text.
 """
 
 import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from signal import Signals
+from typing import Any
 
 from nodeserve.errors import InvalidRequest, ModelError
 
-if TYPE_CHECKING:
-    import jinja2
-
 Message = Mapping[str, Any]
+
+TIME_S = 2.0  # of computing, for one rendering; a large conversation takes some milliseconds
+MEMORY_BYTES = 512 << 20  # beside what jinja2 itself takes
+MAX_CHARACTERS = 16 << 20  # of a rendered prompt
+PATIENCE_S = 60.0  # by the clock: the process may get no core, or its pages from a disk
+_PROGRAM = Path(__file__).with_name("renderer.py")
+_LENGTH_BYTES = 4
+_MAX_REPLY_BYTES = 4 * MAX_CHARACTERS + 1
 
 
 class ChatTemplate:
+    """One template; threads may share it. Its process starts with the first rendering."""
+
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
         self._source = source
         self._tokens = dict(tokens)
+        self._renderer: _Renderer | None = None
+        self._lock = threading.Lock()
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool, variables: dict[str, Any]
     ) -> str:
-        import jinja2
-
+        """The conversation as the template writes it. InvalidRequest if it refuses the messages,
+        ModelError if it is no template or goes beyond its bounds."""
         conversation = checked_messages(messages)
         given = {
             **self._tokens,
@@ -36,21 +52,103 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(given)
-        except (
-            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError,
-            RecursionError, TypeError, ValueError,
-        ) as error:  # fmt: skip
-            raise InvalidRequest(f"the chat template refuses these messages: {error}") from None
+            request = json.dumps(given)
+        except (TypeError, ValueError, RecursionError) as problem:
+            raise InvalidRequest(f"messages and variables must be as in JSON: {problem}") from None
+        with self._lock:
+            return self._running().render(request)
 
-    @cached_property
-    def _template(self) -> "jinja2.Template":
-        import jinja2
+    def _running(self) -> "_Renderer":
+        if self._renderer is None or not self._renderer.usable:
+            self._renderer = _Renderer(self._source)
+        return self._renderer
 
+
+class _Renderer:
+    """One process, for one template."""
+
+    def __init__(self, source: str) -> None:
+        limits = (TIME_S, MEMORY_BYTES, MAX_CHARACTERS)
+        self._pid = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM), *map(str, limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        self._end = weakref.finalize(self, _end, self._process, self._pid)
+        kind, text = self._ask(source)
+        if kind == "i":
+            self._end()
+            raise ModelError(f"the model's chat template is not valid: {text}")
+
+    @property
+    def usable(self) -> bool:
+        """False once it has ended, and in a fork of who started it."""
+        return self._pid == os.getpid() and self._end.alive and self._process.poll() is None
+
+    def render(self, variables: str) -> str:
+        kind, text = self._ask(variables)
+        if kind == "r":
+            raise InvalidRequest(f"the chat template refuses these messages: {text}")
+        return text
+
+    def _ask(self, text: str) -> tuple[str, str]:
+        data = text.encode("utf-8", "surrogatepass")
         try:
-            return _environment().from_string(self._source)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the model's chat template is not valid: {error}") from None
+            self._write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+            answer = self._answer()
+        except BaseException:
+            self._end()
+            raise
+        return answer[:1], answer[1:]
+
+    def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._process.stdin.write(view) :]
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def _answer(self) -> str:
+        give_up_s = time.monotonic() + PATIENCE_S
+        size = int.from_bytes(self._read(_LENGTH_BYTES, give_up_s), "little")
+        if not 1 <= size <= _MAX_REPLY_BYTES:
+            raise ModelError(f"the model's chat template wrote {size} bytes: it cannot be used")
+        return self._read(size, give_up_s).decode("utf-8", "surrogatepass")
+
+    def _read(self, num_bytes: int, give_up_s: float) -> bytes:
+        assert self._process.stdout is not None
+        file, data = self._process.stdout, bytearray()
+        while len(data) < num_bytes:
+            if not select.select([file], [], [], max(0.0, give_up_s - time.monotonic()))[0]:
+                raise ModelError(f"the model's chat template did not end in {PATIENCE_S:g} s")
+            if not (part := file.read(num_bytes - len(data))):
+                raise self._ended()
+            data += part
+        return bytes(data)
+
+    def _ended(self) -> ModelError:
+        code = self._process.wait()
+        if code == -Signals.SIGPROF:
+            return ModelError(
+                f"the model's chat template did not end in {TIME_S:g} s of computing: it cannot be"
+                " used; send a prompt instead"
+            )
+        return ModelError(f"the process of the model's chat template ended with code {code}")
+
+
+def _end(process: "subprocess.Popen[bytes]", owner_pid: int) -> None:
+    if os.getpid() != owner_pid:  # in a fork
+        return
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    process.wait()
 
 
 def checked_messages(messages: object) -> list[dict[str, Any]]:
@@ -88,52 +186,3 @@ def _part(part: object, where: str) -> str:
     if not isinstance(text, str):
         raise InvalidRequest(f"{where}.text must be a string, got {text!r}")
     return text
-
-
-def _environment() -> "jinja2.Environment":
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks an answer for training; here it is only its contents."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", Generation],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own escapes HTML, which no prompt wants."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: object) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

@@ -6,9 +6,15 @@ from typing import Any
 
 import tokenizers
 
-from nodeserve.checkpoint import read_json
 from nodeserve.errors import ModelError
+from nodeserve.model_files import (
+    MAX_TEMPLATE_BYTES,
+    MAX_TOKENIZER_BYTES,
+    read_json,
+    read_text,
+)
 from nodeserve.text.vocabulary import Vocabulary
+from nodeserve.types import brief
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -34,21 +40,14 @@ def read(folder: Path) -> Vocabulary:
 
 
 def _encoder(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
+    text = read_text(path, MAX_TOKENIZER_BYTES)
     try:
         encoder: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
-        raise ModelError(f"{path} is not a tokenizer: {error}") from None
+        raise ModelError(f"{path} is not a tokenizer: {brief(error)}") from None
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise ModelError(f"cannot read {path}: {error}") from None
 
 
 def _spelling(encoder: tokenizers.Tokenizer, path: Path) -> tuple[bool, bool]:
@@ -89,7 +88,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """From a file of its own, else from the configuration: one, or the default of several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _read_text(path)
+        return read_text(path, MAX_TEMPLATE_BYTES)
     template = _optional_json(folder / "chat_template.json").get("chat_template")
     template = template or config.get("chat_template")
     if isinstance(template, list):

@@ -16,8 +16,13 @@ from tokenizers import pre_tokenizers as pre
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.text.vocabulary import SPACE, Vocabulary, check_token_id
+from nodeserve.types import brief, shown
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types
+
+MAX_TOKEN_CHARACTERS = 4096  # of one token; cutting it in two has as many ways
+MAX_CHARACTERS = 1 << 24  # of all tokens
+MAX_TEMPLATE_CHARACTERS = 1 << 20
 
 _DIGIT = r"\p{N}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -60,7 +65,9 @@ def read(path: Path) -> Vocabulary:
         case "llama":
             return _sentencepiece(fields)
         case kind:
-            raise ModelError(f"{path}: tokenizer {kind!r} is not supported, only gpt2 and llama")
+            raise ModelError(
+                f"{path}: tokenizer {shown(kind)} is not supported, only gpt2 and llama"
+            )
 
 
 class _Metadata:
@@ -70,6 +77,7 @@ class _Metadata:
         self.path = file.path
         self.values = file.metadata
         self.tokens = self.strings("tokens")
+        self._check_lengths()
         self.types = self.numbers("token_type", default=1)
         self.of_type = {
             kind: [i for i, value in enumerate(self.types) if value == kind]
@@ -82,7 +90,9 @@ class _Metadata:
     def text(self, name: str, default: str | None = None) -> str:
         value = default if self.get(name) is None else self.get(name)
         if not isinstance(value, str):
-            raise ModelError(f"{self.path}: tokenizer.ggml.{name} is {value!r}, must be a string")
+            raise ModelError(
+                f"{self.path}: tokenizer.ggml.{name} is {shown(value)}, must be a string"
+            )
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -111,14 +121,24 @@ class _Metadata:
 
     def chat_template(self) -> str | None:
         value = self.values.get("tokenizer.chat_template")
+        if isinstance(value, str) and len(value) > MAX_TEMPLATE_CHARACTERS:
+            raise ModelError(f"{self.path}: a chat template of {len(value)} characters")
         return value if isinstance(value, str) else None
+
+    def _check_lengths(self) -> None:
+        longest, total = max(map(len, self.tokens), default=0), sum(map(len, self.tokens))
+        if longest > MAX_TOKEN_CHARACTERS or total > MAX_CHARACTERS:
+            raise ModelError(
+                f"{self.path}: tokens of up to {longest} characters, {total} in all; at most"
+                f" {MAX_TOKEN_CHARACTERS} and {MAX_CHARACTERS} are taken"
+            )
 
 
 def _gpt2(fields: _Metadata) -> Vocabulary:
     name = fields.text("pre", "default")
     if name not in _WORDS:
         raise ModelError(
-            f"{fields.path}: pre-tokenizer {name!r} is not supported, only "
+            f"{fields.path}: pre-tokenizer {shown(name)} is not supported, only "
             f"{', '.join(sorted(_WORDS))} (or serve the model from safetensors)"
         )
     vocab = {text: i for i, text in enumerate(fields.tokens)}
@@ -176,7 +196,7 @@ def _bpe(fields: _Metadata, vocab: dict[str, int], merges: list[Any], **options:
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
-        raise ModelError(f"{fields.path}: tokens and merges do not fit: {error}") from None
+        raise ModelError(f"{fields.path}: tokens and merges do not fit: {brief(error)}") from None
 
 
 def _vocabulary(

@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nodeserve.errors import InvalidRequest
+from nodeserve.errors import InvalidRequest, ModelError
 from nodeserve.text.chat import ChatTemplate
 from nodeserve.text.vocabulary import SPACE, Vocabulary
+from nodeserve.types import brief
 
 if TYPE_CHECKING:
     import tokenizers
@@ -69,6 +70,10 @@ class Tokenizer:
             return encoder.encode(text, add_special_tokens=add_special).ids
         except (TypeError, UnicodeEncodeError):  # not a string, or lone surrogates in it
             raise InvalidRequest("prompt must be text that can be encoded as UTF-8") from None
+        except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
+            raise ModelError(
+                f"the tokenizer at {self.location} cannot encode this text: {brief(error)}"
+            ) from None
 
     def decode(
         self, token_ids: Iterable[int], skip_special: bool = True, *, continues: bool = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nodeserve.errors import ModelError
+from nodeserve.types import shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,5 +33,5 @@ def check_token_id(token_id: object, size: int, name: str) -> int | None:
     if token_id is None:
         return None
     if not isinstance(token_id, int) or not 0 <= token_id < size:
-        raise ModelError(f"{name} is {token_id!r}, not one of the {size} tokens")
+        raise ModelError(f"{name} is {shown(token_id)}, not one of the {size} tokens")
     return token_id

@@ -130,7 +130,7 @@ class CoordinatorEnd(_End):
         self.spec = ChannelSpec(inbox_fd, outbox_fd, eventfd, self._semaphore.name)
         self.inherited_fds = (inbox_fd, outbox_fd, eventfd)
         self._doorbell = EventfdDoorbell(eventfd)
-        worker = SemaphoreDoorbell(self._semaphore)
+        self._worker = worker = SemaphoreDoorbell(self._semaphore)
         self.inbox = QueueingSender(self._map_ring(inbox_fd, create=True), worker, MAX_QUEUED)
         self.outbox = RungReceiver(
             self._map_ring(outbox_fd, create=True), worker, own=self._doorbell
@@ -147,6 +147,11 @@ class CoordinatorEnd(_End):
         records = self.outbox.receive()
         self.inbox.flush()
         return records
+
+    def nudge(self) -> None:
+        """End the worker's wait, if it waits. A semaphore's timeout is a time of day: whoever sets
+        the clock back by an hour makes a wait that is under way an hour longer."""
+        self._worker.ring()
 
     def unlink_names(self) -> None:
         """Call once the worker has spoken: it has opened everything."""

@@ -8,11 +8,17 @@ Rings (coordinator <-> worker) need no version, both ends are one commit. The so
 `Hello` that carries one; docs/protocol.md describes that side for other languages.
 """
 
-import sys
-from array import array
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from nodeserve.wire import limits
+from nodeserve.wire.numbers import pack_floats as pack_floats
+from nodeserve.wire.numbers import pack_ids as pack_ids
+from nodeserve.wire.numbers import pack_request_ids as pack_request_ids
+from nodeserve.wire.numbers import pack_times as pack_times
+from nodeserve.wire.numbers import unpack_floats as unpack_floats
+from nodeserve.wire.numbers import unpack_ids as unpack_ids
+from nodeserve.wire.numbers import unpack_request_ids as unpack_request_ids
+from nodeserve.wire.numbers import unpack_times as unpack_times
 from nodeserve.wire.tagged import Tagged
 
 PROTOCOL_VERSION = 2
@@ -95,8 +101,24 @@ class Probe(NamedTuple):
     """Nothing was heard for longer than expected: say what you hold. Answer: Alive."""
 
 
-ToWorker = AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe
-TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker)
+class DetachPages(NamedTuple):
+    """The peer `worker` has ended: unmap its pages. No answer but a RequestFailed with
+    `handoff_failed` for each pull from there that was not over. A later AttachPages is about its
+    next life."""
+
+    worker: int
+
+
+class Count(NamedTuple):
+    """For an audit: count everything. Answer: Counted, with the same number."""
+
+    number: int
+
+
+ToWorker = (
+    AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe | DetachPages | Count
+)
+TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker, limits.OF_A_RING)
 
 # ---- worker -> coordinator
 
@@ -219,6 +241,30 @@ class Alive(NamedTuple):
     load: list[int]
 
 
+class Counted(NamedTuple):
+    """What there really is, not what was kept count of: the pool, and each request that is here.
+
+    Records are those up to Count and this one, since the process began. `num_held` blocks belong to
+    a request, or to a running step that may still write to them. Request ids are of the sequences
+    that wait, run, are being pulled, and are pinned; `preempted` ones are gone, and the StepDone
+    that tells it is to come. `problem` is empty unless the worker finds a fault in its own books.
+    """
+
+    number: int
+    num_records_received: int
+    num_records_sent: int
+    num_blocks: int
+    num_free: int
+    num_held: int
+    waiting: bytes
+    running: bytes
+    pulling: bytes
+    pinned: bytes
+    preempted: bytes
+    load: list[int]
+    problem: str
+
+
 FromWorker = (
     Mapped
     | Loading
@@ -232,8 +278,9 @@ FromWorker = (
     | RequestFailed
     | Failed
     | Alive
+    | Counted
 )
-FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker)
+FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker, limits.OF_A_RING)
 
 FINISH_REASONS = (None, "stop", "length")
 
@@ -270,8 +317,16 @@ class Stop(NamedTuple):
     drain: bool
 
 
-ToServer = Submit | Abort | GetStats | Stop
-TO_SERVER: Tagged[ToServer] = Tagged(ToServer)
+class GetHealth(NamedTuple):
+    """Ask for Health."""
+
+
+class GetAudit(NamedTuple):
+    """Ask for an Audit."""
+
+
+ToServer = Submit | Abort | GetStats | Stop | GetHealth | GetAudit
+TO_SERVER: Tagged[ToServer] = Tagged(ToServer, limits.OF_A_CLIENT)
 
 # ---- coordinator -> client
 
@@ -298,8 +353,8 @@ class End(NamedTuple):
 
     With `reason` "stop" or "length", `code` is None; else `reason` is "error" or "cancelled"
     and `code`, `message` name a class of errors.py. `usage` has prompt_tokens and
-    completion_tokens; `timings` the fields of types.Timings. `retry_after_s` comes with
-    "overloaded": when it may be worth another try.
+    completion_tokens; `timings` the fields of types.Timings. `retry_after_s` may come with
+    "overloaded" and "shutting_down": when it may be worth another try.
     """
 
     request_id: int
@@ -328,63 +383,17 @@ class Goodbye(NamedTuple):
     message: str
 
 
-ToClient = Hello | Tokens | End | Stats | Goodbye
-TO_CLIENT: Tagged[ToClient] = Tagged(ToClient)
+class Health(NamedTuple):
+    """Answer to GetHealth."""
+
+    health: dict[str, Any]
 
 
-# ---- bulk numbers
+class Audit(NamedTuple):
+    """Answer to GetAudit: do blocks, requests and records add up?"""
+
+    audit: dict[str, Any]
 
 
-def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
-    numbers = array(typecode, values)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()
-
-
-def _unpack(typecode: str, data: bytes) -> "array[Any]":
-    numbers: array[Any] = array(typecode)
-    numbers.frombytes(data)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
-
-
-def pack_ids(ids: Iterable[int]) -> bytes:
-    """Token or block ids as little-endian int32."""
-    return _pack("i", ids)
-
-
-def unpack_ids(data: bytes) -> "array[int]":
-    """Inverse of pack_ids; the caller has checked that the length is a multiple of 4."""
-    return _unpack("i", data)
-
-
-def pack_request_ids(ids: Iterable[int]) -> bytes:
-    """Request ids as little-endian int64."""
-    return _pack("q", ids)
-
-
-def unpack_request_ids(data: bytes) -> "array[int]":
-    """Inverse of pack_request_ids."""
-    return _unpack("q", data)
-
-
-def pack_times(seconds: Iterable[float]) -> bytes:
-    """Points in time as little-endian float64."""
-    return _pack("d", seconds)
-
-
-def unpack_times(data: bytes) -> "array[float]":
-    """Inverse of pack_times."""
-    return _unpack("d", data)
-
-
-def pack_floats(values: Iterable[float]) -> bytes:
-    """Log probabilities as little-endian float32."""
-    return _pack("f", values)
-
-
-def unpack_floats(data: bytes) -> "array[float]":
-    """Inverse of pack_floats."""
-    return _unpack("f", data)
+ToClient = Hello | Tokens | End | Stats | Goodbye | Health | Audit
+TO_CLIENT: Tagged[ToClient] = Tagged(ToClient, limits.OF_THE_SERVER)

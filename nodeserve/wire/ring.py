@@ -10,6 +10,9 @@ The ring itself, with its invariants, is C++ (csrc/ring/ring.h). Here is who rin
   own threads ring its doorbell as well, for reasons that no ring knows of (`wake`).
 - No end ever waits for a peer that died: waits are bounded by the caller's timeout, and the death
   itself is seen by whoever owns the process.
+
+Each record travels with a seal (seal.py). A receiver that has met a damaged record takes none of
+the later ones either: its number in the row stays where it was.
 """
 
 import itertools
@@ -22,6 +25,7 @@ import posix_ipc
 
 from nodeserve._host import Ring
 from nodeserve.errors import RecordTooLarge, RingError
+from nodeserve.wire.seal import SEAL_BYTES, seal, unseal
 
 FLUSH_RECORDS = 256
 DRAIN_RECORDS = 4096
@@ -80,11 +84,16 @@ class Sender:
     def __init__(self, ring: Ring, peer: Doorbell) -> None:
         self._ring = ring
         self._peer = peer
+        self._num_sealed = 0  # records that are in the ring, or on their way there
 
     def try_put(self, record: bytes) -> bool:
         """False: no room, nothing written."""
-        if not self._ring.put(record):
+        return self._try_put(seal(record, self._num_sealed))
+
+    def _try_put(self, sealed: bytes) -> bool:
+        if not self._ring.put(sealed):
             return False
+        self._num_sealed += 1
         self._wake_peer()
         return True
 
@@ -103,11 +112,12 @@ class BlockingSender(Sender):
 
     def put(self, record: bytes, timeout_s: float | None = None) -> bool:
         """False, and nothing written, when there was no room for so long."""
-        if self.try_put(record):
+        sealed = seal(record, self._num_sealed)
+        if self._try_put(sealed):
             return True
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._wait_for_room(len(record), give_up_s):
-            if self.try_put(record):
+        while self._wait_for_room(len(sealed), give_up_s):
+            if self._try_put(sealed):
                 return True
         return False
 
@@ -136,7 +146,7 @@ class QueueingSender(Sender):
     def __init__(self, ring: Ring, peer: Doorbell, max_queued: int) -> None:
         super().__init__(ring, peer)
         self._max_queued = max_queued
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[bytes] = deque()  # sealed
 
     @property
     def num_queued(self) -> int:
@@ -145,17 +155,19 @@ class QueueingSender(Sender):
     @property
     def max_record_bytes(self) -> int:
         """Larger ones are refused."""
-        return self._ring.max_record_bytes
+        return self._ring.max_record_bytes - SEAL_BYTES
 
     def post(self, record: bytes) -> None:
         """Sent now or queued behind earlier ones. RingError when the queue is full as well."""
-        if not self._queue and self.try_put(record):
+        sealed = seal(record, self._num_sealed)
+        if not self._queue and self._try_put(sealed):
             return
-        if len(record) > self._ring.max_record_bytes:
+        if len(record) > self.max_record_bytes:
             raise RecordTooLarge(f"a record of {len(record)} bytes cannot pass the ring")
         if len(self._queue) >= self._max_queued:
             raise RingError(f"the worker leaves {len(self._queue)} records unread; is it stuck?")
-        self._queue.append(record)
+        self._queue.append(sealed)
+        self._num_sealed += 1
         if len(self._queue) == 1:
             self.flush()
 
@@ -179,12 +191,17 @@ class Receiver:
     def __init__(self, ring: Ring, peer: Doorbell) -> None:
         self._ring = ring
         self._peer = peer
+        self._num_taken = 0
 
     def drain(self, max_records: int = DRAIN_RECORDS) -> list[bytes]:
-        """The records that are there, oldest first; never waits."""
-        records = self._ring.drain(max_records)
-        if records and self._ring.producer_to_wake():
+        """The records that are there, oldest first; never waits. RingError for a damaged one."""
+        sealed = self._ring.drain(max_records)
+        if not sealed:
+            return sealed
+        if self._ring.producer_to_wake():
             self._peer.ring()
+        records = [unseal(one, number) for number, one in enumerate(sealed, self._num_taken)]
+        self._num_taken += len(records)
         return records
 
 

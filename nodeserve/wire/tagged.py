@@ -2,7 +2,8 @@
 
 A message is a NamedTuple; its tag is its place in the union, so a union only ever grows at its end.
 `decode` refuses unknown tags, wrong numbers of fields and wrong types with ProtocolError: bytes
-from a client can never become anything but one of the messages, or that error.
+from a client can never become anything but one of the messages, or that error, and they take no
+more memory than the union's `Limits` allow.
 """
 
 import types
@@ -13,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgpack
 
 from nodeserve.errors import ProtocolError
+from nodeserve.wire.limits import MAX_EXTENSION_BYTES, Limits
 
 Message = TypeVar("Message")
 _Check = Callable[[Any], bool]
@@ -54,14 +56,38 @@ def _kind(cls: Any) -> _Kind:
     return _Kind(cls._make, cls._fields, tuple(_check_for(hints[name]) for name in cls._fields))
 
 
+class _Counter:
+    """Lets `left` more containers pass."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def __call__(self, container: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("too many arrays and maps")
+        return container
+
+
 class Tagged(Generic[Message]):
     """Encoder and decoder of one union; built once, at import."""
 
-    def __init__(self, union: Any) -> None:
+    def __init__(self, union: Any, limits: Limits) -> None:
         members = typing.get_args(union) or (union,)
         self._tags: dict[type, int] = {cls: tag for tag, cls in enumerate(members)}
         self._kinds = [_kind(cls) for cls in members]
         self._pack = msgpack.Packer(autoreset=True).pack
+        self._max_containers = limits.max_containers
+        self._counter = counter = _Counter()
+        self._small: dict[str, Any] = {
+            "strict_map_key": False,
+            "use_list": True,
+            "max_str_len": limits.max_text_bytes,
+            "max_array_len": limits.max_items,
+            "max_map_len": limits.max_items,
+            "max_ext_len": MAX_EXTENSION_BYTES,
+        }
+        self._large = {**self._small, "list_hook": counter, "object_hook": counter}
 
     def encode(self, message: Message) -> bytes:
         tag = self._tags[type(message)]
@@ -69,10 +95,19 @@ class Tagged(Generic[Message]):
 
     def decode(self, data: bytes | memoryview) -> Message:
         """The message in `data`; ProtocolError says what is wrong with anything else."""
+        options = self._small
+        if len(data) > self._max_containers:  # or it cannot have more: each takes a byte at least
+            self._counter.left = self._max_containers
+            options = self._large
         try:
-            parts = msgpack.unpackb(data, strict_map_key=False, use_list=True)
-        except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as problem:
-            # TypeError: a map or an array as the key of a map.
+            parts = msgpack.unpackb(data, **options)
+        except (
+            ValueError,
+            TypeError,  # a map or an array as the key of a map
+            msgpack.UnpackException,
+            RecursionError,
+            MemoryError,  # for what the message announced; nothing of it was kept
+        ) as problem:
             raise ProtocolError(f"not a msgpack message: {problem}") from None
         if type(parts) is not list or not parts or type(parts[0]) is not int:
             raise ProtocolError("a message is an array that starts with its tag")

@@ -139,6 +139,10 @@ class Transfer(Protocol):
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         """Map a peer's pool: by `handle` if there is one, else the memory behind `fd`."""
 
+    def detach(self, worker: int) -> list[int]:
+        """Unmap the pool of a peer that has ended, if it was mapped. The requests whose pulls from
+        there were not over: no page is read or written for them any more."""
+
     def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
         """Let peers read these computed blocks: the ids to tell them, or None when `poll` will
         tell. Our own blocks stay as they are until `withdraw`."""

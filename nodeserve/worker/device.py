@@ -12,14 +12,14 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         return device_sim.load(spec, progress)
     if spec.device not in ("cpu", "cuda"):
         raise ConfigError(f"device {spec.device!r}: use cpu, cuda or sim")
-    progress("torch", 0, 1)
+    progress("import", 0, 1)
     # Here and not above: it takes most of a second, and by now the coordinator knows we live.
     if spec.device == "cuda":
         from nodeserve.worker import device_cuda
 
-        progress("torch", 1, 1)
+        progress("import", 1, 1)
         return device_cuda.load(spec, progress)
     from nodeserve.worker import device_cpu
 
-    progress("torch", 1, 1)
+    progress("import", 1, 1)
     return device_cpu.load(spec, progress)

@@ -8,7 +8,7 @@ import torch
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
 from nodeserve.model import backend, kv, llama
-from nodeserve.model.loader import open_weights
+from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.policy.blocks import blocks_for
@@ -25,6 +25,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
+    progress("device", 0, 1)
     ops = backend.make_ops(
         found.config,
         dtype,
@@ -32,19 +33,22 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         num_threads=spec.num_threads,
         cpus=spec.cpus,
     )
+    progress("device", 1, 1)
     layout = kv.layout_of(found.config, spec.block_size, dtype)
     assert spec.kv_memory is not None, "resolved for CPU workers"
     num_blocks = num_blocks_in(spec.kv_memory, layout.block_bytes, max_blocks)
     progress("pages", 0, 1)
     pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
     progress("pages", 1, 1)
-    weights = open_weights(found, dtype, spec.load_format)
+    weights = open_stored(found, dtype, spec.load_format)
     model = llama.build(found.config, weights, ops, partial(progress, "weights"))
     staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
     executor = ModelExecutor(model, ops.cache(layout, pool), staging)
     if len(spec.cpus) > 1:
         os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
+    progress("warm-up", 0, 1)
     executor.warm_up()
+    progress("warm-up", 1, 1)
     return Device(
         executor=executor,
         transfer=HostTransfer(pool, layout.block_bytes),

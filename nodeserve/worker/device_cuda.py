@@ -30,11 +30,13 @@ def load(
     parts_of: MakeParts = make_parts,
 ) -> Device:
     """A warm GPU worker. Tests bring another runtime, and may bring slower parts."""
+    progress("device", 0, 1)
     dtype = kv.dtype_named(spec.dtype)
     torch.set_num_threads(spec.num_threads)  # they fill the buffers that weights go through
     runtime = CudaRuntime() if runtime is None else runtime
     found = checkpoint.resolve(spec.model, spec.load_format)
     parts = parts_of(spec, found.config, dtype, runtime)
+    progress("device", 1, 1)
     model = _load_model(spec, found, parts, runtime, progress)
     torch.set_num_threads(1)  # the step loop's own tensors are small
 

@@ -27,7 +27,9 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     block_bytes = profile.kv_bytes_per_token * spec.block_size
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     num_blocks = num_blocks_in(spec.kv_memory, block_bytes, max_blocks)
+    progress("pages", 0, 1)
     pool = make_pool(spec.pages_fd, num_blocks * PAGE_BYTES)
+    progress("pages", 1, 1)
     alarm = Alarm(spec.bell_fds[spec.rank])
     board = Board(spec.board_fd, len(spec.bell_fds))
 

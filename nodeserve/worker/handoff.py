@@ -47,6 +47,14 @@ class HostTransfer:
             old.close()
         self._peers[worker] = peer
 
+    def detach(self, worker: int) -> list[int]:
+        lost = [ticket.request_id for ticket in self._queue if ticket.source == worker]
+        for request_id in lost:
+            self.cancel(request_id)
+        if peer := self._peers.pop(worker, None):
+            peer.close()
+        return lost
+
     def offer(self, request_id: int, block_ids: bytes) -> bytes:
         return block_ids  # our pool is shared memory: peers read it as it is
 

@@ -13,6 +13,7 @@ class RingLink:
     def __init__(self, channel: dict[str, Any]) -> None:
         self._end = WorkerEnd(ChannelSpec(**channel))
         self._inbox, self._outbox = self._end.inbox, self._end.outbox
+        self.num_sent = 0
 
     def drain(self) -> list[ToWorker]:
         records = self._inbox.drain()
@@ -28,6 +29,7 @@ class RingLink:
         record = FROM_WORKER.encode(message)
         while not self._outbox.put(record, timeout_s=1.0):
             self.beat()  # blocked by a slow coordinator is not the same as stuck
+        self.num_sent += 1
 
     def beat(self) -> None:
         self._outbox.beat()

@@ -36,16 +36,21 @@ def num_blocks_in(kv_memory: int, block_bytes: int, least: int) -> int:
 
 
 def make_pool(fd: int, num_bytes: int) -> mmap.mmap:
-    """Size, reserve and map the segment behind `fd`. Zeroed when it is new."""
+    """Size, reserve and map the segment behind `fd`. Zeroed when it is new.
+
+    It may be that of an earlier life of this worker. Then it never gets smaller: a peer that has
+    not heard of the end yet still maps all of it.
+    """
     if num_bytes > (free := free_bytes(fd)):  # asked first: reserving what is there takes seconds
         raise ConfigError(_no_room(num_bytes, free))
+    size_before = os.fstat(fd).st_size
     try:
-        os.ftruncate(fd, num_bytes)
+        os.ftruncate(fd, max(num_bytes, size_before))
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
-        os.ftruncate(fd, 0)  # give back what was reserved before somebody took the rest
+        os.ftruncate(fd, size_before)  # give back what was reserved before somebody took the rest
         raise ConfigError(_no_room(num_bytes, free_bytes(fd))) from None
     pool = mmap.mmap(fd, num_bytes)
     _warm(pool, _MADV_POPULATE_WRITE)

@@ -1,7 +1,8 @@
 """A worker process from its first line to its exit code, whatever the device.
 
-The coordinator decides when a worker ends: Ctrl-C in the terminal reaches the whole process group
-and is ignored here, SIGTERM ends it at once, and the kernel kills it when the coordinator dies.
+The coordinator decides when a worker ends. Signals for the whole process group (Ctrl-C, a closed
+terminal, a service manager's SIGTERM) are the coordinator's business and ignored here: requests can
+still finish then. The kernel kills a worker when the coordinator dies.
 """
 
 import argparse
@@ -29,11 +30,12 @@ _PR_SET_PDEATHSIG = 1
 
 def main(load: Load, arguments: Sequence[str] | None = None) -> int:
     """`python -m nodeserve.worker --spec JSON`; tests start theirs with another `load`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(description="One nodeserve worker; `nodeserve start` runs it.")
     parser.add_argument("--spec", required=True, help="a WorkerSpec as JSON")
     spec = WorkerSpec.from_json(parser.parse_args(arguments).spec)
     die_with_parent(spec.parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with RingLink(spec.channel) as link:
         link.put(Mapped(os.getpid()))
         try:
@@ -55,6 +57,7 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
         device.executor,
         device.transfer,
         door_s=spec.door_s,
+        idle_wait_s=spec.idle_wait_s,
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again
@@ -93,14 +96,14 @@ def failure(problem: Exception) -> Failed:
 
 
 def throttled(link: RingLink) -> Progress:
-    """Progress records, at most one in 50 ms but always the last of a phase."""
-    last_s = 0.0
+    """Progress records, at most one in 50 ms but always the first and the last of a phase."""
+    last_s, last_phase = 0.0, ""
 
     def progress(phase: str, done: int, total: int) -> None:
-        nonlocal last_s
+        nonlocal last_s, last_phase
         now_s = time.monotonic()
-        if done >= total or now_s - last_s >= PROGRESS_EVERY_S:
-            last_s = now_s
+        if phase != last_phase or done >= total or now_s - last_s >= PROGRESS_EVERY_S:
+            last_s, last_phase = now_s, phase
             link.beat()
             link.put(Loading(phase, done, total))
 

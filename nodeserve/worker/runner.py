@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nodeserve.errors import CudaError, NodeServeError
+from nodeserve.errors import CudaError, HandoffFailed, NodeServeError
 from nodeserve.policy.batching import Batch, Outcome, Sequence
 from nodeserve.policy.cost import rank_work
 from nodeserve.policy.pacing import Pacer
@@ -28,6 +28,8 @@ from nodeserve.wire.messages import (
     Alive,
     AttachPages,
     Cancel,
+    Count,
+    DetachPages,
     Dropped,
     FromWorker,
     KvPulled,
@@ -59,12 +61,15 @@ from nodeserve.worker.contract import (
     Ticket,
     Transfer,
 )
-
-IDLE_WAIT_S = 1.0  # bounds the heartbeat's age, nothing else
+from nodeserve.worker.count import counted
 
 
 class Link(Protocol):
     """Our end of the two rings."""
+
+    @property
+    def num_sent(self) -> int:
+        """Records that were put."""
 
     def drain(self) -> list[ToWorker]: ...
 
@@ -91,7 +96,8 @@ class Launched:
 
 
 class Runner:
-    """Carries out what the scheduler decides. `clock` is monotonic, in seconds."""
+    """Carries out what the scheduler decides. `clock` is monotonic, in seconds; `idle_wait_s`
+    bounds the age of the last sign of life, nothing else."""
 
     def __init__(
         self,
@@ -101,6 +107,7 @@ class Runner:
         transfer: Transfer,
         clock: Callable[[], float] = time.perf_counter,
         door_s: float = 0.0,
+        idle_wait_s: float = 1.0,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
@@ -112,9 +119,11 @@ class Runner:
         self._launched: deque[Launched] = deque()  # not told yet; the first runs, at most one waits
         self._ended_s = 0.0  # when the last step ended
         self._door_s = door_s
+        self._idle_wait_s = idle_wait_s
         self._door_until_s = -math.inf  # the next pass waits until then for who may board it
         self._departure = 0  # the newest that we received whole
-        self._num_received = 0
+        self._num_received = 0  # prompts and pulls
+        self._num_records = 0
         self._num_steps = 0
         executor.on_done(link.wake)
         transfer.on_done(link.wake)
@@ -124,8 +133,10 @@ class Runner:
             ReleaseKv: self._release,
             Cancel: self._cancel,
             AttachPages: self._attach,
+            DetachPages: self._detach,
             Shutdown: self._shutdown,
             Probe: self._probe,
+            Count: self._count,
         }
 
     def run(self) -> None:
@@ -139,6 +150,7 @@ class Runner:
         """What has come, then what can begin; sleeps if nothing can."""
         self.link.beat()
         for message in self.link.drain():
+            self._num_records += 1
             self._take[type(message)](message)
         for moved in self.transfer.poll():
             self._on_moved(moved)
@@ -154,12 +166,12 @@ class Runner:
         now_s = self._clock()
         due_s = max(self._due_s(), self._door_until_s)
         if now_s < due_s:
-            return min(due_s - now_s, IDLE_WAIT_S)
+            return min(due_s - now_s, self._idle_wait_s)
         batch = self.scheduler.next_batch(
             ahead=bool(self._launched), idle=self.executor.called(self._departure)
         )
         if batch is None:
-            return IDLE_WAIT_S
+            return self._idle_wait_s
         self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
         if not batch.num_prefill_tokens:
             self._pacer.launched(self._clock() - now_s)
@@ -253,8 +265,18 @@ class Runner:
         self.transfer.attach(*message)
         self.link.put(PagesAttached(message.worker))
 
+    def _detach(self, message: DetachPages) -> None:
+        for request_id in self.transfer.detach(message.worker):
+            gone = HandoffFailed(f"worker {message.worker} ended before its pages were copied")
+            self._on_moved(CopyFailed(request_id, gone))
+
     def _probe(self, message: Probe) -> None:
         self.link.put(Alive(self._load()))
+
+    def _count(self, message: Count) -> None:
+        untold = (step.batch for step in self._launched)
+        records = self._num_records, self.link.num_sent + 1
+        self.link.put(counted(message.number, self.scheduler, untold, self._load(), *records))
 
     def _shutdown(self, message: Shutdown) -> None:
         self.stopped = True

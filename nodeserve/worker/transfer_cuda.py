@@ -38,6 +38,7 @@ class CudaTransfer:
         self._offers = offers
         self._watcher = watcher
         self._peers: dict[int, Peer] = {}
+        self._sources: dict[int, int] = {}  # of the pulls under way, by request
         self.pages_bytes = offers.pages_bytes  # what a peer maps
         self.pages_handle = offers.pages_handle
 
@@ -62,6 +63,15 @@ class CudaTransfer:
                 f"the pages of worker {worker} cannot be opened here: {problem}{advice}"
             ) from None
 
+    def detach(self, worker: int) -> list[int]:
+        lost = [request_id for request_id, source in self._sources.items() if source == worker]
+        for request_id in lost:
+            self._pulls.drop(request_id)
+            del self._sources[request_id]
+        if peer := self._peers.pop(worker, None):
+            peer.close()
+        return lost
+
     def _open(self, fd: int, num_bytes: int, handle: bytes) -> Peer:
         if handle:
             return open_device_pages(self._cuda, self._device, handle, num_bytes)
@@ -82,10 +92,15 @@ class CudaTransfer:
         self._pulls.begin(
             ticket.request_id, self._pool, source, target_ids, source_ids, after=peer.written
         )
+        self._sources[ticket.request_id] = ticket.source
 
     def poll(self) -> list[Moved]:
-        return [*self._pulls.poll(), *self._offers.poll()]
+        pulled = self._pulls.poll()
+        for moved in pulled:
+            del self._sources[moved.request_id]
+        return [*pulled, *self._offers.poll()]
 
     def cancel(self, request_id: int) -> None:
+        self._sources.pop(request_id, None)
         self._pulls.drop(request_id)
         self._offers.withdraw(request_id)

@@ -60,6 +60,7 @@ def default_spec(**changes: Any) -> WorkerSpec:
         num_threads=1,
         parent_pid=os.getpid(),
         door_s=0.0,
+        idle_wait_s=1.0,
         pages_fd=-1,
         channel={},
         load_format="auto",

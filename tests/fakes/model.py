@@ -56,11 +56,15 @@ class FakeSettings:
     step_s: float = 0.0  # a step takes at least step_s + tokens * token_s
     token_s: float = 0.0
     load_s: float = 0.0
+    load_again_s: float = 0.0  # in every life but the first
     load_error: str | None = None
+    weights: str | None = None  # a file that has to be there
+    leaves_child: bool = False  # a process that has the worker's stderr, and outlives it
     crash_at_step: int | None = None  # SIGKILL itself, instead of computing this step
     fail_at_step: int | None = None  # raise
     only_worker: int | None = None
     instant: bool = False
+    oversleeps: bool = False  # every wait has no end but the bell: as if the clock was set back
     overlaps: bool = False  # a device with a thread of its own: see tests/fakes/late_model.py
     max_blocks: int = 4096  # the pool's size where kv_memory would give more
     block_bytes: int = 0  # more than a block's tokens take, to have pages of a real model's size

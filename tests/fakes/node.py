@@ -20,14 +20,13 @@ from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.streams import Stream
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import Role
-from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
-    TO_CLIENT,
     TO_WORKER,
     Alive,
     Cancel,
+    Count,
+    Counted,
     Dropped,
-    End,
     FromWorker,
     KvPulled,
     KvReady,
@@ -40,13 +39,13 @@ from nodeserve.wire.messages import (
     ReleaseKv,
     StepDone,
     Submit,
-    Tokens,
     ToWorker,
     pack_ids,
     pack_request_ids,
     pack_times,
     unpack_ids,
 )
+from tests.fakes.transport import FakeTransport
 
 VOCAB = 97
 BLOCK = 16
@@ -72,6 +71,10 @@ class FakeChannel:
         self.inbox = self
 
     max_record_bytes = 1 << 20
+
+    @property
+    def num_queued(self) -> int:
+        return len(self.records)
 
     def post(self, record: bytes) -> None:
         self.records.append(record)
@@ -99,6 +102,7 @@ class FakeWorker:
     out: deque[FromWorker] = field(default_factory=deque)
     lost: bool = False
     num_received: int = 0
+    num_records: int = 0
 
     @property
     def free(self) -> int:
@@ -122,6 +126,7 @@ class FakeWorker:
         channel = self.link.channel
         assert isinstance(channel, FakeChannel)
         if channel.records:
+            self.num_records += 1
             self.on(TO_WORKER.decode(channel.records.popleft()), rng)
 
     def on(self, message: ToWorker, rng: random.Random) -> None:
@@ -144,6 +149,24 @@ class FakeWorker:
                 self.out.append(Dropped(message.request_id, self.load()))
             case Probe():
                 self.out.append(Alive(self.load()))
+            case Count():
+                self.out.append(self.counted(message.number))
+
+    def counted(self, number: int) -> Counted:
+        ids: dict[str, list[int]] = {}
+        for request_id, held in self.held.items():
+            ids.setdefault(held.state, []).append(request_id)
+        pinned = [*ids.get("pinned", ()), *ids.get("copying", ())]
+        return Counted(
+            *(number, self.num_records, self.link.num_received + len(self.out) + 1),
+            *(self.num_blocks, self.free, self.num_blocks - self.free),
+            *(pack_request_ids(ids.get("waiting", ())), pack_request_ids(ids.get("running", ()))),
+            b"",
+            pack_request_ids(pinned),
+            b"",
+            self.load(),
+            "",
+        )
 
     def _pull(self, message: PullKv, rng: random.Random) -> None:
         self.num_received += 1
@@ -239,30 +262,8 @@ class Told:
         )
 
 
-class FakeTransport:
-    """Collects what a client would receive."""
-
-    def __init__(self) -> None:
-        self.reader = FrameReader(1 << 24)
-        self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, list[End]] = {}
-        self.closed = False
-
-    def write(self, data: bytes) -> None:
-        assert not self.closed
-        for payload in self.reader.feed(data):
-            match TO_CLIENT.decode(payload):
-                case Tokens(items):
-                    for request_id, token_ids, _ in items:
-                        assert request_id not in self.ends, "a token after the end"
-                        self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
-                case End() as end:
-                    self.ends.setdefault(end.request_id, []).append(end)
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
+def fake_ready(num_blocks: int) -> Ready:
+    return Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0)
 
 
 LIMITS = Limits(vocab_size=VOCAB, max_model_len=256, block_size=BLOCK)
@@ -301,7 +302,7 @@ class FakeNode:
         self.coordinator = Coordinator(links, LIMITS, policies, lambda: self.now, self._on_wake)
         self.workers = [FakeWorker(link, num_blocks, lambda: self.now) for link in links]
         for link in links:
-            link.is_ready(Ready(num_blocks, 100, 1, 100 * num_blocks, b"", "fake", "", 0.0))
+            link.is_ready(fake_ready(num_blocks))
 
     def _on_wake(self) -> None:
         self.is_woken = True
@@ -314,7 +315,9 @@ class FakeNode:
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()
-        return Stream(transport, max_backlog_bytes), transport  # type: ignore[arg-type]
+        stream = Stream(transport, max_backlog_bytes)  # type: ignore[arg-type]
+        self.coordinator.streams.add(stream)
+        return stream, transport
 
     def submit(self, stream: Stream, request_id: int, prompt: list[int], max_tokens: int) -> None:
         sampling = {"max_tokens": max_tokens, "temperature": 0.0}
@@ -323,6 +326,7 @@ class FakeNode:
     def deliver(self, worker: FakeWorker) -> None:
         """One record from a worker to the coordinator."""
         if worker.out and not worker.lost:
+            worker.link.num_received += 1
             self.coordinator.handle(worker.link, worker.out.popleft())
 
     def step(self, worker: FakeWorker, rng: random.Random) -> None:
@@ -337,7 +341,10 @@ class FakeNode:
     def act(self, rng: random.Random) -> None:
         """One random thing happens somewhere."""
         self.now += 0.001
-        worker = rng.choice([worker for worker in self.workers if not worker.lost])
+        alive = [worker for worker in self.workers if not worker.lost]
+        if not alive:
+            return self.turn()
+        worker = rng.choice(alive)
         rng.choice(
             [
                 lambda: worker.receive(rng),
@@ -350,6 +357,21 @@ class FakeNode:
     def lose(self, worker: FakeWorker) -> None:
         worker.lost = True
         self.coordinator.lose(worker.link)
+
+    def restart(self, instance: int) -> None:
+        """A lost instance comes back: new links, nothing in them."""
+        links, ranks = self.coordinator.links, []
+        for worker in self.workers:
+            old = worker.link
+            if old.instance == instance:
+                link = WorkerLink(old.index, old.role, FakeChannel(), -1)  # type: ignore[arg-type]
+                link.instance = instance
+                links[link.index] = link
+                link.is_ready(fake_ready(worker.num_blocks))
+                fresh = FakeWorker(link, worker.num_blocks, worker.now)
+                self.workers[self.workers.index(worker)] = fresh
+                ranks.append(link)
+        self.coordinator.join(ranks)
 
     def run_to_idle(self, rng: random.Random, max_actions: int = 200_000) -> None:
         for _ in range(max_actions):

@@ -4,12 +4,19 @@
 told to stop, prints "ready" on stdout once, and exits with the server's own code. `fake` among the
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
-With device "sim" they are simulated ones (tests/fakes/sim_worker.py).
+With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
+the embedded model on the processor (cpu_worker.py), with `leak` simulated ones that lose something
+(leaky_worker.py), with `hang` one never starts (hanging_worker.py).
+`tokenizer` is the path of one with TEXT_VOCAB tokens, for clients that send text; `log_level` logs
+everything from that level on, of all loggers, to stderr.
 """
 
 import asyncio
 import json
+import logging
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +30,17 @@ from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.types import StartEvent
+from tests.fakes.hanging_worker import HANG, HANGING_WORKER
+from tests.fakes.leaky_worker import LEAK, LEAKY_WORKER
 from tests.fakes.sim_worker import QUICK, SIM_WORKER
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
+CPU_WORKER = (sys.executable, "-m", "tests.fakes.cpu_worker")
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
 FAKE_GPUS = Gpus(found=tuple(Gpu(index, "fake", 1 << 30, 1 << 30) for index in range(4)))
 NO_GPUS = Gpus(obstacle="a test has none")
 VOCAB = 97
+TEXT_VOCAB = 264  # of tests.fakes.gguf_writer.gpt2_metadata
 MODEL = ModelConfig("llama", VOCAB, 8, 8, 1, 1, 1, 8, 512, 1e-5, 1e4)
 
 
@@ -42,7 +53,12 @@ def on_event(event: StartEvent) -> None:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
-    gpu_model = settings.pop("gpu_model", None)
+    gpu_model, is_real = settings.pop("gpu_model", None), settings.pop("real", False)
+    leak, hang = settings.pop("leak", None), settings.pop("hang", None)
+    if (log_level := settings.pop("log_level", None)) is not None:
+        logging.basicConfig(level=log_level)
+        os.environ["PYTHONASYNCIODEBUG"] = "1"
+    tokenizer = settings.pop("tokenizer", None)
     defaults: dict[str, Any] = {
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
@@ -50,11 +66,22 @@ def main() -> None:
     }
     if settings.get("device") == "sim":
         defaults = {"profile": QUICK.name}
+    if is_real:
+        defaults = {"kv_memory": 64 << 20, "max_model_len": 512}
     config = EngineConfig(**{**defaults, **settings})
-    checkpoint = Checkpoint(Path(f"fake:{fake}"), "fake", MODEL, "fake")
+    path, model = Path(f"fake:{fake}"), MODEL
+    if tokenizer is not None:
+        path, model = Path(tokenizer), replace(MODEL, vocab_size=TEXT_VOCAB)
+    checkpoint = Checkpoint(path, "fake", model, "fake")
     gpus, command = NO_GPUS, FAKE_WORKER
     if config.device == "sim":
         command = SIM_WORKER
+    if is_real:
+        checkpoint, command = resolve_checkpoint(None, config.load_format), CPU_WORKER
+    if leak is not None:
+        os.environ[LEAK], command = leak, LEAKY_WORKER
+    if hang is not None:
+        os.environ[HANG], command = hang, HANGING_WORKER
     if gpu_model is not None:
         checkpoint = resolve_checkpoint(gpu_model, config.load_format)
         gpus, command = FAKE_GPUS, GPU_WORKER

@@ -11,7 +11,9 @@ from nodeserve.wire.frames import HEADER, frame
 from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_SERVER,
+    Audit,
     End,
+    GetAudit,
     GetStats,
     Goodbye,
     Hello,
@@ -32,12 +34,14 @@ class RawClient:
         self.reader = reader
         self.writer = writer
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[Any]] = {}  # of requests that asked for them
         self.ends: dict[int, list[End]] = {}
         self.goodbye: Goodbye | None = None
 
     @classmethod
-    async def connect(cls, path: Path) -> "RawClient":
-        client = cls(*await asyncio.open_unix_connection(str(path)))
+    async def connect(cls, path: Path, limit_bytes: int = 1 << 16) -> "RawClient":
+        """`limit_bytes` are read ahead at most; the rest waits in the kernel and at the server."""
+        client = cls(*await asyncio.open_unix_connection(str(path), limit=limit_bytes))
         assert isinstance(await client.read(), Hello)
         return client
 
@@ -61,8 +65,10 @@ class RawClient:
     def _take(self, message: ToClient) -> None:
         match message:
             case Tokens(items):
-                for request_id, token_ids, _ in items:
+                for request_id, token_ids, logprobs in items:
                     self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
+                    if logprobs is not None:
+                        self.logprobs.setdefault(request_id, []).extend(logprobs)
             case End():
                 self.ends.setdefault(message.request_id, []).append(message)
             case Goodbye():
@@ -82,13 +88,18 @@ class RawClient:
             pass
 
     async def stats(self) -> dict[str, Any]:
-        self.send(GetStats())
-        while True:
-            message = await self.read()
-            if isinstance(message, Stats):
-                return message.stats
-            if message is None:
-                raise ProtocolError("the stream ended early")
+        return await self._ask(GetStats(), Stats)
+
+    async def audit(self) -> dict[str, Any]:
+        return await self._ask(GetAudit(), Audit)
+
+    async def _ask(self, question: ToServer, kind: type) -> dict[str, Any]:
+        self.send(question)
+        while (message := await self.read()) is not None:
+            if isinstance(message, kind):
+                answer: dict[str, Any] = message[0]  # type: ignore[assignment]
+                return answer
+        raise ProtocolError("the stream ended early")
 
     async def close(self) -> None:
         self.writer.close()

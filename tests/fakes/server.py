@@ -19,9 +19,13 @@ from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_SERVER,
     Abort,
+    Audit,
     End,
+    GetAudit,
+    GetHealth,
     GetStats,
     Goodbye,
+    Health,
     Hello,
     Stats,
     Stop,
@@ -120,7 +124,12 @@ class FakeServer:
         }
         self.welcome = welcome or Hello(PROTOCOL_VERSION, self.about)
         self.leaves_socket = False
+        self.drains_for_ever = False
+        self.is_stuck = False  # then it answers questions about its health only when it is not
+        self._unanswered = 0
         self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
+        self.health: dict[str, Any] = {"state": "ready", "ready": True, "reasons": []}
+        self.audit: dict[str, Any] = {"problems": [], "requests": {}, "workers": []}
         self.received: list[ToServer] = []
         self.peers: list[Peer] = []
         self.aborted: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
@@ -182,7 +191,14 @@ class FakeServer:
                 self.aborted[message.request_id].set()
             case GetStats():
                 peer.send(Stats(self.stats))
-            case Stop():
+            case GetHealth():
+                self._unanswered += 1
+                while self._unanswered and not self.is_stuck:
+                    self._unanswered -= 1
+                    peer.send(Health(self.health))
+            case GetAudit():
+                peer.send(Audit(self.audit))
+            case Stop(drain) if not (drain and self.drains_for_ever):
                 if not self.leaves_socket:
                     self.path.unlink()
                 peer.send(Goodbye("shutting_down", "the server was stopped"))

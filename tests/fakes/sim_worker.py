@@ -7,6 +7,7 @@ process as well. Its passes are short, and its noise would show two ranks that d
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nodeserve.config import Simulated, WorkerSpec
 from nodeserve.coordinator.supervisor import make_lockstep
@@ -16,6 +17,7 @@ from nodeserve.policy.profiles import PROFILES
 from nodeserve.worker.device import load
 from nodeserve.worker.executor_sim import Tokens
 from nodeserve.worker.process import main
+from tests.fakes.faults import faulty
 from tests.fakes.harness import default_spec
 
 SIM_WORKER = (sys.executable, "-m", "tests.fakes.sim_worker")
@@ -34,14 +36,25 @@ QUICK = Profile(
     max_num_seqs=16,
     max_model_len=1024,
 )
-PROFILES[QUICK.name] = QUICK
+# Pages take a second for each block: a fault meets them on their way for certain.
+FAR_APART = replace(QUICK, name="far-apart", handoff_bytes_per_s=16e3)
+SLOW = replace(  # every phase of a request lasts long enough to be met in it
+    QUICK,
+    name="slow",
+    cost=StepCost(0.05, 0.01, 1e-5, 0.0, 1e-5, 0.0, 1e-5),
+    handoff_bytes_per_s=1e5,  # a block in 0.16 s
+)
+PROFILES.update({one.name: one for one in (QUICK, FAR_APART, SLOW)})
 
 
 def expected_stream(
-    prompt: Sequence[int], num_tokens: int, eos_token_ids: tuple[int, ...] = ()
+    prompt: Sequence[int],
+    num_tokens: int,
+    eos_token_ids: tuple[int, ...] = (),
+    vocab_size: int = VOCAB,
 ) -> list[int]:
     """What a request must get, whatever happens to it on its way."""
-    tokens, stream = Tokens(VOCAB, eos_token_ids), list(prompt)
+    tokens, stream = Tokens(vocab_size, eos_token_ids), list(prompt)
     for _ in range(num_tokens):
         stream.append(tokens.after(stream[-1], len(stream) - 1))
     return stream[len(prompt) :]
@@ -51,7 +64,8 @@ def rank_specs(
     owner: ExitStack, num_ranks: int, instance: int = 0
 ) -> tuple[list[WorkerSpec], tuple[int, ...]]:
     """One instance's workers, and the descriptors that they inherit."""
-    lockstep = make_lockstep(owner, num_ranks)
+    lockstep = make_lockstep(num_ranks)
+    owner.callback(lockstep.close)
     specs = [
         default_spec(
             index=num_ranks * instance + rank,
@@ -71,4 +85,4 @@ def rank_specs(
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(faulty(load)))

@@ -1,15 +1,19 @@
 """Running nodes for the process tests, ended by id whatever happens."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
+from nodeserve.client import Client
+from nodeserve.errors import NodeServeError
+from tests.fakes.faults import FOLDER
 from tests.fakes.raw_client import RawClient
 
 
@@ -19,6 +23,7 @@ class RunningNode:
     def __init__(self, process: "subprocess.Popen[str]", socket: Path) -> None:
         self.process = process
         self.socket = socket
+        self.is_ready = False
 
     @property
     def pid(self) -> int:
@@ -39,6 +44,13 @@ class Nodes:
         self.folder = folder
         self.running: list[RunningNode] = []
 
+    def order(self, fault: str, worker: int, phase: str) -> Path:
+        """A fault of that worker (tests/fakes/faults.py). The file goes when it happens."""
+        order = self.folder / f"{worker}.{phase}"
+        written = order.with_suffix(".new")
+        written.write_text(fault)
+        return written.rename(order)
+
     def spawn(self, socket: Path | None = None, **settings: Any) -> RunningNode:
         socket = socket or self.folder / f"node{len(self.running)}.sock"
         arguments = json.dumps({"socket": str(socket), **settings})
@@ -47,6 +59,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, FOLDER: str(self.folder)},
         )
         node = RunningNode(process, socket)
         self.running.append(node)
@@ -57,24 +70,49 @@ class Nodes:
         assert node.process.stdout is not None
         line = node.process.stdout.readline()
         assert line == "ready\n", f"the node did not start: {node.process.communicate()}"
+        node.is_ready = True
         return node
+
+    def end(self) -> None:
+        """All that still run."""
+        for node in self.running:
+            if node.process.poll() is None:
+                node.process.terminate()
+            try:
+                node.process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                node.process.kill()
+                node.process.communicate()
+
+
+def audit(node: RunningNode) -> tuple[str, ...]:
+    """After every test: blocks, requests and records of a node that still runs add up."""
+    if not node.is_ready or node.process.poll() is not None:
+        return ()
+    try:
+        with Client(node.socket, connect_timeout_s=5.0) as client:
+            return client.audit().problems
+    except NodeServeError as error:
+        # No problem if it was stopping.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait()
+            return ()
+        return (str(error),)
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     started = Nodes(tmp_path)
     yield started
-    for node in started.running:
-        if node.process.poll() is None:
-            node.process.terminate()
-        try:
-            node.process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            node.process.kill()
-            node.process.communicate()
+    problems = [problem for node in started.running for problem in audit(node)]
+    started.end()
+    assert not problems
 
 
-Connect = Callable[[RunningNode], Awaitable[RawClient]]
+class Connect(Protocol):
+    """Opens a connection to a node."""
+
+    async def __call__(self, node: RunningNode, limit_bytes: int = ...) -> RawClient: ...
 
 
 @pytest.fixture
@@ -82,8 +120,8 @@ async def connect() -> AsyncIterator[Connect]:
     """Opens connections to nodes, closed at the end of the test."""
     clients: list[RawClient] = []
 
-    async def open_one(node: RunningNode) -> RawClient:
-        clients.append(await RawClient.connect(node.socket))
+    async def open_one(node: RunningNode, limit_bytes: int = 1 << 16) -> RawClient:
+        clients.append(await RawClient.connect(node.socket, limit_bytes))
         return clients[-1]
 
     yield open_one

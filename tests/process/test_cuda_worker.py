@@ -6,6 +6,8 @@ whatever its way through one or several GPU workers.
 
 import itertools
 import json
+import os
+import signal
 import sys
 from array import array
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ from tests.fakes.cuda import load_fake_cuda
 from tests.fakes.cuda_worker import PLAIN_PARTS
 from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
 from tests.process.conftest import Connect, Nodes
+from tests.process.test_lost_workers import all_ready
 
 pytestmark = pytest.mark.slow
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
@@ -283,7 +286,8 @@ async def test_a_node_of_gpu_workers_serves_clients(
     connect: Connect,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """1p1d on one GPU: the server places, starts and attaches its workers, and streams."""
+    """1p1d on one GPU: the server places, starts and attaches its workers, and streams; also when
+    the one that prefills ends meanwhile, and when it is back."""
     monkeypatch.setenv(PLAIN_PARTS, "1")
     monkeypatch.setenv("NODESERVE_FAKE_CUDA_DEVICES", "4")
     node = nodes.start(
@@ -297,13 +301,23 @@ async def test_a_node_of_gpu_workers_serves_clients(
         max_num_seqs=4,
         max_num_batched_tokens=20,
         kv_memory=24 * BLOCK_BYTES,
+        restart_delay=0.0,
     )
     client = await connect(node)
     for request_id, prompt in PROMPTS.items():
         client.submit(request_id, prompt, **SAMPLING[request_id])
     await client.finish(*PROMPTS)
     assert client.tokens == expected
-    assert [worker["handoff"] for worker in (await client.stats())["workers"]] == [
-        "CUDA IPC",
-        "pulls only",
-    ]
+    workers = (await client.stats())["workers"]
+    assert [worker["handoff"] for worker in workers] == ["CUDA IPC", "pulls only"]
+    for to_kill in ([workers[0]["pid"]], []):
+        client = await connect(node)
+        for request_id, prompt in PROMPTS.items():
+            client.submit(request_id, prompt, **SAMPLING[request_id])
+        for pid in to_kill:
+            os.kill(pid, signal.SIGKILL)
+        await client.finish(*PROMPTS)
+        assert client.tokens == expected
+        assert (await all_ready(client))["workers"][0]["restarts"] == 1
+    moved = {one: ends[0].timings["handoff_bytes"] for one, ends in client.ends.items()}
+    assert any(moved.values()), "it is back, and its pages are read where they are now"

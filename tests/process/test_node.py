@@ -1,7 +1,5 @@
 """A node of real processes, through its real socket: what it promises when things go wrong."""
 
-import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -16,7 +14,7 @@ from nodeserve.wire.frames import HEADER, frame
 from nodeserve.wire.messages import TO_SERVER, Abort, Stop
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
-from tests.process.conftest import Connect, Nodes, RunningNode, names_of
+from tests.process.conftest import Connect, Nodes, names_of
 
 LONG = 400  # tokens: still running when the fault comes
 SLOW = {"step_s": 0.01}  # for certain, where a test depends on it
@@ -174,96 +172,6 @@ async def test_abort_ends_once_and_frees_both_sides(
     assert got == expected_stream(list(range(90)), LONG)[: len(got)]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
-async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, victim: int) -> None:
-    node = nodes.start(layout="2p2d")
-    client = await connect(node)
-    for i in range(12):
-        client.submit(i, [i, 2 * i], max_tokens=200)
-    await client.read_until(lambda: len(client.tokens) == 12)
-    pids = {w["index"]: w["pid"] for w in (await client.stats())["workers"]}
-    os.kill(pids[victim], signal.SIGKILL)
-    await client.finish(*range(12))
-    for i in range(12):
-        assert client.tokens[i] == expected_stream([i, 2 * i], 200)
-        assert [end.reason for end in client.ends[i]] == ["length"]
-    while "lost" not in (states := [w["state"] for w in (await client.stats())["workers"]]):
-        pass  # its requests may have ended before it was killed
-    assert states.count("lost") == 1 and states[victim] == "lost"
-
-
-async def test_losing_a_whole_role_ends_all_requests_and_the_node(
-    nodes: Nodes, connect: Connect
-) -> None:
-    node = nodes.start(layout="1p1d")
-    client = await connect(node)
-    for i in range(6):
-        client.submit(i, [i], max_tokens=LONG)
-    await client.read_until(lambda: len(client.tokens) == 6)
-    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
-    os.kill(pids["decode"], signal.SIGKILL)
-    await client.read_to_end()
-    codes = {end.code for ends in client.ends.values() for end in ends}
-    assert all(len(ends) == 1 for ends in client.ends.values()) and codes <= {None, "worker_lost"}
-    assert len(client.ends) == 6
-    assert node.wait() == 1
-    assert not node.socket.exists() and not names_of(node.pid)
-
-
-async def test_a_draining_stop_finishes_what_runs_and_refuses_the_rest(
-    nodes: Nodes, connect: Connect
-) -> None:
-    node = nodes.start(layout="1p1d")
-    client, other = [await connect(node) for _ in range(2)]
-    client.submit(1, [3], max_tokens=100)
-    await client.read_until(lambda: 1 in client.tokens)
-    other.send(Stop(True))
-    client.submit(2, [4], max_tokens=5)
-    await client.finish(1)
-    await client.read_to_end()
-    assert client.tokens[1] == expected_stream([3], 100)
-    assert client.ends[1][0].reason == "length"
-    assert all(end.code in (None, "shutting_down") for end in client.ends.get(2, []))
-    assert node.wait() == 0
-
-
-async def test_a_drain_ends_when_its_role_dies(nodes: Nodes, connect: Connect) -> None:
-    """A worker's end during a drain was taken for part of the stop, and the drain waited on."""
-    node = nodes.start(layout="1p1d", fake={"step_s": 0.01})
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=LONG)
-    await client.read_until(lambda: 1 in client.tokens)
-    pids = {w["role"]: w["pid"] for w in (await client.stats())["workers"]}
-    client.send(Stop(True))
-    os.kill(pids["decode"], signal.SIGKILL)
-    await client.read_to_end()
-    assert [end.code for end in client.ends[1]] == ["worker_lost"]
-    assert node.wait() == 1
-
-
-async def test_a_signal_cuts_a_drain_short(nodes: Nodes, connect: Connect) -> None:
-    node = nodes.start(layout="1p1d", fake={"step_s": 0.05})
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=LONG)
-    await client.read_until(lambda: 1 in client.tokens)
-    client.send(Stop(True))
-    await client.stats()
-    node.process.send_signal(signal.SIGTERM)
-    await client.read_to_end()
-    assert [end.code for end in client.ends[1]] == ["shutting_down"]
-    assert node.wait() == 0
-
-
-async def test_a_signal_while_starting_stops_without_a_traceback(nodes: Nodes) -> None:
-    node = nodes.spawn(layout="1p1d", fake={"load_s": 1.0})
-    while not node.socket.exists():  # bound first of all; the signal handlers are there before it
-        assert node.process.poll() is None
-    node.process.send_signal(signal.SIGINT)
-    _, words = node.process.communicate(timeout=20)
-    assert node.process.returncode == 1
-    assert "stopped while starting" in words and "Traceback" not in words
-
-
 def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
     node = nodes.spawn(layout="2m", fake={"load_s": 60.0})
     while len(workers := node.worker_pids()) < 2:
@@ -272,61 +180,6 @@ def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
     _, words = node.process.communicate(timeout=20)
     assert node.process.returncode == 1 and "was killed by SIGKILL" in words
     assert not node.socket.exists() and not names_of(node.pid)
-
-
-def test_stop_reaches_a_server_that_still_loads(nodes: Nodes) -> None:
-    node = nodes.spawn(layout="1m", fake={"load_s": 60.0})
-    while not node.socket.exists():
-        assert node.process.poll() is None
-    command = [sys.executable, "-m", "nodeserve", "stop", "--socket", str(node.socket)]
-    stop = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (stop.returncode, stop.stdout) == (0, f"stopped (pid {node.pid})\n"), stop.stderr
-    assert node.wait() == 1 and not node.socket.exists()
-
-
-def nested(depth: int) -> object:
-    value: object = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-HOSTILE: dict[str, dict[str, Any]] = {
-    "long list of stops": {"stop_token_ids": [5] * 1_000_000},
-    "long bias": {"logit_bias": {i: 1.0 for i in range(97)} | {0: [0] * 100_000}},
-    "deep nesting": {"max_tokens": nested(500)},
-    "large value": {"temperature": b"x" * 4_000_000},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_value_ends_its_own_request_only(
-    nodes: Nodes, connect: Connect, name: str
-) -> None:
-    node = nodes.start(layout="1p1d")
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=50)
-    client.submit(2, [3], **HOSTILE[name])
-    client.submit(3, [4], max_tokens=5)
-    await client.finish(1, 2, 3)
-    assert client.ends[2][0].code == "invalid_request"
-    assert len(client.ends[2][0].message) < 500
-    assert client.tokens[1] == expected_stream([3], 50)
-    assert client.tokens[3] == expected_stream([4], 5)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_stops_in_order(
-    nodes: Nodes, connect: Connect, number: signal.Signals
-) -> None:
-    node = nodes.start(layout="1p1d", fake=SLOW)
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=LONG)
-    await client.read_until(lambda: 1 in client.tokens)
-    node.process.send_signal(number)
-    await client.read_to_end()
-    assert [end.code for end in client.ends[1]] == ["shutting_down"]
-    assert node.wait() == 0 and not node.socket.exists()
 
 
 def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) -> None:
@@ -340,43 +193,6 @@ def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) ->
     third = nodes.spawn(socket=first.socket, layout="1m")
     assert third.process.stdout is not None and third.process.stdout.readline() == "ready\n"
     assert (third.socket.stat().st_mode & 0o777) == 0o600
-
-
-def _gone(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    return True
-
-
-async def _until_gone(pids: list[int]) -> None:
-    """Readable pidfds say when; no polling."""
-    loop = asyncio.get_running_loop()
-    for pid in pids:
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        ended = asyncio.Event()
-        loop.add_reader(descriptor, ended.set)
-        await ended.wait()
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-
-
-async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(
-    nodes: Nodes, connect: Connect
-) -> None:
-    node: RunningNode = nodes.start(layout="2p1d")
-    client = await connect(node)
-    client.submit(1, [3], max_tokens=LONG)
-    await client.read_until(lambda: 1 in client.tokens)
-    workers = node.worker_pids()
-    assert len(workers) == 3
-    node.process.kill()
-    await client.read_to_end()
-    await _until_gone(workers)
-    assert all(_gone(pid) for pid in workers)
-    assert not names_of(node.pid)
 
 
 @pytest.mark.parametrize(

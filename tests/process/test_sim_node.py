@@ -10,6 +10,7 @@ from nodeserve.wire.messages import Abort, Stop
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import QUICK, expected_stream
 from tests.process.conftest import Connect, Nodes
+from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
 
 LONG = 900  # tokens: more than two seconds of passes
@@ -106,25 +107,27 @@ async def test_a_killed_rank_takes_its_instance_and_no_request_with_it(
     for number in range(32):
         expected = expected_stream(prompt_of(number), 100 if number < 16 else 20)
         assert client.tokens[number] == expected
-    states = {
-        instance: {worker["state"] for worker in workers}
-        for instance, workers in workers_by_instance(await client.stats()).items()
+    restarts = {
+        instance: [worker["restarts"] for worker in workers]
+        for instance, workers in workers_by_instance(await all_ready(client)).items()
     }
-    assert states == {0: {"lost"}, 1: {"ready"}, 2: {"lost"}, 3: {"ready"}}
+    assert restarts == {0: [1, 1], 1: [0, 0], 2: [1, 1], 3: [0, 0]}, "ranks come back together"
+    client = await connect(node)
+    await serve_many(client, 12, 12)
+    await same_steps(client)
     client.send(Stop(True))
     await client.read_to_end()
     assert node.wait() == 0
 
 
-async def test_the_last_instance_of_a_role_takes_the_node_with_it(
-    nodes: Nodes, connect: Connect
-) -> None:
-    node = nodes.start(layout="1p:ep2,1d:ep2", device="sim")
+async def test_the_last_instance_takes_the_node_with_it(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="1p:ep2,1d:ep2", device="sim", max_restarts=0)
     client = await connect(node)
     client.submit(1, [3], max_tokens=LONG)
     await client.read_until(lambda: 1 in client.tokens)
     instances = workers_by_instance(await client.stats())
-    os.kill(instances[1][1]["pid"], signal.SIGKILL)
+    for ranks in instances.values():
+        os.kill(ranks[1]["pid"], signal.SIGKILL)
     await client.read_to_end()
     assert [end.code for end in client.ends[1]] == ["worker_lost"]
     assert node.wait() == 1

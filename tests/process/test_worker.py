@@ -57,6 +57,19 @@ def test_a_request_moved_between_processes_continues_the_same_stream() -> None:
         assert target.load[:5] == IDLE_LOAD
 
 
+def test_a_damaged_record_ends_the_worker_that_meets_it() -> None:
+    """It says so through the other ring, and the coordinator hears of it."""
+    with started(default_spec()) as [worker]:
+        worker.prefill(1, PROMPT, max_tokens=5)
+        worker.finish(1)
+        ring = worker.channel.inbox._ring
+        assert ring.put(b"bytes without a seal")
+        worker.send(Shutdown())
+        failed = worker.expect(Failed)
+        assert failed.code == "ring" and "damaged or out of order" in failed.message
+        assert worker.process.wait(DEADLINE_S) == 1
+
+
 def test_preempted_requests_are_said_and_continue_from_their_tokens() -> None:
     """Three requests of 11 blocks in a pool of 24: the youngest gives way, then comes back."""
     with started(default_spec(kv_memory=24 * 128)) as [worker]:
@@ -210,9 +223,10 @@ def test_a_start_that_cannot_work_says_why(
         assert worker.process.wait(DEADLINE_S) == 1
 
 
-def test_ctrl_c_is_left_to_the_coordinator() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_left_to_the_coordinator(number: signal.Signals) -> None:
     with started(default_spec()) as [worker]:
-        worker.process.send_signal(signal.SIGINT)
+        worker.process.send_signal(number)
         worker.prefill(1, PROMPT, max_tokens=3)
         worker.finish(1)
         assert worker.process.poll() is None

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +14,16 @@ import pytest
 import torch
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from safetensors.torch import save_file
 
 from nodeserve.checkpoint import Checkpoint, resolve
+from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.gguf import TENSOR_TYPES, TensorInfo
 from nodeserve.model.dequantise import dequantise
 from nodeserve.model.loader import gguf_name, halves_from_pairs, open_weights
 from nodeserve.text import Tokenizer
+from tests.fakes.gguf_writer import write_gguf
 from tests.reference.awkward import awkward_strings
 from tests.reference.embedded import needs_embedded_model
 from tests.reference.export import export_folder, tensor_names
@@ -183,12 +187,20 @@ def test_a_missing_tensor_is_named(folders: dict[str, Path], name: str) -> None:
 def damaged(folder: Path, files: dict[str, bytes]) -> Checkpoint:
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    config: Any = None  # the loader of safetensors does not look at it
+    config = ModelConfig("llama", 8, 4, 6, 1, 1, 1, 4, 16, 1e-5, 1e4)
     return Checkpoint(folder, "safetensors", config, "damaged")
 
 
 INDEX = "model.safetensors.index.json"
 EMPTY = struct.pack("<Q", 2) + b"{}"
+
+
+def index(file: object) -> dict[str, bytes]:
+    return {INDEX: json.dumps({"weight_map": {"x": file}}).encode()}
+
+
+def safetensors(header: bytes, num_bytes: int = 64) -> dict[str, bytes]:
+    return {"model.safetensors": struct.pack("<Q", len(header)) + header + bytes(num_bytes)}
 
 
 @pytest.mark.parametrize(
@@ -197,12 +209,15 @@ EMPTY = struct.pack("<Q", 2) + b"{}"
         ({"model.safetensors": b"nonsense and more"}, "cannot read .*model.safetensors"),
         ({"a.safetensors": EMPTY, "b.safetensors": EMPTY}, "2 .*safetensors files and no model"),
         ({INDEX: b"{}"}, "weight_map must map"),
-        ({INDEX: json.dumps({"weight_map": {"x": "../y"}}).encode()}, "weight_map must map"),
-        ({INDEX: json.dumps({"weight_map": {"x": "gone"}}).encode()}, "cannot read .*gone"),
-        (
-            {INDEX: json.dumps({"weight_map": {"x": "e"}}).encode(), "e": EMPTY},
-            "cannot read x",
-        ),
+        (index("../y.safetensors"), "weight_map must map"),
+        (index(".."), "weight_map must map"),
+        (index(""), "weight_map must map"),
+        (index("/etc/y.safetensors"), "weight_map must map"),
+        (index("a\0.safetensors"), "weight_map must map"),
+        (index("pytorch_model.bin"), r"weight_map must map tensor names to \*.safetensors"),
+        (index(7), "weight_map must map"),
+        (index("gone.safetensors"), "cannot read .*gone"),
+        ({**index("e.safetensors"), "e.safetensors": EMPTY}, "cannot read x"),
     ],
 )
 def test_damaged_folders_are_model_errors(
@@ -210,3 +225,57 @@ def test_damaged_folders_are_model_errors(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         open_weights(damaged(tmp_path, files), torch.float32)("x")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"model.safetensors": b""},
+        {"model.safetensors": b"\xff" * 8},
+        {"model.safetensors": struct.pack("<Q", 2**63) + b"{}"},
+        safetensors(b"{"),
+        safetensors(b"[" * 100_000),
+        safetensors(b'{"x":' * 1000),
+        safetensors(b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,15]}}'),
+        safetensors(b'{"x":{"dtype":"F32","shape":[32],"data_offsets":[0,128]}}'),
+        safetensors(b'{"x":{"dtype":"F32","shape":[16],"data_offsets":[64,0]}}'),
+        safetensors(b'{"x":{"dtype":"F32","shape":[-16],"data_offsets":[0,64]}}'),
+        safetensors(b'{"x":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,64]}}'),
+        safetensors(
+            b'{"x":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
+            b'"y":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}}'
+        ),
+        safetensors(b'{"x":{"dtype":"pickle","shape":[16],"data_offsets":[0,64]}}'),
+    ],
+    ids=range(13),
+)
+def test_headers_that_lie_are_model_errors(tmp_path: Path, files: dict[str, bytes]) -> None:
+    with pytest.raises(ModelError, match="cannot read"):
+        open_weights(damaged(tmp_path, files), torch.float32)("x")
+
+
+def test_weights_that_are_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="not a regular file"):
+        open_weights(damaged(tmp_path, {}), torch.float32)
+
+
+NORM = "model.norm.weight"
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """Kernels take the shapes from the configuration: another one would be read past its end."""
+    save_file({NORM: torch.ones(4)}, tmp_path / "model.safetensors")
+    assert open_weights(damaged(tmp_path, {}), torch.float32)(NORM).tolist() == [1.0] * 4
+    for shape in ((3,), (5,), (4, 1), ()):
+        save_file({NORM: torch.ones(shape)}, tmp_path / "model.safetensors")
+        with pytest.raises(ModelError, match=r"norm.weight has the shape .* expected \(4,\)"):
+            open_weights(damaged(tmp_path, {}), torch.float32)(NORM)
+
+
+def test_a_gguf_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = damaged(tmp_path, {})
+    path = write_gguf(tmp_path / "m.gguf", {}, {"blk.0.attn_q.weight": ((3, 4), 0, bytes(48))})
+    weights = open_weights(Checkpoint(path, "gguf", folder.config, "damaged"), torch.float32)
+    with pytest.raises(ModelError, match=r"the shape \(3, 4\), expected \(4, 4\)"):
+        weights("model.layers.0.self_attn.q_proj.weight")

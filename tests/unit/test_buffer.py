@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nodeserve.policy.buffer import MAX_STALE, Buffer
+from nodeserve.policy.buffer import LATER, MAX_STALE, Buffer
 from nodeserve.policy.units import Waiting
 
 
@@ -57,10 +57,22 @@ def test_a_long_prompt_lets_short_ones_pass_that_come_soon_after_it(longest_firs
     buffer = Buffer(longest_first)
     buffer.token_s = 0.01
     buffer.push(waiting(1, 1000, 0.0))
-    buffer.push(waiting(2, 10, 9.0))
-    buffer.push(waiting(3, 10, 11.0))
+    buffer.push(waiting(2, 10, 0.9 * LATER * 10.0))
+    buffer.push(waiting(3, 10, 1.1 * LATER * 10.0))
     buffer.departed()
     assert drain(buffer) == [2, 1, 3]
+
+
+def test_tokens_ahead_are_those_that_it_does_not_pass() -> None:
+    buffer = Buffer(longest_first=False)
+    buffer.push(waiting(1, 1000, 0.0))
+    buffer.token_s = 0.01
+    for request_id, num_tokens in ((2, 100), (3, 400), (4, 400)):
+        buffer.push(waiting(request_id, num_tokens, 1.0))
+    of = {length: buffer.tokens_ahead(waiting(9, length, 1.0)) for length in (10, 200, 400)}
+    assert of == {10: 1000, 200: 1100, 400: 1900}
+    buffer.remove(3)
+    assert buffer.tokens_ahead(waiting(9, 400, 1.0)) == 1500
 
 
 def test_best_effort_boards_behind_those_of_its_priority_that_can_meet_their_slo() -> None:

@@ -15,8 +15,10 @@ import pytest
 from nodeserve.errors import RecordTooLarge, RingError
 from nodeserve.wire.channel import SHM, CoordinatorEnd, WorkerEnd, sweep_stale
 from nodeserve.wire.ring import FLUSH_RECORDS
+from nodeserve.wire.seal import SEAL_BYTES
 
 RING_BYTES = 64
+MOST_BYTES = RING_BYTES - 4 - SEAL_BYTES  # of a record: its length and its seal take the rest
 Ends = tuple[CoordinatorEnd, WorkerEnd]
 
 
@@ -120,10 +122,10 @@ def test_a_wake_is_kept_for_the_next_wait_when_a_put_took_its_ring(ends: Ends) -
 
 def test_a_worker_that_finds_no_room_gives_up_in_time_and_loses_nothing(ends: Ends) -> None:
     coordinator, worker = ends
-    assert worker.outbox.put(bytes(60))
+    assert worker.outbox.put(bytes(MOST_BYTES))
     assert not worker.outbox.try_put(b"x")
     assert not worker.outbox.put(b"x", timeout_s=0.001)
-    assert coordinator.receive() == [bytes(60)]
+    assert coordinator.receive() == [bytes(MOST_BYTES)]
     assert worker.outbox.put(b"x", timeout_s=0.0)
     assert coordinator.receive() == [b"x"]
 
@@ -145,7 +147,7 @@ def test_what_has_no_room_is_posted_in_order_later(ends: Ends) -> None:
 
 def test_a_worker_is_rung_for_what_was_queued(ends: Ends) -> None:
     coordinator, worker = ends
-    coordinator.inbox.post(bytes(60))
+    coordinator.inbox.post(bytes(MOST_BYTES))
     coordinator.inbox.post(b"queued")
     worker.inbox.drain()
     assert not worker.inbox.wait(0.0)
@@ -159,8 +161,8 @@ def test_a_post_that_can_never_pass_is_refused_even_behind_others(ends: Ends) ->
     coordinator, _ = ends
     for _ in range(2):
         with pytest.raises(RecordTooLarge):
-            coordinator.inbox.post(bytes(61))
-        coordinator.inbox.post(bytes(60))
+            coordinator.inbox.post(bytes(MOST_BYTES + 1))
+        coordinator.inbox.post(bytes(MOST_BYTES))
 
 
 def test_a_worker_that_never_reads_is_an_error_not_endless_memory(
@@ -169,10 +171,47 @@ def test_a_worker_that_never_reads_is_an_error_not_endless_memory(
     coordinator, worker = ends
     monkeypatch.setattr(coordinator.inbox, "_max_queued", 3)
     for number in range(4):
-        coordinator.inbox.post(bytes([number]) * 60)
+        coordinator.inbox.post(bytes([number]) * MOST_BYTES)
     with pytest.raises(RingError, match="3 records unread"):
         coordinator.inbox.post(b"one more")
-    assert worker.inbox.drain() == [bytes(60)]
+    assert worker.inbox.drain() == [bytes(MOST_BYTES)]
+
+
+def overwrite(coordinator: CoordinatorEnd, fd: int, at: int) -> None:
+    """One wrong bit in a ring's memory, `at` bytes from its end."""
+    place = os.fstat(fd).st_size - at
+    (value,) = os.pread(fd, 1, place)
+    os.pwrite(fd, bytes([value ^ 1]), place)
+
+
+@pytest.mark.parametrize("at", [RING_BYTES - 4, RING_BYTES - 4 - 20, 8, 4])
+def test_a_record_that_was_written_over_is_an_error_and_so_is_all_behind_it(
+    ends: Ends, at: int
+) -> None:
+    coordinator, worker = ends
+    assert worker.outbox.put(bytes(MOST_BYTES - 3))
+    overwrite(coordinator, coordinator.spec.outbox_fd, at)
+    with pytest.raises(RingError, match="record 0 of"):
+        coordinator.receive()
+    assert worker.outbox.put(b"good again")
+    with pytest.raises(RingError, match="out of order"):
+        coordinator.receive()
+    coordinator.inbox.post(b"the other way")
+    assert worker.inbox.drain() == [b"the other way"]
+
+
+def test_a_record_that_is_missing_or_came_twice_is_an_error(ends: Ends) -> None:
+    coordinator, worker = ends
+    coordinator.inbox.post(b"1")
+    worker.inbox._ring.drain()
+    coordinator.inbox.post(b"2")
+    with pytest.raises(RingError, match="out of order"):
+        worker.inbox.drain()
+    worker.outbox.put(b"1")
+    worker.outbox._num_sealed = 0
+    worker.outbox.put(b"1")
+    with pytest.raises(RingError, match="record 1 of 5 bytes"):
+        coordinator.receive()
 
 
 def test_beats_are_seen(ends: Ends) -> None:

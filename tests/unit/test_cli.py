@@ -1,5 +1,6 @@
 """Options, files and errors of the command line, without a server."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class FakeServe:
 def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     fake = FakeServe()
     monkeypatch.setattr(server_module, "serve", fake)
+    monkeypatch.setattr(launch, "beside", lambda config: contextlib.nullcontext([]))
     monkeypatch.setattr(launch, "log_to_stderr", lambda: None)
     monkeypatch.setenv("NODESERVE_SOCKET", "/srv/ns.sock")
     return fake
@@ -172,7 +174,10 @@ def test_a_file_gives_settings_and_the_command_line_wins(serve: FakeServe, tmp_p
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("layuot = '1p1d'", "unknown key 'layuot'; known keys: admission, allow-users, attention"),
+        (
+            "layuot = '1p1d'",
+            "unknown key 'layuot'; known keys: admission, allow-users, api-key-file, attention",
+        ),
         ("block_size = 16", "unknown key 'block_size'"),
         ("block-size = '16'", "block-size must be a whole number, got '16'"),
         ("block-size = true", "block-size must be a whole number"),

@@ -54,6 +54,11 @@ def run(*words: str) -> str:
     return result.output
 
 
+def test_it_draws_the_finalists(tmp_path: Path) -> None:
+    run(*ASKED, "--figure", str(tmp_path / "plan.svg"))
+    assert "chunk" in (tmp_path / "plan.svg").read_text()
+
+
 def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
     said = run(*ASKED)
     assert "mine on 2 GPUs, synthetic(500,4); 90% of the requests" in said

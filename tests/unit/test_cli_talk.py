@@ -182,6 +182,27 @@ async def test_status_names_gpus_kernels_and_handoffs_where_there_are_any(
     assert all(len(line.rstrip()) <= 80 for line in lines[3:]), "folded on a small terminal"
 
 
+async def test_status_tells_who_is_away_and_who_stands_in(server: FakeServer) -> None:
+    fine = {"acting": "prefill", "restarts": 0, "restart_in_s": None, "reason": ""}
+    away = {"restarts": 2, "reason": "decode worker 1 was killed by SIGKILL"}
+    first, second = {**WORKER, **fine}, {**STATS["workers"][1], **away, "acting": "decode"}
+    server.stats = {**STATS, "workers": [first, {**second, "restart_in_s": None}]}
+    words = (await run(server, "status")).stdout
+    told = "restarts: 2  last end: decode worker 1 was killed by SIGKILL"
+    assert f"worker 1  {told}" in words.splitlines() and "worker 0" not in words
+
+    lost = {**second, "state": "restarting", "restart_in_s": 1.25}
+    stands_in = {**first, "acting": "mixed"}
+    gone = {**second, "index": 12, "state": "taken out", "restart_in_s": None}
+    server.stats = {**STATS, "workers": [stands_in, lost, gone]}
+    lines = (await run(server, "status")).stdout.splitlines()
+    assert [line for line in lines if line.startswith("worker ")] == [
+        "worker 0  takes prompts and decodes, since nobody else does one of them",
+        f"worker 1  restarting in 1.2 s  {told}",
+        f"worker 12 taken out  {told}",
+    ]
+
+
 async def test_status_of_mixed_workers_without_gpus_says_neither(server: FakeServer) -> None:
     worker = {**WORKER, "role": "mixed", "gpu": None, "handoff": "shared memory"}
     server.stats = {**STATS, "layout": "1m", "workers": [worker]}
@@ -203,11 +224,24 @@ async def test_stop_waits_for_the_end(server: FakeServer, drain: bool) -> None:
     assert Stop(drain) in server.received
 
 
-async def test_stop_says_when_the_server_does_not_end(server: FakeServer) -> None:
+async def test_stop_says_when_the_server_does_not_end(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeserve.cli.show.END_TIMEOUT_S", 0.01)
     server.about["pid"] = os.getpid()
-    result = await run(server, "stop", "--timeout", "0.01")
+    result = await run(server, "stop")
     assert result.exit_code == 1
-    assert f"still runs after 0.01 s: try `kill {os.getpid()}`" in result.stderr
+    assert f"still runs after 0.01 s: try `kill -KILL {os.getpid()}`" in result.stderr
+
+
+async def test_a_drain_is_cut_short_when_its_time_is_over(server: FakeServer) -> None:
+    server.drains_for_ever = True
+    result = await run(server, "stop", "--drain", "--timeout", "0.01")
+    assert (result.exit_code, result.stdout) == (
+        3,
+        "stopped (pid 4000000); requests still ran after 0.01 s\n",
+    )
+    assert server.received == [Stop(True), Stop(False)]
 
 
 async def test_stop_says_when_the_socket_is_left(server: FakeServer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nodeserve import AsyncClient
+from nodeserve.client import Audit, Health
 from nodeserve.errors import (
     Cancelled,
     ConnectionLost,
@@ -290,13 +291,30 @@ async def test_closing_the_client_ends_what_runs(server: FakeServer, client: Asy
 # ---- questions about the server
 
 
-async def test_health_and_stats(server: FakeServer, client: AsyncClient) -> None:
-    assert (await client.health())["model"] == "fake"
+async def test_health_audit_and_stats(server: FakeServer, client: AsyncClient) -> None:
+    assert await client.health() == Health("ready", True, (), 0.0)
+    server.health = {"state": "stopping", "reasons": ["why"], "loop_lag_ms": 250.0, "new": 1}
+    assert await client.health() == Health("stopping", False, ("why",), 0.25)
+    assert (await client.audit()).adds_up
+    server.audit = {"problems": ["a block"], "requests": {"decode": 1}, "workers": [{"index": 0}]}
+    audit = await client.audit()
+    assert audit == Audit(("a block",), {"decode": 1}, [{"index": 0}]) and not audit.adds_up
     assert (await client.server())["layout"] == "1p1d"
     server.stats = {"model": "other"}
     answers = await asyncio.gather(*(client.stats() for _ in range(5)))
     assert answers == [{"model": "other"}] * 5
-    assert server.count(GetStats) == 6
+    assert server.count(GetStats) == 5
+
+
+async def test_a_server_that_no_longer_answers_has_no_health(
+    server: FakeServer, client: AsyncClient
+) -> None:
+    await client.server()
+    server.is_stuck = True
+    with pytest.raises(ConnectionLost, match="did not answer in 0.01 s"):
+        await client.health(0.01)
+    server.is_stuck = False
+    assert (await client.health()).ready
 
 
 @pytest.mark.parametrize("drain", [False, True])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeserve import Client
-from nodeserve.client import Chunk
+from nodeserve.client import Chunk, Health
 from nodeserve.errors import ConnectionLost, InvalidRequest
 from nodeserve.wire.messages import Abort, Submit
 from tests.fakes.server import VOCAB_SIZE, FakeServer, endless, saying
@@ -24,7 +24,8 @@ async def test_generate_chat_and_questions(server: FakeServer) -> None:
             assert "".join(c.text for c in client.generate([1], stream=True)) == "Paris"
             chunks = client.chat([{"role": "user", "content": "x"}], stream=True)
             assert "".join(chunk.text for chunk in chunks) == "Paris"
-            assert client.health()["model"] == client.server()["model"] == "fake"
+            assert client.health() == Health("ready", True, (), 0.0) and client.audit().adds_up
+            assert client.server()["model"] == "fake"
             assert client.stats() == server.stats
             assert client.tokenizer().decode([104, 105]) == "hi"
             client.stop_server(drain=True)

@@ -4,12 +4,20 @@ import random
 
 import pytest
 
+from nodeserve.coordinator.request import Request
 from nodeserve.coordinator.streams import Backlog, Stream
 from nodeserve.errors import ShuttingDown
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role, Timings
 from nodeserve.wire.messages import Goodbye, RequestFailed, Submit, pack_ids
-from tests.fakes.node import STEP_S, FakeNode, FakeTransport, expected_stream, policies
+from tests.fakes.node import (
+    STEP_S,
+    FakeNode,
+    FakeTransport,
+    FakeWorker,
+    expected_stream,
+    policies,
+)
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
@@ -211,11 +219,12 @@ async def test_a_stopping_server_refuses_and_ends_what_runs() -> None:
         node.submit(stream, request_id, [request_id], 50)
     for _ in range(100):
         node.act(rng)
-    node.coordinator.closing = True
+    node.coordinator.closes_s = node.now + 30.0
     node.coordinator.end_all(ShuttingDown("bye"))
     node.submit(stream, 99, [1], 1)
     node.run_to_idle(rng)
-    assert [end.code for end in client.ends[99]] == ["shutting_down"]
+    (refused,) = client.ends[99]
+    assert refused.code == "shutting_down" and refused.retry_after_s == pytest.approx(30.0)
     for request_id in range(10):
         assert [end.code for end in client.ends[request_id]] == ["shutting_down"]
     node.check_nothing_held()
@@ -235,24 +244,50 @@ async def test_a_request_that_outlives_two_workers_is_not_given_a_third() -> Non
     node.check_nothing_held()
 
 
-async def test_a_pull_that_fails_after_its_source_died_is_not_kept() -> None:
-    node, rng = FakeNode([P, P, D]), random.Random(0)
-    stream, client = node.connect()
-    node.submit(stream, 1, [5], 20)
-    (request,) = node.coordinator.requests.values()
-    while request.phase is not Phase.MOVING:
-        node.act(rng)
-    node.lose(node.workers[request.source])
-    decode = node.workers[2]
+def fail_pull(node: FakeNode, decode: FakeWorker, request: Request) -> None:
+    """What a worker says that could not copy the pages; it has nothing of the request."""
     decode.out.clear()
     decode.link.channel.records.clear()  # type: ignore[attr-defined]
     decode.held.clear()
+    decode.num_received += 1
     decode.out.append(
         RequestFailed(request.request_id, "handoff_failed", "no such pool", decode.load())
     )
     node.deliver(decode)
+
+
+async def move(node: FakeNode, rng: random.Random) -> Request:
+    """A request on its way to its decode worker."""
+    (request,) = node.coordinator.requests.values()
+    while request.phase is not Phase.MOVING:
+        node.act(rng)
+    return request
+
+
+async def test_a_pull_that_fails_after_its_source_died_is_done_again() -> None:
+    node, rng = FakeNode([P, P, D]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 1, [5], 20)
+    request = await move(node, rng)
+    node.lose(node.workers[request.source])
+    fail_pull(node, node.workers[2], request)
+    assert request.phase is Phase.WAITING and request.num_losses == 0
+    node.run_to_idle(rng)
+    assert client.tokens[1] == expected_stream([5], 20)
+    node.check_nothing_held()
+
+
+async def test_pages_that_never_arrive_are_computed_again_but_not_for_ever() -> None:
+    node, rng = FakeNode([P, D]), random.Random(0)
+    stream, client = node.connect()
+    node.submit(stream, 1, [5], 20)
+    for _ in range(3):
+        assert not client.ends
+        fail_pull(node, node.workers[1], await move(node, rng))
+    node.run_to_idle(rng)
     assert [end.code for end in client.ends[1]] == ["handoff_failed"]
-    assert not node.coordinator.requests
+    assert client.tokens[1] == expected_stream([5], 20)[:3], "a token for each prefill"
+    node.check_nothing_held()
 
 
 async def test_cancelled_requests_leave_the_queue() -> None:

@@ -218,6 +218,24 @@ def test_a_peer_attached_again_is_read_where_it_is_now(pair: MakePair, fd: int) 
     assert blocks_of(both.target_pool)[:2] == [7, 7]
 
 
+def test_pulls_from_a_peer_that_ended_are_over_when_detach_returns(pair: MakePair, fd: int) -> None:
+    both = pair(4)
+    both.watch()
+    both.source.offer(1, pack_ids([7]))
+    slots = both.offered(1)[1]
+    both.pull(1, slots, [0])
+    both.landed(1)
+    both.pull(2, slots, [1])
+    assert both.target.detach(0) == [2] and both.target.detach(0) == []
+    assert both.target.poll() == []
+    with pytest.raises(HandoffFailed, match="not attached"):
+        both.pull(3, slots, [2])
+    both.target.attach(0, fd, both.source.pages_bytes, both.source.pages_handle)
+    both.pull(4, slots, [3])
+    both.landed(4)
+    assert blocks_of(both.target_pool)[3] == 7
+
+
 # ---- errors
 
 

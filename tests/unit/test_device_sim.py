@@ -126,6 +126,21 @@ def test_a_cancelled_copy_writes_nothing_and_the_next_one_lands(link: Link) -> N
     assert link.landed_at(103.0) == [(1, TRUE_BYTES, 1.0)]
 
 
+def test_copies_from_a_peer_that_ended_are_over_and_no_others(link: Link) -> None:
+    other_fd = os.memfd_create("other")
+    make_pool(other_fd, 8 * PAGE)[2 * PAGE] = 77
+    link.transfer.attach(4, other_fd, 8 * PAGE, b"")
+    os.close(other_fd)
+    link.begin(1, 1)
+    link.transfer.begin(Ticket(2, 4, pack_ids([2]), pack_ids([2])))
+    link.begin(3, 3)
+    assert link.transfer.detach(3) == [1, 3] and link.transfer.detach(3) == []
+    assert link.landed_at(110.0) == [(2, TRUE_BYTES, 1.0)]
+    assert [link.pool[block * PAGE] for block in range(4)] == [0, 0, 77, 0]
+    with pytest.raises(HandoffFailed, match="not attached"):
+        link.begin(4, 1)
+
+
 def test_a_wrong_ticket_is_refused_and_takes_no_time(link: Link) -> None:
     with pytest.raises(HandoffFailed):
         link.begin(1, 8)

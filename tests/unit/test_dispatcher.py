@@ -241,7 +241,7 @@ def test_the_predicted_wait_counts_what_the_instances_have(
     node, now_s = busy_node(admission)
     node.push(now_s, *lengths)
     node.decide(now_s)
-    wait = node.dispatcher.predict(Waiting(9999, 50, 1, now_s), now_s)
+    wait = node.dispatcher.predict(Waiting(9999, BUDGET, 1, now_s), now_s)
     assert wait is not None
     assert wait.whole_s == pytest.approx(21.0, abs=1.5), "20 passes of each, then its own"
 

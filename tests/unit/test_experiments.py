@@ -13,6 +13,7 @@ from nodeserve.profiling.experiments import (
     sure,
     undisturbed,
 )
+from nodeserve.profiling.measure import handoff_errors, rate_of
 from nodeserve.types import Timings
 from nodeserve.wire.messages import StepDone
 
@@ -91,3 +92,14 @@ def test_runs_that_something_held_up_are_made_again_and_dropped() -> None:
     assert not sure(runs[:3])
     assert sure(runs)
     assert undisturbed(runs) == [runs[1], runs[3]]
+
+
+def test_a_copy_that_was_held_up_says_nothing_about_the_link() -> None:
+    pulls = [(size, size / 1e9) for size in (1000, 2000, 4000) for _ in range(3)]
+    held_up = [*pulls, (2000, 1.0)]
+    assert rate_of(held_up) == pytest.approx(1e9)
+    found = handoff_errors(held_up, 1e9)
+    assert found is not None
+    assert found.worst == pytest.approx(0.0)
+    assert found.num_groups == 3
+    assert handoff_errors([], 1e9) is None

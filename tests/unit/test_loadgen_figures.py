@@ -1,16 +1,12 @@
-"""Figures, where matplotlib is installed."""
+"""Figures of runs, drawn."""
 
 from pathlib import Path
-
-import pytest
 
 from nodeserve.loadgen.bench import Result
 from nodeserve.loadgen.figures import draw
 from nodeserve.loadgen.measure import measure
 from nodeserve.plan.goodput import Slo
 from tests.unit.test_loadgen_measure import sample
-
-pytest.importorskip("matplotlib", reason="figures need matplotlib (the plot extra)")
 
 
 def result(rate: float, ttft_s: float) -> Result:

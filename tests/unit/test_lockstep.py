@@ -28,7 +28,8 @@ class Ranks:
     has most."""
 
     def __init__(self, owner: contextlib.ExitStack, num_ranks: int) -> None:
-        fds = make_lockstep(owner, num_ranks)
+        fds = make_lockstep(num_ranks)
+        owner.callback(fds.close)
         self.now_s = 100.0
         self.asked: list[tuple[int, list[RankWork]]] = []
         self.bells = fds.bells
@@ -168,7 +169,8 @@ class Loop(threading.Thread):
 def test_no_rank_is_forgotten_however_they_come_and_go() -> None:
     num_ranks, num_passes = 4, 300
     with contextlib.ExitStack() as owner:
-        fds = make_lockstep(owner, num_ranks)
+        fds = make_lockstep(num_ranks)
+        owner.callback(fds.close)
         factors = Random(1)
 
         def duration(number: int, works: Sequence[RankWork]) -> float:

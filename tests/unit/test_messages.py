@@ -9,6 +9,7 @@ import pytest
 
 from nodeserve.errors import ProtocolError
 from nodeserve.wire import messages as m
+from nodeserve.wire.limits import OF_A_RING
 from nodeserve.wire.tagged import Tagged
 
 IDS = m.pack_ids([1, 2, 70_000])
@@ -22,6 +23,8 @@ SAMPLES: dict[str, list[Any]] = {
         m.Cancel(9),
         m.Shutdown(),
         m.Probe(),
+        m.DetachPages(3),
+        m.Count(3),
     ],
     "FROM_WORKER": [
         m.Mapped(4242),
@@ -43,6 +46,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.RequestFailed(7, "internal", "what happened", LOAD),
         m.Failed("bad_model", "what happened"),
         m.Alive(LOAD),
+        m.Counted(3, 10, 20, 64, 60, 4, b"", m.pack_request_ids([7]), b"", b"", b"", LOAD, ""),
     ],
     "TO_SERVER": [
         m.Submit(0, IDS, {"max_tokens": 5}, {"ttft_ms": 100}, -1),
@@ -50,6 +54,8 @@ SAMPLES: dict[str, list[Any]] = {
         m.Abort(0),
         m.GetStats(),
         m.Stop(True),
+        m.GetHealth(),
+        m.GetAudit(),
     ],
     "TO_CLIENT": [
         m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
@@ -58,6 +64,8 @@ SAMPLES: dict[str, list[Any]] = {
         m.End(0, "error", "overloaded", "what happened", {}, {}, 1.5),
         m.Stats({"workers": []}),
         m.Goodbye("protocol", "why"),
+        m.Health({"state": "ready"}),
+        m.Audit({"problems": []}),
     ],
 }
 UNIONS: dict[str, Any] = {
@@ -164,7 +172,7 @@ def test_a_union_takes_only_types_that_can_be_checked() -> None:
         field: set[int]
 
     with pytest.raises(TypeError, match="cannot be"):
-        Tagged[Any](Odd)
+        Tagged[Any](Odd, OF_A_RING)
 
 
 def test_bulk_numbers_are_little_endian() -> None:

@@ -1,5 +1,6 @@
 """From settings to places: what is chosen, and the words of every refusal."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profiles import profile_named
+from nodeserve.policy.restarts import RestartOptions
 from nodeserve.policy.units import DispatchOptions
 from nodeserve.types import Role
 
@@ -49,6 +51,8 @@ REFUSED = {
         EngineConfig(max_connection_rate=0.0),
         "--max-connection-rate 0: use a number above",
     ),
+    "endless drain": (EngineConfig(drain_timeout=float("inf")), "--drain-timeout inf: use seconds"),
+    "no start": (EngineConfig(startup_timeout=0.0), "--startup-timeout 0: use seconds above 0"),
     "no queue": (EngineConfig(max_num_queued_tokens=0), "--max-num-queued-tokens must be at least"),
     "utilization": (EngineConfig(gpu_memory_utilization=90.0), "such as 0.9"),
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
@@ -99,6 +103,9 @@ def test_the_policy_gets_what_was_asked_for() -> None:
         max_num_queued_reqs=7,
         max_num_queued_tokens=70_000,
         on_overload="queue",
+        max_restarts=3,
+        restart_delay=1.5,
+        step_timeout=20.0,
     )
     policies = policies_of(config, max_num_seqs=32, max_num_batched_tokens=512)
     assert policies == Policies(
@@ -106,6 +113,8 @@ def test_the_policy_gets_what_was_asked_for() -> None:
         "iqr",
         FlowOptions(7, 70_000, "queue"),
         {},
+        RestartOptions(3, 1.5),
+        20.0,
     )
 
 
@@ -261,3 +270,32 @@ def test_auto_never_simulates_and_idle_settings_are_named() -> None:
     assert plan.config.device == "cpu" and plan.simulated is None
     (note,) = simulated(dtype="float16", handoff="host").notes
     assert note == "no effect on simulated workers: --dtype, --handoff"
+
+
+def large(num_layers: int) -> Checkpoint:
+    """Some 10 GB a layer."""
+    model = ModelConfig("llama", 100, 1 << 15, 1 << 16, num_layers, 4, 2, 16, 1024, 1e-5, 1e4)
+    return Checkpoint(Path("x"), "gguf", model, "large")
+
+
+def test_weights_that_fit_no_memory_are_refused_before_any_is_read() -> None:
+    with pytest.raises(ConfigError, match="the weights take .* for each of 1 workers"):
+        resolve(EngineConfig(layout="1m"), large(1000), NONE)
+    resolve(EngineConfig(layout="2m", max_model_len=1024), large(10), gpus(2))
+    with pytest.raises(ConfigError, match="GPU 0 has .* and the weights and one sequence"):
+        resolve(EngineConfig(layout="2m", max_model_len=1024), large(20), gpus(2))
+    with pytest.raises(ConfigError, match="GPU 1 has .* and the weights and one sequence"):
+        resolve(EngineConfig(layout="2m", gpus="1,1"), large(10), gpus(2))
+
+
+def test_weights_are_counted_as_the_embedded_model_has_them() -> None:
+    model = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e4)
+    assert replace(model, tie_embeddings=True).num_weights == pytest.approx(134.5e6, rel=1e-3)
+    assert model.num_weights == pytest.approx((134.5 + 28.3) * 1e6, rel=1e-3)
+
+
+def test_a_start_gets_longer_with_the_model_unless_somebody_says_how_long() -> None:
+    small = resolve(EngineConfig(layout="1m"), CHECKPOINT, gpus(1)).startup_timeout_s
+    assert resolve(EngineConfig(layout="1m"), large(10), gpus(1)).startup_timeout_s > 4 * small
+    asked = EngineConfig(layout="1m", startup_timeout=7.5)
+    assert resolve(asked, large(10), gpus(1)).startup_timeout_s == 7.5

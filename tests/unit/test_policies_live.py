@@ -70,7 +70,8 @@ async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("allocation", DECODE_ALLOCATIONS)
 @pytest.mark.parametrize("admission", ADMISSIONS)
 async def test_random_lives_under_every_policy(admission: str, allocation: str) -> None:
-    """Losses, cancels, refusals and preemptions: each request ends once and misses no token."""
+    """Losses, returns, cancels, refusals and preemptions: each request ends once and misses no
+    token."""
     rng = random.Random(f"{admission} {allocation}")
     chosen = policies(max_num_seqs=5, admission=admission, decode_allocation=allocation)
     roles, instances = [P, P, P, D, D, D, M], [0, 0, 1, 2, 3, 3, 4]
@@ -87,6 +88,8 @@ async def test_random_lives_under_every_policy(admission: str, allocation: str) 
             node.act(rng)
         if rng.random() < 0.15 and stream.requests:
             node.coordinator.abort(rng.choice(list(stream.requests.values())))
+        if request_id in (30, 50):
+            node.restart({30: 0, 50: 3}[request_id])
         if request_id in (20, 40):
             instance = {20: 0, 40: 3}[request_id]
             for worker in node.workers:

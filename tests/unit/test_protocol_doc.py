@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from nodeserve.client.connection import MAX_INCOMING_BYTES
 from nodeserve.errors import ERRORS
-from nodeserve.types import Sampling, Timings
-from nodeserve.wire import messages
+from nodeserve.types import MAX_LISTED, Sampling, Timings
+from nodeserve.wire import limits, messages
 from nodeserve.wire.frames import FrameReader, frame
 from nodeserve.wire.messages import PROTOCOL_VERSION, TO_CLIENT, TO_SERVER, pack_ids
 
@@ -62,6 +63,18 @@ def test_the_table_of_sampling_is_complete() -> None:
     for name, text in shown.items():
         value = str(getattr(default, name))
         assert text == words.get(value, value), name
+
+
+def test_the_table_of_limits_is_what_is_checked() -> None:
+    ours, theirs = limits.OF_A_CLIENT, limits.OF_THE_SERVER
+    assert [row[1:] for row in rows("Limits")] == [
+        ["`max_frame_bytes`", str(MAX_INCOMING_BYTES)],
+        [str(ours.max_items), str(theirs.max_items)],
+        [str(ours.max_containers), str(theirs.max_containers)],
+        [str(ours.max_text_bytes), str(theirs.max_text_bytes)],
+        [str(limits.MAX_EXTENSION_BYTES)] * 2,
+    ]
+    assert f"{MAX_LISTED:,} entries" in section("Limits")
 
 
 def test_timings_and_version_are_named() -> None:

@@ -13,6 +13,7 @@ from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling, sampling_to
 from nodeserve.wire.messages import (
     Cancel,
+    DetachPages,
     Dropped,
     FromWorker,
     KvPulled,
@@ -30,7 +31,7 @@ from nodeserve.wire.messages import (
     unpack_request_ids,
 )
 from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Ticket
-from nodeserve.worker.runner import IDLE_WAIT_S, Runner
+from nodeserve.worker.runner import Runner
 from tests.fakes.late_model import LateExecutor
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
 
@@ -44,6 +45,10 @@ class FakeLink:
         self.said: list[FromWorker] = []
         self.waits: list[float] = []
         self.num_wakes = 0
+
+    @property
+    def num_sent(self) -> int:
+        return len(self.said)
 
     def drain(self) -> list[ToWorker]:
         taken, self.inbox = self.inbox, []
@@ -78,6 +83,11 @@ class FakeTransfer:
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
         raise AssertionError("no test attaches pages")
+
+    def detach(self, worker: int) -> list[int]:
+        lost = [ticket for ticket in self.begun if ticket.source == worker]
+        self.begun = [ticket for ticket in self.begun if ticket not in lost]
+        return [ticket.request_id for ticket in lost]
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
         return None if self.offers_late else block_ids
@@ -162,7 +172,7 @@ def test_where_launching_is_computing_a_turn_is_a_step() -> None:
     told = [bench.turn(prefill(1, max_tokens=3)), bench.turn(), bench.turn()]
     assert [tokens_of(step) for [step] in told] == [{1: token} for token in stream]  # type: ignore[arg-type]
     assert bench.link.waits == []
-    assert bench.turn() == [] and bench.link.waits == [IDLE_WAIT_S]
+    assert bench.turn() == [] and bench.link.waits == [1.0]
 
 
 def test_one_step_runs_and_at_most_one_waits_behind_it() -> None:
@@ -170,9 +180,7 @@ def test_one_step_runs_and_at_most_one_waits_behind_it() -> None:
     bench.turn(prefill(1))
     assert bench.num_on_the_way == 1 and bench.link.waits == []
     bench.turn()
-    assert bench.num_on_the_way == 1 and bench.link.waits == [IDLE_WAIT_S], (
-        "prompts: no step behind"
-    )
+    assert bench.num_on_the_way == 1 and bench.link.waits == [1.0], "prompts: no step behind"
     stream = expected_stream(PROMPT, 20)
     for token in stream:
         assert tokens_of(bench.end_step()) == {1: token}
@@ -317,6 +325,16 @@ def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> Non
         bench.turn(pull(3))
 
 
+def test_pulls_from_a_peer_that_ended_fail_alone() -> None:
+    bench = Bench()
+    [] = bench.turn(pull(2))
+    assert bench.turn(DetachPages(5)) == []
+    [failed] = bench.turn(DetachPages(0))
+    assert isinstance(failed, RequestFailed) and failed.code == "handoff_failed"
+    bench.scheduler.check()
+    assert failed.load == [0, 0, 0, NUM_BLOCKS, 0, 1]
+
+
 def test_a_prompt_that_cannot_run_is_refused_while_a_step_runs() -> None:
     bench = Bench()
     bench.decode(1)
@@ -343,7 +361,7 @@ def test_a_busy_transfer_keeps_the_loop_awake() -> None:
     assert bench.link.waits == []
     bench.transfer.busy = False
     bench.turn()
-    assert bench.link.waits == [IDLE_WAIT_S]
+    assert bench.link.waits == [1.0]
 
 
 def test_a_shutdown_waits_for_the_steps_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from nodeserve.model.gpu.step import AttentionBackend, GpuStep
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
 from nodeserve.model.ops import AddNorm, Op
+from nodeserve.model.quantised import Weight, dense
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -123,7 +124,7 @@ class CudaOps:
         self._scratch = Scratch(self.device, dtype)
         self._slots = torch.empty(0, dtype=torch.int32, device=self.device)
         self._fixed = False
-        self._table: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
+        self._table: tuple[weakref.ref[Weight], torch.Tensor] | None = None
         self._rotary: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     # ---- a step
@@ -182,7 +183,7 @@ class CudaOps:
 
     # ---- operations bound to their weights
 
-    def embedding(self, table: torch.Tensor) -> Op:
+    def embedding(self, table: Weight) -> Op:
         rows = self._own(table)
         self._table = (weakref.ref(table), rows)
 
@@ -199,7 +200,7 @@ class CudaOps:
 
         return op
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Op:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
         matrix = self._matrix(weight)
         self._scratch.need(matrix.size(0) if self._copies_logits else 0)
         if bias is None:
@@ -211,9 +212,7 @@ class CudaOps:
 
         return op
 
-    def linear_add_norm(
-        self, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float
-    ) -> AddNorm:
+    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
         matrix, scale = self._own(weight), self._own(norm_weight, torch.float32)
         width = matrix.size(0)
         self._scratch.need(width)
@@ -225,11 +224,11 @@ class CudaOps:
 
         return op
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> Op:
+    def gated(self, gate: Weight, up: Weight) -> Op:
         n, k = gate.shape
         both = torch.empty(2 * n, k, dtype=self.dtype, device=self.device)
-        both[:n].copy_(gate)
-        both[n:].copy_(up)
+        both[:n].copy_(dense(gate))
+        both[n:].copy_(dense(up))
         self._scratch.need(2 * n)
 
         def op(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -270,10 +269,10 @@ class CudaOps:
         else:
             torch.ops.aten.mm.dtype_out(x, matrix.t(), out.dtype, out=out)
 
-    def _own(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return weight.to(self.device, dtype or self.dtype).contiguous()
+    def _own(self, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return dense(weight).to(self.device, dtype or self.dtype).contiguous()
 
-    def _matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def _matrix(self, weight: Weight) -> torch.Tensor:
         """A tied head is the embedding's table: one copy on the device."""
         if self._table is not None and self._table[0]() is weight:
             return self._table[1]

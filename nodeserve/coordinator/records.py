@@ -1,0 +1,81 @@
+"""From a worker's records to messages that add up.
+
+Types are checked by the decoder. Here is what the coordinator relies on beyond them, checked
+before any of a message is carried out: a worker that says nonsense is treated as failed, and no
+request may be half changed by then.
+"""
+
+from typing import Any
+
+from nodeserve.errors import ProtocolError
+from nodeserve.types import Load
+from nodeserve.wire.messages import (
+    FINISH_REASONS,
+    FROM_WORKER,
+    Counted,
+    FromWorker,
+    KvReady,
+    StepDone,
+)
+
+_NUM_LOAD = len(Load._fields)
+
+
+def message_of(record: bytes) -> FromWorker:
+    """The message in a worker's record; ProtocolError if it is none, or does not add up."""
+    message = FROM_WORKER.decode(record)
+    if isinstance(message, StepDone):
+        _check_step(message)
+    elif isinstance(message, Counted):
+        _check_counted(message)
+    elif isinstance(message, KvReady):
+        _require(_are_ids(message.block_ids), "block ids")
+    _require(_is_load(getattr(message, "load", None)), "load")
+    return message
+
+
+def _check_step(step: StepDone) -> None:
+    num_tokens = len(step.finish)
+    _require(len(step.request_ids) == 8 * num_tokens, "request ids")
+    _require(len(step.token_ids) == 4 * num_tokens, "token ids")
+    _require(not step.finish or max(step.finish) < len(FINISH_REASONS), "finish")
+    _require(len(step.started) == len(step.received) and not len(step.started) % 8, "started")
+    _require(not len(step.preempted) % 8, "preempted")
+    _require(all(map(_is_offer, step.kv_ready)), "pages")
+    for entry in step.logprobs or ():
+        _require(_is_logprobs(entry, num_tokens), "logprobs")
+
+
+def _check_counted(told: Counted) -> None:
+    lists = (told.waiting, told.running, told.pulling, told.pinned, told.preempted)
+    _require(not any(len(ids) % 8 for ids in lists), "counted requests")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ProtocolError(f"a worker's record does not add up: {what}")
+
+
+def _is_load(load: Any) -> bool:
+    return load is None or (len(load) == _NUM_LOAD and all(type(one) is int for one in load))
+
+
+def _is_offer(entry: Any) -> bool:
+    return (
+        type(entry) is list
+        and len(entry) == 2
+        and type(entry[0]) is int
+        and type(entry[1]) is bytes
+        and _are_ids(entry[1])
+    )
+
+
+def _is_logprobs(entry: Any, num_tokens: int) -> bool:
+    if type(entry) is not list or [type(one) for one in entry] != [int, float, bytes, bytes]:
+        return False
+    place, _, top_ids, top_logprobs = entry
+    return 0 <= place < num_tokens and len(top_ids) == len(top_logprobs) and _are_ids(top_ids)
+
+
+def _are_ids(data: bytes) -> bool:
+    return not len(data) % 4

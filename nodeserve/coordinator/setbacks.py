@@ -1,0 +1,100 @@
+"""What becomes of requests that lose their place: their worker, their pages, or room for them.
+
+Always true: whoever goes back to the window keeps the tokens that its client has, and every worker
+that lives and has pages of it is told that they are not needed. Pages whose worker is gone are
+nobody's: then `source` is -1.
+"""
+
+from collections.abc import Callable, Sequence
+
+from nodeserve.coordinator.dispatch import Dispatch
+from nodeserve.coordinator.link import WorkerLink
+from nodeserve.coordinator.request import Request
+from nodeserve.errors import HandoffFailed, NodeServeError, WorkerLost
+from nodeserve.policy.lifecycle import Event, Phase
+from nodeserve.wire.messages import ReleaseKv
+
+MAX_LOSSES = 2  # workers that may end, or handoffs that may fail, under one request before it ends
+
+
+class Setbacks:
+    """`fail` ends a request for its client, with the error that says why."""
+
+    def __init__(
+        self,
+        links: Sequence[WorkerLink],
+        dispatch: Dispatch,
+        now: Callable[[], float],
+        fail: Callable[[Request, NodeServeError], None],
+    ) -> None:
+        self._links = links
+        self._dispatch = dispatch
+        self._now = now
+        self._fail = fail
+
+    def put_back(self, request: Request) -> None:
+        """To the window, from wherever it was."""
+        request.num_preemptions += 1
+        request.holder = request.source = -1
+        self._dispatch.put_back(request, self._now())
+
+    def park(self, request: Request) -> None:
+        """Its pages are ready, perhaps again. If nobody is left who could pull them, whoever
+        prefills it now decodes on as well."""
+        if self._dispatch.anyone_pulls:
+            request.stamps.parked = self._now()
+            self._dispatch.park(request)
+        else:
+            self._start_over(request)
+
+    def park_again(self, request: Request) -> None:
+        """A pull did not happen: the pages still wait at their source, if that lives."""
+        request.holder = request.source
+        if request.source >= 0:
+            self.park(request)
+        else:
+            self._start_over(request)
+
+    def redo(self, request: Request, words: str) -> None:
+        """Its pages did not arrive. If that is their source's end, they are gone; if not, nobody
+        can say what is wrong with them. Compute them again, but not for ever."""
+        request.num_losses += request.source >= 0
+        if request.num_losses > MAX_LOSSES:
+            self._fail(request, HandoffFailed(words))
+        else:
+            request.on(Event.KV_REFUSED)
+            self._start_over(request)
+
+    def lose(self, request: Request, link: WorkerLink) -> None:
+        """A worker that may have something of it is gone."""
+        if request.source == link.index and request.holder != link.index:
+            request.source = -1  # its holder says whether the pages had arrived by then
+        if request.holder == link.index and request.phase is Phase.MOVING:
+            request.on(Event.KV_REFUSED)
+            self.park_again(request)
+        elif request.holder == link.index and request.phase is not Phase.DRAINING:
+            self._lose_holder(request)
+        elif request.phase is Phase.PARKED and not self._dispatch.anyone_pulls:
+            self._start_over(request)
+
+    def release_source(self, request: Request) -> None:
+        """Nobody reads its pages any more."""
+        source, request.source = request.source, -1
+        if source >= 0:
+            self._links[source].send(ReleaseKv(request.request_id))
+
+    def _lose_holder(self, request: Request) -> None:
+        """Again from the window; but whoever saw several workers die may be why they did."""
+        request.num_losses += request.phase is not Phase.PARKED
+        if request.num_losses > MAX_LOSSES:
+            words = f"{request.num_losses} workers ended while they computed this request"
+            self._fail(request, WorkerLost(words))
+        else:
+            request.source = -1
+            self._start_over(request)
+
+    def _start_over(self, request: Request) -> None:
+        self._dispatch.remove(request)
+        self.release_source(request)
+        request.on(Event.WORKER_LOST)
+        self.put_back(request)

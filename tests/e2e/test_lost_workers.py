@@ -1,0 +1,99 @@
+"""Real workers with a real model that end in the middle of answers: the very same tokens come.
+
+Each case asks for the same answers twice, in peace and with a fault: greedy ones, seeded ones, with
+penalties that depend on every token before, and with log probabilities.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from tests.fakes.raw_client import RawClient
+from tests.process.conftest import Nodes, RunningNode
+from tests.process.test_lost_workers import all_ready
+from tests.reference.embedded import needs_embedded_model
+
+pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
+
+NUM_TOKENS = 24
+ASKED: list[dict[str, Any]] = [
+    {},
+    {"logprobs": 2},
+    {"temperature": 0.8, "seed": 11},
+    {"temperature": 1.2, "seed": 12, "top_p": 0.9, "top_k": 50, "logprobs": 1},
+    {"temperature": 0.7, "seed": 13, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"repetition_penalty": 1.2, "presence_penalty": 0.4, "min_tokens": NUM_TOKENS},
+]
+PROMPTS = [[(31 * case + 7 * place) % 40_000 + 100 for place in range(90)] for case in range(6)]
+Answers = tuple[list[list[int]], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, RunningNode]]:
+    yield from started(tmp_path_factory, "1p1d")
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, RunningNode]]:
+    yield from started(tmp_path_factory, "2m")
+
+
+def started(factory: pytest.TempPathFactory, layout: str) -> Iterator[tuple[Nodes, RunningNode]]:
+    nodes = Nodes(factory.mktemp(layout))
+    try:
+        yield nodes, nodes.start(layout=layout, real=True, restart_delay=0.0, max_restarts=100)
+    finally:
+        nodes.end()
+
+
+@pytest.fixture
+async def clients() -> AsyncIterator[list[RawClient]]:
+    opened: list[RawClient] = []
+    yield opened
+    for client in opened:
+        await client.close()
+
+
+async def answers(client: RawClient) -> Answers:
+    """Tokens and log probabilities of every case, computed together."""
+    for case, sampling in enumerate(ASKED):
+        client.submit(case, PROMPTS[case], max_tokens=NUM_TOKENS, **sampling)
+    await client.finish(*range(len(ASKED)))
+    assert {end.reason for ends in client.ends.values() for end in ends} == {"length"}
+    tokens = [client.tokens[case] for case in range(len(ASKED))]
+    assert [len(one) for one in tokens] == [NUM_TOKENS] * len(ASKED)
+    return tokens, [client.logprobs.get(case) for case in range(len(ASKED))]
+
+
+async def compare(
+    nodes: Nodes, node: RunningNode, clients: list[RawClient], fault: str, worker: int, phase: str
+) -> None:
+    for _ in range(2):
+        clients.append(await RawClient.connect(node.socket))
+    calm, troubled = clients
+    before = (await all_ready(calm))["workers"][worker]["restarts"]
+    in_peace = await answers(calm)
+    order = nodes.order(fault, worker, phase)
+    assert await answers(troubled) == in_peace
+    assert not order.exists(), "it has happened"
+    assert (await all_ready(calm, 1))["workers"][worker]["restarts"] == before + 1
+
+
+@pytest.mark.parametrize("fault", ["kill", "exception"])
+@pytest.mark.parametrize(("worker", "phase"), [(0, "prefill"), (0, "handoff"), (1, "decode")])
+async def test_a_pair(
+    pair: tuple[Nodes, RunningNode],
+    clients: list[RawClient],
+    fault: str,
+    worker: int,
+    phase: str,
+) -> None:
+    await compare(*pair, clients, fault, worker, phase)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+async def test_two_that_do_both(
+    twins: tuple[Nodes, RunningNode], clients: list[RawClient], phase: str
+) -> None:
+    await compare(*twins, clients, "kill", 1, phase)

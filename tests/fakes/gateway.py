@@ -1,0 +1,51 @@
+"""A gateway in the test's own event loop, on a Unix socket, and OpenAI's own client of it."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+
+from nodeserve.gateway.listen import Address, listening
+from nodeserve.gateway.serve import make_server
+from nodeserve.gateway.settings import GatewaySettings
+
+BASE_URL = "http://gateway"
+
+
+@contextlib.asynccontextmanager
+async def gateway_on(path: Path, settings: GatewaySettings) -> AsyncIterator[None]:
+    server = make_server(settings)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    with listening(Address(path=path), 1) as (_, sockets):
+        # Its serve() looks ten times a second whether it shall end, which is long for a test.
+        await server.startup(sockets=sockets)
+        try:
+            yield
+        finally:
+            await server.shutdown(sockets=sockets)
+
+
+def http_client(path: Path, **options: Any) -> httpx2.AsyncClient:
+    """Plain HTTP over the Unix socket."""
+    transport = httpx2.AsyncHTTPTransport(uds=str(path), verify=False)  # quicker to make
+    return httpx2.AsyncClient(transport=transport, base_url=BASE_URL, timeout=60.0, **options)
+
+
+def sdk(path: Path, **options: Any) -> openai.AsyncOpenAI:
+    """The real SDK over the Unix socket, without its retries."""
+    settings = {"api_key": "none", "max_retries": 0, **options}
+    return openai.AsyncOpenAI(base_url=f"{BASE_URL}/v1", http_client=http_client(path), **settings)
+
+
+def events_of(body: bytes) -> Iterator[dict[str, Any]]:
+    """Those of a stream, which must end as it should."""
+    *events, done, rest = body.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    for event in events:
+        assert event.startswith("data: ") and "\n" not in event
+        yield json.loads(event.removeprefix("data: "))

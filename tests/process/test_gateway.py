@@ -1,0 +1,229 @@
+"""Gateway processes beside a node of simulated GPUs: many streams, clients that leave, restarts."""
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+from nodeserve.text import Tokenizer
+from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.fakes.node_process import TEXT_VOCAB
+from tests.fakes.sim_worker import expected_stream
+from tests.process.conftest import Connect, Nodes, RunningNode
+from tests.process.test_node import settled
+
+COMMAND = (sys.executable, "-m", "nodeserve", "gateway", "--http", "127.0.0.1:0")
+Start = Callable[..., "Gateways"]
+
+
+class Gateways:
+    """`nodeserve gateway` and its children."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("serving http://127.0.0.1:"), line + process.stderr.read()
+        self.url = line.split()[1]
+
+    def pids(self) -> list[int]:
+        pid = self.process.pid
+        tasks = Path(f"/proc/{pid}/task").iterdir()  # its threads start the children
+        return [int(one) for task in tasks for one in (task / "children").read_text().split()]
+
+    def until_log(self, words: str) -> None:
+        """Read what it says up to a line with these words; the test's timeout bounds it."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if words in line:
+                return
+        raise AssertionError(f"it ended and never said {words!r}")
+
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "model.gguf", gpt2_metadata())
+
+
+@pytest.fixture
+def node(nodes: Nodes, tokenizer: Path) -> RunningNode:
+    return nodes.start(layout="1p1d", device="sim", tokenizer=str(tokenizer))
+
+
+@pytest.fixture
+def start(node: RunningNode) -> Iterator[Start]:
+    """Starts gateways of the node; they are ended with the test."""
+    started: list[Gateways] = []
+
+    def one(*options: str) -> Gateways:
+        process = subprocess.Popen(
+            [*COMMAND, "--socket", str(node.socket), *options], stderr=subprocess.PIPE, text=True
+        )
+        started.append(Gateways(process))
+        return started[-1]
+
+    yield one
+    for gateways in started:
+        if gateways.process.poll() is None:
+            gateways.process.terminate()
+        gateways.process.communicate(timeout=20)
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def until_gone(pids: list[int]) -> None:
+    """Bounded by the test's timeout."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            select.select([descriptor], [], [])
+            os.close(descriptor)
+
+
+async def text_of(client: openai.AsyncOpenAI, prompt: list[int], num_tokens: int) -> str:
+    stream = await client.completions.create(
+        model="fake",
+        prompt=prompt,
+        max_tokens=num_tokens,
+        stream=True,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )
+    return "".join([event.choices[0].text async for event in stream])
+
+
+@pytest.mark.slow
+async def test_two_hundred_streams_at_once(
+    start: Start, node: RunningNode, tokenizer: Path, connect: Connect
+) -> None:
+    decode = Tokenizer.load(tokenizer).decode
+    prompts = [[1 + number % 250, 2 + number % 7] for number in range(200)]
+    async with start().client() as client:
+        texts = await asyncio.gather(*(text_of(client, prompt, 8) for prompt in prompts))
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = expected_stream(prompt, 8, vocab_size=TEXT_VOCAB)
+        assert text == decode(ids, skip_special=False, continues=True)
+    stats = await settled(await connect(node))
+    assert stats["requests"]["finished"] == 200  # type: ignore[index]
+
+
+async def test_a_client_that_hangs_up_leaves_no_block(
+    start: Start, node: RunningNode, connect: Connect
+) -> None:
+    watcher = await connect(node)
+    url = start().url
+    for stream in (True, False):
+        async with httpx2.AsyncClient(timeout=60.0) as client:
+            body = {"prompt": [5, 6, 7], "max_tokens": 1000, "stream": stream, "ignore_eos": True}
+            asking = asyncio.ensure_future(client.post(f"{url}/v1/completions", json=body))
+            while not (await watcher.stats())["requests"]["running"]:
+                assert not asking.done()
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+        stats = await settled(watcher)
+    assert stats["requests"]["cancelled"] == 2  # type: ignore[index]
+    assert stats["requests"]["finished"] == 0  # type: ignore[index]
+
+
+def test_the_blocking_sdk(start: Start) -> None:
+    with openai.OpenAI(base_url=f"{start().url}/v1", api_key="none") as client:
+        done = client.completions.create(model="fake", prompt="hello", max_tokens=4)
+        assert done.usage is not None and done.usage.completion_tokens == 4
+        stream = client.completions.create(model="fake", prompt="hello", max_tokens=4, stream=True)
+        assert [event.choices[0].finish_reason for event in stream][-1] == "length"
+
+
+@pytest.mark.slow
+async def test_one_that_is_killed_is_started_again(start: Start) -> None:
+    gateways = start("--workers", "2")
+    async with gateways.client() as client:
+        await client.models.list()
+        before = gateways.pids()
+        assert len(before) == 2
+        os.kill(before[0], signal.SIGKILL)
+        gateways.until_log(f"(pid {before[0]}) was ended by signal 9 and starts again")
+        until_gone(before[:1])
+    for _ in range(8):  # new connections, of which some go to the new one
+        async with gateways.client() as client:
+            await client.models.list()
+    after = gateways.pids()
+    assert len(after) == 2 and before[1] in after and before[0] not in after
+    gateways.process.send_signal(signal.SIGTERM)
+    assert gateways.process.wait(20) == 0
+    assert gone(after)
+
+
+@pytest.mark.slow
+async def test_gateways_end_with_whoever_keeps_them(start: Start) -> None:
+    gateways = start()
+    async with gateways.client() as client:
+        await client.models.list()
+    pids = gateways.pids()
+    gateways.process.kill()
+    until_gone(pids)
+
+
+async def test_answers_end_before_their_gateway_does(start: Start, tokenizer: Path) -> None:
+    gateways = start()
+    async with gateways.client() as client:
+        stream = await client.completions.create(
+            model="fake", prompt=[5], max_tokens=60, stream=True, extra_body={"ignore_eos": True}
+        )
+        events = aiter(stream)
+        await anext(events)
+        gateways.process.send_signal(signal.SIGTERM)
+        rest = [event.choices[0].finish_reason async for event in events]
+    assert rest[-1] == "length"
+    assert gateways.process.wait(20) == 0
+
+
+@pytest.mark.slow
+async def test_a_server_that_stops_and_comes_back(
+    start: Start, nodes: Nodes, node: RunningNode, tokenizer: Path
+) -> None:
+    url = start().url
+    async with httpx2.AsyncClient(timeout=60.0) as client:
+        assert (await client.get(f"{url}/ready")).status_code == 200
+        node.process.terminate()
+        await asyncio.to_thread(node.process.wait)
+        down = await client.post(f"{url}/v1/completions", json={"prompt": "x"})
+        assert down.status_code == 503 and "nodeserve start" in down.json()["error"]["message"]
+        nodes.start(layout="1m", device="sim", tokenizer=str(tokenizer), socket=node.socket)
+        up = await client.post(f"{url}/v1/completions", json={"prompt": "x"})
+        assert up.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--http", "127.0.0.1:port"], "use HOST:PORT"),
+        (["--http", "256.0.0.1:80"], "cannot listen"),
+        (["--api-key-file", "/no/such/file"], "--api-key-file /no/such/file"),
+        (["--http", "unix:/no/such/folder/http.sock"], "cannot bind"),
+    ],
+)
+def test_a_gateway_that_cannot_start_says_why(options: list[str], words: str) -> None:
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_address_that_is_taken_is_refused(start: Start) -> None:
+    taken = start().url.removeprefix("http://")
+    done = subprocess.run([*COMMAND, "--http", taken], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"cannot listen on http://{taken}" in done.stderr
