@@ -70,6 +70,10 @@ class Dispatcher:
         """Prompt tokens in the buffer."""
         return self._buffer.num_tokens
 
+    def prefills(self, unit: Unit) -> bool:
+        """Whether prompts go to this unit."""
+        return unit.index in self._by_unit
+
     # ---- what happens
 
     def push(self, waiting: Waiting, now_s: float) -> None:

@@ -104,7 +104,7 @@ class Foresight:
             return Forecast(first, self._ttft.safe_s(first))
         stay_s = self._answers.mean * step.whole_s
         rounds = (num_open + 1.0 - num_held) / crowd.most  # until there is a place for it
-        if decoders[0].decodes:  # a mixed one does not prefill without a place to decode
+        if self._dispatcher.prefills(decoders[0]):  # not without a place to decode
             first = first._replace(others_s=first.others_s + rounds * stay_s)
         else:
             waits_s = rounds * step.whole_s * self._answers.mean / self._answers.short
@@ -136,7 +136,7 @@ class Foresight:
         step_s = times.predict_s([work] * num_ranks)
         if own_s is None or step_s is None:
             return None
-        if first.decodes:
+        if self._dispatcher.prefills(first):
             step_s += self._prompts_s(work, tokens_each, num_ranks, step_s)
         return Wait(max(0.0, step_s - own_s), min(own_s, step_s))
 

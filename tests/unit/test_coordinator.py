@@ -10,14 +10,8 @@ from nodeserve.errors import ShuttingDown
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role, Timings
 from nodeserve.wire.messages import Goodbye, RequestFailed, Submit, pack_ids
-from tests.fakes.node import (
-    STEP_S,
-    FakeNode,
-    FakeTransport,
-    FakeWorker,
-    expected_stream,
-    policies,
-)
+from tests.fakes.node import STEP_S, FakeNode, FakeWorker, expected_stream, policies
+from tests.fakes.transport import FakeTransport
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
