@@ -21,7 +21,7 @@ from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.units import Unit, Wait, Waiting
 
 SURE = 0.9  # of a predicted time: less than that it hardly takes
-SPREADS = 3.0  # mean errors above the mean: most take less
+SPREADS = 1.0  # mean errors above the mean: four of five take less
 MEMORY = 64  # requests by which predictions are corrected
 CUT = 4.0  # times the prediction: what took longer had other reasons (a compilation, a death)
 FULL_SHARE = 0.9  # of the decoders' blocks; beyond that it is not steps that sequences wait for
