@@ -12,7 +12,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 .PHONY: format sanitize model bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
-.PHONY: bench-window bench-window-live bench-distserve bench-goodput peers bench-peers
+.PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-overload peers bench-peers
+.PHONY: soak
 
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
@@ -22,6 +23,8 @@ help:
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
 	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
+	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
+	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
 	@echo "make bench-peers beside vLLM, llama.cpp, transformers and OpenVINO on this CPU (30 minutes);"
 	@echo "             not part of make bench. make peers installs them below build/peers (20 minutes)"
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
@@ -95,6 +98,16 @@ bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window 
 bench-window-live: venv
 	$(BIN)/python -m bench.window_live
 
+# A node of simulated GPUs under 20 times its capacity for so many seconds.
+OVERLOAD_SECONDS ?= 120
+bench-overload: venv
+	$(BIN)/python -m bench.overload --seconds $(OVERLOAD_SECONDS) --out bench/results/overload.json $(ARGS)
+
+SOAK_MINUTES ?= 20
+soak: venv
+	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES) --out bench/results/soak.json \
+	  --figure bench/results/soak.svg $(ARGS)
+
 # What users would run instead, in environments of their own: nothing here is needed by anything else.
 peers: venv
 	$(BIN)/python -m bench.peers.install
@@ -103,7 +116,7 @@ bench-peers: venv
 	$(BIN)/python -m bench.peers $(ARGS)
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
-bench: bench-window-live bench-distserve bench-goodput
+bench: bench-window-live bench-distserve bench-goodput bench-overload
 
 # Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
 # is: no virtual environment, nothing downloaded; gpu-wheels fetches beforehand what that one lacks.

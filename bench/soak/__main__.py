@@ -5,8 +5,9 @@
 A node of simulated GPUs gets an open-loop mix of requests (traffic.py): greedy and sampled, stop
 tokens and strings, long prompts, limits, priorities; clients that cancel, hang up, do not read or
 send nonsense; bursts; and workers that are killed. What simulated workers answer is known, so every
-stream is compared token by token. At the end every block must be free, and descriptors, names in
-/dev/shm and memory as they were. The last line is JSON; the exit code is 1 if anything was wrong.
+stream is compared token by token, and every few seconds the node is audited. At the end every block
+must be free, and descriptors, names in /dev/shm and memory as they were. The last line is JSON; the
+exit code is 1 if anything was wrong.
 """
 
 import argparse
@@ -34,6 +35,7 @@ PROFILE = "llama-3.1-8b-h100"
 KV_TOKENS = 24_000  # of each worker: little, so that memory runs short at times
 END_S = 90.0  # for the last requests
 TELL_S = 10.0
+AUDIT_EVERY_S = 7.0
 
 
 def main() -> None:
@@ -47,6 +49,7 @@ def main() -> None:
         kv_memory=KV_TOKENS * profile.kv_bytes_per_token,
         max_model_len=KV_TOKENS // 2,
         seed=args.seed,
+        max_restarts=1 << 20,  # by chance one may be killed often
     )
     print(f"{args.layout} of {PROFILE}, {args.minutes:g} minutes at {args.rate:g} requests/s and")
     print(f"bursts, {args.kills:g} workers killed a minute, seed {args.seed}; {machine()}")
@@ -69,13 +72,16 @@ async def soak(socket: str, args: argparse.Namespace, ledger: Ledger) -> int:
         await traffic.open()
         first = await node.workers()
         fds = node.num_fds([one["pid"] for one in first])
-        watching = [asyncio.create_task(node.tell_seconds()), asyncio.create_task(live(ledger))]
+        seconds, random = 60.0 * args.minutes, Random(f"kills {args.seed}")
+        watching = [
+            asyncio.create_task(work)
+            for work in (node.tell_seconds(), node.audit_now_and_then(AUDIT_EVERY_S), live(ledger))
+        ]
         killing = []
         if args.kills:
-            random = Random(f"kills {args.seed}")
             killing = [asyncio.create_task(node.kill_now_and_then(args.kills, random))]
-        running_ = asyncio.create_task(traffic.run(args.rate, 60.0 * args.minutes))
-        await _first_to_end([running_, *watching, *killing], running_)
+        coming = asyncio.create_task(traffic.run(args.rate, seconds))
+        await _first_to_end([coming, *watching, *killing], coming)
         for task in killing:
             task.cancel()
         await traffic.finish(END_S)
@@ -167,7 +173,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layout", default="4p4d")
     parser.add_argument("--rate", type=float, default=25.0, help="requests a second")
-    parser.add_argument("--kills", type=float, default=0.0, metavar="PER_MINUTE")
+    parser.add_argument("--kills", type=float, default=2.0, metavar="PER_MINUTE")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the result there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the run there, as SVG")
     return parser.parse_args()

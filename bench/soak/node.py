@@ -40,27 +40,38 @@ class Node:
             await asyncio.sleep(max(0.0, 1.0 - (time.perf_counter() - began_s)))
             self._ledger.seconds.append(Second())
 
+    async def audit_now_and_then(self, every_s: float) -> None:
+        """Whatever goes on: blocks, requests and records have to add up at any moment."""
+        while True:
+            await asyncio.sleep(every_s)
+            await self.audit()
+
+    async def audit(self) -> None:
+        self._ledger.counts["audits"] += 1
+        for problem in (await self._client.audit()).problems:
+            self._ledger.fault(f"audit: {problem}")
+
     async def kill_now_and_then(self, per_minute: float, random: Random) -> None:
-        """SIGKILL to any worker that serves while its role has another one that does."""
+        """SIGKILL to any worker that serves."""
         while True:
             await asyncio.sleep(random.expovariate(per_minute / 60.0))
             ready = [one for one in await self.workers() if one["state"] == "ready"]
-            roles = [one["role"] for one in ready]
-            spare = [one for one in ready if roles.count(one["role"]) > 1]
-            if spare:
-                victim = random.choice(spare)
+            if ready:
+                victim = random.choice(ready)
                 os.kill(victim["pid"], signal.SIGKILL)
                 self._ledger.now.kills += 1
                 self._ledger.counts[f"killed: {victim['role']}"] += 1
 
     async def settle(self, num_workers: int) -> None:
-        """All blocks free, nothing queued, running, parked or pinned; else a fault says what."""
+        """Until all workers serve, all blocks are free and nothing is queued, running, parked or
+        pinned, and an audit agrees; else a fault says what is left."""
         until_s = time.perf_counter() + SETTLE_S
         while (left := self._left(await self._client.stats(), num_workers)) is not None:
             if time.perf_counter() > until_s:
                 self._ledger.fault(f"after the last request: {left}")
                 return
             await asyncio.sleep(ASK_EVERY_S)
+        await self.audit()
 
     @staticmethod
     def _left(stats: dict[str, Any], num_workers: int) -> str | None:

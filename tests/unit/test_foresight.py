@@ -26,7 +26,7 @@ STEP_S, SEQ_S = 0.010, 0.001  # a decode step, and what each sequence adds
 
 
 def test_before_anything_was_seen_a_refusal_takes_certainty() -> None:
-    assert Margin().safe_s(Wait(1.0, 1.0)) == pytest.approx(SURE * 2.0)
+    assert Margin().safe_s(Wait(1.0, 1.0), 3.0) == pytest.approx(SURE * 2.0)
 
 
 @given(st.floats(0.3, 3.0), st.floats(0.01, 10.0))
@@ -35,7 +35,7 @@ def test_a_margin_learns_what_predictions_are_worth(ratio: float, scale_s: float
     for _ in range(2 * MEMORY):
         margin.learn(Wait(scale_s, scale_s), 2.0 * scale_s * ratio)
     assert margin.likely == pytest.approx(ratio, rel=0.01)
-    assert margin.safe_s(Wait(1.0, 0.0)) == pytest.approx(ratio, rel=0.01)
+    assert margin.safe_s(Wait(1.0, 0.0), 3.0) == pytest.approx(ratio, rel=0.01)
 
 
 def test_the_more_results_vary_the_wider_it_is() -> None:
@@ -43,7 +43,9 @@ def test_the_more_results_vary_the_wider_it_is() -> None:
     for turn in range(MEMORY):
         steady.learn(Wait(1.0, 0.0), 1.0)
         varied.learn(Wait(1.0, 0.0), 0.5 if turn % 2 else 1.5)
-    assert varied.safe_s(Wait(1.0, 0.0)) > 1.5 > 1.1 > steady.safe_s(Wait(1.0, 0.0))
+    likely = Wait(1.0, 0.0)
+    assert varied.safe_s(likely, 2.0) > 1.5 > 1.1 > steady.safe_s(likely, 2.0)
+    assert varied.safe_s(likely, 0.0) == pytest.approx(1.0, abs=0.05)
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 1e3), st.floats(0.0, 1e3), st.floats(0.0, 1e6))))
@@ -51,8 +53,8 @@ def test_no_past_keeps_out_who_stands_alone(past: list[tuple[float, float, float
     margin = Margin()
     for others_s, own_s, actual_s in past:
         margin.learn(Wait(others_s, own_s), actual_s)
-    assert margin.safe_s(Wait(0.0, 1.0)) <= SURE
-    assert margin.safe_s(Wait(0.1, 1.0)) <= SURE + CUT * 0.1 + 1e-9
+    assert margin.safe_s(Wait(0.0, 1.0), 3.0) <= SURE
+    assert margin.safe_s(Wait(0.1, 1.0), 3.0) <= SURE + CUT * 0.1 + 1e-9
 
 
 # ---- forecasts
@@ -140,6 +142,24 @@ def test_in_mixed_instances_prompts_lengthen_the_steps() -> None:
     assert alone.step is not None and busy.step is not None and apart.step is not None
     assert alone.step.others_s == pytest.approx(0.0, abs=1e-4)
     assert busy.step.others_s > apart.step.others_s + 0.005
+
+
+def test_the_more_are_refused_the_surer_one_must_be() -> None:
+    """Where many come another takes the place; where few do nobody."""
+    foresight = Foresight(prefills(50), decodes(200))
+    for turn in range(MEMORY):
+        said = forecast_of(foresight, 15)
+        assert said.step is not None
+        foresight.ended(said, said.step.whole_s * (5 if turn % 2 else 15), 10)
+    calm = forecast_of(foresight, 15)
+    for _ in range(4 * MEMORY):
+        foresight.judged(refused=True)
+    flooded = forecast_of(foresight, 15)
+    assert calm.safe_tpot_s is not None and flooded.safe_tpot_s is not None
+    assert flooded.safe_tpot_s > 2 * calm.safe_tpot_s
+    for _ in range(4 * MEMORY):
+        foresight.judged(refused=False)
+    assert forecast_of(foresight, 15).safe_tpot_s == pytest.approx(calm.safe_tpot_s, rel=0.1)
 
 
 # ---- what it is worth
