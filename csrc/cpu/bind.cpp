@@ -37,11 +37,11 @@ Epilogue epilogue_named(const std::string& name) {
 }
 
 Storage storage_named(const std::string& name) {
-    if (name == "dtype") return Storage::DTYPE;
+    if (name == "none") return Storage::NONE;
     if (name == "q4") return Storage::Q4;
     if (name == "q4_f32") return Storage::Q4_F32;
     if (name == "q8") return Storage::Q8;
-    throw std::invalid_argument("storage must be dtype, q4, q4_f32 or q8, got '" + name + "'");
+    throw std::invalid_argument("storage must be none, q4, q4_f32 or q8, got '" + name + "'");
 }
 
 py::buffer_info bytes_of(const py::buffer& buffer, const char* name, bool writable) {
@@ -132,6 +132,12 @@ void bind_engine(py::module_& module) {
         .def(py::init<int, std::vector<int>, const std::string&>(), py::arg("num_threads") = 1,
              py::arg("cpus") = std::vector<int>{}, py::arg("isa") = "")
         .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels.name; })
+        .def(
+            "quantised_rows",
+            [](const Engine& engine, const std::string& dtype) {
+                return engine.kernels.quantised_rows(dtype_named(dtype));
+            },
+            py::arg("dtype"))
         .def_property_readonly("num_threads", [](const Engine& engine) { return engine.team.size(); })
         .def_property_readonly("busy_seconds", [](const Engine& engine) { return 1e-9 * static_cast<double>(engine.busy_ns); });
     module.def("cpu_isa", [] { return available_kernels().front()->name; });
@@ -142,11 +148,19 @@ void bind_engine(py::module_& module) {
     });
     module.def(
         "cpu_packed_bytes",
-        [](const std::string& dtype, int64_t n, int64_t k, const std::string& epilogue, const std::string& storage) {
+        [](const std::string& dtype, int64_t n, int64_t k, const std::string& epilogue) {
             require(n >= 1 && k >= 1, "n and k must be at least 1");
-            return packed_bytes(dtype_named(dtype), n, k, epilogue_named(epilogue), storage_named(storage));
+            return packed_bytes(dtype_named(dtype), n, k, epilogue_named(epilogue));
         },
-        py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("epilogue"), py::arg("storage") = "dtype");
+        py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
+    module.def(
+        "cpu_quantised_bytes",
+        [](const std::string& storage, int64_t n, int64_t k, const std::string& epilogue) {
+            const Storage wanted = storage_named(storage);
+            require_quantised(wanted, n, k);
+            return quantised_bytes(wanted, n, k, epilogue_named(epilogue));
+        },
+        py::arg("storage"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
     module.def(
         "cpu_pack",
         [](Engine& engine, const std::string& dtype, Address weight, Address out, int64_t n, int64_t k,
@@ -175,7 +189,7 @@ void bind_engine(py::module_& module) {
         [](Engine& engine, Address address, int64_t num_bytes) {
             require(address != 0, "address must not be null");
             require(num_bytes >= 0, "num_bytes must not be negative");
-            engine.share(num_bytes / 64, true, [&](int, int64_t first, int64_t last) {
+            engine.share(num_bytes / 64, true, [&](int64_t first, int64_t last) {
                 engine.kernels.read(at<const char>(address) + first * 64, last - first);
             });
         },
@@ -187,13 +201,14 @@ void bind_engine(py::module_& module) {
 void bind_layers(py::module_& module) {
     py::class_<Linear>(module, "CpuLinear")
         .def(py::init([](EnginePtr engine, const std::string& dtype, Address weight, Address bias, int64_t n,
-                         int64_t k, const std::string& epilogue, const std::string& storage, float zero) {
+                         int64_t k, const std::string& epilogue, const std::string& storage, Address quantised,
+                         float zero) {
                  return Linear(std::move(engine), dtype_named(dtype),
                                {at<const void>(weight), at<const float>(bias), nullptr, nullptr, 0, n, k,
-                                epilogue_named(epilogue), storage_named(storage), zero, nullptr});
+                                epilogue_named(epilogue), {at<const char>(quantised), storage_named(storage), zero}});
              }),
              py::arg("engine"), py::arg("dtype"), py::arg("weight"), py::arg("bias"), py::arg("n"),
-             py::arg("k"), py::arg("epilogue"), py::arg("storage") = "dtype", py::arg("zero") = 0.0f)
+             py::arg("k"), py::arg("epilogue"), py::arg("storage") = "none", py::arg("quantised") = Address{0}, py::arg("zero") = 0.0f)
         .def(
             "__call__",
             [](Linear& self, Address x, Address out, int64_t rows) { self.run(at<void>(x), at<void>(out), rows); },

@@ -18,7 +18,6 @@ namespace {
 #include "cpu/simd128.inl"
 #endif
 #include "cpu/numeric.inl"
-#include "cpu/quantised.inl"
 #include "cpu/linear.inl"
 #include "cpu/pointwise.inl"
 #include "cpu/store.inl"
@@ -27,6 +26,6 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {NS_NAME, linear, rms_norm, embed, store, attend, read};
+const Kernels kernels = {NS_NAME, linear, quantised_rows, rms_norm, embed, store, attend, read};
 
 }  // namespace nodeserve::cpu::NS_LEVEL

@@ -46,14 +46,14 @@ INLINE void finish(const LinearParams& p, Vec (&sums)[R][C], int64_t row, int64_
 constexpr int kCacheLine = 64, kNear = 1536, kFar = 8192;
 
 template <class T, int R>
-void linear_tile(const LinearParams& p, int64_t row, int64_t column, const void* panel) {
+void linear_tile(const LinearParams& p, int64_t row, int64_t column, int64_t panel_size) {
     using Weight = typename T::Weight;
     constexpr int kVectors = kPanel / kLanes;
     constexpr int64_t kStride = kPanel * T::kDepth;
     const int64_t steps = p.k / T::kDepth, tail = p.k % T::kDepth;
     const Weight* w[kVectors];
     for (int c = 0; c < kVectors; ++c)
-        w[c] = static_cast<const Weight*>(panel) + c * kLanes * T::kDepth;
+        w[c] = static_cast<const Weight*>(p.weight) + column / kPanel * panel_size + c * kLanes * T::kDepth;
     const typename T::Act* const x = static_cast<const typename T::Act*>(p.x) + row * p.k;
 
     Vec sums[R][kVectors];
@@ -71,38 +71,13 @@ void linear_tile(const LinearParams& p, int64_t row, int64_t column, const void*
     finish<T, R, kVectors>(p, sums, row, column);
 }
 
-using LinearTile = void (*)(const LinearParams&, int64_t row, int64_t column, const void* panel);
+using LinearTile = void (*)(const LinearParams&, int64_t, int64_t, int64_t);
 
 template <class T, int... R>
 LinearTile pick_tile(int64_t rows, std::integer_sequence<int, R...>) {
     static constexpr LinearTile tiles[] = {linear_tile<T, R + 1>...};
     return tiles[rows - 1];
 }
-
-#if NS_HAS_BF16
-// A few rows of Bf16: integers become pairs in registers, on the way from memory to the products.
-template <class Source, int R>
-void quantised_tile(const LinearParams& p, int64_t row, int64_t column, const void* panel) {
-    const uint16_t* const x = static_cast<const uint16_t*>(p.x) + row * p.k;
-    Vec sums[R][2];
-    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = zero();
-    each_run<Bf16, Source>(
-        static_cast<const char*>(panel), p.k, p.zero, [&](Source& source, int64_t start) INLINE_LAMBDA {
-            product_of<Bf16>(sums, x + start * 2, p.k, kRun,
-                             [&](int64_t step, Pairs (&columns)[2]) INLINE_LAMBDA {
-                for (int c = 0; c < 2; ++c)
-                    columns[c] = join_pairs(source.next(step, 2 * c), source.next(step, 2 * c + 1));
-            });
-        });
-    finish<Bf16, R, 2>(p, sums, row, column);
-}
-
-template <class Source, int... R>
-LinearTile pick_quantised_tile(int64_t rows, std::integer_sequence<int, R...>) {
-    static constexpr LinearTile tiles[] = {quantised_tile<Source, R + 1>...};
-    return tiles[rows - 1];
-}
-#endif
 
 // Rows that stay in the second-level cache while all panels pass: a multiple of the tile's height.
 template <class T>
@@ -112,9 +87,16 @@ INLINE int64_t rows_of_slab(int64_t k) {
     return (tiles > kLeastTiles ? tiles : kLeastTiles) * T::kLinearRows;
 }
 
-// `panels` begins with panel `first`.
+#if NS_SIMD == 512
+#include "cpu/quantised.inl"
+#endif
+
 template <class T>
-void linear_of(const LinearParams& p, const typename T::Weight* panels, int64_t first, int64_t last) {
+void linear_of(const LinearParams& p, int64_t first, int64_t last) {
+#if NS_SIMD == 512
+    if constexpr (T::kQuantisedRows > 0)
+        if (p.quantised.groups && p.rows <= T::kQuantisedRows) return quantised_linear<T>(p, first, last);
+#endif
     const int64_t panel_size = (p.k + T::kDepth - 1) / T::kDepth * T::kDepth * kPanel;
     const int64_t most = rows_of_slab<T>(p.k), slabs = (p.rows + most - 1) / most;
     for (int64_t slab = 0; slab < slabs; ++slab) {
@@ -124,48 +106,19 @@ void linear_of(const LinearParams& p, const typename T::Weight* panels, int64_t 
             for (int64_t block = 0, row = start; block < blocks; ++block) {  // as equal as can be
                 const int64_t rows = (end - row + blocks - block - 1) / (blocks - block);
                 pick_tile<T>(rows, std::make_integer_sequence<int, T::kLinearRows>{})(
-                    p, row, panel * kPanel, panels + (panel - first) * panel_size);
+                    p, row, panel * kPanel, panel_size);
                 row += rows;
             }
     }
 }
 
-// Many rows: some panels are expanded, then every row passes them.
-template <class T, class Source>
-void quantised_linear(const LinearParams& p, int64_t first, int64_t last) {
-    const int64_t panel_bytes = p.k / kScaled * Source::kBytes, panel_size = p.k * kPanel;
-    const char* const weight = static_cast<const char*>(p.weight);
-#if NS_HAS_BF16
-    if constexpr (T::kDepth == 2)
-        if (p.rows <= T::kLinearRows) {
-            const auto tile =
-                pick_quantised_tile<Source>(p.rows, std::make_integer_sequence<int, T::kLinearRows>{});
-            for (int64_t panel = first; panel < last; ++panel)
-                tile(p, 0, panel * kPanel, weight + panel * panel_bytes);
-            return;
-        }
-#endif
-    auto* const panels = reinterpret_cast<typename T::Weight*>(p.scratch);
-    const int64_t most = panels_at_once(panel_size * static_cast<int64_t>(sizeof(typename T::Weight)));
-    for (int64_t end; first < last; first = end) {
-        end = first + most < last ? first + most : last;
-        for (int64_t panel = first; panel < end; ++panel)
-            expand<T, Source>(weight + panel * panel_bytes, p.k, p.zero, panels + (panel - first) * panel_size);
-        linear_of<T>(p, panels, first, end);
-    }
-}
-
-template <class T>
-void linear_stored(const LinearParams& p, int64_t first, int64_t last) {
-    if (p.storage == Storage::Q4) return quantised_linear<T, FourBits<T, HalfScales>>(p, first, last);
-    if (p.storage == Storage::Q4_F32) return quantised_linear<T, FourBits<T, FloatScales>>(p, first, last);
-    if (p.storage == Storage::Q8) return quantised_linear<T, EightBits<T>>(p, first, last);
-    const int64_t panel_size = (p.k + T::kDepth - 1) / T::kDepth * T::kDepth * kPanel;
-    linear_of<T>(p, static_cast<const typename T::Weight*>(p.weight) + first * panel_size, first, last);
-}
-
 void linear(Dtype dtype, const LinearParams& p, int64_t first, int64_t last) {
-    if (dtype == Dtype::BF16) return linear_stored<Bf16>(p, first, last);
-    if (dtype == Dtype::F32) return linear_stored<F32>(p, first, last);
-    return linear_stored<F16>(p, first, last);
+    if (dtype == Dtype::BF16) return linear_of<Bf16>(p, first, last);
+    if (dtype == Dtype::F32) return linear_of<F32>(p, first, last);
+    return linear_of<F16>(p, first, last);
+}
+
+int64_t quantised_rows(Dtype dtype) {
+    if (dtype == Dtype::BF16) return Bf16::kQuantisedRows;
+    return dtype == Dtype::F32 ? F32::kQuantisedRows : F16::kQuantisedRows;
 }

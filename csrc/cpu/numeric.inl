@@ -44,7 +44,9 @@ INLINE Vec exp(Vec x) {
 INLINE Vec silu(Vec x) { return div(x, add(splat(1.0f), exp(sub(zero(), x)))); }
 
 // The element types. `Weight` is what weights and KV pages hold, `Act` what activations hold,
-// `kDepth` how many steps of the inner dimension one vector carries, `Values` that vector's registers.
+// `kDepth` how many steps of the inner dimension one vector
+// carries, `Values` that vector's registers. Up to
+// `kQuantisedRows` rows a quantised weight is read rather than its panels.
 struct Bf16 {
     using Weight = uint16_t;
     using Act = uint16_t;
@@ -52,6 +54,7 @@ struct Bf16 {
     static constexpr int kDepth = 2;
     static constexpr int kRows = NS_BF16_ROWS;  // of a tile 4 (or 2) vectors wide
     static constexpr int kLinearRows = NS_BF16_LINEAR_ROWS;
+    static constexpr int kQuantisedRows = NS_HAS_BF16 ? 4 : 0;
     static INLINE Pairs weights(const Weight* p) { return load_pairs(p); }
     static INLINE Pairs act(const Act* p) {
         uint32_t pair;
@@ -72,6 +75,7 @@ struct F32 {
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
     static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
+    static constexpr int kQuantisedRows = NS_SIMD == 512 ? 4 : 0;
     static INLINE Vec weights(const Weight* p) { return load(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }
@@ -88,6 +92,7 @@ struct F16 {
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
     static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
+    static constexpr int kQuantisedRows = 0;
     static INLINE Vec weights(const Weight* p) { return load_fp16(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }

@@ -12,10 +12,16 @@ namespace {
 constexpr int64_t kWorthSharing = 1 << 15;
 
 void require_whole_groups(Storage storage, int64_t k) {
-    require(storage == Storage::DTYPE || k % kScaled == 0, "k of a quantised weight must be a multiple of 32");
+    require(storage == Storage::NONE || k % kScaled == 0, "k of a quantised weight must be a multiple of 32");
 }
 
 }  // namespace
+
+void require_quantised(Storage storage, int64_t n, int64_t k) {
+    require(storage != Storage::NONE, "storage must be q4, q4_f32 or q8");
+    require(n >= 1 && k >= 1, "n and k must be at least 1");
+    require_whole_groups(storage, k);
+}
 
 Engine::Engine(int num_threads, std::vector<int> cpus, const std::string& isa)
     : team(num_threads, std::move(cpus)),
@@ -39,7 +45,12 @@ Linear::Linear(EnginePtr engine, Dtype dtype, LinearParams params)
     const bool silu = params.epilogue == Epilogue::SILU_MUL;
     require(!silu || (params.n % 2 == 0 && params.bias == nullptr),
             "epilogue silu_mul needs an even n and no bias");
-    require_whole_groups(params.storage, params.k);
+    const Storage storage = params.quantised.storage;
+    require((storage == Storage::NONE) == (params.quantised.groups == nullptr),
+            "quantised must be null with storage none, and only there");
+    require_whole_groups(storage, params.k);
+    require(storage == Storage::NONE || engine_->kernels.quantised_rows(dtype) > 0,
+            "storage must be none: these kernels read no quantised weight of this dtype");
     num_shares_ = num_panels(params.n, params.epilogue);
 }
 
@@ -51,11 +62,8 @@ void Linear::run(const void* x, void* out, int64_t rows) {
     params.x = x;
     params.out = out;
     params.rows = rows;
-    engine_->share(num_shares_, true, [&](int member, int64_t first, int64_t last) {
-        LinearParams own = params;
-        if (own.storage != Storage::DTYPE)
-            own.scratch = engine_->scratch(member, static_cast<size_t>(expanded_bytes(dtype_, own.k)));
-        engine_->kernels.linear(dtype_, own, first, last);
+    engine_->share(num_shares_, true, [&](int64_t first, int64_t last) {
+        engine_->kernels.linear(dtype_, params, first, last);
     });
 }
 
@@ -71,7 +79,7 @@ void RmsNorm::run(const float* x, void* out, int64_t rows) {
     NormParams params = params_;
     params.x = x;
     params.out = out;
-    engine_->share(rows, rows * params.width >= kWorthSharing, [&](int, int64_t first, int64_t last) {
+    engine_->share(rows, rows * params.width >= kWorthSharing, [&](int64_t first, int64_t last) {
         engine_->kernels.rms_norm(dtype_, params, first, last);
     });
 }
@@ -91,7 +99,7 @@ void Embedding::run(const int32_t* token_ids, float* out, int64_t rows) {
     EmbedParams params = params_;
     params.token_ids = token_ids;
     params.out = out;
-    engine_->share(rows, rows * params.width >= kWorthSharing, [&](int, int64_t first, int64_t last) {
+    engine_->share(rows, rows * params.width >= kWorthSharing, [&](int64_t first, int64_t last) {
         engine_->kernels.embed(dtype_, params, first, last);
     });
 }
@@ -149,19 +157,18 @@ void pack(Engine& engine, const PackParams& params) {
     require(params.weight != nullptr && params.out != nullptr, "weight and out must not be null");
     require(params.n >= 1 && params.k >= 1, "n and k must be at least 1");
     const int64_t panels = num_panels(params.n, params.epilogue);
-    engine.share(panels, true, [&](int, int64_t first, int64_t last) { pack_panels(params, first, last); });
+    engine.share(panels, true, [&](int64_t first, int64_t last) { pack_panels(params, first, last); });
 }
 
 void pack_quantised(Engine& engine, const PackQuantisedParams& params) {
+    require_quantised(params.storage, params.n, params.k);
     require(params.q != nullptr && params.scale != nullptr && params.out != nullptr,
             "q, scale and out must not be null");
     require((params.low == nullptr) == (params.storage == Storage::Q8), "low must be null for q8, and only there");
-    require(params.n >= 1 && params.k >= 1, "n and k must be at least 1");
-    require(params.storage != Storage::DTYPE, "storage must be q4, q4_f32 or q8");
-    require_whole_groups(params.storage, params.k);
     const int64_t panels = num_panels(params.n, params.epilogue);
-    engine.share(panels, true,
-                 [&](int, int64_t first, int64_t last) { pack_quantised_panels(params, first, last); });
+    engine.share(panels, true, [&](int64_t first, int64_t last) {
+        pack_quantised_panels(params, first, last);
+    });
 }
 
 }  // namespace nodeserve::cpu

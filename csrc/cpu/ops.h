@@ -29,13 +29,13 @@ class Engine {
         team.run(num_chunks, body);
         busy_ns += now_ns() - start;
     }
-    // body(member, first, last) on equal parts of [0, count); in one part if it is not worth sharing.
+    // body(first, last) on equal parts of [0, count); in one part if it is not worth sharing.
     template <class F>
     void share(int64_t count, bool worth_sharing, const F& body) {
         const int64_t most = worth_sharing ? num_chunks() : 1;
         const int64_t chunks = count < most ? (count > 0 ? count : 1) : most;
-        run(static_cast<int>(chunks), [&](int member, int chunk) {
-            body(member, count * chunk / chunks, count * (chunk + 1) / chunks);
+        run(static_cast<int>(chunks), [&](int, int chunk) {
+            body(count * chunk / chunks, count * (chunk + 1) / chunks);
         });
     }
     // Into how many parts work is cut: a few per member, so that a late one can do less.
@@ -100,6 +100,8 @@ class Attention {
     int64_t max_position_;
 };
 
+// Throws unless a weight of this shape can be packed so.
+void require_quantised(Storage storage, int64_t n, int64_t k);
 void pack(Engine& engine, const PackParams& params);
 void pack_quantised(Engine& engine, const PackQuantisedParams& params);
 

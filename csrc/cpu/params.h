@@ -32,28 +32,36 @@ constexpr int kGroup = kLanes;   // tokens whose keys share a vector
 constexpr int kPanel = 32;       // columns of a packed panel, the unit dealt to threads
 constexpr int kChunk = 512;      // tokens between two rescalings of the softmax
 
-// How a packed weight is stored: whole numbers of its Dtype, or small integers and their scales.
-enum class Storage : int { DTYPE = 0, Q4 = 1, Q4_F32 = 2, Q8 = 3 };
+// A weight once more, for few rows: integers and scales are a third of its bytes, and few rows wait for
+// memory. With many the arithmetic of making floats of them again would cost more than it saves.
+enum class Storage : int {
+    NONE = 0,
+    Q4 = 1,      // 4 bits, float16 scales
+    Q4_F32 = 2,  // 4 bits, float scales
+    Q8 = 3,      // 8 bits, float16 scales
+};
 
 constexpr int kScaled = 32;  // values along k that share a scale
 
-// Packed with DTYPE: [ceil(n / 32)][ceil(k / depth)][32][depth]; depth 2 for BF16, else 1.
-//
-// The others hold integers q, and weight = round to Dtype of float((q - zero) * scale) + low, each
-// of the two rounded to float. Per panel and 32 of k there is one group: the integers in the order
-// that DTYPE has, then scale[32] and for 4 bits low[32], one per column, as float16 (Q4_F32: float).
-// 8 bits are int8. 4 bits of eight steps share words: nibble j of word [octet][vector][lane], lowest
-// first, belongs to step 8 * octet + j, where a step's 32 * depth values are vectors of 16 lanes.
+// weight = round to Dtype of float((q - zero) * scale) + low, each of the two rounded to float; the
+// first is exact. Per panel and 32 of k there is one group: integers, then scale[32] and for 4 bits
+// low[32], one per column. A step's 32 * depth integers, in the order of the panel, are vectors of 16
+// lanes; 8 steps of 4 bits share words [octet][vector][lane], where step 2 * j + half has the bits from
+// 16 * half + 4 * j; 4 steps of 8 bits share words [quad][vector][lane], a byte (q + 128) each.
+struct QuantisedWeight {
+    const char* groups;  // [ceil(n / 32)][k / 32][group_bytes()], null with NONE
+    Storage storage;
+    float zero;  // 4 bits: the integer that stands for 0
+};
+
 struct LinearParams {
-    const void* weight;
+    const void* weight;  // packed: [ceil(n / 32)][ceil(k / depth)][32][depth]; depth 2 for BF16, else 1
     const float* bias;   // [n] or null
     const void* x;       // [rows, k] activation type
     void* out;           // see Epilogue
     int64_t rows, n, k;
     Epilogue epilogue;
-    Storage storage;
-    float zero;     // 4 bits: the integer that stands for 0
-    char* scratch;  // of this thread, unless DTYPE: at least expanded_bytes()
+    QuantisedWeight quantised;  // the same numbers, to the bit
 };
 
 struct NormParams {
@@ -138,6 +146,7 @@ struct AttendCall {
 struct Kernels {
     const char* name;
     void (*linear)(Dtype, const LinearParams&, int64_t first_panel, int64_t last_panel);
+    int64_t (*quantised_rows)(Dtype);  // up to how many rows linear() reads LinearParams::quantised
     void (*rms_norm)(Dtype, const NormParams&, int64_t first_row, int64_t last_row);
     void (*embed)(Dtype, const EmbedParams&, int64_t first_row, int64_t last_row);
     void (*store)(Dtype, const StoreCall&, int64_t first_token, int64_t last_token);
@@ -146,20 +155,9 @@ struct Kernels {
     float (*read)(const char* bytes, int64_t num_lines);
 };
 
-constexpr int64_t kExpandedBytes = 256 << 10;  // of panels that are expanded before all rows use them
-
 static inline int64_t group_bytes(Storage storage) {
     if (storage == Storage::Q8) return kPanel * kScaled + kPanel * 2;
     return kPanel * kScaled / 2 + 2 * kPanel * (storage == Storage::Q4_F32 ? 4 : 2);
-}
-
-static inline int64_t panels_at_once(int64_t panel_bytes) {
-    return panel_bytes < kExpandedBytes ? kExpandedBytes / panel_bytes : 1;
-}
-
-static inline int64_t expanded_bytes(Dtype dtype, int64_t k) {
-    const int64_t panel_bytes = k * kPanel * (dtype == Dtype::F32 ? 4 : 2);
-    return panel_bytes * panels_at_once(panel_bytes);
 }
 
 constexpr int kRowsPerUnit = 24;  // query rows (token, head) that a unit aims at

@@ -56,39 +56,6 @@ INLINE Vec keep_lanes(Vec x, int first, int last, float fill) {
     return x;
 }
 
-INLINE Vec load_int8(const int8_t* p) {
-    EACH((Float4{static_cast<float>(p[4 * i]), static_cast<float>(p[4 * i + 1]),
-                 static_cast<float>(p[4 * i + 2]), static_cast<float>(p[4 * i + 3])}));
-}
-
-// Eight neighbours, each twice: lanes [8 * half, 8 * half + 8) of x.
-INLINE Vec twice(Vec x, int half) {
-    float lanes[16];
-    store(lanes, x);
-    const float* const p = lanes + 8 * half;
-    EACH((Float4{p[2 * i], p[2 * i], p[2 * i + 1], p[2 * i + 1]}));
-}
-
-// 16 words of nibbles.
-struct Words {
-    Int4 q[4];
-};
-using Nibbles = Vec;  // what stands for 0
-INLINE Words load_words(const char* p) {
-    Words out;
-    std::memcpy(&out, p, sizeof out);
-    return out;
-}
-INLINE Nibbles nibbles_from(float zero) { return splat(zero); }
-INLINE Vec next_nibbles(const Nibbles& zero, Words& words) {
-    Vec out;
-    for (int i = 0; i < 4; ++i) {
-        out.q[i] = __builtin_convertvector(words.q[i] & 15, Float4) - zero.q[i];
-        words.q[i] = words.q[i] >> 4;
-    }
-    return out;
-}
-
 INLINE Vec load_bf16(const uint16_t* p) {
     EACH(((Float4)((Int4){p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]} << 16)));
 }

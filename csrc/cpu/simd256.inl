@@ -54,37 +54,6 @@ INLINE Vec keep_lanes(Vec x, int first, int last, float fill) {
     return {keep_half(x.lo, first, last, fill, 0), keep_half(x.hi, first, last, fill, 8)};
 }
 
-INLINE __m256 load_int8_half(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-INLINE Vec load_int8(const int8_t* p) { return {load_int8_half(p), load_int8_half(p + 8)}; }
-
-// Eight neighbours, each twice: lanes [8 * half, 8 * half + 8) of x.
-INLINE Vec twice(Vec x, int half) {
-    const __m256 eight = half ? x.hi : x.lo;
-    return {_mm256_permutevar8x32_ps(eight, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
-            _mm256_permutevar8x32_ps(eight, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
-}
-
-// 16 words of nibbles.
-struct Words {
-    __m256i lo, hi;
-};
-using Nibbles = __m256;  // what stands for 0
-INLINE Words load_words(const char* p) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
-}
-INLINE Nibbles nibbles_from(float zero) { return _mm256_set1_ps(zero); }
-INLINE __m256 next_half(Nibbles zero, __m256i& words) {
-    const __m256i low = _mm256_and_si256(words, _mm256_set1_epi32(15));
-    words = _mm256_srli_epi32(words, 4);
-    return _mm256_sub_ps(_mm256_cvtepi32_ps(low), zero);
-}
-INLINE Vec next_nibbles(Nibbles zero, Words& words) {
-    return {next_half(zero, words.lo), next_half(zero, words.hi)};
-}
-
 INLINE __m256 load_bf16_half(const uint16_t* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));

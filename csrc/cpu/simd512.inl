@@ -27,28 +27,10 @@ INLINE Vec keep_lanes(Vec x, int first, int last, float fill) {
     return _mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(below & ~skip), x);
 }
 
-INLINE Vec load_int8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-
 // Eight neighbours, each twice: lanes [8 * half, 8 * half + 8) of x.
 INLINE Vec twice(Vec x, int half) {
     const __m512i pair = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     return _mm512_permutexvar_ps(_mm512_add_epi32(pair, _mm512_set1_epi32(8 * half)), x);
-}
-
-// 16 words of nibbles. A permutation looks at four bits of an index: it is mask and conversion.
-using Words = __m512i;
-using Nibbles = __m512;
-INLINE Words load_words(const char* p) { return _mm512_loadu_si512(p); }
-INLINE Nibbles nibbles_from(float zero) {
-    const Vec numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_sub_ps(numbers, _mm512_set1_ps(zero));
-}
-INLINE Vec next_nibbles(const Nibbles& numbers, Words& words) {
-    const Vec found = _mm512_permutexvar_ps(words, numbers);
-    words = _mm512_srli_epi32(words, 4);
-    return found;
 }
 
 INLINE Vec load_bf16(const uint16_t* p) {
@@ -73,7 +55,6 @@ INLINE void store_bf16(uint16_t* p, Vec x) {
 
 using Pairs = __m512i;  // 16 pairs of bfloat16
 INLINE Pairs join_pairs(Vec first, Vec second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
-INLINE void store_pairs(uint16_t* p, Pairs x) { _mm512_storeu_si512(p, x); }
 INLINE Pairs load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
 INLINE Pairs splat_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int>(pair)); }
 INLINE Vec dot(Vec sum, Pairs a, Pairs b) {

@@ -125,6 +125,15 @@ class CpuCache:
         return self.pages.num_blocks
 
 
+@dataclass(frozen=True, slots=True)
+class PackedIntegers:
+    """A quantised weight as the kernels read it, or nothing."""
+
+    storage: str = "none"
+    groups: torch.Tensor | None = None
+    zero: float = 0.0
+
+
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
     if config.head_dim % 16 or config.head_dim > 256:
@@ -218,32 +227,48 @@ class CpuOps:
 
     def _linear(self, weight: Weight, epilogue: str, bias: torch.Tensor | None = None) -> Bound:
         n, k = weight.shape
-        packed, storage, zero = self._pack(weight, epilogue)
+        source = dense(weight).to(self.dtype).contiguous()
+        packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue))
+        _host.cpu_pack(
+            self.engine, self._name, source.data_ptr(), packed.data_ptr(), n, k, epilogue
+        )
+        small = self._quantised(weight, epilogue)
         offset = None if bias is None else bias.float().contiguous()
-        bias_address = 0 if offset is None else offset.data_ptr()
         native = _host.CpuLinear(
-            self.engine, self._name, packed.data_ptr(), bias_address, n, k, epilogue, storage, zero
+            self.engine,
+            self._name,
+            packed.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            n,
+            k,
+            epilogue,
+            small.storage,
+            0 if small.groups is None else small.groups.data_ptr(),
+            small.zero,
         )
-        return Bound(native, packed, offset)
+        return Bound(native, packed, small.groups, offset)
 
-    def _pack(self, weight: Weight, epilogue: str) -> tuple[torch.Tensor, str, float]:
-        """The panels, how they store their numbers, and the integer that stands for 0."""
-        n, k = weight.shape
+    def _quantised(self, weight: Weight, epilogue: str) -> PackedIntegers:
+        """The weight a second time for steps of few rows, where its kind and the kernels allow."""
         if not isinstance(weight, Quantised) or weight.dtype != self.dtype:
-            source = dense(weight).to(self.dtype).contiguous()
-            packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue))
-            _host.cpu_pack(
-                self.engine, self._name, source.data_ptr(), packed.data_ptr(), n, k, epilogue
-            )
-            return packed, "dtype", 0.0
-        storage, zero, q, scale, low = weight.integers()
-        packed = self._arena.take(_host.cpu_packed_bytes(self._name, n, k, epilogue, storage))
-        parts = [part.contiguous() for part in (q, scale, low) if part is not None]
-        addresses = [part.data_ptr() for part in parts] + [0] * (low is None)
+            return PackedIntegers()
+        if self.engine.quantised_rows(self._name) == 0 or (found := weight.integers()) is None:
+            return PackedIntegers()
+        n, k = weight.shape
+        groups = self._arena.take(_host.cpu_quantised_bytes(found.storage, n, k, epilogue))
         _host.cpu_pack_quantised(
-            self.engine, self._name, storage, *addresses, packed.data_ptr(), n, k, epilogue
+            self.engine,
+            self._name,
+            found.storage,
+            found.q.data_ptr(),
+            found.scale.data_ptr(),
+            0 if found.low is None else found.low.data_ptr(),
+            groups.data_ptr(),
+            n,
+            k,
+            epilogue,
         )
-        return packed, storage, zero
+        return PackedIntegers(found.storage, groups, found.zero)
 
     def attention(
         self,

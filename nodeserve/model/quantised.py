@@ -20,7 +20,7 @@ GROUP = 32  # values along a row that share a scale
 class Integers(NamedTuple):
     """A matrix [n, k] in parts: round(round((q - zero) * scale) + low) in fp32, then its dtype.
 
-    Each value less its zero times its scale is exact in fp32.
+    The first of the two roundings changes nothing. All tensors are contiguous.
     """
 
     storage: str  # what the native kernels call it: "q4", "q4_f32" or "q8"
@@ -64,6 +64,16 @@ def _q4_k(blocks: torch.Tensor) -> Integers:
 _SPLIT: dict[str, _Split] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k}
 
 
+def _is_plain(q: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether q * scale is a number everywhere, and its zeros are +0: what the kernels make of it.
+
+    q [num_blocks, 32], scale [num_blocks, 1]
+    """
+    positive = (scale > 0) & scale.isfinite()
+    nothing = ~((q != 0).any(dim=1, keepdim=True) | (scale != 0) | scale.signbit())
+    return bool((positive | nothing).all())
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Quantised:
     """A matrix of `dtype` whose rows are still the blocks of a file."""
@@ -83,18 +93,19 @@ class Quantised:
         info = TensorInfo("", self.shape, self.kind, 0, data.numel())
         return dequantise(data, info, self.dtype)
 
-    def integers(self) -> Integers:
+    def integers(self) -> Integers | None:
+        """What is in the blocks; None for numbers that no quantiser writes."""
         n, k = self.shape
-        storage, zero, q, scale, low = _SPLIT[self.kind.name](
-            self.blocks.reshape(-1, self.kind.block_bytes)
-        )
+        found = _SPLIT[self.kind.name](self.blocks.reshape(-1, self.kind.block_bytes))
+        if found.storage == "q8" and not _is_plain(found.q, found.scale):
+            return None
         groups = (n, k // GROUP)
         return Integers(
-            storage,
-            zero,
-            q.reshape(n, k),
-            scale.reshape(groups),
-            None if low is None else low.reshape(groups),
+            found.storage,
+            found.zero,
+            found.q.reshape(n, k).contiguous(),
+            found.scale.reshape(groups).contiguous(),
+            None if found.low is None else found.low.reshape(groups).contiguous(),
         )
 
 
