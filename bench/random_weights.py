@@ -33,12 +33,14 @@ def dense_weights(config: ModelConfig, name: str) -> torch.Tensor:
     return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.03
 
 
-def quantised_weights(config: ModelConfig, name: str) -> Weight:
+def quantised_weights(config: ModelConfig, name: str, dtype: torch.dtype) -> Weight:
     """4 bits in the layers, 8 in the table that is also the head; norms stay as they are."""
     shape = _shape(config, name)
     if len(shape) == 1:
         return torch.ones(shape)
-    return _blocks(_HEAD, shape, 1) if "embed_tokens" in name else _blocks(_LAYER, shape, 2)
+    if "embed_tokens" in name:
+        return _blocks(_HEAD, shape, 1, dtype)
+    return _blocks(_LAYER, shape, 2, dtype)
 
 
 def quantised_bytes(config: ModelConfig) -> int:
@@ -47,7 +49,9 @@ def quantised_bytes(config: ModelConfig) -> int:
     return weight_bytes(config, layer, head)
 
 
-def _blocks(kind: TensorType, shape: Sequence[int], num_scales: int) -> Quantised:
+def _blocks(
+    kind: TensorType, shape: Sequence[int], num_scales: int, dtype: torch.dtype
+) -> Quantised:
     """Any integers, and scales that make numbers of them like the dense ones."""
     rows, columns = shape
     count = rows * columns // kind.block_size
@@ -55,4 +59,4 @@ def _blocks(kind: TensorType, shape: Sequence[int], num_scales: int) -> Quantise
     scale = torch.full((count, num_scales), 0.0005 if num_scales == 1 else 0.004)
     scale[:, 1:] = -0.03
     blocks[:, : 2 * num_scales] = scale.half().view(torch.uint8)
-    return Quantised(blocks.view(rows, -1), kind, torch.bfloat16)
+    return Quantised(blocks.view(rows, -1), kind, dtype)

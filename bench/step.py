@@ -13,9 +13,9 @@ Decode is quoted against the bytes, prefill against the compute; the larger of b
 limit. Times are the best of several repeats (the machine is shared), per thread count and dtype.
 Python's share is the time of a step outside native calls.
 
-bfloat16 is also measured with the weights of a GGUF file, 4 bits in the layers (Q4_1) and 8 in the
-head (Q8_0), which few rows read as they are: `bytes` counts what a step really reads, and its time
-over that of the same step from bfloat16 weights is `to_dense`.
+Decodes of few rows are also measured with the weights of a GGUF file, 4 bits in the layers (Q4_1)
+and 8 in the head (Q8_0): the bytes are those that a step really reads, and `to_dense` is its time
+over that of the same step from dense weights.
 """
 
 import argparse
@@ -55,6 +55,7 @@ MODEL = ModelConfig(
 BLOCK_SIZE = 16
 READ_BYTES = 256 << 20
 CONTEXT = 256
+FEW = 4  # rows that still wait for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,24 +202,23 @@ class Bench:
     def steps(self, ceilings: Ceilings) -> list[Step]:
         model = llama.build(MODEL, partial(dense_weights, MODEL), self.ops)
         cache = make_cache(self.ops, 32 * CONTEXT)
-        batches, prompts = ((1, 16), (128,)) if self.smoke else ((1, 8, 16, 32), (128, 512, 1024))
+        batches = (1, FEW, 16) if self.smoke else (1, FEW, 8, 16, 32)
+        prompts = (128,) if self.smoke else (128, 512, 1024)
         kinds = [(f"decode {n} x {CONTEXT}", n, 1, CONTEXT) for n in batches]
         kinds += [(f"prefill {n}", 1, n, n) for n in prompts]
         return [self.step(model, cache, ceilings, "dense", *kind) for kind in kinds]
 
-    def few_rows(self, ceilings: Ceilings) -> list[Step]:
-        """Decodes that read quantised weights, each beside the same one that does not."""
+    def quantised_steps(self, ceilings: Ceilings) -> list[Step]:
+        """Decodes of few enough rows that the kernels read quantised weights."""
         most = self.ops.engine.quantised_rows(DTYPE_NAMES[self.ops.dtype])
-        batches = [1, most] if most else []
-        cache, found = make_cache(self.ops, most * CONTEXT + BLOCK_SIZE), []
-        for kind, weights in (("dense", dense_weights), ("quantised", quantised_weights)):
-            if not batches:
-                break
-            model = llama.build(MODEL, partial(weights, MODEL), self.ops)
-            for n in batches:
-                name = f"decode {n} x {CONTEXT}"
-                found.append(self.step(model, cache, ceilings, kind, name, n, 1, CONTEXT))
-        return found
+        if most == 0:
+            return []
+        model = llama.build(
+            MODEL, partial(quantised_weights, MODEL, dtype=self.ops.dtype), self.ops
+        )
+        cache = make_cache(self.ops, FEW * CONTEXT)
+        kinds = [(f"decode {n} x {CONTEXT}", n, 1, CONTEXT) for n in (1, FEW) if n <= most]
+        return [self.step(model, cache, ceilings, "quantised", *kind) for kind in kinds]
 
     def step(
         self,
@@ -293,9 +293,14 @@ class Bench:
 
 def to_dense(steps: list[Step]) -> dict[str, float]:
     """Times of quantised steps over those of the same steps from dense weights, by kind."""
-    dense = {(step.name, step.num_threads): step.ms for step in steps if step.weights == "dense"}
+    dense = {
+        (step.name, step.dtype, step.num_threads): step.ms
+        for step in steps
+        if step.weights == "dense"
+    }
     ratios = {
-        f"{step.name}, {step.num_threads} threads": step.ms / dense[step.name, step.num_threads]
+        f"{step.name}, {step.dtype}, {step.num_threads} threads": step.ms
+        / dense[step.name, step.dtype, step.num_threads]
         for step in steps
         if step.weights == "quantised"
     }
@@ -324,12 +329,7 @@ def main() -> None:
     del data
     pairs = list(zip(benches, ceilings, strict=True))
     steps = [step for bench, limits in pairs for step in bench.steps(limits)]
-    quantised = [
-        step
-        for bench, limits in pairs
-        if bench.ops.dtype == torch.bfloat16
-        for step in bench.few_rows(limits)
-    ]
+    steps += [step for bench, limits in pairs for step in bench.quantised_steps(limits)]
     attention = [bench.attention(limits, 16) for bench, limits in pairs]
     results = [
         {"dtype": bench.dtype, "num_threads": bench.ops.engine.num_threads, **asdict(limits)}
@@ -341,8 +341,7 @@ def main() -> None:
             "isa": _host.cpu_isa(),
             "ceilings": results,
             "steps": [asdict(step) for step in steps],
-            "quantised": [asdict(step) for step in quantised],
-            "to_dense": to_dense(quantised),
+            "to_dense": to_dense(steps),
             "attention_16x256": attention,
         }
     )

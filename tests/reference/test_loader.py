@@ -23,7 +23,6 @@ from tests.reference.awkward import awkward_strings
 from tests.reference.embedded import needs_embedded_model
 from tests.reference.export import export_folder, tensor_names
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}

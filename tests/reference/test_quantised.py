@@ -292,17 +292,14 @@ def steps_of(prompts: list[list[int]], num_decodes: list[int]) -> list[StepInput
 
 
 @needs_embedded_model
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_model_has_the_same_logits_from_its_file_as_from_dense_weights(
-    dtype: torch.dtype,
-) -> None:
-    checkpoint = resolve()
-    steps = steps_of([list(range(5 * n, 6 * n + 3)) for n in (30, 2, 7, 19, 11, 3)], [1, 2, 4, 5])
+def test_a_model_has_the_same_logits_from_its_file_as_from_dense_weights() -> None:
+    checkpoint, dtype = resolve(), torch.bfloat16
+    steps = steps_of([list(range(5 * n, 6 * n + 3)) for n in (20, 2, 7, 9, 1)], [1, 2, 4, 5])
     seen = []
     for weights in (open_stored(checkpoint, dtype), open_weights(checkpoint, dtype)):
         ops = backend.make_ops(checkpoint.config, dtype, num_threads=2)
         layout = kv.layout_of(checkpoint.config, 16, dtype)
-        cache = ops.cache(layout, torch.zeros(24 * layout.block_bytes, dtype=torch.uint8))
+        cache = ops.cache(layout, torch.zeros(20 * layout.block_bytes, dtype=torch.uint8))
         model = llama.build(checkpoint.config, weights, ops)
         seen.append([model.forward(inputs, cache).clone() for inputs in steps])
     assert all(torch.equal(bits(ours), bits(theirs)) for ours, theirs in zip(*seen, strict=True))
