@@ -32,38 +32,11 @@ from nodeserve.wire.messages import (
 from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Ticket
 from nodeserve.worker.runner import Runner
 from tests.fakes.late_model import LateExecutor
+from tests.fakes.link import FakeLink
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
 
 BLOCK, NUM_BLOCKS = 16, 32
 PROMPT = [11, 22, 33, 44]
-
-
-class FakeLink:
-    def __init__(self) -> None:
-        self.inbox: list[ToWorker] = []
-        self.said: list[FromWorker] = []
-        self.waits: list[float] = []
-        self.num_wakes = 0
-
-    @property
-    def num_sent(self) -> int:
-        return len(self.said)
-
-    def drain(self) -> list[ToWorker]:
-        taken, self.inbox = self.inbox, []
-        return taken
-
-    def wait(self, timeout_s: float) -> None:
-        self.waits.append(timeout_s)
-
-    def wake(self) -> None:
-        self.num_wakes += 1
-
-    def put(self, message: FromWorker) -> None:
-        self.said.append(message)
-
-    def beat(self) -> None:
-        pass
 
 
 class FakeTransfer:
