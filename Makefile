@@ -12,7 +12,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 .PHONY: format sanitize model fuzz bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
-.PHONY: bench-window bench-window-live bench-distserve bench-goodput peers bench-peers
+.PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
+.PHONY: peers bench-peers soak
 
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
@@ -21,7 +22,10 @@ help:
 	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
+	@echo "             bench-gateway (OpenAI's HTTP API over simulated workers)"
 	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
+	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
+	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
 	@echo "make bench-peers beside vLLM, llama.cpp, transformers and OpenVINO on this CPU (30 minutes);"
 	@echo "             not part of make bench. make peers installs them below build/peers (20 minutes)"
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
@@ -89,7 +93,7 @@ model:
 	csrc/ring/model.sh
 
 bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
-  bench-goodput: bench-%: venv
+  bench-goodput bench-gateway: bench-%: venv
 	$(BIN)/python -m bench.$*
 
 # The window's arms against real processes in real time, each for some seconds.
@@ -101,6 +105,16 @@ FUZZ_SECONDS ?= 60
 fuzz: venv
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
 
+# A node of simulated GPUs under 20 times its capacity for so many seconds.
+OVERLOAD_SECONDS ?= 120
+bench-overload: venv
+	$(BIN)/python -m bench.overload --seconds $(OVERLOAD_SECONDS) --out bench/results/overload.json $(ARGS)
+
+SOAK_MINUTES ?= 20
+soak: venv
+	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES) --out bench/results/soak.json \
+	  --figure bench/results/soak.svg $(ARGS)
+
 # What users would run instead, in environments of their own: nothing here is needed by anything else.
 peers: venv
 	$(BIN)/python -m bench.peers.install
@@ -109,7 +123,7 @@ bench-peers: venv
 	$(BIN)/python -m bench.peers $(ARGS)
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
-bench: bench-window-live bench-distserve bench-goodput
+bench: bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
 
 # Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
 # is: no virtual environment, nothing downloaded; gpu-wheels fetches beforehand what that one lacks.
@@ -121,7 +135,7 @@ gpu-wheels: venv
 	PYTHON=$(BIN)/python bench/gpu/bring_along.sh $(or $(FOR),3.12) $(BIN)/pip
 
 bench-smoke: venv
-	for name in ring handoff step coordinator policy window distserve; do \
+	for name in ring handoff step coordinator policy window distserve gateway; do \
 	  timeout --foreground 300 $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
 	  || exit 1; done
 
