@@ -56,6 +56,20 @@ def to_server() -> list[bytes]:
     return [b"".join(whole), *whole]
 
 
+def bodies() -> list[bytes]:
+    """Of HTTP requests."""
+    common = {"model": "m", "max_tokens": 5, "temperature": 0.5, "stop": ["x"], "stream": True}
+    more = {"logit_bias": {"5": 1.0}, "stream_options": {"include_usage": True}, "seed": 7, "n": 2}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    asked: list[dict[str, Any]] = [
+        {"prompt": "hello", **common, "logprobs": 2},
+        {"prompt": [[1, 2], [3]], **common, **more, "echo": False},
+        {"messages": messages, **common, "logprobs": True, "top_logprobs": 2},
+        {"messages": messages, **more, "tools": [], "slo": {"ttft_ms": 5}, "priority": 1},
+    ]
+    return [json.dumps(one).encode() for one in asked]
+
+
 def layouts() -> list[bytes]:
     texts = ("4p4d", "2p:tp2,4d", "1p:ep4,1d:ep4", "8m", "1p:tp2.pp2,1m", "0-7", "0,2,5", "0,0")
     return [text.encode() for text in (*texts, "ttft=500ms,tpot=0.05s", "ttft=.5s")]

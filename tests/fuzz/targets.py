@@ -24,10 +24,13 @@ from nodeserve.config import ModelConfig, parse_slo
 from nodeserve.errors import (
     ConfigError,
     FrameTooLarge,
+    InvalidRequest,
     ModelError,
     NodeServeError,
     ProtocolError,
 )
+from nodeserve.gateway.asked import chat_of, completion_of
+from nodeserve.gateway.fields import json_object
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.layout import parse_gpus, parse_layout
 from nodeserve.plan.workloads import read_trace
@@ -156,6 +159,13 @@ async def _listen(data: bytes) -> None:
     assert not node.coordinator.streams
 
 
+def http(data: bytes) -> None:
+    """The body of an HTTP request: what is asked, or the field that is wrong."""
+    for read in (completion_of, chat_of):
+        with _only(InvalidRequest):
+            read(json_object(data), {})
+
+
 def layout(data: bytes) -> None:
     """Layouts, devices and limits on the command line; a layout that is read says so again."""
     text = data.decode("utf-8", "replace")
@@ -264,6 +274,7 @@ TARGETS = {
         Target("messages", decoded, seeds.messages),
         Target("client", client, seeds.to_client),
         Target("server", server, seeds.to_server),
+        Target("http", http, seeds.bodies),
         Target("layout", layout, seeds.layouts, 200),
         Target("config", config, seeds.configs),
         Target("gguf", gguf, seeds.ggufs, 1 << 14),
