@@ -9,10 +9,11 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 
 .PHONY: help venv build demo check static unit-tests process-tests test slow-tests
 .PHONY: reference-tests kernel-tests
-.PHONY: format sanitize model bench clean
+.PHONY: format sanitize model fuzz bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
-.PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-gateway peers bench-peers
+.PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
+.PHONY: peers bench-peers soak
 
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
@@ -23,11 +24,14 @@ help:
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
 	@echo "             bench-gateway (OpenAI's HTTP API over simulated workers)"
 	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
+	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
+	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
 	@echo "make bench-peers beside vLLM, llama.cpp, transformers and OpenVINO on this CPU (30 minutes);"
 	@echo "             not part of make bench. make peers installs them below build/peers (20 minutes)"
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
 	@echo "make model     the ring's doorbells under the model checker spin, if it is installed"
+	@echo "make fuzz      FUZZ_SECONDS=60 for each target (15 minutes); FUZZ='gguf ring' for some of them"
 	@echo "make venv    only the virtual environment in $(VENV)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -96,6 +100,21 @@ bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window 
 bench-window-live: venv
 	$(BIN)/python -m bench.window_live
 
+# Its tools go below build/fuzz; a target whose tool is not to be had is skipped, with the reason.
+FUZZ_SECONDS ?= 60
+fuzz: venv
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
+
+# A node of simulated GPUs under 20 times its capacity for so many seconds.
+OVERLOAD_SECONDS ?= 120
+bench-overload: venv
+	$(BIN)/python -m bench.overload --seconds $(OVERLOAD_SECONDS) --out bench/results/overload.json $(ARGS)
+
+SOAK_MINUTES ?= 20
+soak: venv
+	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES) --out bench/results/soak.json \
+	  --figure bench/results/soak.svg $(ARGS)
+
 # What users would run instead, in environments of their own: nothing here is needed by anything else.
 peers: venv
 	$(BIN)/python -m bench.peers.install
@@ -104,7 +123,7 @@ bench-peers: venv
 	$(BIN)/python -m bench.peers $(ARGS)
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
-bench: bench-window-live bench-distserve bench-goodput bench-gateway
+bench: bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
 
 # Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
 # is: no virtual environment, nothing downloaded; gpu-wheels fetches beforehand what that one lacks.

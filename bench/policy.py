@@ -229,7 +229,7 @@ def measure_floors(config: Config) -> dict[str, float]:
 
 def report_prefill(config: Config) -> dict[str, object]:
     num_ranks = config.num_instances * NUM_RANKS
-    print(f"prefill, {num_ranks} ranks{'':18} push  on_pass   decide, a request   a call  predict")
+    print(f"prefill, {num_ranks} ranks{'':18} push  on_pass   decide, a request   a call forecast")
     found: dict[str, object] = {}
     for admission in config.admissions:
         for num in (config.num_requests // 10, config.num_requests, 10 * config.num_requests):
@@ -238,7 +238,7 @@ def report_prefill(config: Config) -> dict[str, object]:
             print(
                 f"  {name:<32} {us['push_us']:7.2f} {us['on_pass_us']:8.2f}"
                 f" {us['decide_us_per_request']:19.2f} {us['decide_us_per_call']:8.2f}"
-                f" {us['predict_us']:8.2f} us",
+                f" {us['forecast_us']:8.2f} us",
                 flush=True,
             )
             found[name] = us

@@ -43,6 +43,14 @@ from nodeserve.wire.messages import (
 )
 
 MAX_INCOMING_BYTES = 64 << 20
+WELCOME: dict[str, type] = {  # what every call may rely on in the server's Hello
+    "model": str,
+    "tokenizer": str,
+    "max_model_len": int,
+    "vocab_size": int,
+    "max_frame_bytes": int,
+    "pid": int,
+}
 
 
 class Arrival(NamedTuple):
@@ -112,7 +120,7 @@ class Connection(asyncio.Protocol):
         await self._writable.wait()
         request_id, self._next_id = self._next_id, self._next_id + 1
         data = encoded(Submit(request_id, token_ids, sampling, slo, priority))
-        limit = self.server.get("max_frame_bytes", MAX_INCOMING_BYTES)
+        limit = self.server["max_frame_bytes"]
         if len(data) > limit:
             raise FrameTooLarge(
                 f"the request takes {len(data)} bytes, the server allows {limit}: send less"
@@ -223,6 +231,9 @@ class Connection(asyncio.Protocol):
                 f"the server speaks protocol version {message.version}, this client"
                 f" {PROTOCOL_VERSION}: install the same release of nodeserve on both sides"
             )
+        for name, kind in WELCOME.items():
+            if type(message.server.get(name)) is not kind:
+                raise ProtocolError(f"the server's Hello has no {name} that is {kind.__name__}")
         self.server = message.server
         self.welcomed.set_result(None)
 

@@ -25,8 +25,9 @@ class Limits:
 def admit(
     message: Submit, request_id: int, stream: Stream, limits: Limits, now_s: float
 ) -> Request:
-    """A request that every worker can take; InvalidRequest names the field that prevents it."""
-    tokens = check_tokens(message.token_ids, limits)
+    """A request that every worker can take if its tokens exist (`check_vocabulary`); InvalidRequest
+    names the field that prevents it."""
+    tokens = read_tokens(message.token_ids, limits)
     sampling = sampling_from(message.sampling)
     check_sampling(sampling, limits.vocab_size)
     check_slo(message.slo)
@@ -52,8 +53,8 @@ def admit(
     )
 
 
-def check_tokens(data: bytes, limits: Limits) -> "array[int]":
-    """The prompt's ids, or the error that names what is wrong with them."""
+def read_tokens(data: bytes, limits: Limits) -> "array[int]":
+    """The prompt's ids, or the error that says what is wrong with their number."""
     if len(data) % 4:
         raise InvalidRequest(f"token_ids must be int32s: {len(data)} bytes is no multiple of 4")
     tokens = unpack_ids(data)
@@ -64,11 +65,15 @@ def check_tokens(data: bytes, limits: Limits) -> "array[int]":
             f"the prompt has {len(tokens)} tokens; at most {limits.max_model_len - 1} fit the"
             f" context of {limits.max_model_len} with one new token"
         )
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= limits.vocab_size:
-        wrong = low if low < 0 else high
-        raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limits.vocab_size}")
     return tokens
+
+
+def check_vocabulary(tokens: "array[int]", vocab_size: int) -> None:
+    """Every id has a token. This is the one look at all of a prompt, so it comes last."""
+    highest = max(memoryview(tokens).cast("B").cast("I"))  # unsigned: below 0 is very high
+    if highest >= vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {vocab_size}")
 
 
 def check_slo(slo: dict[str, object] | None) -> None:

@@ -11,7 +11,7 @@ a worker are released once nobody reads them.
 
 from collections.abc import Callable, Sequence
 
-from nodeserve.coordinator.admission import Limits, admit
+from nodeserve.coordinator.admission import Limits, admit, check_vocabulary
 from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
@@ -154,6 +154,7 @@ class Coordinator:
             stream.meter.take(len(stream.requests), now)
         request = admit(message, self._next_id, stream, self.limits, now)
         self.dispatch.check(request, request.stamps.arrived)
+        check_vocabulary(request.tokens, self.limits.vocab_size)
         self._next_id += 1
         return request
 

@@ -86,6 +86,8 @@ class Dispatch:
         facts = self.policies.flow, buffered, waiting.num_tokens, slo
         forecast = None if slo == NO_OBJECTIVE else self._forecast(request, now_s)
         judged = judge(*facts, forecast)
+        if forecast is not None:
+            self.foresight.judged(refused=judged.verdict is not Verdict.ADMIT)
         if judged.verdict is Verdict.REJECT:
             if slo == NO_OBJECTIVE:  # for want of room: when there is some only matters now
                 judged = judge(*facts, self._forecast(request, now_s))

@@ -18,7 +18,8 @@ from typing import Protocol, cast
 
 from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
-from nodeserve.coordinator.streams import Stream
+from nodeserve.coordinator.intake import Intake
+from nodeserve.coordinator.streams import Backlog, Stream
 from nodeserve.errors import ConfigError, NodeServeError, Overloaded
 from nodeserve.log import logger
 from nodeserve.policy.metering import Meter, Quota
@@ -38,8 +39,7 @@ from nodeserve.wire.messages import (
 )
 
 BACKLOG_CONNECTIONS = 1024
-WRITE_HIGH_WATER_BYTES = 1 << 20
-MESSAGES_A_TURN = 256  # of one connection; one read may hold 40,000
+WRITE_HIGH_WATER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class ConnectionLimits:
     max_connections: int
     quota: Quota
     access: Access
+    backlog: Backlog
 
 
 @contextlib.contextmanager
@@ -148,12 +149,15 @@ class Connection(asyncio.Protocol):
         coordinator: Coordinator,
         desk: Answers,
         limits: ConnectionLimits,
+        intake: Intake,
     ) -> None:
         self._coordinator = coordinator
         self._desk = desk
         self._limits = limits
+        self._intake = intake
         self._reader = FrameReader(limits.max_frame_bytes)
-        self._payloads: deque[bytes] = deque()
+        self._payloads: deque[bytes] = deque()  # not taken yet
+        self._reading = True
         self._stream: Stream | None = None
 
     @property
@@ -167,7 +171,7 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         limits, coordinator = self._limits, self._coordinator
         meter = Meter(limits.quota)
-        self._stream = Stream(transport, limits.max_backlog_bytes, meter)
+        self._stream = Stream(transport, limits.max_backlog_bytes, meter, limits.backlog)
         try:
             self._check(transport)
         except NodeServeError as error:
@@ -177,7 +181,7 @@ class Connection(asyncio.Protocol):
         coordinator.streams.add(self._stream)
         self._stream.send(self._desk.welcome())
 
-    def _check(self, transport: asyncio.WriteTransport) -> None:
+    def _check(self, transport: asyncio.Transport) -> None:
         peer = peer_of(transport.get_extra_info("socket"))
         self._limits.access.check(peer)
         if self._coordinator.farewell is not None:  # it came while the listener was being closed
@@ -191,35 +195,35 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.stream.closed:
             return
+        waits = bool(self._payloads)
         try:
             self._payloads.extend(self._reader.feed(data))
         except NodeServeError as error:
             self._coordinator.drop_stream(self.stream, error)
-            return
-        self._take()
-        if self._payloads:
-            self._transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._go_on)
+        if self._payloads and not waits:
+            self._intake.offer(self)
 
-    def _take(self) -> None:
-        """As many messages as one turn of the loop may take without others noticing."""
-        payloads = self._payloads
-        try:
-            for _ in range(min(MESSAGES_A_TURN, len(payloads))):
-                if self.stream.closed:  # one of its own messages ended it
-                    break
-                self._on_message(TO_SERVER.decode(payloads.popleft()))
-        except NodeServeError as error:
-            self._coordinator.drop_stream(self.stream, error)
+    def take(self, most: int) -> int:
+        """Handle up to so many messages."""
+        num_taken = 0
+        while num_taken < most and self._payloads and not self.stream.closed:
+            num_taken += 1
+            try:
+                self._on_message(TO_SERVER.decode(self._payloads.popleft()))
+            except NodeServeError as error:
+                self._coordinator.drop_stream(self.stream, error)
+        return num_taken
+
+    def drained(self) -> bool:
+        """No message waits: then the socket is read, and else not."""
         if self.stream.closed:
-            payloads.clear()
-
-    def _go_on(self) -> None:
-        self._take()
-        if self._payloads:
-            asyncio.get_running_loop().call_soon(self._go_on)
-        elif not self.stream.closed:
+            self._payloads.clear()
+        if self._payloads and self._reading:
+            self._transport.pause_reading()
+        elif not self._payloads and not self._reading and not self.stream.closed:
             self._transport.resume_reading()
+        self._reading = not self._payloads
+        return self._reading
 
     def _on_message(self, message: ToServer) -> None:
         match message:
@@ -239,6 +243,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._coordinator.leave(self.stream)
+        self.stream.lost()
 
     def pause_writing(self) -> None:
         self.stream.pause()

@@ -23,6 +23,7 @@ from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.desk import MAX_BACKLOG_BYTES, Desk
 from nodeserve.coordinator.ending import Ending
 from nodeserve.coordinator.fleet import Fleet
+from nodeserve.coordinator.intake import Intake
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
     BACKLOG_CONNECTIONS,
@@ -32,6 +33,7 @@ from nodeserve.coordinator.listener import (
 )
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.stats import how_they_run
+from nodeserve.coordinator.streams import Backlog
 from nodeserve.coordinator.supervisor import WORKER_COMMAND, Supervisor
 from nodeserve.coordinator.turns import Turns
 from nodeserve.errors import (
@@ -44,6 +46,8 @@ from nodeserve.policy.metering import Quota
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
 from nodeserve.wire.messages import FromWorker
+
+MAX_BACKLOGS_BYTES = 128 << 20  # of all connections
 
 OnEvent = Callable[[StartEvent], None]
 
@@ -75,6 +79,7 @@ class Server:
         self.plan = plan
         self.checkpoint = checkpoint
         self.access = access_of(plan.config)
+        self.backlog = Backlog(MAX_BACKLOGS_BYTES)
         self._on_event = on_event
         self._command = command
 
@@ -82,6 +87,7 @@ class Server:
         """The whole life. Typed errors of the start-up leave as exceptions."""
         sweep_stale()
         self.loop = asyncio.get_running_loop()
+        self.intake = Intake(self.loop.call_soon)
         self.ending = Ending(self.plan.config.drain_timeout)
         self.ending.listen(lambda drain: self.stop(drain=drain))
         assert self.plan.config.socket is not None
@@ -125,6 +131,8 @@ class Server:
         self.ending.failed = bool(self.fleet.taken_out)
         if self.error is not None:
             logger.error("stopped: %s", self.error)
+        for instance in self.fleet.taken_out:
+            logger.error("instance %d was taken out, see above", instance)
         return self.ending.code
 
     @property
@@ -182,7 +190,7 @@ class Server:
     # ---- clients
 
     def connection(self) -> Connection:
-        return Connection(self.coordinator, self.desk, self.connection_limits)
+        return Connection(self.coordinator, self.desk, self.connection_limits, self.intake)
 
     @property
     def connection_limits(self) -> ConnectionLimits:
@@ -193,6 +201,7 @@ class Server:
             config.max_connections,
             Quota(config.max_connection_reqs, config.max_connection_rate),
             self.access,
+            self.backlog,
         )
 
     # ---- stop

@@ -3,7 +3,8 @@
 Always true: a connection gets at most one Tokens frame per flush, whatever number of its requests
 moved, and a request's End is written after all of its tokens. While the peer does not read, tokens
 stay in their requests (they are there anyway) and only Ends are kept, so a slow reader stalls
-itself alone; past `max_backlog_bytes` its connection is closed and its requests are cancelled.
+itself alone; past `max_backlog_bytes`, or what is left for all together if that is less, its
+connection is closed and its requests are cancelled.
 """
 
 import asyncio
@@ -22,17 +23,30 @@ _TIMING_NAMES = tuple(field.name for field in fields(Timings))
 _timing_values = attrgetter(*_TIMING_NAMES)
 
 
+class Backlog:
+    """What may be kept for peers that do not read: together, and for one as much as is left beside
+    what the others have. So a few can have all they need, and many cannot exhaust memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.left_bytes = max_bytes
+
+
 class Stream:
-    """The outgoing half of one client connection."""
+    """The outgoing half of one client connection. `backlog` is shared with others; None: alone."""
 
     def __init__(
-        self, transport: asyncio.WriteTransport, max_backlog_bytes: int, meter: Meter | None = None
+        self,
+        transport: asyncio.WriteTransport,
+        max_backlog_bytes: int,
+        meter: Meter | None = None,
+        backlog: Backlog | None = None,
     ) -> None:
         self.meter = meter  # None: its requests are not counted
         self.requests: dict[int, Request] = {}  # by the client's id, until their End is written
         self.closed = False
         self._transport = transport
         self._max_backlog_bytes = max_backlog_bytes
+        self._backlog = backlog or Backlog(2 * max_backlog_bytes)
         self._paused = False
         self._dirty: list[Request] = []
         self._ends: list[bytes] = []
@@ -78,8 +92,7 @@ class Stream:
 
     def resume(self) -> None:
         self._paused = False
-        held, self._ends, self._held_bytes = self._ends, [], 0
-        for data in held:
+        for data in self._let_go():
             self._transport.write(data)
         if self.closed:  # the last of them was its goodbye
             self._transport.close()
@@ -101,6 +114,11 @@ class Stream:
         self.closed = True
         self._transport.abort()
 
+    def lost(self) -> None:
+        """The connection is gone, and with it what was kept for it."""
+        self.closed = True
+        self._let_go()
+
     @staticmethod
     def _item(request: Request) -> list[Any]:
         tokens = pack_ids(request.tokens[request.num_sent :])
@@ -119,8 +137,15 @@ class Stream:
     def _hold(self, data: bytes) -> None:
         self._ends.append(data)
         self._held_bytes += len(data)
-        if self._held_bytes > self._max_backlog_bytes:
+        self._backlog.left_bytes -= len(data)
+        if self._held_bytes > min(self._max_backlog_bytes, self._backlog.left_bytes):
             self.abort()
+
+    def _let_go(self) -> list[bytes]:
+        held, self._ends = self._ends, []
+        self._backlog.left_bytes += self._held_bytes
+        self._held_bytes = 0
+        return held
 
 
 def end_of(request: Request, reason: str, now_s: float, code: str | None, message: str) -> End:

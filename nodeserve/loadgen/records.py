@@ -35,6 +35,7 @@ class Sample:
     ended_s: float = 0.0
     error: str | None = None
     message: str = ""
+    retry_after_s: float | None = None  # that came with a refusal
     told_prompt_tokens: int | None = None
     told_output_tokens: int | None = None
     timings: Timings | None = None

@@ -62,6 +62,7 @@ class SocketTarget:
         sample.told_prompt_tokens = end.usage.get("prompt_tokens")
         sample.told_output_tokens = end.usage.get("completion_tokens")
         sample.timings = read_timings(end.timings)
+        sample.retry_after_s = end.retry_after_s
         if end.code is not None:
             raise from_code(end.code, end.message)
         if not sample.times:

@@ -183,6 +183,7 @@ class Simulation:
             buffered = Buffered(len(self.dispatcher), self.dispatcher.num_tokens)
             slo = Objective(arrival.ttft_slo_s, arrival.tpot_slo_s)
             judged = judge(flow, buffered, waiting.num_tokens, slo, forecast)
+            self.foresight.judged(refused=judged.verdict is not Verdict.ADMIT)
             if judged.verdict is Verdict.REJECT:
                 life.refused_for = judged.limit
                 raise Overloaded(judged.reason)

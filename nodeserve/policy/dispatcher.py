@@ -70,6 +70,10 @@ class Dispatcher:
         """Prompt tokens in the buffer."""
         return self._buffer.num_tokens
 
+    def prefills(self, unit: Unit) -> bool:
+        """Whether prompts go to this unit."""
+        return unit.index in self._by_unit
+
     # ---- what happens
 
     def push(self, waiting: Waiting, now_s: float) -> None:
@@ -178,7 +182,7 @@ class Dispatcher:
         if self.times.mean_s is None or (idle and now_s > self._heard_s + UNKNOWN_AFTER_S):
             return None
         budget, num_units = self.options.budget, len(alive[0].units)
-        full_s = self.times.level_s(budget, num_units)
+        full_s = self._buffer.token_s * budget or self.times.level_s(budget, num_units)
         batches = self._buffer.tokens_ahead(waiting) // (budget * num_units)
         takes_in_s = min(one.takes_in_s(now_s, full_s) for one in alive)
         if not math.isfinite(takes_in_s):

@@ -3,8 +3,11 @@
 Under overload a queue grows until the next request would be refused, so all who come in stand right
 at the limit: half of them miss it if predictions are right on average, all of them if they are low.
 So predictions are compared with what came of them, and an SLO is held against what most do not
-exceed (`safe_*`). Only what others add is corrected so: what a request takes alone it takes anyway,
-and a margin that has become too wide can keep nobody out who would stand alone, nor stay so.
+exceed (`safe_*`). How many "most" are follows the share of requests that are refused: while nobody
+is, a refusal is a loss as sure as a miss; where most are, another takes the place at once.
+
+What a request takes alone it takes anyway, and what others add is never thought more than CUT times
+as long: a margin that has become too wide cannot keep everybody out, and so does not stay so.
 
 For the first token the dispatcher says how long those before it take. For the time of a token a
 step is predicted with all that are open, as if none of them ended and no more came; whoever is
@@ -21,7 +24,7 @@ from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.units import Unit, Wait, Waiting
 
 SURE = 0.9  # of a predicted time: less than that it hardly takes
-SPREADS = 1.0  # mean errors above the mean: four of five take less
+SPREADS = 3.0  # mean errors above the mean where all are refused, and none where nobody is
 MEMORY = 64  # requests by which predictions are corrected
 CUT = 4.0  # times the prediction: what took longer had other reasons (a compilation, a death)
 FULL_SHARE = 0.9  # of the decoders' blocks; beyond that it is not steps that sequences wait for
@@ -51,12 +54,12 @@ class Margin:
     def likely(self) -> float:
         return self._actual_s / self._predicted_s if self._num else 1.0
 
-    def safe_s(self, predicted: Wait) -> float:
-        """What most like this take at most. Of what it takes alone, and of all before anything was
-        seen, the least: a refusal takes certainty."""
+    def safe_s(self, predicted: Wait, spreads: float) -> float:
+        """What most like this take at most: so many mean errors above the mean. Of what it takes
+        alone, and of all before anything was seen, the least: a refusal takes certainty."""
         if not self._num:
             return SURE * predicted.whole_s
-        factor = (self._actual_s + SPREADS * self._error_s) / self._predicted_s
+        factor = (self._actual_s + spreads * self._error_s) / self._predicted_s
         most_s = SURE * predicted.own_s + CUT * predicted.others_s
         return min(factor * predicted.whole_s, most_s)
 
@@ -82,6 +85,7 @@ class Foresight:
         self._allocator = allocator
         self._ttft, self._tpot = Margin(), Margin()
         self._answers = _Answers()
+        self._refused = 0.0  # share of the last requests
 
     def forecast(
         self,
@@ -97,19 +101,28 @@ class Foresight:
         if first is None:
             return None
         self._answers.expect(max_tokens)
+        spreads = SPREADS * self._refused
         crowd = _Crowd.of(waiting, decoders, self._allocator.max_num_seqs)
         num_held = min(num_open + 1.0, crowd.most)
         step = self._step(decoders, num_held, crowd.blocks_each)
         if step is None:
-            return Forecast(first, self._ttft.safe_s(first))
+            return Forecast(first, self._ttft.safe_s(first, spreads))
         stay_s = self._answers.mean * step.whole_s
         rounds = (num_open + 1.0 - num_held) / crowd.most  # until there is a place for it
-        if decoders[0].decodes:  # a mixed one does not prefill without a place to decode
+        if self._dispatcher.prefills(decoders[0]):  # not without a place to decode
             first = first._replace(others_s=first.others_s + rounds * stay_s)
         else:
             waits_s = rounds * step.whole_s * self._answers.mean / self._answers.short
             step = step._replace(others_s=step.others_s + waits_s)
-        return Forecast(first, self._ttft.safe_s(first), step, self._tpot.safe_s(step), stay_s)
+        safe_ttft_s, safe_tpot_s = (
+            self._ttft.safe_s(first, spreads),
+            self._tpot.safe_s(step, spreads),
+        )
+        return Forecast(first, safe_ttft_s, step, safe_tpot_s, stay_s)
+
+    def judged(self, *, refused: bool) -> None:
+        """What was decided by a forecast."""
+        self._refused += (refused - self._refused) / MEMORY
 
     def first_token(self, forecast: Forecast, ttft_s: float) -> None:
         """What came of it, for one that was never put back."""
@@ -136,7 +149,7 @@ class Foresight:
         step_s = times.predict_s([work] * num_ranks)
         if own_s is None or step_s is None:
             return None
-        if first.decodes:
+        if self._dispatcher.prefills(first):
             step_s += self._prompts_s(work, tokens_each, num_ranks, step_s)
         return Wait(max(0.0, step_s - own_s), min(own_s, step_s))
 

@@ -12,17 +12,18 @@ from nodeserve.worker.lockstep import Lockstep
 
 
 class Tokens:
-    """Which token follows: a function of the last one and its position alone, so that no batch,
-    worker, preemption or handoff can change a stream. Never one of `eos_token_ids`."""
+    """Which token follows: a function of the last one, its position and, of a sampled request, its
+    seed. So no batch, worker, preemption or handoff can change a stream, and a seed that is lost on
+    the way shows. Never one of `eos_token_ids`."""
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         assert any(token_id not in eos_token_ids for token_id in range(vocab_size))
         self._vocab_size = vocab_size
         self._never = frozenset(eos_token_ids)
 
-    def after(self, token_id: int, position: int) -> int:
+    def after(self, token_id: int, position: int, seed: int = 0) -> int:
         """The token behind `token_id`, which has this position (from 0)."""
-        chosen = (token_id * 31 + position * 17 + 7) % self._vocab_size
+        chosen = (token_id * 31 + position * 17 + 7 + seed) % self._vocab_size
         while chosen in self._never:
             chosen = (chosen + 1) % self._vocab_size
         return chosen
@@ -84,5 +85,6 @@ class SimExecutor:
         return Sampled(token_ids, logprobs or None)
 
     def _next(self, work: Work) -> int:
-        last = work.start + work.num_tokens - 1
-        return self._tokens.after(work.sequence.token_ids[last], last)
+        last, sampling = work.start + work.num_tokens - 1, work.sequence.sampling
+        seed = 0 if sampling.greedy else sampling.seed or 0
+        return self._tokens.after(work.sequence.token_ids[last], last, seed)

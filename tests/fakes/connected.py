@@ -1,12 +1,14 @@
 """The real incoming half of a connection over a transport in memory: bytes, and no reader."""
 
+import asyncio
 import socket
 from collections.abc import Callable
 
 from nodeserve.coordinator.access import Access
+from nodeserve.coordinator.intake import Intake
 from nodeserve.coordinator.listener import Connection, ConnectionLimits
 from nodeserve.coordinator.stats import node_stats
-from nodeserve.coordinator.streams import Stream
+from nodeserve.coordinator.streams import Backlog, Stream
 from nodeserve.policy.metering import Quota
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import (
@@ -24,7 +26,7 @@ from tests.fakes.node import FakeNode
 from tests.fakes.transport import FakeTransport
 
 MAX_FRAME_BYTES = 1 << 16
-LIMITS = ConnectionLimits(MAX_FRAME_BYTES, 1 << 20, 4, Quota(), Access())
+LIMITS = ConnectionLimits(MAX_FRAME_BYTES, 1 << 20, 4, Quota(), Access(), Backlog(1 << 24))
 
 
 class ConnectedTransport(FakeTransport):
@@ -99,7 +101,8 @@ class ConnectedClient:
     ) -> None:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX)
         self.transport = ConnectedTransport(self.theirs)
-        self.connection = Connection(node.coordinator, FakeDesk(node, stop), limits)
+        intake = Intake(asyncio.get_running_loop().call_soon)
+        self.connection = Connection(node.coordinator, FakeDesk(node, stop), limits, intake)
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
 
     def feed(self, data: bytes) -> None:

@@ -24,7 +24,8 @@ CODERS: dict[str, Any] = {
     "TO_WORKER": TO_WORKER,
     "FROM_WORKER": FROM_WORKER,
 }
-HELLO = frame(TO_CLIENT.encode(Hello(PROTOCOL_VERSION, {"max_frame_bytes": 1 << 22})))
+_ABOUT = {"model": "m", "tokenizer": "/t", "max_model_len": 9, "vocab_size": 9, "pid": 1}
+HELLO = frame(TO_CLIENT.encode(Hello(PROTOCOL_VERSION, {**_ABOUT, "max_frame_bytes": 1 << 22})))
 
 
 def messages() -> list[bytes]:

@@ -5,9 +5,11 @@ at as its users would.
 """
 
 import asyncio
+import atexit
 import contextlib
-import os
+import functools
 import random
+import shutil
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
@@ -46,7 +48,6 @@ UNIONS: list[Any] = [
     messages.FromWorker,
 ]
 SHAPE = ModelConfig("llama", 8, 4, 6, 1, 1, 1, 4, 16, 1e-5, 1e4)
-_PLACE = Path(tempfile.gettempdir()) / f"nodeserve-fuzz-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,17 @@ def _only(kind: type[Exception]) -> Iterator[None]:
         assert len(str(error)) < MAX_ERROR_CHARACTERS, f"{len(str(error))} characters of error"
 
 
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="nodeserve-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @contextlib.contextmanager
 def _file(name: str, data: bytes) -> Iterator[Path]:
     """A file of that name in a folder without others."""
-    _PLACE.mkdir(exist_ok=True)
-    path = _PLACE / name
+    path = _folder() / name
     path.write_bytes(data)
     try:
         yield path

@@ -214,6 +214,8 @@ async def test_a_server_that_is_still_loading_is_waited_for_in_vain(tmp_path: Pa
     [
         (Hello(NEXT, {}), ProtocolError, f"version {NEXT}, this client {PROTOCOL_VERSION}"),
         (Stats({}), ProtocolError, "first message is Stats"),
+        (Hello(PROTOCOL_VERSION, {}), ProtocolError, "Hello has no model that is str"),
+        (Hello(PROTOCOL_VERSION, {"model": 7}), ProtocolError, "no model that is str"),
         (Goodbye("shutting_down", "bye"), ShuttingDown, "bye"),
     ],
 )

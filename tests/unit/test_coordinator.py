@@ -5,11 +5,13 @@ import random
 import pytest
 
 from nodeserve.coordinator.request import Request
+from nodeserve.coordinator.streams import Backlog, Stream
 from nodeserve.errors import ShuttingDown
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role, Timings
-from nodeserve.wire.messages import RequestFailed, Submit, pack_ids
+from nodeserve.wire.messages import Goodbye, RequestFailed, Submit, pack_ids
 from tests.fakes.node import STEP_S, FakeNode, FakeWorker, expected_stream, policies
+from tests.fakes.transport import FakeTransport
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
@@ -174,6 +176,34 @@ async def test_a_backlog_over_the_limit_closes_the_connection() -> None:
     node.run_to_idle(rng)
     assert client.closed and stream.closed
     node.check_nothing_held()
+
+
+def deaf(backlog: Backlog, *ends: int) -> tuple[Stream, FakeTransport]:
+    """A peer that does not read, with so many bytes kept for it."""
+    transport = FakeTransport()
+    stream = Stream(transport, 1000, None, backlog)  # type: ignore[arg-type]
+    stream.pause()
+    for num_bytes in ends:
+        stream.send(Goodbye("", "x" * num_bytes))
+    return stream, transport
+
+
+async def test_many_backlogs_share_what_there_is_for_all() -> None:
+    backlog = Backlog(2500)
+    first, second = deaf(backlog, 900), deaf(backlog, 900)
+    assert not first[0].closed and not second[0].closed
+    assert 600 < backlog.left_bytes < 700
+    third, _ = deaf(backlog, 300)
+    assert not third.closed, "as much as is left"
+    late, transport = deaf(backlog, 300)
+    assert late.closed and transport.closed
+    late.lost()
+    third.lost()
+    assert 600 < backlog.left_bytes < 700
+    first[0].resume()
+    assert backlog.left_bytes > 1500 and not first[0].closed
+    second[0].resume()
+    assert backlog.left_bytes == 2500
 
 
 async def test_a_stopping_server_refuses_and_ends_what_runs() -> None:

@@ -26,7 +26,7 @@ STEP_S, SEQ_S = 0.010, 0.001  # a decode step, and what each sequence adds
 
 
 def test_before_anything_was_seen_a_refusal_takes_certainty() -> None:
-    assert Margin().safe_s(Wait(1.0, 1.0)) == pytest.approx(SURE * 2.0)
+    assert Margin().safe_s(Wait(1.0, 1.0), 3.0) == pytest.approx(SURE * 2.0)
 
 
 @given(st.floats(0.3, 3.0), st.floats(0.01, 10.0))
@@ -35,7 +35,7 @@ def test_a_margin_learns_what_predictions_are_worth(ratio: float, scale_s: float
     for _ in range(2 * MEMORY):
         margin.learn(Wait(scale_s, scale_s), 2.0 * scale_s * ratio)
     assert margin.likely == pytest.approx(ratio, rel=0.01)
-    assert margin.safe_s(Wait(1.0, 0.0)) == pytest.approx(ratio, rel=0.01)
+    assert margin.safe_s(Wait(1.0, 0.0), 3.0) == pytest.approx(ratio, rel=0.01)
 
 
 def test_the_more_results_vary_the_wider_it_is() -> None:
@@ -43,7 +43,9 @@ def test_the_more_results_vary_the_wider_it_is() -> None:
     for turn in range(MEMORY):
         steady.learn(Wait(1.0, 0.0), 1.0)
         varied.learn(Wait(1.0, 0.0), 0.5 if turn % 2 else 1.5)
-    assert varied.safe_s(Wait(1.0, 0.0)) > 1.5 > 1.1 > steady.safe_s(Wait(1.0, 0.0))
+    likely = Wait(1.0, 0.0)
+    assert varied.safe_s(likely, 2.0) > 1.5 > 1.1 > steady.safe_s(likely, 2.0)
+    assert varied.safe_s(likely, 0.0) == pytest.approx(1.0, abs=0.05)
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 1e3), st.floats(0.0, 1e3), st.floats(0.0, 1e6))))
@@ -51,20 +53,23 @@ def test_no_past_keeps_out_who_stands_alone(past: list[tuple[float, float, float
     margin = Margin()
     for others_s, own_s, actual_s in past:
         margin.learn(Wait(others_s, own_s), actual_s)
-    assert margin.safe_s(Wait(0.0, 1.0)) <= SURE
-    assert margin.safe_s(Wait(0.1, 1.0)) <= SURE + CUT * 0.1 + 1e-9
+    assert margin.safe_s(Wait(0.0, 1.0), 3.0) <= SURE
+    assert margin.safe_s(Wait(0.1, 1.0), 3.0) <= SURE + CUT * 0.1 + 1e-9
 
 
 # ---- forecasts
 
 
-def prefills(num_passes: int) -> Dispatcher:
-    """One instance that took 10 ms and 1 ms a token, and stands idle since time 0."""
-    dispatcher = Dispatcher([[Unit(0, 0, Account(BLOCKS))]], DispatchOptions(budget=BUDGET))
+def prefills(num_passes: int, *, mixed: bool = False) -> Dispatcher:
+    """Instances that took 10 ms and 1 ms a token, and stand idle since time 0: number 0, or the
+    decoders."""
+    numbers = (1, 2) if mixed else (0,)
+    units = [[Unit(number, number, Account(BLOCKS), mixed)] for number in numbers]
+    dispatcher = Dispatcher(units, DispatchOptions(budget=BUDGET))
     for turn in range(num_passes):
         tokens = 20 + 10 * (turn % 5)
         dispatcher.times.observe([RankWork(tokens, tokens**2 / 2)], 0.010 + 0.001 * tokens)
-    dispatcher.heard(0, 0.0)
+    dispatcher.heard(numbers[0], 0.0)
     return dispatcher
 
 
@@ -76,18 +81,18 @@ def decodes(num_steps: int) -> DecodeAllocator:
     return allocator
 
 
-def decoders(num_running: int, *, mixed: bool = False) -> list[Unit]:
+def decoders(num_running: int) -> list[Unit]:
     """Two units with so many sequences of one block each."""
     units = []
     for index in (1, 2):
         account = Account(BLOCKS)
         account.report(Load(num_running, 0, 0, BLOCKS - num_running, 0, 0))
-        units.append(Unit(index, index, account, mixed))
+        units.append(Unit(index, index, account))
     return units
 
 
-def forecast_of(foresight: Foresight, num_open: int, *, mixed: bool = False) -> Forecast:
-    units = decoders(min(num_open // 2, MAX_SEQS), mixed=mixed)
+def forecast_of(foresight: Foresight, num_open: int) -> Forecast:
+    units = decoders(min(num_open // 2, MAX_SEQS))
     found = foresight.forecast(Waiting(1, 16, 1, 0.0), 20, units, num_open, 0.0)
     assert found is not None
     return found
@@ -124,18 +129,37 @@ def test_beyond_what_decoders_hold_others_have_to_end_first() -> None:
     unequal = forecast_of(foresight, 23)
     assert unequal.step is not None
     assert unequal.step.others_s > 3 * more.step.others_s, "short answers cannot spread it so far"
-    mixed = Foresight(prefills(50), decodes(200))
-    full, more = forecast_of(mixed, 15, mixed=True), forecast_of(mixed, 23, mixed=True)
+    mixed = Foresight(prefills(50, mixed=True), decodes(200))
+    full, more = forecast_of(mixed, 15), forecast_of(mixed, 23)
     assert more.first.others_s - full.first.others_s == pytest.approx(more.stay_s / 2, rel=0.01)
 
 
 def test_in_mixed_instances_prompts_lengthen_the_steps() -> None:
-    foresight = Foresight(prefills(50), decodes(200))
-    alone, busy = forecast_of(foresight, 0, mixed=True), forecast_of(foresight, 15, mixed=True)
-    apart = forecast_of(foresight, 15)
+    mixed, split = prefills(50, mixed=True), prefills(50)
+    alone = forecast_of(Foresight(mixed, decodes(200)), 0)
+    busy = forecast_of(Foresight(mixed, decodes(200)), 15)
+    apart = forecast_of(Foresight(split, decodes(200)), 15)
     assert alone.step is not None and busy.step is not None and apart.step is not None
     assert alone.step.others_s == pytest.approx(0.0, abs=1e-4)
     assert busy.step.others_s > apart.step.others_s + 0.005
+
+
+def test_the_more_are_refused_the_surer_one_must_be() -> None:
+    """Where many come another takes the place; where few do nobody."""
+    foresight = Foresight(prefills(50), decodes(200))
+    for turn in range(MEMORY):
+        said = forecast_of(foresight, 15)
+        assert said.step is not None
+        foresight.ended(said, said.step.whole_s * (5 if turn % 2 else 15), 10)
+    calm = forecast_of(foresight, 15)
+    for _ in range(4 * MEMORY):
+        foresight.judged(refused=True)
+    flooded = forecast_of(foresight, 15)
+    assert calm.safe_tpot_s is not None and flooded.safe_tpot_s is not None
+    assert flooded.safe_tpot_s > 2 * calm.safe_tpot_s
+    for _ in range(4 * MEMORY):
+        foresight.judged(refused=False)
+    assert forecast_of(foresight, 15).safe_tpot_s == pytest.approx(calm.safe_tpot_s, rel=0.1)
 
 
 # ---- what it is worth

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from nodeserve.coordinator.listener import MESSAGES_A_TURN
+from nodeserve.coordinator.intake import MOST_A_TURN
 from nodeserve.types import Role
 from nodeserve.wire.frames import HEADER, frame
 from nodeserve.wire.messages import Abort, GetStats, Hello, Submit, pack_ids
@@ -57,15 +57,15 @@ async def test_what_is_no_message_ends_its_connection_alone(data: bytes, code: s
 
 async def test_a_flood_takes_its_turns() -> None:
     """One read can hold tens of thousands of questions; the loop runs between a few of them."""
-    node, num = fake_node(), 3 * MESSAGES_A_TURN + 7
+    node, num = fake_node(), 3 * MOST_A_TURN + 7
     client = ConnectedClient(node)
     client.send(*[GetStats()] * num)
-    assert len(client.transport.stats) == MESSAGES_A_TURN and not client.transport.reads
+    assert len(client.transport.stats) == MOST_A_TURN and not client.transport.reads
     answered = []
     while not client.transport.reads:
         await asyncio.sleep(0)
         answered.append(len(client.transport.stats))
-    assert answered == [2 * MESSAGES_A_TURN, 3 * MESSAGES_A_TURN, num]
+    assert answered == [2 * MOST_A_TURN, 3 * MOST_A_TURN, num]
     client.send(GetStats())
     assert len(client.transport.stats) == num + 1
     client.leave()
@@ -74,7 +74,7 @@ async def test_a_flood_takes_its_turns() -> None:
 async def test_messages_of_a_flood_keep_their_order() -> None:
     node = fake_node()
     client = ConnectedClient(node)
-    client.send(*[Abort(9)] * MESSAGES_A_TURN, SUBMIT, Abort(1))
+    client.send(*[Abort(9)] * MOST_A_TURN, SUBMIT, Abort(1))
     assert client.connection.stream.requests == {}
     await asyncio.sleep(0)
     (end,) = client.transport.ends[1]
@@ -85,7 +85,7 @@ async def test_messages_of_a_flood_keep_their_order() -> None:
 async def test_whoever_leaves_in_a_flood_is_forgotten() -> None:
     node = fake_node()
     client = ConnectedClient(node)
-    client.send(*[GetStats()] * MESSAGES_A_TURN, SUBMIT)
+    client.send(*[GetStats()] * MOST_A_TURN, SUBMIT)
     client.leave()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -94,7 +94,7 @@ async def test_whoever_leaves_in_a_flood_is_forgotten() -> None:
 
 async def test_garbage_late_in_a_flood_ends_the_connection() -> None:
     client = ConnectedClient(fake_node())
-    client.feed(frame(b"\x92\x01\x09") * MESSAGES_A_TURN + frame(b"\xc1") + frame(b"\x91\x02"))
+    client.feed(frame(b"\x92\x01\x09") * MOST_A_TURN + frame(b"\xc1") + frame(b"\x91\x02"))
     assert not client.transport.closed
     await asyncio.sleep(0)
     assert [goodbye.code for goodbye in client.transport.goodbyes] == ["protocol"]

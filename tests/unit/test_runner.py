@@ -23,7 +23,6 @@ from nodeserve.wire.messages import (
     PullKv,
     ReleaseKv,
     RequestFailed,
-    Shutdown,
     StepDone,
     ToWorker,
     pack_ids,
@@ -362,26 +361,6 @@ def test_a_busy_transfer_keeps_the_loop_awake() -> None:
     bench.transfer.busy = False
     bench.turn()
     assert bench.link.waits == [1.0]
-
-
-def test_a_shutdown_waits_for_the_steps_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
-    bench.decode(1)
-    bench.turn()
-    waited: list[int] = []
-    for number, launched in enumerate(bench.runner._launched):
-        monkeypatch.setattr(launched.flight, "result", lambda number=number: waited.append(number))
-    bench.link.inbox.append(Shutdown())
-    bench.runner.run()
-    assert waited == [0, 1]
-
-
-def test_a_step_that_failed_is_the_worker_s_end() -> None:
-    bench = Bench()
-    bench.decode(1)
-    bench.device.on_the_way[0].end([], RuntimeError("the device is gone"))
-    with pytest.raises(RuntimeError, match="gone"):
-        bench.turn()
 
 
 def test_a_rank_that_is_called_takes_part_without_work() -> None:
