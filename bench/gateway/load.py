@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import time
 from typing import Any, cast
 
-EVENT = b'"finish_reason":'  # once in each event of a token
+# In each event: tokens so far. So a token's time is known where an event brings several.
+COUNT = re.compile(rb'"completion_tokens":(\d+)')
 END = b"0\r\n\r\n"
 
 
@@ -21,10 +23,12 @@ class StreamClient(asyncio.Protocol):
 
     def __init__(self, number: int, num_tokens: int) -> None:
         self.number = number
-        self.times: list[float] = []
+        self.times: list[float] = []  # of each token
+        self.num_events = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         body = {"prompt": [number, 5, 6], "max_tokens": num_tokens, "ignore_eos": True}
-        self._request = post({**body, "stream": True})
+        options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+        self._request = post({**body, **options})
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -33,9 +37,10 @@ class StreamClient(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         at_s = time.perf_counter()
-        seen = self._tail + data
-        self.times += [at_s] * (seen.count(EVENT) - self._tail.count(EVENT))
-        self._tail = seen[-len(EVENT) :]
+        events, _, self._tail = (self._tail + data).rpartition(b"\n\n")
+        for count in COUNT.findall(events):
+            self.num_events += 1
+            self.times += [at_s] * (int(count) - len(self.times))
         if data.endswith(END):
             self._transport.close()
             self.done.set_result(None)

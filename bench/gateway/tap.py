@@ -16,7 +16,7 @@ MAX_FRAME_BYTES = 64 << 20
 
 
 class Tap:
-    """`times[number]` has one entry for each part of the answer to the prompt that begins with the
+    """`times[number]` has one entry for each token of the answer to the prompt that begins with the
     token id `number`."""
 
     def __init__(self, server: Path) -> None:
@@ -79,8 +79,8 @@ class _FromServer(asyncio.Protocol):
         for payload in self._reader.feed(data):
             message = TO_CLIENT.decode(payload)
             if type(message) is Tokens:
-                for request_id, _, _ in message.items:
-                    times[numbers[request_id]].append(at_s)
+                for request_id, token_ids, _ in message.items:
+                    times[numbers[request_id]] += [at_s] * (len(token_ids) // 4)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gateway.transport.close()
