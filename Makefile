@@ -135,7 +135,7 @@ gpu-wheels: venv
 	PYTHON=$(BIN)/python bench/gpu/bring_along.sh $(or $(FOR),3.12) $(BIN)/pip
 
 bench-smoke: venv
-	for name in ring handoff step coordinator policy window distserve gateway; do \
+	for name in ring handoff step coordinator policy window distserve gateway overload; do \
 	  timeout --foreground 300 $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
 	  || exit 1; done
 

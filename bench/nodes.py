@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from nodeserve import AsyncClient
-from nodeserve.cli.launch import start_process
+from nodeserve.cli.launch import start_process, tail
 from nodeserve.cli.progress import StartReport
 from nodeserve.config import EngineConfig
 from nodeserve.types import StartEvent
@@ -38,6 +39,9 @@ def running(config: EngineConfig) -> Iterator[Path]:
             asyncio.run(_stop(socket))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_LIMIT_S)
+        except BaseException:
+            print(f"the end of the server's log:\n{tail(Path(folder) / 'log')}", file=sys.stderr)
+            raise
         finally:
             process.kill()
             process.wait()

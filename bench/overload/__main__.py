@@ -109,7 +109,7 @@ async def measure(socket: str, args: argparse.Namespace) -> dict[str, object]:
         print(f"ceiling: the goodput at that load is {rate:.1f} requests/s, {GOAL:.0%} in time")
         print(f"\n{HEAD}", flush=True)
         samples, spans, _, late_before = await run.phases([Phase("capacity", rate, args.calm)])
-        found = [figures(spans[0], samples, SLO, SETTLE_S)]
+        found = [figures(spans[0], samples, SLO, min(SETTLE_S, args.calm / 4))]
         print(row(found[0]), flush=True)
         flood = Phase(f"{args.times:g} times", args.times * rate, args.seconds)
         after = Phase("a second later", rate, args.calm, AGAIN_S)
@@ -174,8 +174,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calm", type=float, default=CALM_S, help="seconds before and after")
     parser.add_argument("--capacity", type=float, metavar="RATE", help="known: no search")
     parser.add_argument("--processes", type=int, default=min(4, len(os.sched_getaffinity(0))))
+    parser.add_argument("--smoke", action="store_true", help="a tiny run: does it work?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the result there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.smoke:
+        args.seconds, args.times, args.calm, args.capacity = 2.0, 5.0, 2.0, 60.0
+    return args
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Line(asyncio.Protocol):
             for payload in self._reader.feed(data):
                 self._on_message(TO_CLIENT.decode(payload))
         except NodeServeError as error:
-            self.ledger.fault(f"no message: {error}")
+            self.ledger.fault(f"no message among {data[:64]!r}: {error}")
             self.hang_up()
 
     def _on_message(self, message: ToClient) -> None:

@@ -84,11 +84,16 @@ def event_writer(events_fd: int | None) -> Callable[[StartEvent], None]:
     """Sends events to the process that started us; the pipe is closed when we are ready."""
     assert events_fd is not None
     os.set_inheritable(events_fd, False)
+    watched = True
 
     def write(event: StartEvent) -> None:
+        nonlocal watched
+        if not watched:  # a worker starts again: the descriptor may be somebody else's by now
+            return
         with contextlib.suppress(BrokenPipeError):  # nobody watches any more: go on
             os.write(events_fd, json.dumps(asdict(event)).encode() + b"\n")
         if event.phase == "ready":
+            watched = False
             os.close(events_fd)
 
     return write

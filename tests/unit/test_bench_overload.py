@@ -97,7 +97,7 @@ def test_what_is_promised_is_met() -> None:
 @pytest.mark.parametrize(
     ("under", "words"),
     [
-        (phase(1000, 890, 20_000), "accepted ones in time"),
+        (phase(1100, 950, 20_000), "accepted ones in time"),
         (phase(890, 890, 20_000), "as many good ones"),
         (phase(1000, 950, 1000), "refused at once"),
         (phase(1000, 950, 20_000, refused_s=(0.001, 0.06)), "refused at once"),

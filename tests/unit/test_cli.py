@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from nodeserve import gpus as gpus_module
 from nodeserve.cli import launch, main
-from nodeserve.cli.launch import open_log
+from nodeserve.cli.launch import event_writer, open_log
 from nodeserve.cli.progress import BarPainter, StartReport
 from nodeserve.cli.settings import (
     ENGINE_HELP,
@@ -317,3 +317,24 @@ def test_hidden_gpus_stay_hidden(serve: FakeServe, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert run("start").exit_code == 0
     assert [gpu.index for gpu in serve.gpus.found] == [1]
+
+
+def test_events_after_the_start_go_nowhere() -> None:
+    """A worker that was started again told of its loading on a descriptor that was closed at
+    "ready": that ended the node, or wrote into the stream of a client that had its number."""
+    reading, writing = os.pipe()
+    tell = event_writer(writing)
+    tell(StartEvent("loading", 0, 1, 2, "weights"))
+    tell(StartEvent("ready", None, 1, 1, "socket"))
+    with os.fdopen(reading) as lines:
+        assert [json.loads(line)["phase"] for line in lines] == ["loading", "ready"]
+    other_reading, other_writing = os.pipe()
+    try:
+        assert writing in (other_reading, other_writing), "the number is given again"
+        tell(StartEvent("loading", 0, 1, 2, "weights"))
+        os.set_blocking(other_reading, False)
+        with pytest.raises(BlockingIOError):
+            os.read(other_reading, 1)
+    finally:
+        os.close(other_reading)
+        os.close(other_writing)
