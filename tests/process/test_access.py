@@ -52,7 +52,7 @@ def open_folder() -> Iterator[Path]:
     ],
 )
 async def test_other_users_are_let_in_only_if_they_may(
-    nodes: Nodes, connect: Connect, open_folder: Path, settings: dict[str, str], answer: str
+    open_folder: Path, nodes: Nodes, connect: Connect, settings: dict[str, str], answer: str
 ) -> None:
     node = nodes.start(layout="1m", socket=open_folder / "node.sock", **settings)
     told = await asyncio.to_thread(as_nobody, node.socket)
