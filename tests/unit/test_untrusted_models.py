@@ -301,7 +301,7 @@ def test_token_types_of_another_type_are_ignored_for_the_shape(
 @pytest.mark.parametrize("metadata", [gpt2_metadata, sentencepiece_metadata])
 def test_tokens_and_templates_are_bounded(tmp_path: Path, metadata: Any) -> None:
     """The ways to cut a SentencePiece token in two are as many as its characters, and each is a
-    copy: one of a megabyte took an hour."""
+    copy."""
     whole = metadata()
     tokens = whole["tokenizer.ggml.tokens"]
     write_gguf(tmp_path / "m.gguf", {**whole, "tokenizer.ggml.tokens": [*tokens[:-1], "x" * 5000]})
