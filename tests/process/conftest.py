@@ -89,8 +89,8 @@ class Nodes:
 
 def audit(node: RunningNode) -> tuple[str, ...]:
     """After every test: blocks, requests and records of a node that still runs add up."""
-    if not node.is_ready or node.process.poll() is not None:
-        return ()
+    if not node.is_ready or node.process.poll() is not None or not node.socket.exists():
+        return ()  # or it is about to end, or its folder went before it
     try:
         with Client(node.socket, connect_timeout_s=5.0) as client:
             return client.audit().problems
