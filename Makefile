@@ -9,11 +9,11 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 
 .PHONY: help venv build demo check static unit-tests process-tests test slow-tests
 .PHONY: reference-tests kernel-tests
-.PHONY: format sanitize model bench clean
+.PHONY: format sanitize model fuzz bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
-.PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-overload peers bench-peers
-.PHONY: soak
+.PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
+.PHONY: peers bench-peers soak
 
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
+	@echo "             bench-gateway (OpenAI's HTTP API over simulated workers)"
 	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
 	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
 	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
@@ -30,6 +31,7 @@ help:
 	@echo "make gpu-check what a GPU must show, in one run; gpu-wheels: packages for a machine without net"
 	@echo "make sanitize  the ring under the thread and address sanitizers"
 	@echo "make model     the ring's doorbells under the model checker spin, if it is installed"
+	@echo "make fuzz      FUZZ_SECONDS=60 for each target (15 minutes); FUZZ='gguf ring' for some of them"
 	@echo "make venv    only the virtual environment in $(VENV)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -91,12 +93,17 @@ model:
 	csrc/ring/model.sh
 
 bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
-  bench-goodput: bench-%: venv
+  bench-goodput bench-gateway: bench-%: venv
 	$(BIN)/python -m bench.$*
 
 # The window's arms against real processes in real time, each for some seconds.
 bench-window-live: venv
 	$(BIN)/python -m bench.window_live
+
+# Its tools go below build/fuzz; a target whose tool is not to be had is skipped, with the reason.
+FUZZ_SECONDS ?= 60
+fuzz: venv
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 # A node of simulated GPUs under 20 times its capacity for so many seconds.
 OVERLOAD_SECONDS ?= 120
@@ -116,7 +123,7 @@ bench-peers: venv
 	$(BIN)/python -m bench.peers $(ARGS)
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
-bench: bench-window-live bench-distserve bench-goodput bench-overload
+bench: bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
 
 # Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
 # is: no virtual environment, nothing downloaded; gpu-wheels fetches beforehand what that one lacks.
@@ -128,7 +135,7 @@ gpu-wheels: venv
 	PYTHON=$(BIN)/python bench/gpu/bring_along.sh $(or $(FOR),3.12) $(BIN)/pip
 
 bench-smoke: venv
-	for name in ring handoff step coordinator policy window distserve overload; do \
+	for name in ring handoff step coordinator policy window distserve gateway overload; do \
 	  timeout --foreground 300 $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
 	  || exit 1; done
 

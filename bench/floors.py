@@ -19,16 +19,28 @@ def layer_weights(config: ModelConfig) -> int:
     return config.num_layers * sum(n * k for n, k in linear_shapes(config))
 
 
-def step_bytes(config: ModelConfig, dtype_bytes: int, num_visible: int) -> int:
-    """Weights and the KV of all visible tokens, each read once."""
-    weights = layer_weights(config) + config.vocab_size * config.hidden_size
-    return weights * dtype_bytes + num_visible * config.kv_bytes_per_token(dtype_bytes)
+def head_weights(config: ModelConfig) -> int:
+    return config.vocab_size * config.hidden_size
+
+
+def weight_bytes(config: ModelConfig, layer_bytes: float, head_bytes: float) -> int:
+    """Of all linears, from the bytes that a value takes in the layers and in the head."""
+    return int(layer_weights(config) * layer_bytes + head_weights(config) * head_bytes)
+
+
+def step_bytes(
+    config: ModelConfig, dtype_bytes: int, num_visible: int, weights: int | None = None
+) -> int:
+    """Weights (of the dtype unless given) and the KV of all visible tokens, each read once."""
+    if weights is None:
+        weights = weight_bytes(config, dtype_bytes, dtype_bytes)
+    return weights + num_visible * config.kv_bytes_per_token(dtype_bytes)
 
 
 def step_flops(config: ModelConfig, num_tokens: int, num_logits: int, num_pairs: int) -> int:
     """num_pairs: (query token, visible token) pairs over all sequences."""
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_pairs
-    head = num_logits * config.vocab_size * config.hidden_size
+    head = num_logits * head_weights(config)
     return 2 * (num_tokens * layer_weights(config) + head + attention)
 
 

@@ -12,6 +12,10 @@ and random weights, as shares of two floors:
 Decode is quoted against the bytes, prefill against the compute; the larger of both is the physical
 limit. Times are the best of several repeats (the machine is shared), per thread count and dtype.
 Python's share is the time of a step outside native calls.
+
+Decodes of few rows are also measured with the weights of a GGUF file, 4 bits in the layers (Q4_1)
+and 8 in the head (Q8_0): the bytes are those that a step really reads, and `to_dense` is its time
+over that of the same step from dense weights.
 """
 
 import argparse
@@ -20,17 +24,19 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from bench.floors import causal_pairs, linear_shapes, step_bytes, step_flops
+from bench.random_weights import dense_weights, quantised_bytes, quantised_weights
 from bench.report import emit
 from nodeserve import _host
 from nodeserve.config import ModelConfig
 from nodeserve.model import kv, llama, rotary
 from nodeserve.model.inputs import StepInputs
-from nodeserve.model.ops_cpu import Arena, CpuCache, CpuOps
+from nodeserve.model.ops_cpu import DTYPE_NAMES, Arena, CpuCache, CpuOps
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -49,6 +55,7 @@ MODEL = ModelConfig(
 BLOCK_SIZE = 16
 READ_BYTES = 256 << 20
 CONTEXT = 256
+FEW = 4  # rows that still wait for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +77,11 @@ class Step:
 
     name: str
     dtype: str
+    weights: str  # "dense", or "quantised" as in a GGUF file
     num_threads: int
     ms: float
+    num_bytes: int
+    gb_s: float
     tokens_per_s: float
     bytes_floor_ms: float
     compute_floor_ms: float
@@ -136,24 +146,6 @@ def onednn_gemm(dtype: torch.dtype, num_threads: int, rows: int, repeats: int) -
 # -- steps ----------------------------------------------------------------------------------------
 
 
-def random_weights(name: str) -> torch.Tensor:
-    config, kind = MODEL, name.rsplit(".", 2)[-2]
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
-        "embed_tokens": (config.vocab_size, config.hidden_size),
-        "q_proj": (heads, config.hidden_size),
-        "k_proj": (kv_heads, config.hidden_size),
-        "v_proj": (kv_heads, config.hidden_size),
-        "o_proj": (config.hidden_size, heads),
-        "gate_proj": (config.intermediate_size, config.hidden_size),
-        "up_proj": (config.intermediate_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.intermediate_size),
-    }
-    if kind not in shapes:
-        return torch.ones(config.hidden_size)
-    return torch.randn(shapes[kind]) * 0.03
-
-
 def inputs_of(num_seqs: int, num_new: int, context: int) -> StepInputs:
     """`num_seqs` sequences, each with its last `num_new` tokens of `context` in this step."""
 
@@ -208,18 +200,32 @@ class Bench:
         return found
 
     def steps(self, ceilings: Ceilings) -> list[Step]:
-        model = llama.build(MODEL, random_weights, self.ops)
+        model = llama.build(MODEL, partial(dense_weights, MODEL), self.ops)
         cache = make_cache(self.ops, 32 * CONTEXT)
-        batches, prompts = ((1, 16), (128,)) if self.smoke else ((1, 8, 16, 32), (128, 512, 1024))
+        batches = (1, FEW, 16) if self.smoke else (1, FEW, 8, 16, 32)
+        prompts = (128,) if self.smoke else (128, 512, 1024)
         kinds = [(f"decode {n} x {CONTEXT}", n, 1, CONTEXT) for n in batches]
         kinds += [(f"prefill {n}", 1, n, n) for n in prompts]
-        return [self.step(model, cache, ceilings, *kind) for kind in kinds]
+        return [self.step(model, cache, ceilings, "dense", *kind) for kind in kinds]
+
+    def quantised_steps(self, ceilings: Ceilings) -> list[Step]:
+        """Decodes of few enough rows that the kernels read quantised weights."""
+        most = self.ops.engine.quantised_rows(DTYPE_NAMES[self.ops.dtype])
+        if most == 0:
+            return []
+        model = llama.build(
+            MODEL, partial(quantised_weights, MODEL, dtype=self.ops.dtype), self.ops
+        )
+        cache = make_cache(self.ops, FEW * CONTEXT)
+        kinds = [(f"decode {n} x {CONTEXT}", n, 1, CONTEXT) for n in (1, FEW) if n <= most]
+        return [self.step(model, cache, ceilings, "quantised", *kind) for kind in kinds]
 
     def step(
         self,
         model: llama.Llama,
         cache: CpuCache,
         ceilings: Ceilings,
+        weights: str,
         name: str,
         num_seqs: int,
         num_new: int,
@@ -236,11 +242,13 @@ class Bench:
                 best, python = seconds, 1 - (engine.busy_seconds - busy) / seconds
         pairs = num_seqs * causal_pairs(num_new, context)
         flops = step_flops(MODEL, num_seqs * num_new, num_seqs, pairs)
-        num_bytes = step_bytes(MODEL, self.ops.dtype.itemsize, num_seqs * context)
+        few = quantised_bytes(MODEL) if weights == "quantised" else None
+        num_bytes = step_bytes(MODEL, self.ops.dtype.itemsize, num_seqs * context, few)
         by_bytes = num_bytes / ceilings.read_gb_s / 1e9
         by_flops = flops / ceilings.gemm_gflop_s / 1e9
         print(
-            f"{self.where}  {name:15} {1e3 * best:7.2f} ms  {num_seqs * num_new / best:7.0f} tok/s"
+            f"{self.where}  {name:15} {weights:9} {1e3 * best:7.2f} ms  "
+            f"{num_seqs * num_new / best:7.0f} tok/s  {num_bytes / best / 1e9:4.1f} GB/s"
             f"   bytes floor {1e3 * by_bytes:6.2f} ms ({by_bytes / best:4.0%})"
             f"   compute floor {1e3 * by_flops:7.2f} ms ({by_flops / best:4.0%})"
             f"   larger {max(by_bytes, by_flops) / best:4.0%}   Python {python:.1%}"
@@ -248,8 +256,11 @@ class Bench:
         return Step(
             name,
             self.dtype,
+            weights,
             engine.num_threads,
             1e3 * best,
+            num_bytes,
+            num_bytes / best / 1e9,
             num_seqs * num_new / best,
             1e3 * by_bytes,
             1e3 * by_flops,
@@ -280,6 +291,24 @@ class Bench:
         return {"us_per_layer": layer_us, "gb_s": rate}
 
 
+def to_dense(steps: list[Step]) -> dict[str, float]:
+    """Times of quantised steps over those of the same steps from dense weights, by kind."""
+    dense = {
+        (step.name, step.dtype, step.num_threads): step.ms
+        for step in steps
+        if step.weights == "dense"
+    }
+    ratios = {
+        f"{step.name}, {step.dtype}, {step.num_threads} threads": step.ms
+        / dense[step.name, step.dtype, step.num_threads]
+        for step in steps
+        if step.weights == "quantised"
+    }
+    for name, ratio in ratios.items():
+        print(f"{name}: quantised takes {ratio:.0%} of dense")
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--smoke", action="store_true", help="few, short measurements")
@@ -300,6 +329,7 @@ def main() -> None:
     del data
     pairs = list(zip(benches, ceilings, strict=True))
     steps = [step for bench, limits in pairs for step in bench.steps(limits)]
+    steps += [step for bench, limits in pairs for step in bench.quantised_steps(limits)]
     attention = [bench.attention(limits, 16) for bench, limits in pairs]
     results = [
         {"dtype": bench.dtype, "num_threads": bench.ops.engine.num_threads, **asdict(limits)}
@@ -311,6 +341,7 @@ def main() -> None:
             "isa": _host.cpu_isa(),
             "ceilings": results,
             "steps": [asdict(step) for step in steps],
+            "to_dense": to_dense(steps),
             "attention_16x256": attention,
         }
     )

@@ -156,8 +156,9 @@ void bind_engine(py::module_& module) {
     module.def(
         "cpu_quantised_bytes",
         [](const std::string& storage, int64_t n, int64_t k, const std::string& epilogue) {
-            require(n >= 1 && k >= 1, "n and k must be at least 1");
-            return quantised_bytes(storage_named(storage), n, k, epilogue_named(epilogue));
+            const Storage wanted = storage_named(storage);
+            require_quantised(wanted, n, k);
+            return quantised_bytes(wanted, n, k, epilogue_named(epilogue));
         },
         py::arg("storage"), py::arg("n"), py::arg("k"), py::arg("epilogue"));
     module.def(

@@ -75,7 +75,7 @@ struct F32 {
     static constexpr int kDepth = 1;
     static constexpr int kRows = NS_F32_ROWS;
     static constexpr int kLinearRows = NS_F32_LINEAR_ROWS;
-    static constexpr int kQuantisedRows = NS_SIMD == 512 ? 8 : 0;
+    static constexpr int kQuantisedRows = NS_SIMD == 512 ? 4 : 0;
     static INLINE Vec weights(const Weight* p) { return load(p); }
     static INLINE Vec act(const Act* p) { return splat(*p); }
     static INLINE Vec last_act(const Act* p) { return splat(*p); }

@@ -17,6 +17,12 @@ void require_whole_groups(Storage storage, int64_t k) {
 
 }  // namespace
 
+void require_quantised(Storage storage, int64_t n, int64_t k) {
+    require(storage != Storage::NONE, "storage must be q4, q4_f32 or q8");
+    require(n >= 1 && k >= 1, "n and k must be at least 1");
+    require_whole_groups(storage, k);
+}
+
 Engine::Engine(int num_threads, std::vector<int> cpus, const std::string& isa)
     : team(num_threads, std::move(cpus)),
       kernels(kernels_named(isa)),
@@ -42,9 +48,9 @@ Linear::Linear(EnginePtr engine, Dtype dtype, LinearParams params)
     const Storage storage = params.quantised.storage;
     require((storage == Storage::NONE) == (params.quantised.groups == nullptr),
             "quantised must be null with storage none, and only there");
+    require_whole_groups(storage, params.k);
     require(storage == Storage::NONE || engine_->kernels.quantised_rows(dtype) > 0,
             "storage must be none: these kernels read no quantised weight of this dtype");
-    require_whole_groups(storage, params.k);
     num_shares_ = num_panels(params.n, params.epilogue);
 }
 
@@ -155,12 +161,10 @@ void pack(Engine& engine, const PackParams& params) {
 }
 
 void pack_quantised(Engine& engine, const PackQuantisedParams& params) {
+    require_quantised(params.storage, params.n, params.k);
     require(params.q != nullptr && params.scale != nullptr && params.out != nullptr,
             "q, scale and out must not be null");
     require((params.low == nullptr) == (params.storage == Storage::Q8), "low must be null for q8, and only there");
-    require(params.n >= 1 && params.k >= 1, "n and k must be at least 1");
-    require(params.storage != Storage::NONE, "storage must be q4, q4_f32 or q8");
-    require_whole_groups(params.storage, params.k);
     const int64_t panels = num_panels(params.n, params.epilogue);
     engine.share(panels, true, [&](int64_t first, int64_t last) {
         pack_quantised_panels(params, first, last);

@@ -100,6 +100,8 @@ class Attention {
     int64_t max_position_;
 };
 
+// Throws unless a weight of this shape can be packed so.
+void require_quantised(Storage storage, int64_t n, int64_t k);
 void pack(Engine& engine, const PackParams& params);
 void pack_quantised(Engine& engine, const PackQuantisedParams& params);
 

@@ -66,21 +66,33 @@ void put_scale(char* to, float scale, Storage storage) {
     }
 }
 
-// One column's integers of one group; `to` is the group, all zero before its first column.
-void put_integers(const PackQuantisedParams& p, const uint8_t* from, char* to, int64_t column) {
-    const int64_t depth = depth_of(p.dtype), width = kPanel * depth;
-    for (int64_t i = 0; i < kScaled; ++i) {
-        const int64_t step = i / depth, place = column * depth + i % depth;
-        if (p.storage == Storage::Q8) {
-            to[(step / 4 * width + place) * 4 + step % 4] = static_cast<char>(from[i] ^ 0x80);
-            continue;
-        }
-        char* const word = to + (step / 8 * width + place) * 4;
-        uint32_t nibbles;
-        std::memcpy(&nibbles, word, sizeof nibbles);
-        nibbles |= (from[i] & 15u) << (step % 2 * 16 + step % 8 / 2 * 4);
-        std::memcpy(word, &nibbles, sizeof nibbles);
+// The integers of the steps that share a word, `stride` bytes apart.
+uint32_t word_of_4_bits(const uint8_t* from, int64_t stride) {
+    uint32_t word = 0;
+    for (int j = 0; j < 4; ++j) {
+        word |= (from[2 * j * stride] & 15u) << 4 * j;
+        word |= (from[(2 * j + 1) * stride] & 15u) << (16 + 4 * j);
     }
+    return word;
+}
+
+uint32_t word_of_8_bits(const uint8_t* from, int64_t stride) {
+    uint32_t word = 0;
+    for (int j = 0; j < 4; ++j) word |= (from[j * stride] ^ 0x80u) << 8 * j;
+    return word;
+}
+
+// One column's integers of one group.
+template <int kDepth>
+void put_integers(Storage storage, const uint8_t* from, char* group, int64_t column) {
+    const bool bytes = storage == Storage::Q8;
+    const int steps = bytes ? 4 : 8;
+    for (int i = 0; i < kScaled / kDepth / steps; ++i, from += steps * kDepth)
+        for (int half = 0; half < kDepth; ++half) {
+            const uint32_t word =
+                bytes ? word_of_8_bits(from + half, kDepth) : word_of_4_bits(from + half, kDepth);
+            std::memcpy(group + ((i * kPanel + column) * kDepth + half) * 4, &word, sizeof word);
+        }
 }
 
 // One group of a panel: 32 columns by 32 of k.
@@ -91,7 +103,9 @@ void pack_group(const PackQuantisedParams& p, int64_t panel, int64_t group, char
     for (int64_t c = 0; c < kPanel; ++c) {
         const int64_t row = source_row(p, panel * kPanel + c);
         if (row < 0) continue;
-        put_integers(p, p.q + row * p.k + group * kScaled, out, c);
+        const uint8_t* const q = p.q + row * p.k + group * kScaled;
+        if (p.dtype == Dtype::BF16) put_integers<2>(p.storage, q, out, c);
+        else put_integers<1>(p.storage, q, out, c);
         put_scale(scales + c * scale_bytes, p.scale[row * groups + group], p.storage);
         if (p.low) put_scale(scales + (kPanel + c) * scale_bytes, p.low[row * groups + group], p.storage);
     }

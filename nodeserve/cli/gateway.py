@@ -115,6 +115,8 @@ def beside(config: EngineConfig) -> Iterator[list[str]]:
                 raise ConfigError(f"--{name.replace('_', '-')} is for gateways: give --http too")
         yield []
         return
+    if config.http_workers < 1:
+        raise ConfigError(f"--http-workers {config.http_workers}: at least 1 is needed")
     path = None if config.api_key_file is None else Path(config.api_key_file)
     keys = read_keys(path, os.environ.get(API_KEY))
     arguments = [f"--socket={config.socket}", f"--stop-timeout={STOP_S}"]

@@ -104,7 +104,7 @@ class AsyncClient:
         self.socket_path: Path = find_socket(socket_path, os.environ)
         self._connect_timeout_s = connect_timeout_s
         self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._attempt: asyncio.Task[Connection] | None = None
         self._tokenizer: Tokenizer | None = None
         self._loading = asyncio.Lock()
 
@@ -265,15 +265,30 @@ class AsyncClient:
         return bool(done)
 
     async def connection(self) -> Connection:
-        """The connection, made or made again when needed. For code that speaks the protocol."""
-        async with self._connecting:
-            if self._connection is None or not self._connection.usable:
-                self._connection = await connect(self.socket_path, self._connect_timeout_s)
+        """The connection, made or made again when needed. For code that speaks the protocol.
+
+        Whoever needs one while it is being made waits for the same attempt and has its outcome: a
+        server that does not answer costs many callers the timeout once and not one after another.
+        """
+        if self._connection is not None and self._connection.usable:
             return self._connection
+        if self._attempt is None:
+            self._attempt = asyncio.create_task(self._connect())
+            self._attempt.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(self._attempt)  # a caller that leaves takes it from nobody
+
+    async def _connect(self) -> Connection:
+        try:
+            self._connection = await connect(self.socket_path, self._connect_timeout_s)
+            return self._connection
+        finally:
+            self._attempt = None
 
     async def tokenizer(self) -> Tokenizer:
         """The served model's tokenizer, loaded when first needed."""
         location = (await self.connection()).server["tokenizer"]
+        if self._tokenizer is not None and self._tokenizer.location == location:
+            return self._tokenizer
         async with self._loading:
             if self._tokenizer is None or self._tokenizer.location != location:
                 self._tokenizer = await asyncio.to_thread(Tokenizer.load, location)

@@ -247,6 +247,7 @@ class Fleet:
         ranks = self._ranks(instance)
         for link in ranks:
             link.state, link.restart_at_s = RESTARTING, self._clock() + wait_s
+        logger.warning("instance %d starts again in %.1f s", instance, wait_s)
         await asyncio.sleep(wait_s)
         for link in ranks:
             if link.process is not None:
@@ -294,7 +295,7 @@ class Fleet:
     async def _bring_up(self, ranks: Sequence[WorkerLink]) -> None:
         """Returns when these are ready and all pages are mapped that these may read, or that others
         may read of these."""
-        await asyncio.gather(*(link.ready for link in ranks))
+        await asyncio.wait([link.ready for link in ranks])  # a gather's end would end them too
         waiting = [reader.attach(owner) for reader, owner in self._readers(ranks) if owner.alive]
         for link in self.links:
             if link.attaching:

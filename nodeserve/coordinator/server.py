@@ -131,6 +131,8 @@ class Server:
         self.ending.failed = bool(self.fleet.taken_out)
         if self.error is not None:
             logger.error("stopped: %s", self.error)
+        for instance in self.fleet.taken_out:
+            logger.error("instance %d was taken out, see above", instance)
         return self.ending.code
 
     @property

@@ -310,6 +310,8 @@ async def short_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
 
 def describe_exit(code: int) -> str:
     """A process's end in words."""
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL, by hand or for want of memory"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"

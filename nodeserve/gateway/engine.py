@@ -43,14 +43,6 @@ class Engine:
         """What the server says of itself now; ConnectionLost when it does not answer."""
         return await self.client.health(CHECK_TIMEOUT_S)
 
-    async def stats(self) -> dict[str, Any] | None:
-        """The node's state (docs/protocol.md, Stats); None when the server does not answer."""
-        try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                return await self.client.stats()
-        except (NodeServeError, TimeoutError):
-            return None
-
     async def check_model(self, name: str | None) -> str:
         """The served model's name, which `name` must be if it is given."""
         served: str = (await self.about())["model"]
@@ -61,6 +53,14 @@ class Engine:
 
     async def tokenizer(self) -> Tokenizer:
         return await self.client.tokenizer()
+
+    async def stats(self) -> dict[str, Any] | None:
+        """The node's state (docs/protocol.md, Stats); None when the server does not answer."""
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await self.client.stats()
+        except (NodeServeError, TimeoutError):
+            return None
 
     async def prompts(self, asked: Asked) -> list[Prompt]:
         """Token ids of what is asked, by the tokenizer and the chat template if there is text."""

@@ -34,7 +34,6 @@ BUCKETS_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit 
 SECONDS = {  # vLLM's name: what it is
     "time_to_first_token_seconds": "From a request's arrival to its first token.",
     "inter_token_latency_seconds": "Between tokens, as they are sent.",
-    "time_per_output_token_seconds": "As inter_token_latency_seconds, which replaced it.",
     "request_time_per_output_token_seconds": "(End - first token) / (tokens - 1), of a request.",
     "e2e_request_latency_seconds": "From a request's arrival to its last token.",
     "request_queue_time_seconds": "Until the first pass that has some of its prompt.",
@@ -42,6 +41,8 @@ SECONDS = {  # vLLM's name: what it is
     "request_decode_time_seconds": "From its first token to its last.",
     "request_inference_time_seconds": "Prefill and decode together.",
 }
+# The same under the name that it had before, which is on many boards still.
+GAP_NAME, OLD_GAP_NAME = b"vllm:inter_token_latency_seconds", b"vllm:time_per_output_token_seconds"
 TOKENS = {
     "request_prompt_tokens": "Tokens of a prompt.",
     "request_generation_tokens": "Tokens of an answer.",
@@ -92,11 +93,13 @@ class Meters:
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
-        if SHARED_METERS not in os.environ:
-            return generate_latest(self._registry)
-        everybodys = CollectorRegistry()
-        MultiProcessCollector(everybodys)  # type: ignore[no-untyped-call]
-        return generate_latest(everybodys)
+        registry = self._registry
+        if SHARED_METERS in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        text = generate_latest(registry)
+        gaps = [line for line in text.splitlines(keepends=True) if GAP_NAME in line]
+        return text + b"".join(gaps).replace(GAP_NAME, OLD_GAP_NAME)
 
 
 class ModelMeters:
@@ -106,7 +109,6 @@ class ModelMeters:
         labels = (model, ENGINE)
         self.seconds = {n: meters.histograms[n].labels(*labels) for n in (*SECONDS, *TOKENS)}
         self.gap = self.seconds["inter_token_latency_seconds"]
-        self.old_gap = self.seconds["time_per_output_token_seconds"]
         self.prompt_tokens = meters.prompt_tokens.labels(*labels)
         self.output_tokens = meters.output_tokens.labels(*labels)
         self.preemptions = meters.preemptions.labels(*labels)
@@ -140,7 +142,6 @@ class Reading:
             now_s = time.perf_counter()
             if self._num_tokens:
                 self._meters.gap.observe(now_s - self._last_s)
-                self._meters.old_gap.observe(now_s - self._last_s)
             else:
                 self._first_s = now_s
                 self._observe("time_to_first_token_seconds", now_s - self._began_s)

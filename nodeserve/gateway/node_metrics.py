@@ -24,6 +24,7 @@ WORKER_COUNTERS = {
     "tokens": ("tokens", "Tokens sampled."),
     "handoffs": ("handoffs", "Requests whose pages it fetched."),
     "handoff_bytes": ("handoff_bytes", "Bytes of these."),
+    "restarts": ("restarts", "Its starts after the first."),
 }
 
 

@@ -81,12 +81,12 @@ class Shape(ABC):
         if not self.asked.continuous_usage:
             return words + self._tail
         usage = Usage(len(choice.prompt.ids), choice.num_tokens)
-        return f'{words}],"usage":{compact(usage_object(usage))}}}\n\n'
+        return f'{words}],"usage":{usage_json(usage)}}}\n\n'
 
     def usage_event(self, choices: Sequence[Choice], num_tokens: int) -> bytes:
         """The last event of a stream that asked for it."""
-        usage = compact(usage_object(Usage(num_prompt_tokens(choices), num_tokens)))
-        return f'{self._head}],"usage":{usage}}}\n\n'.encode()
+        usage = Usage(num_prompt_tokens(choices), num_tokens)
+        return f'{self._head}],"usage":{usage_json(usage)}}}\n\n'.encode()
 
     @abstractmethod
     def first(self, choice: Choice) -> str:
@@ -190,6 +190,13 @@ class ChatShape(Shape):
         self, texts: TokenTexts, choice: Choice, ids: list[int], entries: list[TokenLogprobs]
     ) -> dict[str, Any]:
         return chat_logprobs(texts, ids, entries)
+
+
+def usage_json(usage: Usage) -> str:
+    """As usage_object, for events: it may be in each."""
+    prompt, done = usage.prompt_tokens, usage.completion_tokens
+    sums = f'"completion_tokens":{done},"total_tokens":{prompt + done}'
+    return f'{{"prompt_tokens":{prompt},{sums}}}'
 
 
 def usage_object(usage: Usage) -> dict[str, int]:

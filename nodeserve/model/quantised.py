@@ -70,7 +70,7 @@ def _is_plain(q: torch.Tensor, scale: torch.Tensor) -> bool:
     q [num_blocks, 32], scale [num_blocks, 1]
     """
     positive = (scale > 0) & scale.isfinite()
-    nothing = ~(q.any(dim=1, keepdim=True) | (scale != 0) | scale.signbit())
+    nothing = ~((q != 0).any(dim=1, keepdim=True) | (scale != 0) | scale.signbit())
     return bool((positive | nothing).all())
 
 

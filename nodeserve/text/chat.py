@@ -24,8 +24,12 @@ Message = Mapping[str, Any]
 TIME_S = 2.0  # of computing, for one rendering; a large conversation takes some milliseconds
 MEMORY_BYTES = 512 << 20  # beside what jinja2 itself takes
 MAX_CHARACTERS = 16 << 20  # of a rendered prompt
+MAX_REQUEST_CHARACTERS = 6 * MAX_CHARACTERS  # of messages and variables as JSON
 PATIENCE_S = 60.0  # by the clock: the process may get no core, or its pages from a disk
+END_S = 5.0  # for a process that has closed its pipes
 _PROGRAM = Path(__file__).with_name("renderer.py")
+# What Python needs to start and to write dates; the rest of it is nothing for a template.
+_ENVIRONMENT = ("PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_TIME", "TZ")
 _LENGTH_BYTES = 4
 _MAX_REPLY_BYTES = 4 * MAX_CHARACTERS + 1
 
@@ -55,6 +59,11 @@ class ChatTemplate:
             request = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as problem:
             raise InvalidRequest(f"messages and variables must be as in JSON: {problem}") from None
+        if len(request) > MAX_REQUEST_CHARACTERS:
+            raise InvalidRequest(
+                f"the conversation has {len(request)} characters as JSON, at most"
+                f" {MAX_REQUEST_CHARACTERS} are taken"
+            )
         with self._lock:
             return self._running().render(request)
 
@@ -76,7 +85,11 @@ class _Renderer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
+        assert self._process.stdout is not None
+        self._poll = select.poll()
+        self._poll.register(self._process.stdout, select.POLLIN)
         self._end = weakref.finalize(self, _end, self._process, self._pid)
         kind, text = self._ask(source)
         if kind == "i":
@@ -124,7 +137,7 @@ class _Renderer:
         assert self._process.stdout is not None
         file, data = self._process.stdout, bytearray()
         while len(data) < num_bytes:
-            if not select.select([file], [], [], max(0.0, give_up_s - time.monotonic()))[0]:
+            if not self._poll.poll(1e3 * max(0.0, give_up_s - time.monotonic())):
                 raise ModelError(f"the model's chat template did not end in {PATIENCE_S:g} s")
             if not (part := file.read(num_bytes - len(data))):
                 raise self._ended()
@@ -132,7 +145,11 @@ class _Renderer:
         return bytes(data)
 
     def _ended(self) -> ModelError:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:  # it only closed its pipes
+            self._process.kill()
+            code = self._process.wait()
         if code == -Signals.SIGPROF:
             return ModelError(
                 f"the model's chat template did not end in {TIME_S:g} s of computing: it cannot be"

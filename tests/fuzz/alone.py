@@ -20,7 +20,7 @@ from tests.fuzz.targets import TARGETS
 MEMORY_BYTES = (
     12 << 30
 )  # of addresses: an input that asks for all memory is found, and hurts nobody
-EXAMPLES = 40  # between two looks at the clock
+EXAMPLES = 10  # between two looks at the clock
 STEPS = 50
 
 

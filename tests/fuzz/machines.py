@@ -2,8 +2,8 @@
 
 The coordinator, its policies and the incoming half of every connection are real; workers and
 transports are in memory (tests/fakes). `LifeMachine` is about requests: any mixture of submits,
-aborts, departures of clients and workers, and steps, under any policy. `WireMachine` adds bytes:
-frames cut anywhere, frames that are none, readers that stop.
+aborts, clients that leave, workers that are lost and come back, and steps, under any policy.
+`WireMachine` adds bytes: frames cut anywhere, frames that are none, readers that stop.
 
 At the end every request that a client sent while it was there has ended exactly once, with the
 right tokens or a typed error, and nobody holds a block.
@@ -191,15 +191,25 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(num=st.integers(1, 200))
     def go_on(self, num: int) -> None:
         for _ in range(num):
-            self.inside(lambda: self.node.act(self.random))
+            self.inside(self.act)
+
+    def act(self) -> None:
+        if any(not one.lost for one in self.node.workers):
+            self.node.act(self.random)
+        else:
+            self.node.now += 0.001
+            self.node.turn()
 
     @rule(which=st.integers(0, 9))
     def lose_a_worker(self, which: int) -> None:
-        """But not the last one of its role."""
-        alive = [one for one in self.node.workers if not one.lost]
-        victim = alive[which % len(alive)]
-        if sum(one.link.role is victim.link.role for one in alive) > 1:
-            self.inside(lambda: self.node.lose(victim))
+        """The last one of its role, or of all, as well: whoever is left stands in."""
+        if alive := [one for one in self.node.workers if not one.lost]:
+            self.inside(lambda: self.node.lose(alive[which % len(alive)]))
+
+    @rule(which=st.integers(0, 9))
+    def start_again(self, which: int) -> None:
+        if lost := [one for one in self.node.workers if one.lost]:
+            self.inside(lambda: self.node.restart(lost[which % len(lost)].link.instance))
 
     @invariant()
     def pools_add_up(self) -> None:
@@ -222,6 +232,8 @@ class NodeMachine(RuleBasedStateMachine):
         for person in self.people:
             if person.paused and person.open:
                 person.client.connection.resume_writing()
+        for worker in [one for one in self.node.workers if one.lost]:
+            self.node.restart(worker.link.instance)
         self.node.run_to_idle(self.random)
         for person in self.people:
             if person.open:

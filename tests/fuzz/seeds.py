@@ -24,7 +24,8 @@ CODERS: dict[str, Any] = {
     "TO_WORKER": TO_WORKER,
     "FROM_WORKER": FROM_WORKER,
 }
-HELLO = frame(TO_CLIENT.encode(Hello(PROTOCOL_VERSION, {"max_frame_bytes": 1 << 22})))
+_ABOUT = {"model": "m", "tokenizer": "/t", "max_model_len": 9, "vocab_size": 9, "pid": 1}
+HELLO = frame(TO_CLIENT.encode(Hello(PROTOCOL_VERSION, {**_ABOUT, "max_frame_bytes": 1 << 22})))
 
 
 def messages() -> list[bytes]:
@@ -53,6 +54,20 @@ def to_server() -> list[bytes]:
     """What a client may send."""
     whole = [frame(TO_SERVER.encode(message)) for message in SAMPLES["TO_SERVER"]]
     return [b"".join(whole), *whole]
+
+
+def bodies() -> list[bytes]:
+    """Of HTTP requests."""
+    common = {"model": "m", "max_tokens": 5, "temperature": 0.5, "stop": ["x"], "stream": True}
+    more = {"logit_bias": {"5": 1.0}, "stream_options": {"include_usage": True}, "seed": 7, "n": 2}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    asked: list[dict[str, Any]] = [
+        {"prompt": "hello", **common, "logprobs": 2},
+        {"prompt": [[1, 2], [3]], **common, **more, "echo": False},
+        {"messages": messages, **common, "logprobs": True, "top_logprobs": 2},
+        {"messages": messages, **more, "tools": [], "slo": {"ttft_ms": 5}, "priority": 1},
+    ]
+    return [json.dumps(one).encode() for one in asked]
 
 
 def layouts() -> list[bytes]:

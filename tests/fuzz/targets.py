@@ -5,9 +5,11 @@ at as its users would.
 """
 
 import asyncio
+import atexit
 import contextlib
-import os
+import functools
 import random
+import shutil
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
@@ -22,10 +24,13 @@ from nodeserve.config import ModelConfig, parse_slo
 from nodeserve.errors import (
     ConfigError,
     FrameTooLarge,
+    InvalidRequest,
     ModelError,
     NodeServeError,
     ProtocolError,
 )
+from nodeserve.gateway.asked import chat_of, completion_of
+from nodeserve.gateway.fields import json_object
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.layout import parse_gpus, parse_layout
 from nodeserve.plan.workloads import read_trace
@@ -46,7 +51,6 @@ UNIONS: list[Any] = [
     messages.FromWorker,
 ]
 SHAPE = ModelConfig("llama", 8, 4, 6, 1, 1, 1, 4, 16, 1e-5, 1e4)
-_PLACE = Path(tempfile.gettempdir()) / f"nodeserve-fuzz-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,13 @@ async def _listen(data: bytes) -> None:
     assert not node.coordinator.streams
 
 
+def http(data: bytes) -> None:
+    """The body of an HTTP request: what is asked, or the field that is wrong."""
+    for read in (completion_of, chat_of):
+        with _only(InvalidRequest):
+            read(json_object(data), {})
+
+
 def layout(data: bytes) -> None:
     """Layouts, devices and limits on the command line; a layout that is read says so again."""
     text = data.decode("utf-8", "replace")
@@ -238,11 +249,17 @@ def _only(kind: type[Exception]) -> Iterator[None]:
         assert len(str(error)) < MAX_ERROR_CHARACTERS, f"{len(str(error))} characters of error"
 
 
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="nodeserve-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @contextlib.contextmanager
 def _file(name: str, data: bytes) -> Iterator[Path]:
     """A file of that name in a folder without others."""
-    _PLACE.mkdir(exist_ok=True)
-    path = _PLACE / name
+    path = _folder() / name
     path.write_bytes(data)
     try:
         yield path
@@ -257,6 +274,7 @@ TARGETS = {
         Target("messages", decoded, seeds.messages),
         Target("client", client, seeds.to_client),
         Target("server", server, seeds.to_server),
+        Target("http", http, seeds.bodies),
         Target("layout", layout, seeds.layouts, 200),
         Target("config", config, seeds.configs),
         Target("gguf", gguf, seeds.ggufs, 1 << 14),

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ import pytest
 from nodeserve.client import Client
 from nodeserve.errors import NodeServeError
 from tests.fakes.faults import FOLDER
+from tests.fakes.gateway_process import COMMAND, Gateways
+from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
 from tests.fakes.raw_client import RawClient
 
 
@@ -132,3 +134,34 @@ async def connect() -> AsyncIterator[Connect]:
 def names_of(pid: int) -> list[str]:
     """What a coordinator with this pid has left in /dev/shm."""
     return [name for name in os.listdir("/dev/shm") if f"nodeserve-{pid}-" in name]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "model.gguf", gpt2_metadata())
+
+
+@pytest.fixture
+def text_node(nodes: Nodes, tokenizer: Path) -> RunningNode:
+    """Simulated GPUs, and a tokenizer for clients."""
+    return nodes.start(layout="1p1d", device="sim", tokenizer=str(tokenizer))
+
+
+StartGateways = Callable[..., Gateways]
+
+
+@pytest.fixture
+def start_gateways(text_node: RunningNode) -> Iterator[StartGateways]:
+    """Starts gateways of the node; they are ended with the test."""
+    started: list[Gateways] = []
+
+    def start(*options: str) -> Gateways:
+        command = [*COMMAND, "--socket", str(text_node.socket), *options]
+        started.append(Gateways(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+        return started[-1]
+
+    yield start
+    for gateways in started:
+        if gateways.process.poll() is None:
+            gateways.process.terminate()
+        gateways.process.communicate(timeout=20)

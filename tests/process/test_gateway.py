@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -15,70 +14,11 @@ import openai
 import pytest
 
 from nodeserve.text import Tokenizer
-from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.fakes.gateway_process import COMMAND
 from tests.fakes.node_process import TEXT_VOCAB
 from tests.fakes.sim_worker import expected_stream
-from tests.process.conftest import Connect, Nodes, RunningNode
+from tests.process.conftest import Connect, Nodes, RunningNode, StartGateways
 from tests.process.test_node import settled
-
-COMMAND = (sys.executable, "-m", "nodeserve", "gateway", "--http", "127.0.0.1:0")
-Start = Callable[..., "Gateways"]
-
-
-class Gateways:
-    """`nodeserve gateway` and its children."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        assert line.startswith("serving http://127.0.0.1:"), line + process.stderr.read()
-        self.url = line.split()[1]
-
-    def pids(self) -> list[int]:
-        pid = self.process.pid
-        tasks = Path(f"/proc/{pid}/task").iterdir()  # its threads start the children
-        return [int(one) for task in tasks for one in (task / "children").read_text().split()]
-
-    def until_log(self, words: str) -> None:
-        """Read what it says up to a line with these words; the test's timeout bounds it."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if words in line:
-                return
-        raise AssertionError(f"it ended and never said {words!r}")
-
-    def client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    return write_gguf(tmp_path / "model.gguf", gpt2_metadata())
-
-
-@pytest.fixture
-def node(nodes: Nodes, tokenizer: Path) -> RunningNode:
-    return nodes.start(layout="1p1d", device="sim", tokenizer=str(tokenizer))
-
-
-@pytest.fixture
-def start(node: RunningNode) -> Iterator[Start]:
-    """Starts gateways of the node; they are ended with the test."""
-    started: list[Gateways] = []
-
-    def one(*options: str) -> Gateways:
-        process = subprocess.Popen(
-            [*COMMAND, "--socket", str(node.socket), *options], stderr=subprocess.PIPE, text=True
-        )
-        started.append(Gateways(process))
-        return started[-1]
-
-    yield one
-    for gateways in started:
-        if gateways.process.poll() is None:
-            gateways.process.terminate()
-        gateways.process.communicate(timeout=20)
 
 
 def gone(pids: list[int]) -> bool:
@@ -107,24 +47,24 @@ async def text_of(client: openai.AsyncOpenAI, prompt: list[int], num_tokens: int
 
 @pytest.mark.slow
 async def test_two_hundred_streams_at_once(
-    start: Start, node: RunningNode, tokenizer: Path, connect: Connect
+    start_gateways: StartGateways, text_node: RunningNode, tokenizer: Path, connect: Connect
 ) -> None:
     decode = Tokenizer.load(tokenizer).decode
     prompts = [[1 + number % 250, 2 + number % 7] for number in range(200)]
-    async with start().client() as client:
+    async with start_gateways().client() as client:
         texts = await asyncio.gather(*(text_of(client, prompt, 8) for prompt in prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         ids = expected_stream(prompt, 8, vocab_size=TEXT_VOCAB)
         assert text == decode(ids, skip_special=False, continues=True)
-    stats = await settled(await connect(node))
+    stats = await settled(await connect(text_node))
     assert stats["requests"]["finished"] == 200  # type: ignore[index]
 
 
 async def test_a_client_that_hangs_up_leaves_no_block(
-    start: Start, node: RunningNode, connect: Connect
+    start_gateways: StartGateways, text_node: RunningNode, connect: Connect
 ) -> None:
-    watcher = await connect(node)
-    url = start().url
+    watcher = await connect(text_node)
+    url = start_gateways().url
     for stream in (True, False):
         async with httpx2.AsyncClient(timeout=60.0) as client:
             body = {"prompt": [5, 6, 7], "max_tokens": 1000, "stream": stream, "ignore_eos": True}
@@ -139,8 +79,8 @@ async def test_a_client_that_hangs_up_leaves_no_block(
     assert stats["requests"]["finished"] == 0  # type: ignore[index]
 
 
-def test_the_blocking_sdk(start: Start) -> None:
-    with openai.OpenAI(base_url=f"{start().url}/v1", api_key="none") as client:
+def test_the_blocking_sdk(start_gateways: StartGateways) -> None:
+    with openai.OpenAI(base_url=f"{start_gateways().url}/v1", api_key="none") as client:
         done = client.completions.create(model="fake", prompt="hello", max_tokens=4)
         assert done.usage is not None and done.usage.completion_tokens == 4
         stream = client.completions.create(model="fake", prompt="hello", max_tokens=4, stream=True)
@@ -148,8 +88,8 @@ def test_the_blocking_sdk(start: Start) -> None:
 
 
 @pytest.mark.slow
-async def test_one_that_is_killed_is_started_again(start: Start) -> None:
-    gateways = start("--workers", "2")
+async def test_one_that_is_killed_is_started_again(start_gateways: StartGateways) -> None:
+    gateways = start_gateways("--workers", "2")
     async with gateways.client() as client:
         await client.models.list()
         before = gateways.pids()
@@ -168,8 +108,8 @@ async def test_one_that_is_killed_is_started_again(start: Start) -> None:
 
 
 @pytest.mark.slow
-async def test_gateways_end_with_whoever_keeps_them(start: Start) -> None:
-    gateways = start()
+async def test_gateways_end_with_whoever_keeps_them(start_gateways: StartGateways) -> None:
+    gateways = start_gateways()
     async with gateways.client() as client:
         await client.models.list()
     pids = gateways.pids()
@@ -177,8 +117,10 @@ async def test_gateways_end_with_whoever_keeps_them(start: Start) -> None:
     until_gone(pids)
 
 
-async def test_answers_end_before_their_gateway_does(start: Start, tokenizer: Path) -> None:
-    gateways = start()
+async def test_answers_end_before_their_gateway_does(
+    start_gateways: StartGateways, tokenizer: Path
+) -> None:
+    gateways = start_gateways()
     async with gateways.client() as client:
         stream = await client.completions.create(
             model="fake", prompt=[5], max_tokens=60, stream=True, extra_body={"ignore_eos": True}
@@ -193,16 +135,16 @@ async def test_answers_end_before_their_gateway_does(start: Start, tokenizer: Pa
 
 @pytest.mark.slow
 async def test_a_server_that_stops_and_comes_back(
-    start: Start, nodes: Nodes, node: RunningNode, tokenizer: Path
+    start_gateways: StartGateways, nodes: Nodes, text_node: RunningNode, tokenizer: Path
 ) -> None:
-    url = start().url
+    url = start_gateways().url
     async with httpx2.AsyncClient(timeout=60.0) as client:
         assert (await client.get(f"{url}/ready")).status_code == 200
-        node.process.terminate()
-        await asyncio.to_thread(node.process.wait)
+        text_node.process.terminate()
+        await asyncio.to_thread(text_node.process.wait)
         down = await client.post(f"{url}/v1/completions", json={"prompt": "x"})
         assert down.status_code == 503 and "nodeserve start" in down.json()["error"]["message"]
-        nodes.start(layout="1m", device="sim", tokenizer=str(tokenizer), socket=node.socket)
+        nodes.start(layout="1m", device="sim", tokenizer=str(tokenizer), socket=text_node.socket)
         up = await client.post(f"{url}/v1/completions", json={"prompt": "x"})
         assert up.status_code == 200
 
@@ -222,8 +164,33 @@ def test_a_gateway_that_cannot_start_says_why(options: list[str], words: str) ->
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--http", "nowhere"], "--http nowhere: use HOST:PORT"),
+        (["--http-workers", "2"], "--http-workers is for gateways: give --http too"),
+        (["--http", ":0", "--http-workers", "0"], "at least 1"),
+    ],
+)
+def test_a_start_with_a_wrong_gateway_fails_before_it_loads(
+    options: list[str], words: str, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "nodeserve",
+        "start",
+        "--socket",
+        str(tmp_path / "x"),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and words in done.stderr
+    assert "looking for" not in done.stderr and not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
-def test_an_address_that_is_taken_is_refused(start: Start) -> None:
-    taken = start().url.removeprefix("http://")
+def test_an_address_that_is_taken_is_refused(start_gateways: StartGateways) -> None:
+    taken = start_gateways().url.removeprefix("http://")
     done = subprocess.run([*COMMAND, "--http", taken], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and f"cannot listen on http://{taken}" in done.stderr

@@ -50,6 +50,21 @@ def _linear(**changes: object) -> _host.CpuLinear:
     return _host.CpuLinear(ENGINE, **{**arguments, **changes})  # type: ignore[arg-type]
 
 
+def _pack_quantised(**changes: object) -> None:
+    arguments = {
+        "dtype": "float32",
+        "storage": "q4",
+        "q": AT,
+        "scale": AT,
+        "low": AT,
+        "out": AT,
+        "n": 1,
+        "k": 32,
+        "epilogue": "store",
+    }
+    _host.cpu_pack_quantised(ENGINE, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
 def _pages(**changes: object) -> _host.CpuPages:
     arguments = {
         "pool": PAGE.numpy(),
@@ -72,6 +87,14 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     "linear shape": ("n and k", lambda: _linear(n=0)),
     "linear epilogue": ("epilogue", lambda: _linear(epilogue="relu")),
     "linear silu bias": ("epilogue", lambda: _linear(epilogue="silu_mul", bias=AT)),
+    "linear storage": ("storage", lambda: _linear(storage="q5")),
+    "linear quantised": ("quantised", lambda: _linear(storage="q4", k=32)),
+    "linear unquantised": ("quantised", lambda: _linear(quantised=AT)),
+    "linear groups": ("k of", lambda: _linear(storage="q4", quantised=AT, k=48)),
+    "linear dtype of none": (
+        "storage",
+        lambda: _linear(dtype="float16", storage="q8", quantised=AT, k=32),
+    ),
     "linear x": ("x and out", lambda: _linear()(0, AT, 1)),
     "linear rows": ("rows", lambda: _linear()(AT, AT, -1)),
     "norm weight": ("weight", lambda: _host.CpuRmsNorm(ENGINE, "float32", 0, 8, 1e-5)),
@@ -82,6 +105,18 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     "embedding width": ("width", lambda: _host.CpuEmbedding(ENGINE, "float32", AT, 8, 0)),
     "pack weight": ("weight", lambda: _host.cpu_pack(ENGINE, "float32", 0, AT, 8, 8, "store")),
     "pack size": ("n and k", lambda: _host.cpu_packed_bytes("float32", 0, 8, "store")),
+    "quantised dtype": ("dtype", lambda: ENGINE.quantised_rows("int8")),
+    "quantised size": ("n and k", lambda: _host.cpu_quantised_bytes("q4", 8, 0, "store")),
+    "quantised none": ("storage", lambda: _host.cpu_quantised_bytes("none", 8, 32, "store")),
+    "quantised groups": ("k of", lambda: _host.cpu_quantised_bytes("q4", 8, 31, "store")),
+    "pack quantised storage": ("storage", lambda: _pack_quantised(storage="none")),
+    "pack quantised q": ("q, scale", lambda: _pack_quantised(q=0)),
+    "pack quantised scale": ("q, scale", lambda: _pack_quantised(scale=0)),
+    "pack quantised out": ("q, scale", lambda: _pack_quantised(out=0)),
+    "pack quantised low": ("low", lambda: _pack_quantised(low=0)),
+    "pack quantised low of 8": ("low", lambda: _pack_quantised(storage="q8")),
+    "pack quantised size": ("n and k", lambda: _pack_quantised(n=0)),
+    "pack quantised groups": ("k of", lambda: _pack_quantised(k=33)),
     "read address": ("address", lambda: _host.cpu_read(ENGINE, 0, 64)),
     "read size": ("num_bytes", lambda: _host.cpu_read(ENGINE, AT, -1)),
     "pages layers": ("num_layers", lambda: _pages(num_layers=0)),

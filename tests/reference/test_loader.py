@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,7 @@ from tests.reference.awkward import awkward_strings
 from tests.reference.embedded import needs_embedded_model
 from tests.reference.export import export_folder, tensor_names
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every small operation starve beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 

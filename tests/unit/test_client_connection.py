@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,8 @@ async def test_a_server_that_is_still_loading_is_waited_for_in_vain(tmp_path: Pa
     [
         (Hello(NEXT, {}), ProtocolError, f"version {NEXT}, this client {PROTOCOL_VERSION}"),
         (Stats({}), ProtocolError, "first message is Stats"),
+        (Hello(PROTOCOL_VERSION, {}), ProtocolError, "Hello has no model that is str"),
+        (Hello(PROTOCOL_VERSION, {"model": 7}), ProtocolError, "no model that is str"),
         (Goodbye("shutting_down", "bye"), ShuttingDown, "bye"),
     ],
 )
@@ -323,3 +326,21 @@ async def test_stopping_the_server_waits_for_its_goodbye(
 ) -> None:
     await client.stop_server(drain=drain)
     assert server.received == [Stop(drain)]
+
+
+async def test_callers_share_an_attempt_to_connect(tmp_path: Path) -> None:
+    """One after another each waited for a server that still loads until its own timeout."""
+    path = tmp_path / "socket"
+    silent = socket.socket(socket.AF_UNIX)
+    with silent:
+        silent.bind(str(path))
+        silent.listen()
+        async with AsyncClient(path, connect_timeout_s=0.05) as client:
+            asked = [asyncio.create_task(client.server()) for _ in range(3)]
+            await asyncio.sleep(0)  # all of them wait
+            asked[0].cancel()
+            ends = await asyncio.gather(*asked, return_exceptions=True)
+            assert isinstance(ends[0], asyncio.CancelledError)
+            assert isinstance(ends[1], ConnectionLost) and ends[1] is ends[2]
+            with pytest.raises(ConnectionLost, match="did not answer"):
+                await client.server()

@@ -23,7 +23,6 @@ from nodeserve.wire.messages import (
     PullKv,
     ReleaseKv,
     RequestFailed,
-    Shutdown,
     StepDone,
     ToWorker,
     pack_ids,
@@ -33,38 +32,11 @@ from nodeserve.wire.messages import (
 from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Ticket
 from nodeserve.worker.runner import Runner
 from tests.fakes.late_model import LateExecutor
+from tests.fakes.link import FakeLink
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
 
 BLOCK, NUM_BLOCKS = 16, 32
 PROMPT = [11, 22, 33, 44]
-
-
-class FakeLink:
-    def __init__(self) -> None:
-        self.inbox: list[ToWorker] = []
-        self.said: list[FromWorker] = []
-        self.waits: list[float] = []
-        self.num_wakes = 0
-
-    @property
-    def num_sent(self) -> int:
-        return len(self.said)
-
-    def drain(self) -> list[ToWorker]:
-        taken, self.inbox = self.inbox, []
-        return taken
-
-    def wait(self, timeout_s: float) -> None:
-        self.waits.append(timeout_s)
-
-    def wake(self) -> None:
-        self.num_wakes += 1
-
-    def put(self, message: FromWorker) -> None:
-        self.said.append(message)
-
-    def beat(self) -> None:
-        pass
 
 
 class FakeTransfer:
@@ -362,26 +334,6 @@ def test_a_busy_transfer_keeps_the_loop_awake() -> None:
     bench.transfer.busy = False
     bench.turn()
     assert bench.link.waits == [1.0]
-
-
-def test_a_shutdown_waits_for_the_steps_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
-    bench.decode(1)
-    bench.turn()
-    waited: list[int] = []
-    for number, launched in enumerate(bench.runner._launched):
-        monkeypatch.setattr(launched.flight, "result", lambda number=number: waited.append(number))
-    bench.link.inbox.append(Shutdown())
-    bench.runner.run()
-    assert waited == [0, 1]
-
-
-def test_a_step_that_failed_is_the_worker_s_end() -> None:
-    bench = Bench()
-    bench.decode(1)
-    bench.device.on_the_way[0].end([], RuntimeError("the device is gone"))
-    with pytest.raises(RuntimeError, match="gone"):
-        bench.turn()
 
 
 def test_a_rank_that_is_called_takes_part_without_work() -> None:

@@ -106,6 +106,23 @@ def test_a_template_may_be_long_and_a_conversation_too() -> None:
     assert render(template, content) == content + "x" * 100_000
 
 
+def test_a_conversation_that_no_model_can_take_is_not_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat, "MAX_REQUEST_CHARACTERS", 1000)
+    with pytest.raises(InvalidRequest, match="at most 1000 are taken"):
+        render(ChatTemplate("fine", {}), "x" * 1000)
+
+
+def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    template = ChatTemplate("fine", {})
+    render(template)
+    assert template._renderer is not None
+    environment = Path(f"/proc/{template._renderer._process.pid}/environ").read_bytes()
+    assert b"secret" not in environment
+
+
 def test_what_json_does_not_have_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="must be as in JSON"):
         ChatTemplate("{{ x }}", {}).render(MESSAGES, True, {"x": object()})

@@ -118,6 +118,36 @@ def test_the_links_of_the_hubs_cache_are_known(tmp_path: Path) -> None:
     unreadable(snapshot / "tokenizer.json", "leaves the model's folder")
 
 
+# -- tokenizer.json -----------------------------------------------------------------------------
+
+
+def damaged_tokenizer(path: Path, **changes: Any) -> Path:
+    source = Tokenizer.load(write_gguf(path / "m.gguf", gpt2_metadata()))
+    state = json.loads(source._encoder.to_str())
+    (path / "tokenizer.json").write_text(json.dumps({**state, **changes}))
+    return path
+
+
+def test_a_text_that_a_tokenizer_cannot_take_is_a_model_error(tmp_path: Path) -> None:
+    """The package only notices when it needs the token, and raises a plain Exception."""
+    model = {"type": "BPE", "vocab": {"h": 0}, "merges": [], "unk_token": "missing"}
+    tokenizer = Tokenizer.load(damaged_tokenizer(tmp_path, model=model))
+    with pytest.raises(ModelError, match="cannot encode this text: .*`missing` not found"):
+        tokenizer.encode("hello")
+
+
+def test_what_a_library_says_of_a_file_is_cut(tmp_path: Path) -> None:
+    """It may be the file."""
+    for changes in (
+        {"model": {"type": "x" * 100_000}},
+        {"x" * 100_000: 1},
+        {"version": "x" * 9999},
+    ):
+        with pytest.raises(ModelError, match="is not a tokenizer") as caught:
+            Tokenizer.load(damaged_tokenizer(tmp_path, **changes))
+        assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
 # -- config.json --------------------------------------------------------------------------------
 
 

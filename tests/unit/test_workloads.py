@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nodeserve.errors import ConfigError
+from nodeserve.plan import workloads
 from nodeserve.plan.records import Arrival
 from nodeserve.plan.workloads import (
     Workload,
@@ -104,6 +105,9 @@ def test_a_trace_is_read_sorted_and_scaled(tmp_path: Path) -> None:
     assert len(read_trace(path, 2)) == 2
 
 
+PREFIXED = "arrival_s,input_tokens,output_tokens,prefix_row,prefix_blocks512"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -111,13 +115,27 @@ def test_a_trace_is_read_sorted_and_scaled(tmp_path: Path) -> None:
         ("arrival_s,input_tokens,output_tokens\n", "has no requests"),
         ("arrival_s,input_tokens,output_tokens\n1,2,3\n1,x,3\n", "line 3: .* must be numbers"),
         ("arrival_s,input_tokens,output_tokens\n1,2\n", "line 2: .* must be numbers"),
-        ("arrival_s,input_tokens,output_tokens\n1,0,3\n", "line 2: .* 1 token or more"),
+        ("arrival_s,input_tokens,output_tokens\n1,0,3\n", "line 2: .* from 1 token to"),
+        ("arrival_s,input_tokens,output_tokens\n1,1e18,3\n", "line 2: .* from 1 token to 16777216"),
+        (f"{PREFIXED}\n0,600,5,-1,0\n\n1,1200,5,0", "line 4: prefix_row must be"),
+        (f"{PREFIXED}\n0,600,5,-1,0\n1,1200,5,x,0", "line 3: prefix_row must be"),
     ],
 )
 def test_a_trace_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
+        read_trace(path)
+
+
+def test_the_blocks_of_a_trace_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 10^18 tokens took all memory for the numbers of its blocks."""
+    monkeypatch.setattr(workloads, "MAX_TRACE_BLOCKS", 5)
+    path = tmp_path / "trace.csv"
+    path.write_text(f"{PREFIXED}\n0,1024,5,-1,0\n1,1500,5,0,1\n")
+    assert [one.block_ids for one in read_trace(path)] == [(0, 1), (0, 2, 3)]
+    path.write_text(f"{PREFIXED}\n0,1024,5,-1,0\n1,1500,5,0,1\n2,1,1,-1,0\n")
+    with pytest.raises(ConfigError, match="line 4: more than 5 blocks"):
         read_trace(path)
 
 

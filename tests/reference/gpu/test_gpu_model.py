@@ -14,6 +14,7 @@ from nodeserve.model.gpu.step import GpuStep
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_torch import TorchOps
+from nodeserve.model.quantised import Weight
 from tests.reference.gpu.plain import (
     PlainAttention,
     Recorder,
@@ -185,7 +186,7 @@ def test_tied_weights_are_on_the_device_once(device: torch.device) -> None:
     moved: list[int] = []
 
     class Counting(CudaOps):
-        def _own(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        def _own(self, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
             moved.append(id(weight))
             return super()._own(weight, dtype)
 
