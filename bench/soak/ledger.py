@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 MOST_TOLD = 50  # faults in words; all are counted
+LOST_AFTER = 3  # workers that end under one request before it ends too
 
 
 @dataclass(slots=True)
@@ -27,6 +28,15 @@ class Ledger:
     faults: list[str] = field(default_factory=list)
     seconds: list[Second] = field(default_factory=lambda: [Second()])
     num_open: int = 0
+    num_kills: int = 0
+
+    def killed(self) -> None:
+        self.num_kills += 1
+        self.now.kills += 1
+
+    def may_be_lost(self, since_kills: int) -> bool:
+        """Whether a request that came after so many kills may have ended for their sake."""
+        return self.num_kills - since_kills >= LOST_AFTER
 
     @property
     def now(self) -> Second:

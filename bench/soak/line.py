@@ -12,7 +12,7 @@ from typing import cast
 
 from bench.soak.answers import Answer
 from bench.soak.ledger import Ledger
-from nodeserve.errors import ERRORS, Cancelled, NodeServeError, Overloaded
+from nodeserve.errors import ERRORS, Cancelled, NodeServeError, Overloaded, WorkerLost
 from nodeserve.plan.goodput import Slo
 from nodeserve.types import sampling_to
 from nodeserve.wire.frames import FrameReader, frame
@@ -46,6 +46,7 @@ class Ask:
     ends_with: str | None = None  # the code of the error that it must end with
     sent_s: float = 0.0
     first_s: float = 0.0
+    kills_before: int = 0
     aborted: bool = False
 
 
@@ -71,7 +72,7 @@ class Line(asyncio.Protocol):
 
     def send(self, ask: Ask) -> None:
         request_id, self._next_id = self._next_id, self._next_id + 1
-        ask.sent_s = time.perf_counter()
+        ask.sent_s, ask.kills_before = time.perf_counter(), self.ledger.num_kills
         self.open[request_id] = ask
         self.idle.clear()
         self.ledger.num_open += 1
@@ -112,10 +113,10 @@ class Line(asyncio.Protocol):
         self.closed.set()
 
     def data_received(self, data: bytes) -> None:
-        if self._leaving:
-            return
         try:
             for payload in self._reader.feed(data):
+                if self._leaving:  # since the message before it
+                    return
                 self._on_message(TO_CLIENT.decode(payload))
         except NodeServeError as error:
             self.ledger.fault(f"no message among {data[:64]!r}: {error}")
@@ -192,6 +193,8 @@ class Line(asyncio.Protocol):
                 return "refused without a time to try again, or after tokens"
             return ""
         if end.code == Cancelled.code and ask.aborted:
+            return ""
+        if end.code == WorkerLost.code and self.ledger.may_be_lost(ask.kills_before):
             return ""
         known = "" if end.code in ERRORS else ", which is no code"
         return f"ended with {end.code}{known}: {end.message}"

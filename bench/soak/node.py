@@ -59,7 +59,7 @@ class Node:
             if ready:
                 victim = random.choice(ready)
                 os.kill(victim["pid"], signal.SIGKILL)
-                self._ledger.now.kills += 1
+                self._ledger.killed()
                 self._ledger.counts[f"killed: {victim['role']}"] += 1
 
     async def settle(self, num_workers: int) -> None:

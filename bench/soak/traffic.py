@@ -10,7 +10,7 @@ from bench.soak.answers import Answer, whole
 from bench.soak.ledger import Ledger
 from bench.soak.line import Ask, Line, connect
 from nodeserve import AsyncClient
-from nodeserve.errors import InvalidRequest, NodeServeError
+from nodeserve.errors import InvalidRequest, NodeServeError, WorkerLost
 from nodeserve.text import Tokenizer
 from nodeserve.types import Sampling
 from nodeserve.worker.executor_sim import Tokens
@@ -180,13 +180,19 @@ class Traffic:
         if not stop:
             return
         expected = text[: text.index(stop)]
-        done = await self.client.generate(
-            prompt,
-            max_tokens=settings.max_tokens,
-            temperature=0.0,
-            ignore_eos=True,
-            stop=stop,
-        )
+        kills_before = self._ledger.num_kills
+        try:
+            done = await self.client.generate(
+                prompt,
+                max_tokens=settings.max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                stop=stop,
+            )
+        except WorkerLost:
+            if self._ledger.may_be_lost(kills_before):
+                return
+            raise
         if done.text != expected or done.finish_reason != "stop":
             self._ledger.fault(f"text up to {stop!r}: {done.finish_reason}, {done.text[-40:]!r}")
         self._ledger.counts["ended: stop string"] += 1

@@ -154,6 +154,23 @@ def test_refusals_cancels_and_wanted_errors_are_none() -> None:
     assert not ledger.num_faults and cancelled.aborted and ledger.now.refused == 1
 
 
+@pytest.mark.parametrize(("kills", "faults"), [(2, 1), (3, 0)])
+def test_only_who_saw_three_workers_killed_may_be_lost(kills: int, faults: int) -> None:
+    client, ledger = line(Ask(answer()))
+    for _ in range(kills):
+        ledger.killed()
+    say(client, WHOLE[0], end(0, "worker_lost"))
+    assert ledger.num_faults == faults and ledger.now.kills == kills
+
+
+def test_what_comes_after_one_left_is_not_looked_at() -> None:
+    """Several messages may have been read at once."""
+    client, ledger = line(Ask(answer()))
+    client.on_tokens = lambda num_tokens: client.hang_up()
+    say(client, *WHOLE)
+    assert not ledger.num_faults and ledger.counts["left"] == 1
+
+
 # ---- memory
 
 
