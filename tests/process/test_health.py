@@ -37,8 +37,8 @@ async def test_a_node_is_ready_then_degraded_then_stopping(nodes: Nodes, connect
             pass  # until its end was seen; the test's timeout bounds it
     assert (health.state, health.ready) == ("degraded", True) and health.loop_lag_s < 60.0
     words = (
-        "decode worker 2 is taken out (decode worker 2 was killed by SIGKILL, by hand or for want of"
-        " memory)"
+        "decode worker 2 is taken out"
+        " (decode worker 2 was killed by SIGKILL, by hand or for want of memory)"
     )
     assert health.reasons == (words,)
     assert await verdict(node) == (0, f"degraded: {words}")
