@@ -24,7 +24,8 @@ from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.units import Unit, Wait, Waiting
 
 SURE = 0.9  # of a predicted time: less than that it hardly takes
-SPREADS = 3.0  # mean errors above the mean where all are refused, and none where nobody is
+SPREADS = 3.0  # mean errors above the mean; fewer where few are refused
+FLOODED = 0.5  # share of the requests that is refused from which all of SPREADS counts
 MEMORY = 64  # requests by which predictions are corrected
 CUT = 4.0  # times the prediction: what took longer had other reasons (a compilation, a death)
 FULL_SHARE = 0.9  # of the decoders' blocks; beyond that it is not steps that sequences wait for
@@ -101,7 +102,7 @@ class Foresight:
         if first is None:
             return None
         self._answers.expect(max_tokens)
-        spreads = SPREADS * self._refused
+        spreads = SPREADS * min(1.0, self._refused / FLOODED)
         crowd = _Crowd.of(waiting, decoders, self._allocator.max_num_seqs)
         num_held = min(num_open + 1.0, crowd.most)
         step = self._step(decoders, num_held, crowd.blocks_each)
