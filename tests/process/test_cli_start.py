@@ -1,10 +1,11 @@
 """`nodeserve start` when it cannot: no server is left, and the reason is shown."""
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from nodeserve.cli.doctor.selftest import write_tiny_model
 
 START = [sys.executable, "-m", "nodeserve", "start"]
 
@@ -27,12 +28,9 @@ def test_a_detached_start_that_fails_shows_the_end_of_its_log(tmp_path: Path) ->
 
 
 def test_an_interrupted_detached_start_ends_the_server(tmp_path: Path) -> None:
-    """The "model" is a pipe that nobody writes to, so the server hangs while it reads it."""
-    model, socket = tmp_path / "slow.gguf", tmp_path / "node.sock"
-    model.mkdir()
-    os.mkfifo(model / "config.json")
+    model, socket = write_tiny_model(tmp_path / "tiny"), tmp_path / "node.sock"
     process = subprocess.Popen(
-        [*START, str(model), "--detach", "--socket", str(socket)],
+        [*START, str(model), "--load-format", "dummy", "--detach", "--socket", str(socket)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

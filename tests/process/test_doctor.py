@@ -12,6 +12,7 @@ import pytest
 
 from nodeserve.cli.doctor import selftest
 from nodeserve.cli.doctor.selftest import SilentPainter, killed_after, run
+from nodeserve.cli.launch import spawn
 from nodeserve.cli.progress import StartReport
 from nodeserve.config import EngineConfig
 
@@ -40,23 +41,23 @@ def test_this_machine_as_json(tmp_path: Path) -> None:
     assert told["socket"]["path"] == str(tmp_path / "node.sock")
 
 
-@pytest.fixture
-def slow_model(tmp_path: Path) -> Path:
-    """A pipe that nobody writes to, so that a server hangs while it reads it."""
-    model = tmp_path / "slow"
-    model.mkdir()
-    os.mkfifo(model / "config.json")
-    return model
-
-
 def config(folder: Path, model: str) -> EngineConfig:
     return EngineConfig(model=model, layout="1m", socket=str(folder / "node.sock"))
 
 
-def test_a_server_that_hangs_is_ended_and_told(tmp_path: Path, slow_model: Path) -> None:
+def spawn_stopped(config: EngineConfig, log: int) -> tuple["subprocess.Popen[bytes]", int]:
+    process, events = spawn(config, log)
+    process.send_signal(signal.SIGSTOP)
+    return process, events
+
+
+def test_a_server_that_hangs_is_ended_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "spawn", spawn_stopped)
     before = children()  # other tests may have left a helper of Python's own
-    done = run(config(tmp_path, str(slow_model)), StartReport(SilentPainter()), timeout_s=2.0)
-    assert done.error == "took more than 2 s and was ended"
+    done = run(config(tmp_path, "/no/such/model"), StartReport(SilentPainter()), timeout_s=0.5)
+    assert done.error == "took more than 0.5 s and was ended"
     assert done.left_behind == []
     assert children() == before
 

@@ -40,6 +40,7 @@ async def text_of(client: openai.AsyncOpenAI, prompt: list[int], num_tokens: int
         prompt=prompt,
         max_tokens=num_tokens,
         stream=True,
+        temperature=0.0,  # else a seed of its own leads to other tokens
         extra_body={"ignore_eos": True, "skip_special_tokens": False},
     )
     return "".join([event.choices[0].text async for event in stream])

@@ -1,6 +1,7 @@
 """More than a node can serve: who comes in is served, others are told at once, nobody starves."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 
@@ -98,5 +99,8 @@ async def test_a_flood_does_not_hold_up_the_streams_of_others(
     assert modest.tokens[1] == expected_stream([7], 40)
     await asyncio.gather(*reading)
     ends = [end for client in floods for ends in client.ends.values() for end in ends]
-    assert len(ends) == len(floods) * each and {end.code for end in ends} == {"overloaded"}
+    codes = Counter(end.code for end in ends)
+    assert codes.total() == len(floods) * each and set(codes) <= {"overloaded", None}
+    # Whenever no prompt was seen for UNKNOWN_AFTER_S one is let in, to see what a pass takes now.
+    assert codes[None] < 10
     await settled(modest)
