@@ -31,7 +31,8 @@ NO_EOS = json.dumps({"do_sample": False})  # a generation config that knows no e
 @dataclass(frozen=True, slots=True)
 class Contender:
     """`{port}` and `{socket}` in the command are filled in at a start. `letter` names its line in
-    the figure; `bits` are those of its weights, `needs` what must have been installed."""
+    the figure; `bits` are those of its weights, `needs` what must have been installed; `http` is
+    false of ours if they are asked over their own socket."""
 
     name: str
     letter: str
@@ -41,6 +42,7 @@ class Contender:
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[Path, ...] = ()
     ours: bool = False
+    http: bool = True
 
     @property
     def missing(self) -> str | None:
@@ -53,7 +55,7 @@ class Contender:
         return f"not installed{said}"
 
     def options(self, port: int, socket: str) -> TargetOptions:
-        if self.ours:
+        if not self.http:
             return TargetOptions(socket=socket, vocab_size=VOCAB_SIZE, **self.asked)
         url = f"http://127.0.0.1:{port}"
         return TargetOptions(url=url, vocab_size=VOCAB_SIZE, **self.asked)
@@ -80,6 +82,7 @@ def everyone() -> list[Contender]:
     return [
         ours("1m", "G", *SHORT_STEPS),
         ours("2m", "H", *SHORT_STEPS),
+        ours("1m", "I", *SHORT_STEPS, http=True),
         ours("1p1d", "D"),
         vllm(),
         llama("BF16", "A", FULL_BITS),
@@ -89,15 +92,19 @@ def everyone() -> list[Contender]:
     ]
 
 
-def ours(layout: str, letter: str, *more: str, device: str = "cpu") -> Contender:
-    """It has no HTTP front end yet: the same client asks it over its own socket."""
+def ours(
+    layout: str, letter: str, *more: str, device: str = "cpu", http: bool = False
+) -> Contender:
+    """Over its own socket or, with `http`, through its gateway, as peers are asked."""
     start = (sys.executable, "-m", "nodeserve", "start", "--device", device)
+    face = ("--http", "127.0.0.1:{port}") if http else ()
     return Contender(
-        name=f"nodeserve {layout}",
+        name=f"nodeserve {layout}{' HTTP' if http else ''}",
         letter=letter,
         bits=FULL_BITS,
-        command=(*start, "--layout", layout, "--socket", "{socket}", *more),
+        command=(*start, "--layout", layout, "--socket", "{socket}", *face, *more),
         ours=True,
+        http=http,
     )
 
 

@@ -82,7 +82,7 @@ async def measure_life(
     until_s = time.perf_counter() + protocol.life_s
     async with Fleet(server.options) as fleet:
         await measure_closed(life, server, Asked(fleet, protocol), say)
-    # Ours hears of the limits with each request; the peers' protocol has no word for them.
+    # Ours hears of the limits with each request; to peers these are headers that they do not know.
     slo_ms = parse_limits(protocol.limits).of_request()
     async with Fleet(replace(server.options, slo_ms=slo_ms)) as fleet:
         await measure_open(life, Asked(fleet, protocol), say, until_s)

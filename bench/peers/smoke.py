@@ -12,8 +12,9 @@ TTFT_S, TPOT_S = 0.02, 0.002
 
 
 def smoke() -> tuple[list[Contender], Protocol]:
-    """A node, a peer, a peer that is not there, and how they are measured."""
+    """A node, one asked over HTTP, a peer, one that is not there, and how they are measured."""
     node = ours("2m", "G", "--profile", PROFILE, device="sim")
+    gateway = ours("2m", "H", "--profile", PROFILE, device="sim", http=True)
     known = Contender(
         name="known answers",
         letter="C",
@@ -33,4 +34,4 @@ def smoke() -> tuple[list[Contender], Protocol]:
         common_rate=20.0,
         source=Source("synthetic(32,8)"),
     )
-    return [node, known, absent], protocol
+    return [node, gateway, known, absent], protocol

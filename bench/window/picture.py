@@ -15,6 +15,7 @@ STYLES = {
     "F": ("#56b4e9", "cross"),
     "G": ("#d55e00", "circle"),
     "H": ("#332288", "plus"),
+    "I": ("#d55e00", "triangle"),
 }
 WIDTH, PANEL, GAP = 960, (400, 260), (70, 78)
 LEFT, TOP = 62, 118

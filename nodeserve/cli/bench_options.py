@@ -82,7 +82,7 @@ OPTIONS = (
     _option("--warm-ups", type=click.IntRange(min=0), default=2, help="Requests before the first."),
     _option("--processes", type=int, default=1, show_default=True, help="Clients side by side."),
     _option("--workers", type=click.IntRange(min=1), help="To divide by. [default: the server's]"),
-    _option("--tell-slo", is_flag=True, help="Tell a node the limits with every request."),
+    _option("--tell-slo", is_flag=True, help="Tell nodeserve the limits with every request."),
     _option("--save", type=click.Path(path_type=Path), help="Write everything as JSON here."),
     _option("--details", is_flag=True, help="With every request in it."),
     _option("--figures", type=click.Path(path_type=Path), help="Draw figures into this folder."),
@@ -102,8 +102,8 @@ def target_options(options: dict[str, Any], source: Source, limits: Limits) -> T
         raise ConfigError("--url and --socket are two servers: use one of them")
     key = os.environ.get(KEY_VARIABLE)
     use_key = key and options["url"] is not None
-    if options["tell_slo"] and (limits.relative or options["url"] is not None):
-        raise ConfigError("--tell-slo is for a node's socket, with limits in milliseconds")
+    if options["tell_slo"] and limits.relative:
+        raise ConfigError("--tell-slo is for limits in milliseconds")
     return TargetOptions(
         url=options["url"],
         socket=options["socket"],

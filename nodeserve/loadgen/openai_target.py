@@ -7,6 +7,7 @@ server's usage has the sum, and times between tokens are times between events.
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from nodeserve.errors import (
@@ -37,6 +38,11 @@ TEXTS = ("content", "reasoning_content", "reasoning")  # of a delta
 MAX_ERROR_CHARS = 300
 
 
+def slo_headers(slo_ms: Mapping[str, float]) -> dict[str, str]:
+    """`ttft_ms` as x-slo-ttft-ms, and so on."""
+    return {f"x-slo-{name.replace('_', '-')}": f"{value:g}" for name, value in slo_ms.items()}
+
+
 class OpenAITarget:
     """Output lengths are forced by max_tokens and ignore_eos, which most servers know."""
 
@@ -47,7 +53,7 @@ class OpenAITarget:
         self._tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
         self._client = HttpClient(
             parse_url(options.url),
-            {**HEADERS, **options.headers},
+            {**HEADERS, **slo_headers(options.slo_ms), **options.headers},
             options.connect_timeout_s,
         )
 

@@ -14,7 +14,7 @@ class TargetOptions:
     """Where requests go and how. `url` None: the node's own socket, at `socket` or the usual place.
 
     `block_tokens` is the size of a trace's shared blocks after its lengths were divided.
-    `slo_ms` is told to a node of ours with every request, if given.
+    `slo_ms` is told with every request, if given; over HTTP in headers of our gateway.
     """
 
     url: str | None = None

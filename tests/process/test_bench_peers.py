@@ -15,7 +15,7 @@ from bench.peers.processes import Process, running, tree
 from bench.peers.smoke import smoke
 
 COMMAND = (sys.executable, "-m", "bench.peers", "--smoke")
-LIMIT_S = 60
+LIMIT_S = 120
 # A child in another session, which outlives what started it unless it is looked for.
 RUNAWAY = """
 import subprocess, sys
@@ -36,16 +36,16 @@ def program(text: str) -> Contender:
 
 
 @pytest.mark.slow
-def test_smoke_measures_a_node_and_a_peer_and_says_what_is_missing() -> None:
+def test_smoke_measures_a_node_its_gateway_and_a_peer_and_says_what_is_missing() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    node, known, absent = found["servers"]
-    assert node["failure"] is None and known["failure"] is None
+    node, gateway, known, absent = found["servers"]
+    assert node["failure"] is gateway["failure"] is known["failure"] is None
     assert "not installed" in absent["failure"] and absent["goodput"] is None
     assert known["rungs"][0]["num_good"] == known["rungs"][0]["num_offered"] > 0
     assert known["alone"]["p50_ttft_ms"] == pytest.approx(20.0, abs=10.0)
-    for one in node, known:
+    for one in node, gateway, known:
         assert one["short_outputs"] == one["other_prompt_lengths"] == one["failed_requests"] == 0
         assert one["memory_mib"] > 5 and one["tokens_per_s_16_clients"] > 0
     assert [one["what"] for one in found["aims"]][0] == "goodput"

@@ -113,7 +113,7 @@ def test_a_search_asks_no_more_than_a_trace_has() -> None:
         (("--rate", "1", "--save", "/"), "cannot write /"),
         (("--rate", "1", "--extra-body", "[1]"), "JSON object"),
         (("--rate", "1", "--url", "http://a", "--socket", "b"), "use one of them"),
-        (("--rate", "1", "--url", "http://a", "--tell-slo"), "--tell-slo"),
+        (("--rate", "1", "--goodput", "ttft:3x", "--tell-slo"), "--tell-slo"),
     ],
 )
 def test_options_that_cannot_be(arguments: tuple[str, ...], words: str) -> None:

@@ -5,9 +5,11 @@ import sys
 import pytest
 
 from nodeserve.errors import ConfigError, ProtocolError
+from nodeserve.gateway.asked import SLO_HEADERS
 from nodeserve.loadgen.events import MAX_EVENT_BYTES, EventReader
 from nodeserve.loadgen.http_client import parse_url
-from nodeserve.loadgen.openai_target import has_token, refusal
+from nodeserve.loadgen.limits import parse_limits
+from nodeserve.loadgen.openai_target import has_token, refusal, slo_headers
 from nodeserve.loadgen.process import target_of
 from nodeserve.loadgen.targets import TargetOptions
 
@@ -47,6 +49,13 @@ def test_an_event_that_never_ends() -> None:
 )
 def test_which_events_bring_a_token(choice: dict[str, object], token: bool) -> None:
     assert has_token(choice) is token
+
+
+def test_limits_are_told_in_headers_that_the_gateway_knows() -> None:
+    slo_ms = parse_limits(["ttft:500", "tpot:12.5"]).of_request()
+    headers = slo_headers(slo_ms)
+    assert headers == {"x-slo-ttft-ms": "500", "x-slo-tpot-ms": "12.5"}
+    assert {SLO_HEADERS[name]: float(value) for name, value in headers.items()} == slo_ms
 
 
 def test_refusals_have_codes() -> None:
