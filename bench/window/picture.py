@@ -18,9 +18,11 @@ STYLES = {
     "I": ("#d55e00", "triangle"),
 }
 WIDTH, PANEL, GAP = 960, (400, 260), (70, 78)
-LEFT, TOP = 62, 118
-LEGEND_ROW, LEGEND_COLUMN = 20, 220
+ALONE = (820, 300)  # of a picture with one panel
+LEFT, LEGEND_TOP, TITLE_HEIGHT = 62, 46, 32
+LEGEND_ROW, LEGEND_COLUMN, LEGEND_COLUMNS = 20, 220, 4
 TICKS = 5
+Size = tuple[int, int]  # width and height of a panel
 FONT = "font-family='Helvetica, Arial, DejaVu Sans, sans-serif'"
 
 
@@ -45,8 +47,9 @@ class Panel:
 
 def draw(title: str, titles: Mapping[str, str], panels: Sequence[Panel], y_label: str) -> str:
     """The whole picture; `titles` names the arms, in the legend's order."""
-    rows = math.ceil(len(panels) / 2)
-    height = TOP + rows * (PANEL[1] + GAP[1])
+    size = PANEL if len(panels) > 1 else ALONE
+    top = LEGEND_TOP + math.ceil(len(titles) / LEGEND_COLUMNS) * LEGEND_ROW + TITLE_HEIGHT
+    height = top + math.ceil(len(panels) / 2) * (size[1] + GAP[1])
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{WIDTH}' height='{height}' "
         f"viewBox='0 0 {WIDTH} {height}' {FONT} font-size='12'>",
@@ -55,15 +58,15 @@ def draw(title: str, titles: Mapping[str, str], panels: Sequence[Panel], y_label
         *_legend(titles),
     ]
     for number, panel in enumerate(panels):
-        x = LEFT + (number % 2) * (PANEL[0] + GAP[0])
-        y = TOP + (number // 2) * (PANEL[1] + GAP[1])
+        x = LEFT + (number % 2) * (size[0] + GAP[0])
+        y = top + (number // 2) * (size[1] + GAP[1])
         clip = f"panel{number}"
         parts += [
-            f"<clipPath id='{clip}'><rect x='{x}' y='{y - 6}' width='{PANEL[0] + 6}' "
-            f"height='{PANEL[1] + 12}'/></clipPath>",
-            *_axes(x, y, panel, y_label),
+            f"<clipPath id='{clip}'><rect x='{x}' y='{y - 6}' width='{size[0] + 6}' "
+            f"height='{size[1] + 12}'/></clipPath>",
+            *_axes(x, y, size, panel, y_label),
             f"<g clip-path='url(#{clip})'>",
-            *(part for arm in titles for part in _line(x, y, arm, panel)),
+            *(part for arm in titles for part in _line(x, y, size, arm, panel)),
             "</g>",
         ]
     return "\n".join([*parts, "</svg>", ""])
@@ -83,15 +86,15 @@ def ceiling_for(values: Sequence[float]) -> float:
 def _legend(titles: Mapping[str, str]) -> list[str]:
     parts = []
     for number, (arm, title) in enumerate(titles.items()):
-        x = LEFT + (number % 4) * LEGEND_COLUMN
-        y = 46 + (number // 4) * LEGEND_ROW
+        x = LEFT + (number % LEGEND_COLUMNS) * LEGEND_COLUMN
+        y = LEGEND_TOP + (number // LEGEND_COLUMNS) * LEGEND_ROW
         parts += [_stroke([(x, y), (x + 26, y)], arm), _marker(x + 13, y, arm)]
         parts.append(_text(x + 34, y + 4, f"{arm}: {title}", "start"))
     return parts
 
 
-def _axes(x: float, y: float, panel: Panel, y_label: str) -> list[str]:
-    width, height = PANEL
+def _axes(x: float, y: float, size: Size, panel: Panel, y_label: str) -> list[str]:
+    width, height = size
     parts = [_text(x, y - 12, panel.title, "start", 13, "#111111", bold=True)]
     for tick in range(TICKS + 1):
         at = y + height - height * tick / TICKS
@@ -110,8 +113,8 @@ def _axes(x: float, y: float, panel: Panel, y_label: str) -> list[str]:
     return parts
 
 
-def _line(x: float, y: float, arm: str, panel: Panel) -> list[str]:
-    width, height = PANEL
+def _line(x: float, y: float, size: Size, arm: str, panel: Panel) -> list[str]:
+    width, height = size
     # A line may leave through the top, where it is cut, but not by so much that renderers mind.
     places = [
         (x + width * load, y + height * (1 - min(value, 10 * panel.highest) / panel.highest))
