@@ -58,7 +58,7 @@ class ConnectionLimits:
 def bound_socket(path: Path, access: Access) -> Iterator[socket.socket]:
     """A listening socket at `path`; the file goes when the block ends, if still ours."""
     with _locked(path.parent):
-        _refuse_live(path)
+        _remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         old_mask = os.umask(0o777 & ~PRIVATE)
         try:
@@ -85,6 +85,12 @@ def bound_socket(path: Path, access: Access) -> Iterator[socket.socket]:
                 path.unlink()
 
 
+def remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on. ConfigError: somebody does, or is starting."""
+    with _locked(path.parent):
+        _remove_stale(path)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     try:
@@ -101,7 +107,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_live(path: Path) -> None:
+def _remove_stale(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

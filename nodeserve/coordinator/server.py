@@ -24,6 +24,7 @@ from nodeserve.coordinator.desk import MAX_BACKLOG_BYTES, Desk
 from nodeserve.coordinator.ending import Ending
 from nodeserve.coordinator.fleet import Fleet
 from nodeserve.coordinator.intake import Intake
+from nodeserve.coordinator.janitor import janitor
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.listener import (
     BACKLOG_CONNECTIONS,
@@ -93,6 +94,7 @@ class Server:
         assert self.plan.config.socket is not None
         with (
             bound_socket(Path(self.plan.config.socket), self.access) as listener,
+            janitor(Path(self.plan.config.socket)),
             Supervisor(
                 self.plan, str(self.checkpoint.path), secrets.token_hex(4), self._command
             ) as supervisor,

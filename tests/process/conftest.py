@@ -32,11 +32,23 @@ class RunningNode:
         return self.process.pid
 
     def worker_pids(self) -> list[int]:
+        return [pid for pid in self.children() if not is_janitor(pid)]
+
+    def janitor_pid(self) -> int:
+        return next(pid for pid in self.children() if is_janitor(pid))
+
+    def children(self) -> list[int]:
         path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
     def wait(self) -> int:
         return self.process.wait(timeout=20)
+
+
+def is_janitor(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return b"nodeserve.coordinator.janitor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 class Nodes:

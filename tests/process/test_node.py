@@ -187,6 +187,7 @@ def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) ->
     second = nodes.spawn(socket=first.socket, layout="1m")
     _, words = second.process.communicate(timeout=20)
     assert second.process.returncode == 1 and "already running" in words
+    os.kill(first.janitor_pid(), signal.SIGKILL)
     first.process.kill()
     first.process.communicate()
     assert first.socket.exists()
