@@ -26,6 +26,7 @@ WORDS = (
     *(BUFFER, DEVICE_WAIT, PREFILL, RETURN, HANDOFF_WAIT, HANDOFF, DECODE, PREEMPTION),
     *(CLIENT, REFUSED, FAILED),
 )
+_AFTER = frozenset((HANDOFF_WAIT, HANDOFF, DECODE, PREEMPTION))
 
 
 class Spent(NamedTuple):
@@ -54,9 +55,22 @@ def stages_of(timings: Timings) -> Spent:
 
 
 def expected(usual: Mapping[str, float], slo: Slo, num_gaps: int) -> dict[str, float]:
-    """What is usual for an answer with so many tokens after its first; `usual` has decoding for
-    each of them. While no request was good, decoding may take what its limit allows."""
-    return {**usual, DECODE: usual.get(DECODE, slo.tpot_s or 0.0) * num_gaps}
+    """What is usual for an answer with so many tokens after its first, as far as its limits leave
+    room for that; `usual` has decoding for each of them. While no request was good, decoding may
+    take all of its limit."""
+    whole = {**usual, DECODE: usual.get(DECODE, slo.tpot_s or 0.0) * num_gaps}
+    after = {name: seconds for name, seconds in whole.items() if name in _AFTER}
+    before = {name: seconds for name, seconds in whole.items() if name not in _AFTER}
+    all_gaps_s = None if slo.tpot_s is None else slo.tpot_s * num_gaps
+    return {**_within(before, slo.ttft_s), **_within(after, all_gaps_s)}
+
+
+def _within(usual: dict[str, float], limit_s: float | None) -> dict[str, float]:
+    """In proportion, if all together are longer than that."""
+    sum_s = sum(usual.values())
+    if limit_s is None or sum_s <= limit_s:
+        return usual
+    return {name: seconds * limit_s / sum_s for name, seconds in usual.items()}
 
 
 def culprit(spent: Spent, missed: Collection[str], expected: Mapping[str, float]) -> str:

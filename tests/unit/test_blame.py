@@ -64,6 +64,15 @@ def test_who_misses_both_is_late_by_the_sum() -> None:
     assert blamed(timings, ("e2e",), num_gaps=1) == blame.DECODE
 
 
+def test_what_is_usual_is_no_excuse_beyond_the_limit() -> None:
+    """A limit that nobody could meet: the longest stage is to blame, not the noise on it."""
+    spent = stages_of(Timings(scheduler_wait_s=0.012, prefill_s=0.199, decode_s=0.21))
+    strict = expected(USUAL, Slo(0.1, 0.001), 10)
+    assert culprit(spent, ("ttft",), strict) == blame.PREFILL
+    assert culprit(spent, ("tpot",), strict) == blame.DECODE
+    assert culprit(spent, ("ttft",), expected(USUAL, Slo(0.21), 10)) == blame.BUFFER
+
+
 def test_decoding_may_take_its_limit_while_nothing_is_usual() -> None:
     spent = stages_of(Timings(handoff_wait_s=0.2, decode_s=0.7))
     assert culprit(spent, ("tpot",), expected({}, BOTH, 10)) == blame.HANDOFF_WAIT
