@@ -19,7 +19,8 @@ from nodeserve.views import Frame, History
 
 ANSWER_TIMEOUT_S = 3.0
 MAX_KEY_BYTES = 64
-QUIT = ("q", "Q", "\x03", "\x1b")
+QUIT = ("q", "Q", "\x1b")
+ENDS = (signal.SIGTERM, signal.SIGHUP)  # the terminal is given back before
 ARROWS = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down"}
 
 
@@ -59,13 +60,16 @@ class View:
         ):
             loop.add_reader(stdin, self._on_keys, stdin)
             loop.add_signal_handler(signal.SIGWINCH, self._draw)
+            for end in ENDS:
+                loop.add_signal_handler(end, self._done.set)
             asking = asyncio.create_task(self._ask())
             try:
                 self._draw()
                 await self._done.wait()
             finally:
                 asking.cancel()
-                loop.remove_signal_handler(signal.SIGWINCH)
+                for one in (signal.SIGWINCH, *ENDS):
+                    loop.remove_signal_handler(one)
                 loop.remove_reader(stdin)
 
     async def _ask(self) -> None:
