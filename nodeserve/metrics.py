@@ -68,9 +68,9 @@ class Sliding:
                     del self.counts[key]
 
     def covered_s(self, now_s: float, started_s: float) -> float:
-        """Seconds that `counts` are of, if counting began then; a bucket at least."""
+        """Seconds that `counts` are of, if counting began then; one at least."""
         since_s = self.span_s - self.bucket_s + now_s % self.bucket_s
-        return max(float(self.bucket_s), min(since_s, now_s - started_s))
+        return max(1.0, min(since_s, now_s - started_s))
 
 
 def place_of(seconds: float) -> int:

@@ -60,13 +60,16 @@ class Ledger:
         *short, longest = SPANS_S
         self._curve = Sliding(longest, POINT_S)
         self._spans = [*map(Sliding, short), self._curve]
-        self._usual: defaultdict[str, Mean] = defaultdict(
-            Mean
-        )  # of good requests; of decoding, for each gap
+        # Seconds of each stage of good requests; of decoding, for each token after the first.
+        self._usual: defaultdict[str, Mean] = defaultdict(Mean)
         self._misses: deque[tuple[float, dict[str, Any]]] = deque(maxlen=NUM_MISSES)
         self._points: deque[tuple[int, dict[str, Any]]] = deque(maxlen=longest // POINT_S)
 
     # ---- what happens
+
+    def begin(self, now_s: float) -> None:
+        """Requests may come from now on: rates are of the time since then."""
+        self._started_s = now_s
 
     def ended(self, one: Ended, now_s: float) -> str | None:
         """Count it; what made it miss its SLO, if it did."""

@@ -41,6 +41,16 @@ def test_who_meets_both_limits_is_good_and_others_have_a_reason() -> None:
     assert ledger.stats(6.0)["total"]["offered"] == 11
 
 
+def test_rates_are_of_the_time_that_requests_could_come() -> None:
+    ledger = Ledger(0.0)
+    ledger.begin(100.0)
+    for _ in range(8):
+        ledger.ended(one(), 103.0)
+    for seconds in SPANS_S:
+        assert span(ledger, 104.0, seconds)["goodput_per_s"] == 8 / 4.0
+    assert len(ledger.stats(111.0)["series"]["attainment"]) == 2
+
+
 def test_without_limits_a_request_has_times_and_is_in_no_share() -> None:
     ledger = Ledger(0.0)
     assert ledger.ended(one(LATE, slo=Slo()), 1.0) is None
@@ -96,7 +106,7 @@ def test_spans_forget_what_is_older_and_nothing_else(seed: int) -> None:
                 assert (
                     told["missed"] == dict(inside) and told["ttft_ms"]["count"] == told["offered"]
                 )
-                covered_s = max(bucket_s, min(now - oldest, now - 100.0))
+                covered_s = max(1.0, min(now - oldest, now - 100.0))
                 assert told["goodput_per_s"] == pytest.approx(told["good"] / covered_s)
 
 
