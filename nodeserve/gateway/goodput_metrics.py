@@ -6,7 +6,7 @@ from typing import Any
 from prometheus_client.core import Metric
 
 from nodeserve.blame import WORDS
-from nodeserve.gateway.families import counter, gauge
+from nodeserve.gateway.families import Rows, counter, gauge
 
 QUANTILES = {"p50": "0.5", "p90": "0.9", "p99": "0.99"}
 PASSES = {  # key of the sums over prefill passes: name, words
@@ -44,6 +44,7 @@ def of_goodput(goodput: dict[str, Any]) -> Iterator[Metric]:
         [((label,), share) for label, share in shares if share is not None],
         ("span",),
     )
+    rows: Rows
     for name, words in (
         ("goodput", "Requests that met their SLO, a second."),
         ("ended", "Requests that ended well, with or without an SLO, a second."),

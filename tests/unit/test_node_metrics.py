@@ -46,15 +46,15 @@ def busy_node() -> Stats:
     }
     told["workers"] = [
         worker(0, "prefill", free_blocks=30, pinned_blocks=20, busy_s=4.5, prompt_tokens=99),
-        worker(
-            *(1, "decode"),
+        worker(1, "decode")
+        | {
             **{"handoffs": 7, "handoff_bytes": 700, "handoff_s": 0.5, "restarts": 2},
             **{"reason": "was killed " * 40, "acting": "mixed", "state": "starting"},
-            ring={
+            "ring": {
                 **{"to_bytes": 5, "to_queued": 6, "to_stalls": 7},
                 **{"from_bytes": 8, "from_stalls": 9, "capacity_bytes": 1000},
             },
-        ),
+        },
     ]
     return told
 
@@ -123,7 +123,7 @@ def test_an_idle_node_has_no_number_that_is_none() -> None:
 def every_name() -> set[str]:
     """Of all samples that a scrape can have."""
     text = Meters().text().decode() + node_text(ABOUT, busy_node()).decode()
-    names = set()
+    names: set[str] = set()
     for family in text_string_to_metric_families(text):
         names.update(one.name for one in family.samples)
         # One with labels has no sample before its first event.
