@@ -45,6 +45,7 @@ from nodeserve.wire.messages import (
     pack_times,
     unpack_ids,
 )
+from tests.fakes.channel import FakeChannel
 from tests.fakes.transport import FakeTransport
 
 VOCAB = 97
@@ -61,23 +62,6 @@ def expected_stream(prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
-
-
-class FakeChannel:
-    """Stands where the rings are."""
-
-    def __init__(self) -> None:
-        self.records: deque[bytes] = deque()
-        self.inbox = self
-
-    max_record_bytes = 1 << 20
-
-    @property
-    def num_queued(self) -> int:
-        return len(self.records)
-
-    def post(self, record: bytes) -> None:
-        self.records.append(record)
 
 
 @dataclass
@@ -315,7 +299,7 @@ class FakeNode:
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()
-        stream = Stream(transport, max_backlog_bytes)  # type: ignore[arg-type]
+        stream = Stream(transport, max_backlog_bytes, clock=lambda: self.now)  # type: ignore[arg-type]
         self.coordinator.streams.add(stream)
         return stream, transport
 
