@@ -46,11 +46,11 @@ from bench.report import emit
 from nodeserve.policy.account import Account
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
-from nodeserve.policy.flow import Buffered, FlowOptions, Objective, judge
+from nodeserve.policy.flow import Buffered, FlowOptions, judge
 from nodeserve.policy.foresight import Forecast, Foresight
 from nodeserve.policy.pass_times import PassTimes
 from nodeserve.policy.units import DECODE_ALLOCATIONS, Unit, Wait, Waiting
-from nodeserve.types import Load
+from nodeserve.types import Load, Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def measure_small(config: Config) -> dict[str, float]:
         passes.append((works, PROFILE.cost.pass_s(works)))
     turns = itertools.cycle(passes)
     options, buffered = FlowOptions(4096, 1 << 22), Buffered(1000, 1_500_000)
-    forecast, slo = Forecast(Wait(1.0, 0.5), 1.9, Wait(0.01, 0.01), 0.03), Objective(2.0, 0.05)
+    forecast, slo = Forecast(Wait(1.0, 0.5), 1.9, Wait(0.01, 0.01), 0.03), Slo(2.0, 0.05)
     return {
         "observe_us": best_us(lambda: times.observe(*next(turns)), config),
         "predict_us": best_us(lambda: times.predict_s(next(turns)[0]), config),

@@ -22,11 +22,13 @@ from nodeserve.errors import (
     HandoffFailed,
     InvalidRequest,
     NodeServeError,
+    Overloaded,
     ProtocolError,
     ShuttingDown,
     from_code,
 )
 from nodeserve.metrics import Totals
+from nodeserve.policy.ledger import Ledger
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.wire.messages import (
     FINISH_REASONS,
@@ -67,6 +69,7 @@ class Coordinator:
         self.dispatch = Dispatch(links, self.requests, limits, policies)
         self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
         self.totals = Totals()
+        self.ledger = Ledger(now())
         self.closes_s: float | None = None  # it stops, and by then at the latest it is over
         self.farewell: NodeServeError | None = None  # that every new connection is told
         self.on_idle: Callable[[], object] = lambda: None  # while it stops: nobody waits any more
@@ -153,7 +156,11 @@ class Coordinator:
         if stream.meter is not None:
             stream.meter.take(len(stream.requests), now)
         request = admit(message, self._next_id, stream, self.limits, now)
-        self.dispatch.check(request, request.stamps.arrived)
+        try:
+            self.dispatch.check(request, request.stamps.arrived)
+        except Overloaded:
+            self.ledger.refused(request.objective, now)
+            raise
         check_vocabulary(request.tokens, self.limits.vocab_size)
         self._next_id += 1
         return request
@@ -240,6 +247,7 @@ class Coordinator:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
             self.dispatch.first_token(request, now)
+        request.stamps.regain(now)
         if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
@@ -263,6 +271,7 @@ class Coordinator:
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
         link.counters.handoff_bytes += message.num_bytes
+        link.counters.handoff_s += message.seconds
         request = self.requests.get(message.request_id)
         if request is None:
             return
@@ -322,13 +331,17 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             request.on(event)
             return
+        now = self._now()
         if event is Event.FINISHED:
-            self.dispatch.finish(request, self._now())
+            self.dispatch.finish(request, now)
         self.dispatch.remove(request)
         holders = self._holders(request, event)
         request.on(event)
-        self.totals.count(reason, self._now())
-        request.stream.end(request, end_of(request, reason, self._now(), code, message))
+        timings = request.timings(now)
+        outcome = self.totals.count(reason, now)
+        if code != ShuttingDown.code:
+            self.ledger.ended(request.ended(outcome, timings, now), now)
+        request.stream.end(request, end_of(request, reason, timings, code, message))
         if self.closes_s is not None and self.is_idle:
             self.on_idle()
         if request.phase is Phase.DONE:

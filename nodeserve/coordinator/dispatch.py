@@ -21,12 +21,12 @@ from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.decode_allocation import DecodeAllocator, ReadyKv
 from nodeserve.policy.dispatcher import Dispatcher
-from nodeserve.policy.flow import NO_OBJECTIVE, Buffered, Objective, Verdict, judge
+from nodeserve.policy.flow import NO_OBJECTIVE, Buffered, Verdict, judge
 from nodeserve.policy.foresight import Forecast, Foresight
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.parked import ParkedQueue
 from nodeserve.policy.units import Departure, PassDone, Unit
-from nodeserve.types import Role
+from nodeserve.types import Role, Slo
 from nodeserve.wire.messages import Probe, Prompt, StepDone
 
 
@@ -59,6 +59,7 @@ class Dispatch:
         )
         self._decoders = [self._units[link.index] for link in links if link.pulls]
         self.foresight = Foresight(self.dispatcher, self.allocator)
+        self.num_departures = 0  # with somebody on board
         self._departures = 0
         self._lost: set[int] = set()  # instances
         self._stand_ins: set[int] = set()  # instances that decode, and take prompts for now
@@ -81,7 +82,7 @@ class Dispatch:
     def check(self, request: Request, now_s: float) -> None:
         """May it come in? Overloaded says why not, and when to try again."""
         dispatcher, waiting = self.dispatcher, request.waiting
-        slo = objective({**self.policies.slo, **(request.slo or {})})
+        slo = request.objective = objective({**self.policies.slo, **(request.slo or {})})
         buffered = Buffered(len(dispatcher), dispatcher.num_tokens)
         facts = self.policies.flow, buffered, waiting.num_tokens, slo
         forecast = None if slo == NO_OBJECTIVE else self._forecast(request, now_s)
@@ -262,6 +263,7 @@ class Dispatch:
 
     def _depart(self, departure: Departure, now_s: float) -> None:
         """One record for each worker that gets some of it, or waits for its share of it."""
+        self.num_departures += bool(departure.boarded)
         prompts: dict[int, list[Prompt]] = {}
         for waiting, index in departure.boarded:
             request = self._requests[waiting.request_id]
@@ -288,10 +290,10 @@ class Dispatch:
             link.send(Probe())
 
 
-def objective(slo: Mapping[str, float]) -> Objective:
+def objective(slo: Mapping[str, float]) -> Slo:
     """A request's `slo`, which is in milliseconds."""
     ttft_ms, tpot_ms = slo.get("ttft_ms"), slo.get("tpot_ms")
-    return Objective(
+    return Slo(
         None if ttft_ms is None else ttft_ms / 1e3, None if tpot_ms is None else tpot_ms / 1e3
     )
 

@@ -42,6 +42,9 @@ class Counters:
     tokens: int = 0
     handoffs: int = 0
     handoff_bytes: int = 0
+    handoff_s: float = 0.0  # of copying them
+    prompt_tokens: int = 0
+    busy_s: float = 0.0  # of all steps; one may begin while another runs
     step_s: float = 0.0  # of the last step
     token_rate: Rate = field(default_factory=Rate)
     prompt_rate: Rate = field(default_factory=Rate)
@@ -50,9 +53,11 @@ class Counters:
         num_tokens = len(step.finish)
         self.steps += 1
         self.step_s = step.step_s
+        self.busy_s += step.step_s
         self.tokens += num_tokens
         self.token_rate.add(num_tokens, now_s)
         if step.num_prefill_tokens:
+            self.prompt_tokens += step.num_prefill_tokens
             self.prompt_rate.add(step.num_prefill_tokens, now_s)
 
 

@@ -6,15 +6,20 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.flow import NO_OBJECTIVE
 from nodeserve.policy.foresight import Forecast
+from nodeserve.policy.ledger import Ended
 from nodeserve.policy.lifecycle import Event, Phase, advance
 from nodeserve.policy.units import Waiting
-from nodeserve.types import Timings
+from nodeserve.types import Slo, Timings
 from nodeserve.wire.messages import End, Prompt, PullKv, pack_ids
 
 
 class Reader(Protocol):
-    """Whoever a request's tokens go to: a client's connection."""
+    """Whoever a request's tokens go to: a client's connection, `paused` while it does not read."""
+
+    @property
+    def paused(self) -> bool: ...
 
     def mark(self, request: "Request") -> None: ...
 
@@ -35,6 +40,23 @@ class Stamps:
     first_token: float | None = None
     parked: float = 0.0  # the last time its pages became ready
     last_token: float | None = None
+    told: float | None = None  # first token written to a client that had not read before
+    lost: float | None = None  # when it lost its place, after the first token and until the next
+    lost_before_s: float = 0.0
+    lost_after_s: float = 0.0
+
+    def lose(self, now_s: float) -> None:
+        """It has to begin again: what it has no token of was for nothing."""
+        if self.first_token is None:
+            self.lost_before_s = now_s - self.arrived
+        elif self.lost is None:
+            self.lost = now_s
+
+    def regain(self, now_s: float) -> None:
+        """A token has come, perhaps after a loss."""
+        if self.lost is not None:
+            self.lost_after_s += now_s - self.lost
+            self.lost = None
 
     def depart(self, now_s: float) -> None:
         """Leave the buffer, perhaps again: what happened after the time before does not count."""
@@ -74,6 +96,7 @@ class Request:
     max_tokens: int
     waiting: Waiting  # its place in the buffer: the present one, or the last
     stamps: Stamps
+    objective: Slo = NO_OBJECTIVE  # what it is held to: its own limits, or the server's
     forecast: Forecast | None = None  # when it came in; None: there was none, or it is void
     phase: Phase = Phase.WAITING
     num_sent: int = 0
@@ -139,4 +162,28 @@ class Request:
             self.decode_worker,
             self.num_preemptions,
             self.waiting.rounds,
+            stamps.lost_before_s,
+            stamps.lost_after_s,
         )
+
+    def ended(self, outcome: str, timings: Timings, now_s: float) -> Ended:
+        """What counts of it once it is over."""
+        return Ended(
+            self.request_id,
+            outcome,
+            self.objective,
+            timings,
+            self.client_wait_s(now_s),
+            self.num_prompt_tokens,
+            self.num_output_tokens,
+        )
+
+    def client_wait_s(self, now_s: float) -> float:
+        """What its first token waited, or waits, for the client to read."""
+        stamps = self.stamps
+        if stamps.first_token is None:
+            return 0.0
+        if stamps.told is not None:
+            return stamps.told - stamps.first_token
+        held = self.stream.paused and self.num_sent <= self.num_prompt_tokens
+        return now_s - stamps.first_token if held else 0.0

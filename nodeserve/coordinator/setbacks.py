@@ -36,7 +36,9 @@ class Setbacks:
         """To the window, from wherever it was."""
         request.num_preemptions += 1
         request.holder = request.source = -1
-        self._dispatch.put_back(request, self._now())
+        now_s = self._now()
+        request.stamps.lose(now_s)
+        self._dispatch.put_back(request, now_s)
 
     def park(self, request: Request) -> None:
         """Its pages are ready, perhaps again. If nobody is left who could pull them, whoever

@@ -8,6 +8,8 @@ connection is closed and its requests are cancelled.
 """
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
@@ -32,7 +34,8 @@ class Backlog:
 
 
 class Stream:
-    """The outgoing half of one client connection. `backlog` is shared with others; None: alone."""
+    """The outgoing half of one client connection. `backlog` is shared with others; None: alone.
+    `clock` is monotonic, as the coordinator's."""
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Stream:
         max_backlog_bytes: int,
         meter: Meter | None = None,
         backlog: Backlog | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.meter = meter  # None: its requests are not counted
         self.requests: dict[int, Request] = {}  # by the client's id, until their End is written
@@ -47,7 +51,8 @@ class Stream:
         self._transport = transport
         self._max_backlog_bytes = max_backlog_bytes
         self._backlog = backlog or Backlog(2 * max_backlog_bytes)
-        self._paused = False
+        self.paused = False  # the peer does not read
+        self._clock = clock
         self._dirty: list[Request] = []
         self._ends: list[bytes] = []
         self._held_bytes = 0
@@ -57,7 +62,7 @@ class Stream:
         if self.closed:
             return
         data = frame(TO_CLIENT.encode(message))
-        if self._paused:
+        if self.paused:
             self._hold(data)
         else:
             self._transport.write(data)
@@ -73,7 +78,7 @@ class Stream:
             del self.requests[request.client_id]
         if self.closed:
             return
-        if self._paused:
+        if self.paused:
             self._hold_tail(request)
         else:
             self.flush()
@@ -81,22 +86,26 @@ class Stream:
 
     def flush(self) -> None:
         """One frame for everything new. Does nothing while the peer does not read."""
-        if self.closed or self._paused or not self._dirty:
+        if self.closed or self.paused or not self._dirty:
             return
         items = [self._item(request) for request in self._dirty]
         self._dirty.clear()
         self._transport.write(frame(TO_CLIENT.encode(Tokens(items))))
 
     def pause(self) -> None:
-        self._paused = True
+        self.paused = True
 
     def resume(self) -> None:
-        self._paused = False
+        self.paused = False
         for data in self._let_go():
             self._transport.write(data)
         if self.closed:  # the last of them was its goodbye
             self._transport.close()
         else:
+            now_s = self._clock()
+            for request in self._dirty:
+                if request.num_sent <= request.num_prompt_tokens:
+                    request.stamps.told = now_s
             self.flush()
 
     def goodbye(self, code: str, message: str) -> None:
@@ -106,7 +115,7 @@ class Stream:
             return
         self.flush()
         self.send(Goodbye(code, message))
-        if not self._paused:
+        if not self.paused:
             self._transport.close()
         self.closed = True
 
@@ -148,10 +157,9 @@ class Stream:
         return held
 
 
-def end_of(request: Request, reason: str, now_s: float, code: str | None, message: str) -> End:
+def end_of(request: Request, reason: str, timings: Timings, code: str | None, message: str) -> End:
     """The End of a request that ran."""
-    timings = told(request.timings(now_s))
-    return End(request.client_id, reason, code, message, request.usage(), timings, None)
+    return End(request.client_id, reason, code, message, request.usage(), told(timings), None)
 
 
 def refusal(client_id: int, error: NodeServeError) -> End:

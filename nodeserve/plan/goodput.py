@@ -10,46 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from nodeserve.types import Slo as Slo
+
 GOAL = 0.9  # share of requests that must be good for a rate to count as goodput
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Limits in seconds; None: no limit."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-
-    def missed(
-        self, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None = None
-    ) -> tuple[str, ...]:
-        """Names of the limits that a request with these times misses.
-
-        A request with one token has no TPOT and cannot miss it; one without a first token misses
-        any limit of the TTFT.
-        """
-        late = []
-        if self.ttft_s is not None and (ttft_s is None or ttft_s > self.ttft_s):
-            late.append("ttft")
-        if self.tpot_s is not None and tpot_s is not None and tpot_s > self.tpot_s:
-            late.append("tpot")
-        if self.e2e_s is not None and (e2e_s is None or e2e_s > self.e2e_s):
-            late.append("e2e")
-        return tuple(late)
-
-    def met(self, ttft_s: float | None, tpot_s: float | None, e2e_s: float | None = None) -> bool:
-        """Whether a request that ended well was good."""
-        return not self.missed(ttft_s, tpot_s, e2e_s)
-
-    def scaled(self, factor: float) -> "Slo":
-        """Every limit times `factor`: the SLO scale of DistServe's plots."""
-        return Slo(*(None if one is None else one * factor for one in self.limits))
-
-    @property
-    def limits(self) -> tuple[float | None, float | None, float | None]:
-        return (self.ttft_s, self.tpot_s, self.e2e_s)
 
 
 @dataclass(frozen=True, slots=True)

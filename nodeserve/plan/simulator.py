@@ -19,11 +19,11 @@ from nodeserve.plan.supervisor import Supervisor
 from nodeserve.policy.batching import Limits
 from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.dispatcher import Dispatcher
-from nodeserve.policy.flow import Buffered, Objective, Verdict, judge
+from nodeserve.policy.flow import Buffered, Verdict, judge
 from nodeserve.policy.foresight import Foresight
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.units import Departure, PassDone
-from nodeserve.types import Role, Sampling
+from nodeserve.types import Role, Sampling, Slo
 
 MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again is stuck
 
@@ -181,7 +181,7 @@ class Simulation:
             max_tokens = life.sampling.max_tokens
             forecast = self.foresight.forecast(waiting, max_tokens, decoders, num_open, now_s)
             buffered = Buffered(len(self.dispatcher), self.dispatcher.num_tokens)
-            slo = Objective(arrival.ttft_slo_s, arrival.tpot_slo_s)
+            slo = Slo(arrival.ttft_slo_s, arrival.tpot_slo_s)
             judged = judge(flow, buffered, waiting.num_tokens, slo, forecast)
             self.foresight.judged(refused=judged.verdict is not Verdict.ADMIT)
             if judged.verdict is Verdict.REJECT:

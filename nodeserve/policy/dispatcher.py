@@ -18,6 +18,7 @@ from collections.abc import Sequence, Set
 from nodeserve.policy.boarding import Boarding
 from nodeserve.policy.buffer import Buffer
 from nodeserve.policy.cost import RankWork
+from nodeserve.policy.filled import Filled
 from nodeserve.policy.immediate import Immediate
 from nodeserve.policy.pass_times import PassTimes
 from nodeserve.policy.prefill_allocation import book, uncached
@@ -49,6 +50,7 @@ class Dispatcher:
         self.instances: list[PrefillInstance] = []
         self.window = Window(_fixed_s(options), options.window_k)
         self.falling_back = False
+        self.filled = Filled()
         self._by_number: dict[int, PrefillInstance] = {}
         self._by_unit: dict[int, PrefillInstance] = {}
         for units in instances:
@@ -139,6 +141,7 @@ class Dispatcher:
 
     def _learn(self, number: int, works: list[RankWork], done: PassDone) -> None:
         self.times.observe(works, done.seconds)
+        self.filled.count(works, self.options.budget, done.seconds)
         num_tokens = sum(work.prefill_tokens for work in works)
         self.window.constancy.add(num_tokens, done.seconds)
         departed_s = self._awaited.pop(number, None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nodeserve.policy.foresight import Forecast
+from nodeserve.types import Slo
 
 LEAST_RETRY_S = 0.1  # before that, nothing will have changed
 RETRY_S = 1.0  # where nothing is predicted
@@ -46,21 +47,14 @@ class FlowOptions:
     on_overload: str = "reject"
 
 
-class Objective(NamedTuple):
-    """A request's SLO in seconds; None: no limit."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-
-
-NO_OBJECTIVE = Objective()
+NO_OBJECTIVE = Slo()
 
 
 def judge(
     options: FlowOptions,
     buffered: Buffered,
     num_tokens: int,
-    slo: Objective,
+    slo: Slo,
     forecast: Forecast | None,
 ) -> Judgement:
     """Judge a request of `num_tokens` by what is forecast for it (None: nothing is known yet).
@@ -88,7 +82,7 @@ class _Miss(NamedTuple):
     again_s: float
 
 
-def _miss(slo: Objective, forecast: Forecast) -> _Miss | None:
+def _miss(slo: Slo, forecast: Forecast) -> _Miss | None:
     """Which limit is too near, if one is."""
     late_s, slow_s = forecast.safe_ttft_s, forecast.safe_tpot_s
     if slo.ttft_s is not None and late_s > slo.ttft_s:

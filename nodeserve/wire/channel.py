@@ -113,6 +113,7 @@ class CoordinatorEnd(_End):
 
     def __init__(self, node_id: str, label: str, ring_bytes: int = RING_BYTES) -> None:
         super().__init__()
+        self.capacity_bytes = ring_bytes
         try:
             self._make(_name(node_id, label), RING_HEADER_BYTES + ring_bytes)
         except BaseException:

@@ -147,6 +147,12 @@ class QueueingSender(Sender):
         super().__init__(ring, peer)
         self._max_queued = max_queued
         self._queue: deque[bytes] = deque()  # sealed
+        self.num_stalls = 0  # times that records began to wait for room
+
+    @property
+    def pending_bytes(self) -> int:
+        """In the ring, not taken yet."""
+        return self._ring.pending_bytes
 
     @property
     def num_queued(self) -> int:
@@ -168,8 +174,8 @@ class QueueingSender(Sender):
             raise RingError(f"the worker leaves {len(self._queue)} records unread; is it stuck?")
         self._queue.append(sealed)
         self._num_sealed += 1
-        if len(self._queue) == 1:
-            self.flush()
+        if len(self._queue) == 1 and not self.flush():
+            self.num_stalls += 1
 
     def flush(self) -> bool:
         """Send what waits; False when some still does. Call it when the own doorbell has rung."""
@@ -192,6 +198,7 @@ class Receiver:
         self._ring = ring
         self._peer = peer
         self._num_taken = 0
+        self.num_stalls = 0  # times that the sender had to wait for room
 
     def drain(self, max_records: int = DRAIN_RECORDS) -> list[bytes]:
         """The records that are there, oldest first; never waits. RingError for a damaged one."""
@@ -199,6 +206,7 @@ class Receiver:
         if not sealed:
             return sealed
         if self._ring.producer_to_wake():
+            self.num_stalls += 1
             self._peer.ring()
         records = [unseal(one, number) for number, one in enumerate(sealed, self._num_taken)]
         self._num_taken += len(records)
@@ -252,6 +260,11 @@ class RungReceiver(Receiver):
     def _announce(self) -> None:
         if not self._ring.arm_consumer():
             self._own.ring()
+
+    @property
+    def pending_bytes(self) -> int:
+        """In the ring, not taken yet."""
+        return self._ring.pending_bytes
 
     @property
     def beats(self) -> int:

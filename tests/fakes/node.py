@@ -68,13 +68,18 @@ class FakeChannel:
 
     def __init__(self) -> None:
         self.records: deque[bytes] = deque()
-        self.inbox = self
+        self.inbox = self.outbox = self
+        self.num_stalls = 0
 
-    max_record_bytes = 1 << 20
+    max_record_bytes = capacity_bytes = 1 << 20
 
     @property
     def num_queued(self) -> int:
         return len(self.records)
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(map(len, self.records))
 
     def post(self, record: bytes) -> None:
         self.records.append(record)
@@ -315,7 +320,7 @@ class FakeNode:
 
     def connect(self, max_backlog_bytes: int = 1 << 20) -> tuple[Stream, FakeTransport]:
         transport = FakeTransport()
-        stream = Stream(transport, max_backlog_bytes)  # type: ignore[arg-type]
+        stream = Stream(transport, max_backlog_bytes, clock=lambda: self.now)  # type: ignore[arg-type]
         self.coordinator.streams.add(stream)
         return stream, transport
 

@@ -16,12 +16,12 @@ from nodeserve.policy.flow import (
     Buffered,
     FlowOptions,
     Judgement,
-    Objective,
     Verdict,
     judge,
 )
 from nodeserve.policy.foresight import Forecast
 from nodeserve.policy.units import Wait
+from nodeserve.types import Slo
 
 REJECT = FlowOptions(max_num_queued_reqs=10, max_num_queued_tokens=1000)
 QUEUE = FlowOptions(max_num_queued_reqs=10, max_num_queued_tokens=1000, on_overload="queue")
@@ -38,17 +38,17 @@ def token_in(likely_s: float, safe_s: float) -> Forecast:
     return Forecast(Wait(0.0, 0.0), 0.0, Wait(likely_s, 0.0), safe_s, 4.0)
 
 
-HALF, TWENTIETH = Objective(ttft_s=0.5), Objective(tpot_s=0.05)
+HALF, TWENTIETH = Slo(ttft_s=0.5), Slo(tpot_s=0.05)
 CASES = {
     "nothing known, nothing asked": (EMPTY, 100, NO_OBJECTIVE, None),
     "no SLO": (SOME, 100, NO_OBJECTIVE, Forecast(Wait(1e9, 0.0), 1e9, Wait(1e9, 0.0), 1e9)),
-    "nothing forecast": (SOME, 100, Objective(0.001, 0.001), None),
+    "nothing forecast": (SOME, 100, Slo(0.001, 0.001), None),
     "in time": (SOME, 100, HALF, first_in(0.3, 0.4)),
     "just in time": (SOME, 100, HALF, first_in(0.3, 0.5)),
     "late most likely, but not surely": (SOME, 100, HALF, first_in(0.55, 0.5)),
     "of tokens nothing is known": (SOME, 100, TWENTIETH, first_in(0.1, 0.1)),
     "a step in time": (SOME, 100, TWENTIETH, token_in(0.04, 0.05)),
-    "a number that is none": (SOME, 100, Objective(0.5, 0.5), token_in(math.nan, math.nan)),
+    "a number that is none": (SOME, 100, Slo(0.5, 0.5), token_in(math.nan, math.nan)),
     "the last of the tokens": (SOME, 400, NO_OBJECTIVE, None),
     "too long for the buffer, but alone": (EMPTY, 5000, NO_OBJECTIVE, None),
     "the last place": (Buffered(9, 0), 1, NO_OBJECTIVE, None),
@@ -68,7 +68,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("options", [REJECT, QUEUE], ids=lambda options: str(options.on_overload))
-@pytest.mark.parametrize("slo", [NO_OBJECTIVE, Objective(0.1), Objective(1e9, 1e9)])
+@pytest.mark.parametrize("slo", [NO_OBJECTIVE, Slo(0.1), Slo(1e9, 1e9)])
 @pytest.mark.parametrize(
     ("predicted_s", "retry_after_s"),
     [(None, RETRY_S), (7.0, 7.0), (0.0, LEAST_RETRY_S), (math.inf, RETRY_S)],
@@ -78,7 +78,7 @@ def test_memory_has_bounds_for_everybody(
     name: str,
     predicted_s: float | None,
     retry_after_s: float,
-    slo: Objective,
+    slo: Slo,
     options: FlowOptions,
 ) -> None:
     buffered, num_tokens, words = FULL[name]
@@ -100,7 +100,7 @@ def test_memory_has_bounds_for_everybody(
 )
 @pytest.mark.parametrize("buffered", [EMPTY, SOME])
 def test_an_slo_that_would_be_missed(
-    buffered: Buffered, slo: Objective, forecast: Forecast, retry_after_s: float, words: str
+    buffered: Buffered, slo: Slo, forecast: Forecast, retry_after_s: float, words: str
 ) -> None:
     refused = judge(REJECT, buffered, 100, slo, forecast)
     assert refused.verdict is Verdict.REJECT
@@ -117,7 +117,7 @@ LIMITS = st.none() | st.floats(1e-6, 1e6)
     st.sampled_from((REJECT, QUEUE)),
     st.builds(Buffered, st.integers(0, 20), st.integers(0, 2000)),
     st.integers(1, 5000),
-    st.builds(Objective, LIMITS, LIMITS),
+    st.builds(Slo, LIMITS, LIMITS),
     st.none()
     | st.builds(
         Forecast,
@@ -132,7 +132,7 @@ def test_what_holds_for_every_judgement(
     options: FlowOptions,
     buffered: Buffered,
     num_tokens: int,
-    slo: Objective,
+    slo: Slo,
     forecast: Forecast | None,
 ) -> None:
     judged = judge(options, buffered, num_tokens, slo, forecast)

@@ -16,7 +16,7 @@ LONGER: dict[str, str] = {}  # path: why it is one file
 BASE = {
     *("errors", "types", "layout", "config", "metrics", "log"),
     *("gguf", "checkpoint", "model_files", "weight_files", "cuda_build", "gpus", "nvml"),
-    "socket_path",
+    *("socket_path", "blame"),
 }
 MAY_IMPORT = {
     **{name: BASE for name in BASE},
@@ -30,16 +30,18 @@ MAY_IMPORT = {
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
     "loadgen": BASE | {"wire", "text", "client", "plan"},
-    "gateway": BASE | {"wire", "text", "client"},
+    "views": BASE,
+    "gateway": BASE | {"wire", "text", "client", "views"},
     "profiling": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store"},
     "cli": BASE
     | {"wire", "coordinator", "client", "plan", "policy", "profile_store"}
-    | {"loadgen", "profiling", "gateway"},
+    | {"loadgen", "profiling", "gateway", "views"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
 MAY_NOT_USE = {
     "policy": {"torch", "asyncio", "time", "os", "socket"},
+    "views": {"torch", "asyncio", "time", "os", "socket"},
     "wire": {"torch", "asyncio"},
     "worker": {"asyncio"},
     **{

@@ -1,0 +1,8 @@
+"""What a person looks at: one `Frame` of the node's state, from what the server says of itself.
+
+Pure: no clock, no socket. The terminal view and the web page show the same frame.
+"""
+
+from nodeserve.views.frame import Frame as Frame
+from nodeserve.views.frame import to_json as to_json
+from nodeserve.views.history import History as History
