@@ -62,7 +62,6 @@ def headers_with(content_policy: str) -> dict[str, str]:
     return {
         "content-security-policy": content_policy,
         "cache-control": "no-cache",
-        "cross-origin-opener-policy": "same-origin",
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }

@@ -24,8 +24,10 @@ CONTRAST = (Path(__file__).parents[1] / "fakes/contrast.js").read_text()
 ENOUGH = 4.5  # WCAG AA
 BACKGROUNDS = {"light": "rgb(243, 245, 248)", "dark": "rgb(15, 18, 22)"}
 WATCH_SHIFTS = """
-window.moved = 0;
-const add = (list) => list.getEntries().forEach((one) => (window.moved += one.value));
+window.moved = [];
+const name = (node) => node?.parentElement?.outerHTML.slice(0, 80);
+const add = (list) => list.getEntries().forEach((one) =>
+  window.moved.push(one.sources.map((source) => name(source.node))));
 new PerformanceObserver(add).observe({type: 'layout-shift'});
 """
 TURN = """(hidden) => {
@@ -97,7 +99,7 @@ async def test_nothing_jumps_when_numbers_change(seen: Watched) -> None:
     view["verdict"] = "nothing: 100 % of requests meet their objectives"
     await seen.shows(view)
     await expect(page.locator("#verdict-text")).to_have_text(view["verdict"])
-    assert await page.evaluate("window.moved") == 0
+    assert await page.evaluate("window.moved") == []
 
 
 # ---- what it says
@@ -107,8 +109,7 @@ async def test_what_is_shown_of_a_busy_node(seen: Watched) -> None:
     page = await seen.open()
     await expect(page).to_have_title("qwen3-30b-a3b · nodeserve")
     full = page.locator(".worker", has_text="w5")
-    await expect(full).to_contain_text("KV 99 %, full")
-    await expect(full).to_contain_text("46 running · 6 waiting")
+    await expect(full).to_contain_text("KVfull, 99 %running46waiting6step23.4 mstok/s1,871")
     roles = await page.locator(".pool").evaluate_all("all => all.map((one) => one.dataset.role)")
     assert roles == ["buffer", "prefill", "decode"]
     goodput = page.locator(".tile", has_text="Goodput")
@@ -290,4 +291,5 @@ async def test_the_policy_keeps_others_out(browser: Browser, url: str, intrusion
         )
         await page.locator("#answer").click()
         assert not await page.evaluate("window.hacked")
-        assert any("Content Security Policy" in fault for fault in seen.faults), seen.faults
+        words = ("Content Security Policy", "requires 'Trusted")
+        assert any(word in fault for word in words for fault in seen.faults), seen.faults

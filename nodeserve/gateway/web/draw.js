@@ -57,6 +57,12 @@ function duration(seconds) {
   return "0 s";
 }
 
+/** A bound as somebody wrote it: no digits that say nothing. */
+const limit = (ms) => (ms < 1000 ? `${Number(ms.toFixed(1))} ms` : `${Number((ms / 1000).toFixed(2))} s`);
+
+/** 12.3K, 4.56M. */
+const short = (value) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(value);
+
 const plural = (count, word) => `${whole(count)} ${word}${count === 1 ? "" : "s"}`;
 
 // ---- pictures: stretched to their place, so sizes are shares of 100 and text stands beside
@@ -116,13 +122,32 @@ function markLine(marks) {
   return line;
 }
 
+/** Words beside a picture, each at its height: [share of 100 from the top, words]. */
+function scale(marks) {
+  return marks.map(([place, words]) => {
+    const mark = make("span", "scale", words);
+    mark.style.top = `${place}%`;
+    mark.setAttribute("aria-hidden", "true");
+    return mark;
+  });
+}
+
 /** A list of terms and what they are. */
 function facts(pairs) {
   const list = make("dl", "facts");
-  for (const [term, value] of pairs) {
-    list.append(make("div", "", make("dt", "", term), make("dd", "", value)));
+  for (const [term, value, kind = ""] of pairs) {
+    list.append(make("div", kind, make("dt", "", term), make("dd", "", value)));
   }
   return list;
+}
+
+/** The same below each other, for values that change: a map of the nodes that hold them. */
+function rows(list, terms) {
+  return Object.fromEntries(terms.map((term) => {
+    const value = make("dd", "", NOTHING);
+    list.append(make("div", "", make("dt", "", term), value));
+    return [term, value];
+  }));
 }
 
 /** A bar that is filled to a share; `showShare` moves it. */

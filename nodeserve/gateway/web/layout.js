@@ -46,10 +46,10 @@ function showPool(role, name, members, view) {
   for (const worker of members) showWorker(parts.list, worker, members);
 }
 
-function poolWords(role, members, view) {
-  if (role === "decode" && known(view.handoff.gb_per_s)) {
-    return `handoff ${digits(view.handoff.gb_per_s)} GB/s`;
-  }
+/** What is told of a pool beside its name. */
+function poolWords(role, members, { admission, handoff }) {
+  if (role === "decode" && known(handoff.gb_per_s)) return `handoff ${rate(handoff.gb_per_s)} GB/s`;
+  if (role === "prefill" && known(admission.fill)) return `passes ${percent(admission.fill)} full`;
   return plural(members.length, "worker");
 }
 
@@ -59,36 +59,32 @@ let buffer = null;
 
 function showBuffer({ admission }) {
   if (!buffer) {
-    buffer = { queued: make("p", "name"), tokens: make("p"), window: make("p"), note: make("p", "note warn") };
-    const list = make("div", "buffer", ...Object.values(buffer));
-    const node = make("div", "pool", make("h3", "", make("span", "", "Buffer")), list);
+    const list = make("dl", "rows");
+    buffer = { ...rows(list, ["waiting", "tokens", "parked", "every"]), note: make("p", "note") };
+    const box = make("div", "buffer", list, buffer.note);
+    const node = make("div", "pool", make("h3", "", make("span", "", "Buffer")), box);
     node.dataset.role = "buffer";
     byId("flow").prepend(node);
   }
-  say(buffer.queued, `${whole(admission.queued)} waiting`);
-  say(buffer.tokens, plural(admission.queued_tokens, "token"));
-  say(buffer.window, admission.window_ms ? `leaves every ${millis(admission.window_ms)}` : admission.name);
-  const notes = [
-    ...(admission.parked ? [`${whole(admission.parked)} wait for decode`] : []),
-    ...(admission.falling_back ? ["dispatching on arrival"] : []),
-  ];
-  say(buffer.note, notes.join(", "));
+  say(buffer.waiting, whole(admission.queued));
+  say(buffer.tokens, short(admission.queued_tokens));
+  say(buffer.parked, whole(admission.parked));
+  say(buffer.every, admission.window_ms ? millis(admission.window_ms) : NOTHING);
+  say(buffer.note, admission.falling_back ? "dispatches on arrival" : "");
 }
 
 // ---- a worker
 
 function newWorker(list) {
+  const numbers = make("dl", "rows");
   const parts = {
+    ...rows(numbers, ["KV", "running", "waiting", "step", "tok/s"]),
     name: make("span", "name"),
     tag: make("span", "dim"),
     meter: meter(),
-    kv: make("p"),
-    batch: make("p"),
-    pace: make("p"),
-    note: make("p", "note warn"),
+    note: make("p", "note"),
   };
-  const head = make("p", "head", parts.name, parts.tag);
-  parts.node = make("li", "worker", head, parts.kv, parts.meter, parts.batch, parts.pace, parts.note);
+  parts.node = make("li", "worker", make("p", "head", parts.name, parts.tag), parts.meter, numbers, parts.note);
   list.append(parts.node);
   return parts;
 }
@@ -98,30 +94,26 @@ function showWorker(list, worker, members) {
   const parts = shown.get(worker.index);
   if (parts.node.parentNode !== list) list.append(parts.node); // its role was changed
   const isUp = worker.state === "ready";
+  const isFull = worker.kv_use >= FULL;
+  const tokens = worker.acting === "prefill" ? worker.prompt_tokens_per_s : worker.tokens_per_s;
   parts.node.dataset.up = isUp ? "yes" : "no";
   parts.node.dataset.role = worker.acting;
   say(parts.name, `w${worker.index}`);
   say(parts.tag, isUp ? tagOf(worker, members) : worker.state);
-  showShare(parts.meter, worker.kv_use, worker.kv_use >= FULL);
-  say(parts.kv, `KV ${percent(worker.kv_use)}${worker.kv_use >= FULL ? ", full" : ""}`);
-  say(parts.batch, `${whole(worker.running)} running · ${whole(worker.waiting)} waiting`);
-  say(parts.pace, paceWords(worker));
-  const note = noteOf(worker, isUp);
-  say(parts.note, note);
-  parts.note.title = note;
+  showShare(parts.meter, worker.kv_use, isFull);
+  say(parts.KV, isFull ? `full, ${percent(worker.kv_use)}` : percent(worker.kv_use));
+  say(parts.running, whole(worker.running));
+  say(parts.waiting, whole(worker.waiting));
+  say(parts.step, millis(worker.step_ms));
+  say(parts["tok/s"], whole(tokens));
+  say(parts.note, noteOf(worker, isUp));
 }
 
 /** How busy it is, and of which group where workers compute together. */
 function tagOf(worker, members) {
   const together = members.filter((other) => other.instance === worker.instance).length > 1;
-  const group = together ? `group ${worker.instance}` : "";
-  const busy = known(worker.busy) ? `${percent(worker.busy)} busy` : "";
-  return group || busy;
-}
-
-function paceWords(worker) {
-  const tokens = worker.acting === "prefill" ? worker.prompt_tokens_per_s : worker.tokens_per_s;
-  return `${millis(worker.step_ms)} · ${rate(tokens)} tok/s`;
+  const busy = known(worker.busy) ? [`${percent(worker.busy)} busy`] : [];
+  return [...(together ? [`#${worker.instance}`] : []), ...busy].join(" · ");
 }
 
 function noteOf(worker, isUp) {

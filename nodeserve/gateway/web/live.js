@@ -55,6 +55,8 @@ async function problemOf(response) {
 
 function showView(view) {
   seen = performance.now();
+  document.body.dataset.seen = "yes";
+  say(byId("verdict-title"), "What limits goodput now");
   const isWell = view.state === "ready";
   showState(isWell ? "live" : "degraded", isWell ? "Live" : capital(view.state));
   showPanels(view);
@@ -66,6 +68,7 @@ function showDown(error) {
   const fromNode = known(error.status);
   showState("down", fromNode ? "Node down" : "Gateway away");
   const words = fromNode ? error.message : "the gateway does not answer; this page asks again every second";
+  say(byId("verdict-title"), "Why nothing new is shown");
   say(byId("verdict-text"), capital(words));
   const reasons = byId("reasons");
   reasons.hidden = seen === null;

@@ -62,7 +62,8 @@ function showTiles(view) {
   const { series, rates } = view;
   const minute = spanOf(view, 60);
   const quick = (spread) => (spread ? `P50 ${millis(spread.p50)}` : "none in a minute");
-  showTile("Goodput", rate(minute.goodput_per_s), "req/s", `of ${rate(minute.ended_per_s)} ended`, series.goodput_per_s);
+  const ended = minute.ended_per_s ? `of ${rate(minute.ended_per_s)} that ended` : "none ended in a minute";
+  showTile("Goodput", rate(minute.goodput_per_s), "req/s", ended, series.goodput_per_s);
   const [ttft, tpot] = [minute.ttft_ms, minute.tpot_ms];
   showTile("TTFT P90", ...parted(ttft?.p90), quick(ttft), series.ttft_p90_ms);
   showTile("TPOT P90", ...parted(tpot?.p90), quick(tpot), series.tpot_p90_ms);
@@ -93,7 +94,7 @@ function parted(ms) {
 
 function objectivesWords(slo) {
   const bounds = [["TTFT", slo.ttft_ms], ["TPOT", slo.tpot_ms]].filter(([, ms]) => known(ms));
-  return bounds.map(([name, ms]) => `${name} ≤ ${millis(ms)}`).join(", ");
+  return bounds.map(([name, ms]) => `${name} ≤ ${limit(ms)}`).join(", ");
 }
 
 function showAttainment(view) {
@@ -106,10 +107,13 @@ function showAttainment(view) {
     }
     const label = `Attainment over the last 5 minutes: ${shares.map((pair) => pair.join(" ")).join(", ")}`;
     const lines = [0, 50, 100].map((y) => across("grid", y));
-    const plot = make("div", "plot", canvas(label, ...lines, across("goal", 100 - 100 * GOAL), ...curve(values, 1, SERIES_POINTS)));
+    const goal = across("goal", 100 - 100 * GOAL);
+    const picture = canvas(label, ...lines, goal, ...curve(values, 1, SERIES_POINTS));
+    const plot = make("div", "plot scaled", picture, ...scale([[10, "90 %"], [50, "50 %"], [100, "0 %"]]));
     const span_s = view.series.step_s * (SERIES_POINTS - 1);
-    const marks = [[0, `${Math.round(span_s / 60)} min ago`], [50, "attained, goal 90 %"], [100, "now"]];
-    return [make("figure", "", plot, markLine(marks)), facts(shares)];
+    const marks = markLine([[0, `${Math.round(span_s / 60)} min ago`], [100, "now"]]);
+    marks.classList.add("scaled");
+    return [make("figure", "", plot, marks), facts(shares)];
   });
 }
 
@@ -159,10 +163,10 @@ function showLatency(node, view, key, words) {
     const numbers = [["P50", spread.p50], ["P90", spread.p90], ["P99", spread.p99]];
     const pairs = numbers.map(([name, ms]) => [name, millis(ms)]);
     const at = known(bound) ? placeOf(bound, bins) : -1;
-    const limit = at >= 0 && at <= 100 ? [upright("limit", at)] : [];
+    const line = at >= 0 && at <= 100 ? [upright("limit", at)] : [];
     const label = `Histogram of the ${words}: ${pairs.map((pair) => pair.join(" ")).join(", ")}`;
-    const plot = make("div", "plot", canvas(label, across("grid", 100), ...bars, ...limit));
-    const asked = known(bound) ? [["objective", millis(bound)]] : [];
+    const plot = make("div", "plot", canvas(label, across("grid", 100), ...bars, ...line));
+    const asked = known(bound) ? [["objective", limit(bound), line.length ? "bound" : ""]] : [];
     const counted = ["requests", whole(spread.count)];
     return [make("figure", "", plot, markLine(latencyMarks(bins))), facts([...pairs, ...asked, counted])];
   });
@@ -187,7 +191,8 @@ function showBlame(view) {
     const rows = found.map(([name, count]) => {
       const bar = meter();
       showShare(bar, count / total, false);
-      return make("li", "", make("span", "", name), bar, make("span", "number", `${whole(count)} · ${percent(count / total)}`));
+      const numbers = [whole(count), percent(count / total)].map((words) => make("span", "number", words));
+      return make("li", "", make("span", "", name), bar, ...numbers);
     });
     return [make("ul", "shares", ...rows)];
   });
