@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from nodeserve.gateway.engine import CHECK_TIMEOUT_S, Engine
 from nodeserve.gateway.problems import HttpProblem
@@ -44,8 +45,8 @@ class View:
         except TimeoutError:
             words = f"the server has not answered for {CHECK_TIMEOUT_S:g} s"
             raise HttpProblem(503, "not_ready", words) from None
-        frame = self._history.add(stats)
-        self._body = json.dumps(to_json(frame), separators=(",", ":"), allow_nan=False).encode()
+        view = finite(to_json(self._history.add(stats)))
+        self._body = json.dumps(view, separators=(",", ":"), allow_nan=False).encode()
         self._made_s = self._clock()
         return self._body
 
@@ -53,3 +54,12 @@ class View:
         self._asking = None
         if not task.cancelled():
             task.exception()  # seen, also where everybody who waited for it has left
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for, as an SLO that a client left open."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,11 +10,10 @@ import pytest
 from playwright.async_api import Browser, expect
 
 from tests.fakes.browser import chromium, needs_chromium, watched
-from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.fakes.gguf_writer import CHAT_TEMPLATE, gpt2_metadata, write_gguf
 from tests.process.conftest import Connect, Nodes, RunningNode, StartGateways
 
 pytestmark = [pytest.mark.slow, needs_chromium]
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ async def browser() -> AsyncIterator[Browser]:
 def tokenizer(tmp_path: Path) -> Path:
     """One that can chat."""
     return write_gguf(
-        tmp_path / "model.gguf", gpt2_metadata(**{"tokenizer.chat_template": TEMPLATE})
+        tmp_path / "model.gguf", gpt2_metadata(**{"tokenizer.chat_template": CHAT_TEMPLATE})
     )
 
 

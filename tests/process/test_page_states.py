@@ -13,12 +13,11 @@ from nodeserve.gateway.listen import Address
 from nodeserve.gateway.settings import GatewaySettings
 from tests.fakes.browser import VIEW, Watched, chromium, needs_chromium, watched
 from tests.fakes.gateway import gateway_on
-from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.fakes.gguf_writer import CHAT_TEMPLATE, gpt2_metadata, write_gguf
 from tests.fakes.page_view import busy_view, idle_view, troubled_view
 from tests.fakes.server import FakeServer, endless, saying
 
 pytestmark = [pytest.mark.slow, needs_chromium]
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 ANYWHERE = Address("127.0.0.1", 0)
 CONTRAST = (Path(__file__).parents[1] / "fakes/contrast.js").read_text()
 ENOUGH = 4.5  # WCAG AA
@@ -48,7 +47,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[FakeServer]:
-    metadata = gpt2_metadata(**{"tokenizer.chat_template": TEMPLATE})
+    metadata = gpt2_metadata(**{"tokenizer.chat_template": CHAT_TEMPLATE})
     tokenizer = write_gguf(tmp_path / "model.gguf", metadata)
     async with FakeServer(tmp_path / "socket", tokenizer=str(tokenizer)) as server:
         yield server
@@ -112,6 +111,7 @@ async def test_what_is_shown_of_a_busy_node(seen: Watched) -> None:
     await expect(full).to_contain_text("KVfull, 99 %running46waiting6step23.4 mstok/s1,871")
     roles = await page.locator(".pool").evaluate_all("all => all.map((one) => one.dataset.role)")
     assert roles == ["buffer", "prefill", "decode"]
+    await expect(page.locator("#totals")).to_contain_text("finished154,310failed2")
     goodput = page.locator(".tile", has_text="Goodput")
     await expect(goodput).to_contain_text("16.1 req/s")
     await expect(page.locator("#attainment dl")).to_have_text("10 s93 %1 min91 %5 min95 %")
@@ -132,6 +132,25 @@ async def test_trouble_is_said(seen: Watched) -> None:
     lost = page.locator(".worker[data-up=no]")
     await expect(lost).to_contain_text("lost")
     await expect(lost).to_contain_text("killed by signal 9")
+
+
+async def test_roles_that_change(seen: Watched) -> None:
+    """Pools come and go in the order that a request meets them."""
+    page = await seen.open()
+    names = page.locator(".pool h3 > span:first-child")
+    for roles, shown in (
+        ("dddd", ["Decode"]),
+        ("ppdd", ["Prefill", "Decode"]),
+        ("mmmm", ["Mixed"]),
+    ):
+        view = busy_view()
+        role_of = {"p": "prefill", "d": "decode", "m": "mixed"}
+        view["workers"] = view["workers"][: len(roles)]
+        for worker, letter in zip(view["workers"], roles, strict=True):
+            worker.update(role=role_of[letter], acting=role_of[letter])
+        await seen.shows(view)
+        await expect(names).to_have_text(["Buffer", *shown])
+        await expect(page.locator(".worker .name")).to_have_text(["w0", "w1", "w2", "w3"])
 
 
 async def test_a_node_that_nobody_has_asked(seen: Watched) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -168,6 +169,13 @@ async def test_one_who_leaves_takes_nothing_from_the_others(asked: FakeServer) -
         first.cancel()
         assert b'"layout":"1p1d"' in await second
         assert first.cancelled()
+
+
+async def test_what_json_has_no_number_for(asked: FakeServer) -> None:
+    asked.stats["goodput"]["misses"] = [{"slo": {"ttft_ms": math.inf, "tpot_ms": 5.0}}]
+    async with AsyncClient(asked.path) as client:
+        view = json.loads(await View(Engine(client)).body())
+    assert view["misses"] == [{"slo": {"ttft_ms": None, "tpot_ms": 5.0}}]
 
 
 async def test_a_server_that_is_not_there_and_comes(asked: FakeServer, tmp_path: Path) -> None:

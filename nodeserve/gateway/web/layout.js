@@ -28,7 +28,8 @@ function poolOf(role, name) {
     parts.node = make("div", "pool", make("h3", "", make("span", "", name), parts.sum), parts.list);
     parts.node.dataset.role = role;
     parts.list.setAttribute("aria-label", `${name} workers`);
-    byId("flow").append(parts.node);
+    const later = POOLS.slice(POOLS.findIndex(([one]) => one === role)).map(([one]) => pools.get(one)?.node);
+    byId("flow").insertBefore(parts.node, later.find(known) ?? null);
     pools.set(role, parts);
   }
   return pools.get(role);

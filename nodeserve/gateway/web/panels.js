@@ -12,6 +12,7 @@ function showPanels(view) {
   showHead(view);
   showVerdict(view);
   showTiles(view);
+  showTotals(view);
   showAttainment(view);
   showBlame(view);
   showLatency(byId("ttft"), view, "ttft_ms", "time to first token");
@@ -63,12 +64,12 @@ function showTiles(view) {
   const minute = spanOf(view, 60);
   const quick = (spread) => (spread ? `P50 ${millis(spread.p50)}` : "none in a minute");
   const ended = minute.ended_per_s ? `of ${rate(minute.ended_per_s)} that ended` : "none ended in a minute";
-  showTile("Goodput", rate(minute.goodput_per_s), "req/s", ended, series.goodput_per_s);
+  showTile("Goodput, 1 min", rate(minute.goodput_per_s), "req/s", ended, series.goodput_per_s);
   const [ttft, tpot] = [minute.ttft_ms, minute.tpot_ms];
-  showTile("TTFT P90", ...parted(ttft?.p90), quick(ttft), series.ttft_p90_ms);
-  showTile("TPOT P90", ...parted(tpot?.p90), quick(tpot), series.tpot_p90_ms);
+  showTile("TTFT P90, 1 min", ...parted(ttft?.p90), quick(ttft), series.ttft_p90_ms);
+  showTile("TPOT P90, 1 min", ...parted(tpot?.p90), quick(tpot), series.tpot_p90_ms);
   const prompts = `${rate(rates.prompt_tokens_per_s)} of prompts`;
-  showTile("Output", rate(rates.output_tokens_per_s), "tokens/s", prompts, outputSeries(view));
+  showTile("Output now", rate(rates.output_tokens_per_s), "tokens/s", prompts, outputSeries(view));
 }
 
 const outputs = { pid: null, values: [], taken_s: 0 };
@@ -88,6 +89,14 @@ function outputSeries(view) {
 function parted(ms) {
   const [number, unit = ""] = millis(ms).split(" ");
   return [number, unit];
+}
+
+/** Since the node began. */
+function showTotals({ requests, loop_lag_ms }) {
+  const counts = ["running", "finished", "failed", "cancelled", "rejected"];
+  const pairs = counts.map((name) => [name, whole(requests[name])]);
+  pairs.push(["loop lag", millis(loop_lag_ms)]);
+  redraw(byId("totals"), pairs, () => [facts(pairs)]);
 }
 
 // ---- attainment
