@@ -84,7 +84,7 @@ def place_of(seconds: float) -> int:
 
 def highest_s(place: float) -> float:
     """The longest time of a place; of half a place less, its middle."""
-    return LEAST_S * 2.0 ** (place / PER_OCTAVE)
+    return LEAST_S * math.exp2(place / PER_OCTAVE)
 
 
 def places(counts: Mapping[Key, int], name: str) -> dict[int, int]:

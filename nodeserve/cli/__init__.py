@@ -14,6 +14,7 @@ from nodeserve.cli.profile import profile
 from nodeserve.cli.show import status, stop
 from nodeserve.cli.simulate import simulate
 from nodeserve.cli.talk import chat, complete
+from nodeserve.cli.top.command import top
 from nodeserve.errors import NodeServeError
 from nodeserve.wire.messages import PROTOCOL_VERSION
 
@@ -40,7 +41,7 @@ def version() -> None:
 
 
 for command in (
-    *(start, gateway, complete, chat, status, stop),
+    *(start, gateway, complete, chat, status, top, stop),
     *(doctor, simulate, bench, plan, profile),
 ):
     main.add_command(command)

@@ -99,7 +99,10 @@ def frame_of(before: Stats | None, stats: Stats) -> Frame:
     health, goodput = stats["health"], stats["goodput"]
     series = {name: value for name, value in goodput["series"].items() if name != "step_s"}
     frame = Frame(
-        *(stats[name] for name in ("model", "layout", "pid", "uptime_s")),
+        model=stats["model"],
+        layout=stats["layout"],
+        pid=stats["pid"],
+        uptime_s=stats["uptime_s"],
         state=health["state"],
         reasons=tuple(health["reasons"]),
         verdict="",
@@ -158,7 +161,7 @@ def handoffs_of(change: Change) -> Handoffs:
 def worker_of(worker: Stats, change: Change) -> Worker:
     blocks = blocks_of(worker)
     busy = change.per_s(change.of_worker(worker, "busy_s"))
-    derived = {
+    derived: dict[str, Any] = {
         "blocks": blocks,
         "kv_use": 1.0 - blocks.free / blocks.total if blocks.total else 0.0,
         "busy": None if busy is None else min(1.0, busy),  # steps may overlap

@@ -39,7 +39,7 @@ def verdict_of(frame: Frame) -> str:
         return f"all {span.offered} requests met their SLO {within}"
     word, count = next(iter(span.missed.items()))
     share = count / (span.offered - span.good)
-    why = WHY.get(word, lambda _: word)(frame)
+    why = WHY[word](frame) if word in WHY else word
     if span.attainment >= GOAL:
         return f"{span.attainment:.0%} met their SLO {within}; of the others {share:.0%}: {why}"
     return f"{why}: {share:.0%} of misses {within}"

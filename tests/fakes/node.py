@@ -45,6 +45,7 @@ from nodeserve.wire.messages import (
     pack_times,
     unpack_ids,
 )
+from tests.fakes.channel import FakeChannel
 from tests.fakes.transport import FakeTransport
 
 VOCAB = 97
@@ -61,28 +62,6 @@ def expected_stream(prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
-
-
-class FakeChannel:
-    """Stands where the rings are."""
-
-    def __init__(self) -> None:
-        self.records: deque[bytes] = deque()
-        self.inbox = self.outbox = self
-        self.num_stalls = 0
-
-    max_record_bytes = capacity_bytes = 1 << 20
-
-    @property
-    def num_queued(self) -> int:
-        return len(self.records)
-
-    @property
-    def pending_bytes(self) -> int:
-        return sum(map(len, self.records))
-
-    def post(self, record: bytes) -> None:
-        self.records.append(record)
 
 
 @dataclass

@@ -279,7 +279,7 @@ async def test_the_stats_tell_what_waits_and_who_is_in_doubt() -> None:
             {"priority": -1, "best_effort": False, "requests": 1},
         ],
         "instances": [{"instance": 0, "state": "busy"}, {"instance": 2, "state": "lost"}],
-        "departures": 1,
+        "departures": 2,
         "passes": {"num": 0, "seconds": 0.0, "tokens": 0, "room": 0, "balance": 0.0},
     }
     requests = stats["requests"]

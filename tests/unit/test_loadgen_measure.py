@@ -151,7 +151,7 @@ def test_the_stage_that_took_more_than_usual_is_to_blame() -> None:
         sample(12, 0.4, timings=usual),  # the server was done long before
     ]
     assert report_of(samples).blame == {
-        **{"scheduler wait": 2, "handoff wait": 1, "decode": 1, "outside": 1}
+        **{"buffer": 2, "handoff wait": 1, "decode": 1, "outside": 1}
     }
 
 

@@ -12,55 +12,8 @@ from nodeserve.coordinator.stats import node_stats
 from nodeserve.types import Role
 from nodeserve.views import Frame, History, to_json
 from nodeserve.views.verdict import WHY
+from tests.fakes.answers import Stats, answer, span, worker
 from tests.fakes.node import FakeNode, policies
-
-Stats = dict[str, Any]
-
-
-def worker(index: int, role: str, **values: Any) -> Stats:
-    return {
-        **{"index": index, "role": role, "acting": role, "instance": index, "rank": 0},
-        **{"gpu": None, "state": "ready", "reason": "", "restarts": 0, "pid": 100 + index},
-        **{"running": 0, "waiting": 0, "pinned": 0, "waiting_tokens": 0},
-        **{"num_blocks": 100, "free_blocks": 100, "pinned_blocks": 0, "step_ms": 20.0},
-        **{"busy_s": 0.0, "tokens_per_s": 0.0, "prompt_tokens_per_s": 0.0, "ring": {}},
-        **{"handoffs": 0, "handoff_bytes": 0, "handoff_s": 0.0},
-        **values,
-    }
-
-
-def span(seconds: int, good: int = 0, **missed: int) -> Stats:
-    words = {name.replace("_", " "): count for name, count in missed.items()}
-    offered = good + sum(missed.values())
-    return {
-        **{"seconds": seconds, "offered": offered, "good": good, "missed": words},
-        **{"attainment": good / offered if offered else None, "goodput_per_s": good / seconds},
-        **{"ended_per_s": offered / seconds, "ttft_ms": None},
-        "tpot_ms": {"count": 1, "p50": 1.0, "p90": 2.0, "p99": 3.0},
-    }
-
-
-def answer(uptime_s: float = 100.0, spans: list[Stats] | None = None, **values: Any) -> Stats:
-    passes = {"num": 0, "seconds": 0.0, "tokens": 0, "room": 0, "balance": 0.0}
-    lines = ("attainment", "goodput_per_s", "ttft_p90_ms", "tpot_p90_ms")
-    return {
-        **{"model": "m", "layout": "1p1d", "pid": 1, "uptime_s": uptime_s, "slo": {"ttft_ms": 500}},
-        "health": {"state": "ready", "reasons": [], "loop_lag_ms": 7.0},
-        "goodput": {
-            "spans": spans or [span(10), span(60), span(300)],
-            "series": {"step_s": 5, **{line: [0.5, None] for line in lines}},
-            "histograms": {"ttft_ms": [[1.0, 2]], "tpot_ms": []},
-            "misses": [],
-        },
-        "requests": {"queued": 0, "running": 0, "parked": 0, "finished": 0},
-        "rates": {},
-        "dispatch": {
-            **{"admission": "staggered", "window_ms": 9.0, "pass_ms": 210.0, "departures": 0},
-            **{"queued_tokens": 0, "falling_back": False, "passes": passes},
-        },
-        "workers": [worker(0, "prefill"), worker(1, "decode")],
-        **values,
-    }
 
 
 def changed(stats: Stats, uptime_s: float, workers: list[Stats], **dispatch: Any) -> Stats:
