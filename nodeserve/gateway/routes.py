@@ -17,10 +17,12 @@ from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.fields import Fields
 from nodeserve.gateway.meters import Meters
 from nodeserve.gateway.node_metrics import node_text
+from nodeserve.gateway.page import load_page
 from nodeserve.gateway.problems import HttpProblem
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.shapes import ChatShape, CompletionShape, Shape
 from nodeserve.gateway.texts import detokenized, tokenized
+from nodeserve.gateway.view import View
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -32,6 +34,8 @@ class Routes:
         self._engine = engine
         self._meters = meters
         self._settings = settings
+        self._page = load_page()
+        self._view = View(engine)
 
     def all(self) -> list[BaseRoute]:
         return [
@@ -46,6 +50,8 @@ class Routes:
             Route("/live", self.live),
             Route("/ready", self.ready),
             Route("/health", self.ready),
+            Route("/", self.page),
+            Route("/nodeserve/view", self.view),
         ]
 
     # ---- answers
@@ -124,6 +130,17 @@ class Routes:
             words = "; ".join(health.reasons)
             raise HttpProblem(503, "not_ready", f"the server is {health.state}: {words}")
         return answer({"status": health.state, "reasons": list(health.reasons)})
+
+    # ---- the page
+
+    async def page(self, request: Request) -> Response:
+        return Response(self._page.body, headers=self._page.headers, media_type="text/html")
+
+    async def view(self, request: Request) -> Response:
+        """What the page draws."""
+        body = await self._view.body()
+        headers = {"cache-control": "no-store"}
+        return Response(body, headers=headers, media_type="application/json")
 
 
 def answer(value: dict[str, Any]) -> Response:

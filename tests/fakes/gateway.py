@@ -1,4 +1,4 @@
-"""A gateway in the test's own event loop, on a Unix socket, and OpenAI's own client of it."""
+"""A gateway in the test's own event loop, and OpenAI's own client of it on a Unix socket."""
 
 import contextlib
 import json
@@ -17,15 +17,17 @@ BASE_URL = "http://gateway"
 
 
 @contextlib.asynccontextmanager
-async def gateway_on(path: Path, settings: GatewaySettings) -> AsyncIterator[None]:
+async def gateway_on(where: Path | Address, settings: GatewaySettings) -> AsyncIterator[Address]:
+    """Yields its address, with the real port."""
+    address = where if isinstance(where, Address) else Address(path=where)
     server = make_server(settings)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
-    with listening(Address(path=path), 1) as (_, sockets):
+    with listening(address, 1) as (real, sockets):
         # Its serve() looks ten times a second whether it shall end, which is long for a test.
         await server.startup(sockets=sockets)
         try:
-            yield
+            yield real
         finally:
             await server.shutdown(sockets=sockets)
 

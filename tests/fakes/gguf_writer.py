@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 _TYPE_OF = {bool: 7, int: 4, float: 6, str: 8}
 _FORMAT = {7: "<?", 4: "<I", 5: "<i", 6: "<f"}
 

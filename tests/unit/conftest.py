@@ -8,15 +8,13 @@ import pytest
 
 from nodeserve import AsyncClient
 from tests.fakes.cuda import load_fake_cuda
-from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.fakes.gguf_writer import CHAT_TEMPLATE, gpt2_metadata, write_gguf
 from tests.fakes.server import FakeServer
-
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[FakeServer]:
-    metadata = gpt2_metadata(**{"tokenizer.chat_template": TEMPLATE})
+    metadata = gpt2_metadata(**{"tokenizer.chat_template": CHAT_TEMPLATE})
     tokenizer = write_gguf(tmp_path / "model.gguf", metadata)
     async with FakeServer(tmp_path / "socket", tokenizer=str(tokenizer)) as server:
         yield server
