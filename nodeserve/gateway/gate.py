@@ -15,8 +15,8 @@ from nodeserve.gateway.problems import HttpProblem, error_response
 # Orchestrators ask these and have no key.
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 PATHS = OPEN_PATHS | {
-    *("/v1/completions", "/v1/chat/completions", "/v1/models"),
-    *("/tokenize", "/detokenize", "/metrics", "/version"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models"),
+    *("/tokenize", "/detokenize", "/metrics", "/version", "/openapi.json"),
 }
 MODELS = "/v1/models/"
 REQUEST_ID = "x-request-id"
