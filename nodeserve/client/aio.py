@@ -53,12 +53,14 @@ class Call:
         if self._ended:
             return None
         events = await self._mailbox.take()
-        chunk = self._answer.add([event for event in events if isinstance(event, Arrival)])
-        if self._answer.stopped and isinstance(events[-1], Arrival):
+        if type(events[-1]) is Arrival:  # then all are: an end is the last
+            chunk = self._answer.add(events)  # type: ignore[arg-type]
+            if not self._answer.stopped:
+                return chunk
             self._connection.abort(self._request_id)
             events = await self._end()
-        if isinstance(events[-1], Arrival):
-            return chunk
+        else:
+            chunk = self._answer.add([event for event in events if isinstance(event, Arrival)])
         self._ended = True
         try:
             return merge(chunk, self._last(events[-1]))
