@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from nodeserve.errors import InvalidRequest
-from nodeserve.gateway.kinds import Kind
 from nodeserve.gateway.problems import BadField
 from nodeserve.types import shown
 
@@ -21,6 +20,12 @@ def json_object(data: bytes) -> dict[str, Any]:
     return found
 
 
+class Reads(Protocol):
+    """A kind of fields (kinds.py)."""
+
+    def read(self, fields: "Fields", name: str) -> Any: ...
+
+
 class Fields:
     """Answers with the value, or with `default` where there is none; BadField for a wrong one.
 
@@ -28,7 +33,7 @@ class Fields:
     """
 
     def __init__(
-        self, values: Mapping[str, Any], table: Mapping[str, Kind] | None = None, where: str = ""
+        self, values: Mapping[str, Any], table: Mapping[str, Reads] | None = None, where: str = ""
     ) -> None:
         self._values = values
         self._table = table or {}
@@ -83,7 +88,7 @@ class Fields:
             raise self.error(name, f"has {len(found)} strings; at most {most} are taken")
         return tuple(found)
 
-    def inner(self, name: str, table: Mapping[str, Kind] | None = None) -> "Fields":
+    def inner(self, name: str, table: Mapping[str, Reads] | None = None) -> "Fields":
         """Those of an object inside; empty where there is none."""
         value = self._values.get(name)
         if value is not None and not isinstance(value, dict):

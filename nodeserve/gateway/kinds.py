@@ -7,12 +7,10 @@ document says what is checked. Null is as if a field were left out: every kind t
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nodeserve.gateway.fields import Fields
 from nodeserve.types import FLOAT_RANGES, INT_RANGES
-
-if TYPE_CHECKING:
-    from nodeserve.gateway.fields import Fields
 
 Schema = dict[str, Any]
 
@@ -23,7 +21,7 @@ class Kind(ABC):
     about: str
 
     @abstractmethod
-    def read(self, fields: "Fields", name: str) -> Any:
+    def read(self, fields: Fields, name: str) -> Any:
         """The value, or what stands for none; BadField for a wrong one."""
 
     @abstractmethod
@@ -45,7 +43,7 @@ class Flag(Kind):
     about: str = ""
     default: bool = False
 
-    def read(self, fields: "Fields", name: str) -> bool:
+    def read(self, fields: Fields, name: str) -> bool:
         return fields.flag(name, self.default)
 
     def shape(self) -> Schema:
@@ -61,7 +59,7 @@ class Whole(Kind):
     default: int
     about: str = ""
 
-    def read(self, fields: "Fields", name: str) -> int:
+    def read(self, fields: Fields, name: str) -> int:
         return fields.whole(name, self.default, self.low, self.high)
 
     def shape(self) -> Schema:
@@ -72,7 +70,7 @@ class Whole(Kind):
 class Text(Kind):
     about: str = ""
 
-    def read(self, fields: "Fields", name: str) -> str | None:
+    def read(self, fields: Fields, name: str) -> str | None:
         return fields.text(name)
 
     def shape(self) -> Schema:
@@ -86,7 +84,7 @@ class Texts(Kind):
     most: int
     about: str = ""
 
-    def read(self, fields: "Fields", name: str) -> tuple[str, ...]:
+    def read(self, fields: Fields, name: str) -> tuple[str, ...]:
         return fields.texts(name, self.most)
 
     def shape(self) -> Schema:
@@ -101,7 +99,7 @@ class Inner(Kind):
     table: Mapping[str, Kind]
     about: str = ""
 
-    def read(self, fields: "Fields", name: str) -> "Fields":
+    def read(self, fields: Fields, name: str) -> Fields:
         return fields.inner(name, self.table)
 
     def shape(self) -> Schema:
@@ -115,7 +113,7 @@ class Given(Kind):
     form: Schema
     about: str = ""
 
-    def read(self, fields: "Fields", name: str) -> Any:
+    def read(self, fields: Fields, name: str) -> Any:
         return fields.given(name)
 
     def shape(self) -> Schema:
@@ -129,7 +127,7 @@ class Only(Kind):
     harmless: tuple[Any, ...]
     about: str = "Not supported: any other value is refused."
 
-    def read(self, fields: "Fields", name: str) -> Any:
+    def read(self, fields: Fields, name: str) -> Any:
         return fields.given(name)
 
     def shape(self) -> Schema:
