@@ -12,7 +12,9 @@ from nodeserve.gateway.shapes import Choice, Shape, compact
 
 TEXT_FORMAT = {"format": {"type": "text"}}
 INCOMPLETE = {"length": "max_output_tokens"}  # by the reason that an answer ended
-NOT_HERE = {  # what a response has in OpenAI's form and this server never does otherwise
+NOT_HERE: dict[
+    str, Any
+] = {  # what a response has in OpenAI's form and this server never does otherwise
     "background": False,
     "parallel_tool_calls": False,
     "previous_response_id": None,
