@@ -64,7 +64,7 @@ class Sampling:
         )
 
 
-_FLOAT_RANGES = {  # field: (lowest, highest, lowest itself excluded)
+FLOAT_RANGES = {  # field: (lowest, highest, lowest itself excluded)
     "temperature": (0.0, 100.0, False),
     "top_p": (0.0, 1.0, True),
     "min_p": (0.0, 1.0, False),
@@ -72,7 +72,7 @@ _FLOAT_RANGES = {  # field: (lowest, highest, lowest itself excluded)
     "presence_penalty": (-2.0, 2.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
 }
-_INT_RANGES = {
+INT_RANGES = {
     "max_tokens": (1, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
     "top_k": (0, 2**31 - 1),
@@ -125,9 +125,9 @@ def _check_bias(bias: object, vocab_size: int) -> None:
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raise InvalidRequest naming the first field that is out of range."""
-    for name, (low, high) in _INT_RANGES.items():
+    for name, (low, high) in INT_RANGES.items():
         _check_int(name, getattr(sampling, name), low, high)
-    for name, (low_f, high_f, open_low) in _FLOAT_RANGES.items():
+    for name, (low_f, high_f, open_low) in FLOAT_RANGES.items():
         _check_float(name, getattr(sampling, name), low_f, high_f, open_low)
     if sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(

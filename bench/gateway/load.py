@@ -1,14 +1,25 @@
-"""HTTP clients that cost little: they count events and note when their bytes were read."""
+"""HTTP clients that cost little: they count events and note when their bytes came.
+
+A token's time is the kernel's, who stamps what arrives on a TCP connection, so that a client which
+has no core for a while reads late and measures right. On a Unix socket it is the time of the read.
+"""
 
 import asyncio
 import json
 import re
+import socket
+import struct
 import time
-from typing import Any, cast
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
 
 # In each event: tokens so far. So a token's time is known where an event brings several.
 COUNT = re.compile(rb'"completion_tokens":(\d+)')
 END = b"0\r\n\r\n"
+STAMPS = 35  # SO_TIMESTAMPNS, and the kind of message that carries one
+MAX_READ_BYTES = 1 << 16
+Address = int | Path  # a port of this machine, or a Unix socket
 
 
 def post(body: dict[str, Any]) -> bytes:
@@ -18,60 +29,89 @@ def post(body: dict[str, Any]) -> bytes:
     return head.encode() + data
 
 
-class StreamClient(asyncio.Protocol):
+class Client(ABC):
+    """One connection."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[None] = self._loop.create_future()
+
+    async def start(self, address: Address) -> None:
+        """Connect and ask."""
+        is_path = isinstance(address, Path)
+        self._socket = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET)
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, STAMPS, 1)
+        # The kernel's clock is that of the day; it moves against ours by microseconds a minute.
+        self._behind_s = time.time() - time.perf_counter()
+        await self._loop.sock_connect(
+            self._socket, str(address) if is_path else ("127.0.0.1", address)
+        )
+        self._loop.add_reader(self._socket, self._read)
+        self._socket.send(self._request)
+
+    def _read(self) -> None:
+        data, stamps, _, _ = self._socket.recvmsg(MAX_READ_BYTES, 64)
+        at_s = time.perf_counter()
+        if not data:
+            self.close()
+            self.done.set_exception(RuntimeError("a connection broke"))
+            return
+        for _, kind, stamp in stamps:
+            if kind == STAMPS:
+                whole_s, nanoseconds = struct.unpack("qq", stamp)
+                at_s = whole_s + 1e-9 * nanoseconds - self._behind_s
+        self.received(data, at_s)
+
+    @abstractmethod
+    def received(self, data: bytes, at_s: float) -> None:
+        """What came, and when."""
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+    def finish(self) -> None:
+        self.close()
+        self.done.set_result(None)
+
+
+class StreamClient(Client):
     """One streamed completion of the prompt [number]."""
 
     def __init__(self, number: int, num_tokens: int) -> None:
         self.number = number
         self.times: list[float] = []  # of each token
         self.num_events = 0
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # vLLM gives continuous usage only to those who want the last as well.
+        usage = {"include_usage": True, "continuous_usage_stats": True}
         body = {"prompt": [number, 5, 6], "max_tokens": num_tokens, "ignore_eos": True}
-        options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
-        self._request = post({**body, **options})
+        super().__init__(post({**body, "stream": True, "stream_options": usage}))
         self._tail = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)
-        self._transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        at_s = time.perf_counter()
+    def received(self, data: bytes, at_s: float) -> None:
         events, _, self._tail = (self._tail + data).rpartition(b"\n\n")
         for count in COUNT.findall(events):
-            self.num_events += 1
-            self.times += [at_s] * (int(count) - len(self.times))
+            if (num_new := int(count) - len(self.times)) > 0:  # the last says it once more
+                self.num_events += 1
+                self.times += [at_s] * num_new
         if data.endswith(END):
-            self._transport.close()
-            self.done.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(RuntimeError(f"a stream broke: {self._tail!r}"))
+            self.finish()
 
 
-class RequestClient(asyncio.Protocol):
+class RequestClient(Client):
     """Short completions, one after the other on one connection."""
 
     def __init__(self, count: int) -> None:
         self._left = count
-        self._request = post({"prompt": [7, 8, 9], "max_tokens": 1, "ignore_eos": True})
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        super().__init__(post({"prompt": [7, 8, 9], "max_tokens": 1, "ignore_eos": True}))
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)
-        self._transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
+    def received(self, data: bytes, at_s: float) -> None:
         if not data.endswith(b"}"):
             return  # the head, or a part
         self._left -= 1
         if self._left:
-            self._transport.write(self._request)
+            self._socket.send(self._request)
         else:
-            self._transport.close()
-            self.done.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(RuntimeError("a connection broke"))
+            self.finish()

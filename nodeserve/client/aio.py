@@ -53,15 +53,18 @@ class Call:
         if self._ended:
             return None
         events = await self._mailbox.take()
-        chunk = self._answer.add([event for event in events if isinstance(event, Arrival)])
-        if self._answer.stopped and isinstance(events[-1], Arrival):
+        last = events[-1]
+        if isinstance(last, Arrival):  # then all are: an end is the last
+            chunk = self._answer.add(events)  # type: ignore[arg-type]
+            if not self._answer.stopped:
+                return chunk
             self._connection.abort(self._request_id)
-            events = await self._end()
-        if isinstance(events[-1], Arrival):
-            return chunk
+            last = await self._end()
+        else:
+            chunk = self._answer.add([event for event in events if isinstance(event, Arrival)])
         self._ended = True
         try:
-            return merge(chunk, self._last(events[-1]))
+            return merge(chunk, self._last(last))
         except NodeServeError as error:
             if not chunk.token_ids:
                 raise
@@ -74,10 +77,10 @@ class Call:
         self._connection.forget(self._request_id)
         self._mailbox.put(Cancelled("the request was left"))  # for a chunk() still waiting
 
-    async def _end(self) -> list[Any]:
-        while isinstance((events := await self._mailbox.take())[-1], Arrival):
+    async def _end(self) -> End | NodeServeError:
+        while isinstance(last := (await self._mailbox.take())[-1], Arrival):
             pass  # tokens that were under way when the abort was sent
-        return events
+        return last
 
     def _last(self, event: End | NodeServeError) -> Chunk:
         if isinstance(event, End):

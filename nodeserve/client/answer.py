@@ -36,6 +36,11 @@ class Answer:
 
     def add(self, arrivals: list[Arrival]) -> Chunk:
         """The part that these arrivals make; what follows a stop string is left out."""
+        if len(arrivals) == 1 and not self._wants_logprobs:  # as nearly all are
+            (arrival,) = arrivals
+            ids = unpack_ids(arrival.token_ids).tolist()
+            self._count(len(ids), arrival.at_s)
+            return Chunk(self._text(ids), ids)
         text: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []

@@ -6,9 +6,8 @@ token is a response of its own with its own status; one after it is the stream's
 """
 
 import asyncio
-import json
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -21,8 +20,7 @@ from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.engine import Engine, Prompt
 from nodeserve.gateway.logprobs import TokenTexts
 from nodeserve.gateway.meters import Meters, Reading
-from nodeserve.gateway.problems import error_object
-from nodeserve.gateway.shapes import DONE, Choice, Shape, compact
+from nodeserve.gateway.shapes import Choice, Shape, compact
 from nodeserve.types import Sampling
 
 EVENT_HEADERS = [
@@ -30,6 +28,9 @@ EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies that would collect events
 ]
+# In a scope: the server's own send. What middleware wraps around it looks only at the start of a
+# response, and takes as long for each event as writing it.
+OWN_SEND = "nodeserve.send"
 JSON_TYPE = (b"content-type", b"application/json")
 Result = TypeVar("Result")
 
@@ -51,7 +52,10 @@ class Answers(Response):
         self._meters.open.inc()
         try:
             await self._start()
-            await (self._stream(send) if self._asked.stream else self._whole(send))
+            if self._asked.stream:
+                await self._stream(EventStream(send, scope[OWN_SEND]))
+            else:
+                await self._whole(send)
         except NodeServeError:
             if self._gone:
                 return
@@ -114,8 +118,7 @@ class Answers(Response):
 
     # ---- streams
 
-    async def _stream(self, send: Send) -> None:
-        out = EventStream(send)
+    async def _stream(self, out: "EventStream") -> None:
         try:
             counts = await each(self._pump(choice, out) for choice in self._choices)
         except NodeServeError as error:
@@ -123,12 +126,9 @@ class Answers(Response):
                 raise
             for choice in self._choices:
                 choice.reading.failed()
-            await out.end(f"data: {json.dumps(error_object(error))}\n\n".encode() + DONE)
+            await out.end(self._shape.failed(error))
             return
-        usage = b""
-        if self._asked.include_usage:
-            usage = self._shape.usage_event(self._choices, sum(counts))
-        await out.end(usage + DONE)
+        await out.end(self._shape.ended(self._choices, sum(counts)))
 
     async def _pump(self, choice: Choice, out: "EventStream") -> int:
         """Write one answer's events; returns how many tokens it had."""
@@ -139,6 +139,8 @@ class Answers(Response):
             if chunk.usage is not None:
                 num_tokens = chunk.usage.completion_tokens
             count(chunk)
+            if not out.begun:
+                await out.begin()
             await write(events(choice, chunk))
         return num_tokens
 
@@ -146,19 +148,23 @@ class Answers(Response):
 class EventStream:
     """The body of a stream. Its status is sent with its first event."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, own_send: Send) -> None:
         self._send = send
+        self._own_send = own_send
         self.begun = False
 
-    async def write(self, data: bytes) -> None:
+    async def begin(self) -> None:
         if not self.begun:
             self.begun = True
-            await self._send(
-                {"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS}
-            )
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            start = {"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS}
+            await self._send(start)
+
+    def write(self, data: bytes) -> Awaitable[None]:
+        """Once it has begun. Waits while the client reads more slowly than this is written."""
+        return self._own_send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes) -> None:
+        await self.begin()
         await self.write(data)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -9,10 +9,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nodeserve.client import AsyncClient
 from nodeserve.errors import NodeServeError
+from nodeserve.gateway.answers import OWN_SEND
 from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.gate import REQUEST_ID, Gate
 from nodeserve.gateway.meters import Meters
@@ -48,7 +49,12 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
-    return app
+
+    async def with_own_send(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[OWN_SEND] = send
+        await app(scope, receive, send)
+
+    return with_own_send
 
 
 def cors(settings: GatewaySettings) -> list[Middleware]:

@@ -9,14 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nodeserve.gateway.fields import Fields, is_ids
-from nodeserve.types import MAX_LOGPROBS, SAMPLING_FIELDS, shown
+from nodeserve.gateway.tables import CHAT, COMPLETION, MAX_CHOICES, VARIABLES
+from nodeserve.types import SAMPLING_FIELDS, shown
 
-MAX_CHOICES = 1024  # answers to one request: prompts times n
-MAX_N = 128
-MAX_STOPS = 64
-COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has it
-MAX_TOKENS = 2**31 - 1
-OUR_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
 WORDS = "is not supported by this server"
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field: values that ask for nothing
     "allowed_token_ids": ([],),
@@ -77,83 +72,89 @@ class Asked:
     ids_as_tokens: bool = False  # "token_id:5" instead of a token's text in logprobs
     priority: int = 0  # as the server has it: the higher, the earlier
     slo: dict[str, float] | None = None
+    repeated: dict[str, Any] = field(default_factory=dict)  # what a response says again
 
 
 def completion_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
     """From the body of POST /v1/completions; BadField names what cannot be."""
-    fields = Fields(body)
+    fields = Fields(body, COMPLETION)
     fields.only(NOT_IN_COMPLETIONS, WORDS)
     common = common_of(fields, headers)
     prompts = prompts_of(fields)
     if len(prompts) * common["n"] > MAX_CHOICES:
         raise fields.error("prompt", f"times n gives more than {MAX_CHOICES} answers")
-    if fields.whole("best_of", common["n"], 1, MAX_N) != common["n"]:
+    if "best_of" in fields and fields.read("best_of") != common["n"]:
         raise fields.error("best_of", "must equal n: answers are not ranked")
     sampling = common["sampling"]
-    sampling["max_tokens"] = fields.whole("max_tokens", COMPLETION_TOKENS, 1, MAX_TOKENS)
-    echo = fields.flag("echo")
+    sampling["max_tokens"] = fields.read("max_tokens")
+    echo = fields.read("echo")
     if "logprobs" in fields:
-        sampling["logprobs"] = fields.whole("logprobs", 0, 0, MAX_LOGPROBS)
+        sampling["logprobs"] = fields.read("logprobs")
         if echo:
             raise fields.error("echo", "with logprobs needs those of the prompt, which are unknown")
-    add_special = fields.flag("add_special_tokens", True)
+    add_special = fields.read("add_special_tokens")
     return Asked(prompts=prompts, echo=echo, add_special=add_special, **common)
 
 
 def chat_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
     """From the body of POST /v1/chat/completions; BadField names what cannot be."""
-    fields = Fields(body)
+    fields = Fields(body, CHAT)
     fields.only(NOT_IN_CHATS, WORDS)
     common = common_of(fields, headers)
-    messages = fields.given("messages")
+    messages = fields.read("messages")
     if not isinstance(messages, list) or not messages:
         raise fields.error("messages", f"must be a list of messages, got {shown(messages)}")
     sampling = common["sampling"]
-    for name in ("max_completion_tokens", "max_tokens"):  # the first has replaced the second
+    for name in ("max_tokens", "max_completion_tokens"):  # the second has replaced the first
+        limit = fields.read(name)
         if name in fields:
-            sampling["max_tokens"] = fields.whole(name, 1, 1, MAX_TOKENS)
-            break
-    top = fields.whole("top_logprobs", 0, 0, MAX_LOGPROBS)
-    if fields.flag("logprobs"):
+            sampling["max_tokens"] = limit
+    top = fields.read("top_logprobs")
+    if fields.read("logprobs"):
         sampling["logprobs"] = top
     elif top:
         raise fields.error("top_logprobs", "needs logprobs to be true")
     return Asked(
         messages=messages,
-        add_generation_prompt=fields.flag("add_generation_prompt", True),
+        add_generation_prompt=fields.read("add_generation_prompt"),
         variables=variables_of(fields),
         **common,
     )
 
 
 def common_of(fields: Fields, headers: Mapping[str, str]) -> dict[str, Any]:
-    """What both kinds of request have."""
-    stream = fields.flag("stream")
-    options = fields.inner("stream_options")
-    if "stream_options" in fields and not stream:
+    """What both kinds of request have whose answers are choices."""
+    options = fields.read("stream_options")
+    if "stream_options" in fields and not fields.read("stream"):
         raise fields.error("stream_options", "is for requests with stream: true")
     return {
-        "model": fields.text("model"),
+        **shared_of(fields, headers),
+        "n": fields.read("n"),
+        "include_usage": options.read("include_usage"),
+        "continuous_usage": options.read("continuous_usage_stats"),
+        "token_ids": fields.read("return_token_ids"),
+        "ids_as_tokens": fields.read("return_tokens_as_token_ids"),
+    }
+
+
+def shared_of(fields: Fields, headers: Mapping[str, str]) -> dict[str, Any]:
+    """What all requests for answers have."""
+    return {
+        "model": fields.read("model"),
         "sampling": sampling_of(fields),
-        "stops": fields.texts("stop", MAX_STOPS),
-        "n": fields.whole("n", 1, 1, MAX_N),
-        "stream": stream,
-        "include_usage": options.flag("include_usage"),
-        "continuous_usage": options.flag("continuous_usage_stats"),
-        "skip_special": fields.flag("skip_special_tokens", True),
-        "token_ids": fields.flag("return_token_ids"),
-        "ids_as_tokens": fields.flag("return_tokens_as_token_ids"),
-        # vLLM serves low numbers first.
-        "priority": -fields.whole("priority", 0, -(2**31) + 1, 2**31 - 1),
+        "stops": fields.read("stop"),
+        "stream": fields.read("stream"),
+        "skip_special": fields.read("skip_special_tokens"),
+        "priority": -fields.read("priority"),  # vLLM serves low numbers first
         "slo": slo_of(headers),
     }
 
 
 def sampling_of(fields: Fields) -> dict[str, Any]:
     """The given fields of types.Sampling; their ranges are looked at where the model is known."""
-    found = {name: fields.given(name) for name in _BY_THEIR_NAME if name in fields}
+    found = {name: fields.read(name) for name in _BY_THEIR_NAME if name in fields}
     if "top_k" in fields:
-        top_k = fields.given("top_k")
+        top_k = fields.read("top_k")
         found["top_k"] = 0 if top_k == -1 else top_k  # -1: all of them, as vLLM's users write it
     if "logit_bias" in fields:
         found["logit_bias"] = bias_of(fields)
@@ -162,7 +163,7 @@ def sampling_of(fields: Fields) -> dict[str, Any]:
 
 def bias_of(fields: Fields) -> dict[int, Any]:
     """JSON has no numbers as keys."""
-    bias = fields.given("logit_bias")
+    bias = fields.read("logit_bias")
     if not isinstance(bias, dict):
         raise fields.error("logit_bias", f"must map token ids to numbers, got {shown(bias)}")
     try:
@@ -173,7 +174,7 @@ def bias_of(fields: Fields) -> dict[int, Any]:
 
 def prompts_of(fields: Fields) -> tuple[str | list[int], ...]:
     """A text, token ids, or a list of either."""
-    prompt = fields.given("prompt")
+    prompt = fields.read("prompt")
     if isinstance(prompt, str) or is_ids(prompt):
         return (prompt,)
     several = isinstance(prompt, list) and bool(prompt)
@@ -185,10 +186,12 @@ def prompts_of(fields: Fields) -> tuple[str | list[int], ...]:
 
 def variables_of(fields: Fields) -> dict[str, Any]:
     """What the chat template is told beside the messages."""
-    variables = fields.given("chat_template_kwargs") or {}
+    variables = fields.read("chat_template_kwargs")
+    if variables is None:
+        return {}
     if not isinstance(variables, dict):
         raise fields.error("chat_template_kwargs", f"must be an object, got {shown(variables)}")
-    if taken := sorted(OUR_ARGUMENTS & set(variables)):
+    if taken := sorted(set(VARIABLES["properties"]) & set(variables)):
         raise fields.error("chat_template_kwargs", f"cannot have {taken[0]!r}")
     return variables
 

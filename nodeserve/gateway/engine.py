@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from nodeserve.client import AsyncClient, Health
 from nodeserve.client.aio import Call
 from nodeserve.errors import NodeServeError
-from nodeserve.gateway.asked import MAX_TOKENS, Asked
+from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.problems import HttpProblem
+from nodeserve.gateway.tables import MAX_TOKENS
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
 from nodeserve.types import MAX_SEED, Sampling, check_priority, check_sampling, sampling_from
 from nodeserve.wire.messages import pack_ids

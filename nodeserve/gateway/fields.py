@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from nodeserve.errors import InvalidRequest
 from nodeserve.gateway.problems import BadField
@@ -20,15 +20,31 @@ def json_object(data: bytes) -> dict[str, Any]:
     return found
 
 
-class Fields:
-    """Answers with the value, or with `default` where there is none; BadField for a wrong one."""
+class Reads(Protocol):
+    """A kind of fields (kinds.py)."""
 
-    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+    def read(self, fields: "Fields", name: str) -> Any: ...
+
+
+class Fields:
+    """Answers with the value, or with `default` where there is none; BadField for a wrong one.
+
+    `read` asks as `table` says; kinds of fields are made of the other methods.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], table: Mapping[str, Reads] | None = None, where: str = ""
+    ) -> None:
         self._values = values
+        self._table = table or {}
         self._where = where  # in front of names in errors: "stream_options."
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def read(self, name: str) -> Any:
+        """What the table's kind of this field makes of it."""
+        return self._table[name].read(self, name)
 
     def given(self, name: str) -> Any:
         """As it is; None where there is none."""
@@ -72,19 +88,24 @@ class Fields:
             raise self.error(name, f"has {len(found)} strings; at most {most} are taken")
         return tuple(found)
 
-    def inner(self, name: str) -> "Fields":
+    def inner(self, name: str, table: Mapping[str, Reads] | None = None) -> "Fields":
         """Those of an object inside; empty where there is none."""
         value = self._values.get(name)
         if value is not None and not isinstance(value, dict):
             raise self.error(name, f"must be an object, got {shown(value)}")
-        return Fields(value or {}, f"{self._where}{name}.")
+        return Fields(value or {}, table, f"{self._where}{name}.")
 
     def only(self, harmless: Mapping[str, tuple[Any, ...]], words: str) -> None:
         """Refuse, by name, those fields whose value would change the answer and cannot."""
         for name, values in harmless.items():
             value = self._values.get(name)
-            if value is not None and value not in values:
+            if value is not None and not any(_same(value, one) for one in values):
                 raise self.error(name, f"{words}, got {shown(value)}")
+
+
+def _same(value: object, known: object) -> bool:
+    """As JSON has it: true is not 1."""
+    return value == known and isinstance(value, bool) == isinstance(known, bool)
 
 
 def is_ids(value: object) -> bool:

@@ -15,8 +15,8 @@ from nodeserve.gateway.problems import HttpProblem, error_response
 # Orchestrators ask these and have no key; the page has nothing secret and asks its reader for one.
 OPEN_PATHS = frozenset({"/", "/health", "/live", "/ready"})
 PATHS = OPEN_PATHS | {
-    *("/v1/completions", "/v1/chat/completions", "/v1/models"),
-    *("/tokenize", "/detokenize", "/metrics", "/version", "/nodeserve/view"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models"),
+    *("/tokenize", "/detokenize", "/metrics", "/version", "/openapi.json", "/nodeserve/view"),
 }
 MODELS = "/v1/models/"
 REQUEST_ID = "x-request-id"

@@ -7,6 +7,7 @@ scrape for all, and what one counted is not lost with it.
 
 import os
 import time
+from bisect import bisect_left
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,6 +24,7 @@ from nodeserve.gateway.settings import SHARED_METERS
 from nodeserve.types import Timings
 
 LABELS = ("model_name", "engine")
+TELL_EVERY_S = 0.25
 ENGINE = "0"  # a node is one engine
 BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
@@ -93,6 +95,8 @@ class Meters:
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
+        for model in self._models.values():
+            model.sent.tell()
         registry = self._registry
         if SHARED_METERS in os.environ:
             registry = CollectorRegistry()
@@ -108,9 +112,9 @@ class ModelMeters:
     def __init__(self, meters: Meters, model: str) -> None:
         labels = (model, ENGINE)
         self.seconds = {n: meters.histograms[n].labels(*labels) for n in (*SECONDS, *TOKENS)}
-        self.gap = self.seconds["inter_token_latency_seconds"]
+        gaps = self.seconds["inter_token_latency_seconds"]
         self.prompt_tokens = meters.prompt_tokens.labels(*labels)
-        self.output_tokens = meters.output_tokens.labels(*labels)
+        self.sent = Sent(gaps, meters.output_tokens.labels(*labels))
         self.preemptions = meters.preemptions.labels(*labels)
         self.ends = {
             reason: meters.ends.labels(*labels, reason)
@@ -122,6 +126,38 @@ class ModelMeters:
         }
 
 
+class Sent:
+    """Tokens and gaps of all streams, which are tens of thousands a second: added up here, and told
+    to the meters when an answer ends, before a scrape, and else every `TELL_EVERY_S` for the scrape
+    of another process."""
+
+    def __init__(self, gaps: Histogram, tokens: Counter) -> None:
+        self._gaps, self._tokens = gaps, tokens
+        self._counts = [0] * (len(BUCKETS_S) + 1)
+        self._gaps_s = 0.0
+        self._num_tokens = 0
+        self._tell_at_s = 0.0
+
+    def tokens(self, count: int) -> None:
+        self._num_tokens += count
+
+    def gap(self, gap_s: float, now_s: float) -> None:
+        self._counts[bisect_left(BUCKETS_S, gap_s)] += 1
+        self._gaps_s += gap_s
+        if now_s >= self._tell_at_s:
+            self._tell_at_s = now_s + TELL_EVERY_S
+            self.tell()
+
+    def tell(self) -> None:
+        self._tokens.inc(self._num_tokens)
+        self._gaps._sum.inc(self._gaps_s)  # its own methods take one observation at a time
+        for bucket, count in zip(self._gaps._buckets, self._counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._num_tokens, self._gaps_s = 0, 0.0
+        self._counts = [0] * len(self._counts)
+
+
 class Reading:
     """One answer as it is counted: its chunks, then one of `done`, `failed` or `left`."""
 
@@ -129,6 +165,7 @@ class Reading:
         self, meters: ModelMeters, began_s: float, num_prompt: int, slo: dict[str, float] | None
     ) -> None:
         self._meters = meters
+        self._sent = meters.sent  # looked up once
         self._began_s = began_s
         self._num_prompt = num_prompt
         self._slo = slo
@@ -141,13 +178,13 @@ class Reading:
         if count := len(chunk.token_ids):
             now_s = time.perf_counter()
             if self._num_tokens:
-                self._meters.gap.observe(now_s - self._last_s)
+                self._sent.gap(now_s - self._last_s, now_s)
             else:
                 self._first_s = now_s
                 self._observe("time_to_first_token_seconds", now_s - self._began_s)
             self._last_s = now_s
             self._num_tokens += count
-            self._meters.output_tokens.inc(count)
+            self._sent.tokens(count)
         if chunk.finish_reason is not None:
             self._done(chunk.finish_reason, chunk.timings or Timings())
 
@@ -190,6 +227,7 @@ class Reading:
     def _end(self, reason: str, result: str | None) -> None:
         if self._open:
             self._open = False
+            self._sent.tell()
             self._meters.ends[reason].inc()
             if self._slo and result is not None:
                 self._meters.objectives[result].inc()

@@ -6,7 +6,7 @@ import re
 
 from starlette.responses import Response
 
-from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded
+from nodeserve.errors import InvalidRequest, NodeServeError, Overloaded, ProtocolError
 from nodeserve.types import SAMPLING_FIELDS
 
 RETRY_AFTER_S = 1.0  # where the server gave no time
@@ -34,7 +34,11 @@ class HttpProblem(NodeServeError):
 
 
 def status_of(error: NodeServeError) -> int:
-    return error.status if isinstance(error, HttpProblem) else error.http_status
+    if isinstance(error, HttpProblem):
+        return error.status
+    if type(error) is ProtocolError:
+        return 502  # between the gateway and its server: no client's fault
+    return error.http_status
 
 
 def param_of(error: NodeServeError) -> str | None:

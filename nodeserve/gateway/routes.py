@@ -17,14 +17,16 @@ from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.fields import Fields
 from nodeserve.gateway.meters import Meters
 from nodeserve.gateway.node_metrics import node_text
+from nodeserve.gateway.openapi import METRICS_TYPE, document
 from nodeserve.gateway.page import load_page
 from nodeserve.gateway.problems import HttpProblem
+from nodeserve.gateway.response_asked import response_of
+from nodeserve.gateway.responses import ResponseShape
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.shapes import ChatShape, CompletionShape, Shape
+from nodeserve.gateway.tables import DETOKENIZE, TOKENIZE
 from nodeserve.gateway.texts import detokenized, tokenized
 from nodeserve.gateway.view import View
-
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Routes:
@@ -41,12 +43,14 @@ class Routes:
         return [
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/metrics", self.metrics),
             Route("/version", self.version),
+            Route("/openapi.json", self.openapi),
             Route("/live", self.live),
             Route("/ready", self.ready),
             Route("/health", self.ready),
@@ -63,6 +67,10 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         body = await read_object(request, self._settings)
         return await self._answers(request, ChatShape, chat_of(body, request.headers))
+
+    async def responses(self, request: Request) -> Response:
+        body = await read_object(request, self._settings)
+        return await self._answers(request, ResponseShape, response_of(body, request.headers))
 
     async def _answers(self, request: Request, shape: type[Shape], asked: Asked) -> Response:
         model = await self._engine.check_model(asked.model)
@@ -95,13 +103,13 @@ class Routes:
     # ---- text
 
     async def tokenize(self, request: Request) -> Response:
-        fields = Fields(await read_object(request, self._settings))
-        await self._engine.check_model(fields.text("model"))
+        fields = Fields(await read_object(request, self._settings), TOKENIZE)
+        await self._engine.check_model(fields.read("model"))
         return answer(await tokenized(self._engine, fields))
 
     async def detokenize(self, request: Request) -> Response:
-        fields = Fields(await read_object(request, self._settings))
-        await self._engine.check_model(fields.text("model"))
+        fields = Fields(await read_object(request, self._settings), DETOKENIZE)
+        await self._engine.check_model(fields.read("model"))
         return answer(await detokenized(self._engine, fields))
 
     # ---- how it is
@@ -115,6 +123,9 @@ class Routes:
 
     async def version(self, request: Request) -> Response:
         return answer({"version": __version__})
+
+    async def openapi(self, request: Request) -> Response:
+        return answer(document(bool(self._settings.api_keys)))
 
     async def live(self, request: Request) -> Response:
         """This process turns; nothing is said about the server."""

@@ -14,10 +14,12 @@ from typing import Any
 
 from nodeserve.client import Chunk, Completion, Usage
 from nodeserve.client.aio import Call
+from nodeserve.errors import NodeServeError
 from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.engine import Prompt
 from nodeserve.gateway.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from nodeserve.gateway.meters import Reading
+from nodeserve.gateway.problems import error_object
 from nodeserve.types import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -45,25 +47,50 @@ class Shape(ABC):
     """What one kind of endpoint answers."""
 
     prefix: str  # of ids
+
+    def __init__(self, asked: Asked, request_id: str, model: str, created_s: int) -> None:
+        self.asked = asked
+        self.id = self.prefix + request_id
+        self.model = model
+        self.created_s = created_s
+        self.texts: TokenTexts | None = None  # set where logprobs are asked for
+
+    @abstractmethod
+    def whole(self, choices: Sequence[Choice], done: Sequence[Completion]) -> dict[str, Any]:
+        """The body of a response."""
+
+    @abstractmethod
+    def events(self, choice: Choice, chunk: Chunk) -> bytes:
+        """What is written for a part of an answer."""
+
+    @abstractmethod
+    def ended(self, choices: Sequence[Choice], num_tokens: int) -> bytes:
+        """What is written behind a stream of so many tokens."""
+
+    @abstractmethod
+    def failed(self, error: NodeServeError) -> bytes:
+        """What is written behind a stream that an error ends."""
+
+
+class ChoiceShape(Shape):
+    """An endpoint whose answers are `choices`."""
+
     whole_object: str
     event_object: str
     delta: tuple[str, str]  # around the text of an event
 
     def __init__(self, asked: Asked, request_id: str, model: str, created_s: int) -> None:
-        self.asked = asked
-        self.model = model
-        self._about = {"id": self.prefix + request_id, "created": created_s, "model": model}
+        super().__init__(asked, request_id, model, created_s)
+        self._about = {"id": self.id, "created": created_s, "model": model}
         head = compact({**self._about, "object": self.event_object})[:-1]
         self._head = f'data: {head},"choices":['
         self._tail = '],"usage":null}\n\n' if asked.include_usage else "]}\n\n"
         self._plain = f'{self.delta[1]},"logprobs":null,"finish_reason":null}}{self._tail}'
         self._is_plain = not (asked.token_ids or asked.continuous_usage)
-        self.texts: TokenTexts | None = None  # set where logprobs are asked for
 
     # ---- streams
 
     def events(self, choice: Choice, chunk: Chunk) -> bytes:
-        """What is written for a part of an answer."""
         first = "" if choice.begun else self.first(choice)
         choice.begun = True
         choice.num_tokens += len(chunk.token_ids)
@@ -83,10 +110,14 @@ class Shape(ABC):
         usage = Usage(len(choice.prompt.ids), choice.num_tokens)
         return f'{words}],"usage":{usage_json(usage)}}}\n\n'
 
-    def usage_event(self, choices: Sequence[Choice], num_tokens: int) -> bytes:
-        """The last event of a stream that asked for it."""
+    def ended(self, choices: Sequence[Choice], num_tokens: int) -> bytes:
+        if not self.asked.include_usage:
+            return DONE
         usage = Usage(num_prompt_tokens(choices), num_tokens)
-        return f'{self._head}],"usage":{usage_json(usage)}}}\n\n'.encode()
+        return f'{self._head}],"usage":{usage_json(usage)}}}\n\n'.encode() + DONE
+
+    def failed(self, error: NodeServeError) -> bytes:
+        return f"data: {compact(error_object(error))}\n\n".encode() + DONE
 
     @abstractmethod
     def first(self, choice: Choice) -> str:
@@ -95,7 +126,6 @@ class Shape(ABC):
     # ---- whole answers
 
     def whole(self, choices: Sequence[Choice], done: Sequence[Completion]) -> dict[str, Any]:
-        """The body of a response."""
         num_tokens = sum(one.usage.completion_tokens for one in done)
         return {
             **self._about,
@@ -134,7 +164,7 @@ class Shape(ABC):
         """Of some tokens, in this endpoint's own form."""
 
 
-class CompletionShape(Shape):
+class CompletionShape(ChoiceShape):
     """/v1/completions."""
 
     prefix = "cmpl-"
@@ -164,7 +194,7 @@ class CompletionShape(Shape):
         return found
 
 
-class ChatShape(Shape):
+class ChatShape(ChoiceShape):
     """/v1/chat/completions."""
 
     prefix = "chatcmpl-"

@@ -13,7 +13,7 @@ async def tokenized(engine: Engine, fields: Fields) -> dict[str, Any]:
     """Of a prompt or of messages: their number, the context's size, the ids."""
     ids = await _ids(engine, fields)
     texts = None
-    if fields.flag("return_token_strs"):
+    if fields.read("return_token_strs"):
         text = TokenTexts(await engine.tokenizer(), as_ids=False).text
         texts = [text(token_id) for token_id in ids]
     limit = (await engine.about())["max_model_len"]
@@ -25,11 +25,11 @@ async def _ids(engine: Engine, fields: Fields) -> list[int]:
         asked = Asked(
             model=None,
             messages=_messages(fields),
-            add_generation_prompt=fields.flag("add_generation_prompt", True),
+            add_generation_prompt=fields.read("add_generation_prompt"),
             variables=variables_of(fields),
         )
         return await engine.chat_ids(asked, fields.flag("add_special_tokens"))
-    prompt = fields.text("prompt")
+    prompt = fields.read("prompt")
     if prompt is None:
         raise fields.error("prompt", "or messages must be given")
     tokenizer, add_special = await engine.tokenizer(), fields.flag("add_special_tokens", True)
@@ -37,7 +37,7 @@ async def _ids(engine: Engine, fields: Fields) -> list[int]:
 
 
 def _messages(fields: Fields) -> list[Any]:
-    messages = fields.given("messages")
+    messages = fields.read("messages")
     if not isinstance(messages, list):
         raise fields.error("messages", f"must be a list of messages, got {shown(messages)}")
     return messages
@@ -45,7 +45,7 @@ def _messages(fields: Fields) -> list[Any]:
 
 async def detokenized(engine: Engine, fields: Fields) -> dict[str, Any]:
     """The text of token ids, special ones included."""
-    ids = fields.given("tokens")
+    ids = fields.read("tokens")
     if not is_ids(ids) and ids != []:
         raise fields.error("tokens", f"must be a list of token ids, got {shown(ids)}")
     tokenizer = await engine.tokenizer()

@@ -102,3 +102,28 @@ async def test_tokens_there_and_back(node: tuple[Path, Path]) -> None:
         text = (await client.post("/detokenize", json={"tokens": found["tokens"]})).json()
     assert "largest planet" in text["prompt"] and "<|im_start|>" in text["prompt"]
     assert found["max_model_len"] == 512 and found["count"] == len(found["tokens"])
+
+
+async def test_responses(node: tuple[Path, Path]) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
+    question = TALK[0]["content"]
+    async with sdk(node[1]) as client:
+        chat = await client.chat.completions.create(
+            model=MODEL, messages=TALK, max_completion_tokens=12, temperature=0
+        )
+        whole = await client.responses.create(input=question, **asked)
+        assert whole.output_text == chat.choices[0].message.content
+        assert whole.usage is not None and whole.usage.output_tokens == 12
+        stream = await client.responses.create(input=question, stream=True, **asked)
+        events = [event async for event in stream]
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == whole.output_text
+    with (
+        httpx2.Client(transport=httpx2.HTTPTransport(uds=str(node[1]))) as http,
+        openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="none", http_client=http) as blocking,
+    ):
+        again = blocking.responses.create(input=question, **asked)
+        assert again.output_text == whole.output_text
+        parts = list(blocking.responses.create(input=question, stream=True, **asked))
+        deltas = [part.delta for part in parts if part.type == "response.output_text.delta"]
+        assert len(deltas) > 6 and "".join(deltas) == whole.output_text

@@ -66,6 +66,8 @@ def bodies() -> list[bytes]:
         {"prompt": [[1, 2], [3]], **common, **more, "echo": False},
         {"messages": messages, **common, "logprobs": True, "top_logprobs": 2},
         {"messages": messages, **more, "tools": [], "slo": {"ttft_ms": 5}, "priority": 1},
+        {"input": "hello", "instructions": "Be brief.", "metadata": {"a": "b"}, "stream": True},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}], "seed": 7},
     ]
     return [json.dumps(one).encode() for one in asked]
 

@@ -31,10 +31,12 @@ from nodeserve.errors import (
 )
 from nodeserve.gateway.asked import chat_of, completion_of
 from nodeserve.gateway.fields import json_object
+from nodeserve.gateway.response_asked import response_of
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.layout import parse_gpus, parse_layout
 from nodeserve.plan.workloads import read_trace
-from nodeserve.types import Role
+from nodeserve.text.chat import checked_messages
+from nodeserve.types import Role, check_sampling, sampling_from
 from nodeserve.wire import messages
 from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.tagged import Tagged
@@ -161,9 +163,25 @@ async def _listen(data: bytes) -> None:
 
 def http(data: bytes) -> None:
     """The body of an HTTP request: what is asked, or the field that is wrong."""
-    for read in (completion_of, chat_of):
+    for read, described in _http_readers():
         with _only(InvalidRequest):
-            read(json_object(data), {})
+            body = json_object(data)
+            asked = read(body, {})
+            check_sampling(sampling_from(asked.sampling), 1 << 31)
+            checked_messages([{"role": "user", "content": ""}, *(asked.messages or ())])
+            assert described.is_valid(body), "it is taken, and /openapi.json says otherwise"
+
+
+@functools.cache
+def _http_readers() -> list[tuple[Any, Any]]:
+    """What reads a body, and what /openapi.json says of it."""
+    from jsonschema import Draft202012Validator
+
+    from nodeserve.gateway.openapi import OPERATIONS, body_schema
+
+    schemas = {one.name: Draft202012Validator(body_schema(one)) for one in OPERATIONS if one.body}
+    readers = {"completions": completion_of, "chat": chat_of, "responses": response_of}
+    return [(read, schemas[name]) for name, read in readers.items()]
 
 
 def layout(data: bytes) -> None:

@@ -1,10 +1,11 @@
 """What a gateway counts of an answer, and that it counts each once."""
 
 import pytest
+from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodeserve.client import Chunk
-from nodeserve.gateway.meters import LABELS, Meters, Reading
+from nodeserve.gateway.meters import BUCKETS_S, LABELS, Meters, Reading
 from nodeserve.types import Timings
 
 LONG, NONE = 60_000.0, 1e-9  # ms: what any answer meets, what none does
@@ -64,6 +65,28 @@ def test_failures_miss_and_refusals_are_told_apart(tokens: list[int], result: st
     assert found[f"nodeserve_slo_requests_total/{result}"] == 1
     assert found["vllm:request_success_total/error"] == 1
     assert "vllm:request_success_total/abort" not in found
+
+
+def test_gaps_are_counted_as_the_histogram_would() -> None:
+    meters, known = Meters(), Histogram("known", "", buckets=BUCKETS_S, registry=None)
+    gaps_s = [0.0, *BUCKETS_S, *(1.5 * bound for bound in BUCKETS_S), 1e4, 0.02, 0.02]
+    sent = meters.of("m").sent
+    for number, gap_s in enumerate(gaps_s):
+        known.observe(gap_s)
+        sent.gap(gap_s, number / 10)  # some are told meanwhile
+        sent.tokens(2)
+    found = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(meters.text().decode())
+        for sample in family.samples
+    }
+    name = "vllm:inter_token_latency_seconds"
+    (family,) = known.collect()
+    for sample in family.samples:
+        if sample.name.endswith(("_bucket", "_sum", "_count")):
+            ours = found[sample.name.replace("known", name), sample.labels.get("le")]
+            assert ours == pytest.approx(sample.value), sample
+    assert found["vllm:generation_tokens_total", None] == 2 * len(gaps_s)
 
 
 def test_who_leaves_misses_nothing() -> None:

@@ -1,0 +1,100 @@
+"""A frame with tokens of many requests: their takers are woken some at a time, and miss nothing."""
+
+import asyncio
+from typing import Any
+
+from nodeserve.client.connection import WOKEN_AT_ONCE, Arrival, Connection, Mailbox
+from nodeserve.wire.frames import frame
+from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens, pack_ids
+from tests.fuzz.seeds import HELLO
+
+COUNT = 3 * WOKEN_AT_ONCE + 1
+
+
+class Sink(asyncio.Transport):
+    def write(self, data: Any) -> None:
+        pass
+
+
+async def connected() -> tuple[Connection, list[Mailbox]]:
+    """With COUNT requests, whose ids are 0, 1, ..."""
+    connection = Connection()
+    connection.connection_made(Sink())
+    connection.data_received(HELLO)
+    return connection, [(await connection.submit(b"", {}, None, 0))[1] for _ in range(COUNT)]
+
+
+def receive(connection: Connection, *messages: ToClient) -> None:
+    """All in one read."""
+    connection.data_received(b"".join(frame(TO_CLIENT.encode(one)) for one in messages))
+
+
+def one_each(token_id: int) -> Tokens:
+    return Tokens([[request_id, pack_ids([token_id]), None] for request_id in range(COUNT)])
+
+
+def ended(request_id: int) -> End:
+    return End(request_id, "length", None, "", {}, {}, None)
+
+
+async def taken(mailbox: Mailbox, seen: list[Any]) -> None:
+    """Every event up to the end goes to `seen`."""
+    while True:
+        for event in await mailbox.take():
+            seen.append(event)
+            if not isinstance(event, Arrival):
+                return
+
+
+async def test_the_first_takers_run_before_the_last_are_woken() -> None:
+    connection, mailboxes = await connected()
+    woken: list[int] = []
+
+    async def take(number: int) -> None:
+        await mailboxes[number].take()
+        woken.append(number)
+
+    tasks = [asyncio.ensure_future(take(number)) for number in range(COUNT)]
+    await asyncio.sleep(0)
+    receive(connection, one_each(5))
+    assert not woken
+    counts = []
+    while len(woken) < COUNT:
+        await asyncio.sleep(0)
+        counts.append(len(woken))
+    assert woken == list(range(COUNT))
+    assert set(counts) >= {WOKEN_AT_ONCE, 2 * WOKEN_AT_ONCE, 3 * WOKEN_AT_ONCE}
+    await asyncio.gather(*tasks)
+
+
+async def test_an_end_overtakes_the_waking_and_no_token() -> None:
+    """The end wakes at once, and what is woken for tokens that were taken with it waits again."""
+    connection, mailboxes = await connected()
+    seen: list[list[Any]] = [[] for _ in mailboxes]
+    tasks = [
+        asyncio.ensure_future(taken(mailbox, events))
+        for mailbox, events in zip(mailboxes, seen, strict=True)
+    ]
+    await asyncio.sleep(0)
+    last = COUNT - 1
+    receive(connection, one_each(5), one_each(6), ended(last))
+    await tasks[last]
+    assert len(seen[last]) == 3
+    receive(connection, one_each(7), *(ended(request_id) for request_id in range(last)))
+    await asyncio.gather(*tasks)
+    for events in seen[:last]:
+        ids = [event.token_ids for event in events if isinstance(event, Arrival)]
+        assert ids == [pack_ids([token_id]) for token_id in (5, 6, 7)] and len(events) == 4
+
+
+async def test_a_taker_that_is_woken_for_nothing_waits_on() -> None:
+    connection, mailboxes = await connected()
+    last = mailboxes[-1]
+    receive(connection, one_each(5))
+    assert len(await last.take()) == 1  # before its turn
+    again = asyncio.ensure_future(last.take())
+    for _ in range(COUNT):
+        await asyncio.sleep(0)
+    assert not again.done()
+    receive(connection, one_each(6))
+    assert [event.token_ids for event in await again] == [pack_ids([6])]  # type: ignore[union-attr]
