@@ -24,6 +24,7 @@ from nodeserve.gateway.tables import (
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
+PAGE_TYPE = "text/html; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SERVER = (403, 500, 502, 503)  # of what asks it
 TEXTS = (400, 404, 408, 413, *SERVER)
@@ -119,6 +120,8 @@ OPERATIONS = (
     ),
     Operation("/metrics", "metrics", "For Prometheus", statuses=SERVER, media=METRICS_TYPE),
     Operation("/version", "version", "The release", "Version"),
+    Operation("/", "page", "What the node does, for a browser", media=PAGE_TYPE, open=True),
+    Operation("/nodeserve/view", "view", "What the page draws", statuses=SERVER),
     Operation("/openapi.json", "openapi", "This document"),
     Operation("/live", "live", "Whether this process turns", "Live", open=True),
     Operation("/ready", "ready", "Whether a request would be served", "Ready", (503,), open=True),

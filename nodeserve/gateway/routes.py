@@ -17,7 +17,7 @@ from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.fields import Fields
 from nodeserve.gateway.meters import Meters
 from nodeserve.gateway.node_metrics import node_text
-from nodeserve.gateway.openapi import METRICS_TYPE, document
+from nodeserve.gateway.openapi import METRICS_TYPE, PAGE_TYPE, document
 from nodeserve.gateway.page import load_page
 from nodeserve.gateway.problems import HttpProblem
 from nodeserve.gateway.response_asked import response_of
@@ -145,7 +145,7 @@ class Routes:
     # ---- the page
 
     async def page(self, request: Request) -> Response:
-        return Response(self._page.body, headers=self._page.headers, media_type="text/html")
+        return Response(self._page.body, headers=self._page.headers, media_type=PAGE_TYPE)
 
     async def view(self, request: Request) -> Response:
         """What the page draws."""
