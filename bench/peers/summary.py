@@ -10,7 +10,7 @@ from bench.peers.life import Life, Protocol, tokens_per_s
 from nodeserve.loadgen.bench import Result
 from nodeserve.loadgen.limits import parse_limits
 from nodeserve.loadgen.measure import Times, measure
-from nodeserve.plan.goodput import GOAL, Tally, crossing
+from nodeserve.plan.goodput import GOAL, Tally, crossing, falling
 
 AIM_GOODPUT = 1.5  # times the best peer's
 AIM_TOKENS = 1.0  # times the best peer's with weights of 16 bits
@@ -104,12 +104,12 @@ def pooled(rate: float, results: Sequence[Result], protocol: Protocol) -> Rung:
 
 
 def shares(rungs: Mapping[float, Result]) -> list[tuple[float, float]]:
-    return [(rate, one.report.tally.share) for rate, one in rungs.items()]
+    return falling((rate, one.report.tally) for rate, one in rungs.items())
 
 
 def goodput(rungs: Sequence[Rung]) -> tuple[float | None, str]:
     """Where attainment crosses the goal, and which side of it is known where only one is."""
-    found = crossing([(one.rate, one.tally.share) for one in rungs])
+    found = crossing(falling((one.rate, one.tally) for one in rungs))
     if found is None:
         return None, "below" if rungs else ""
     return found, "at least" if found == max(one.rate for one in rungs) else ""

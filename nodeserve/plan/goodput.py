@@ -6,7 +6,7 @@ were offered: whatever was refused, failed or never ended is a miss.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -42,6 +42,21 @@ class Tally:
         half = z * math.sqrt(share * (1.0 - share) / number + weight / number / 4)
         low, high = (middle - half) / (1.0 + weight), (middle + half) / (1.0 + weight)
         return max(0.0, low), min(1.0, high)
+
+
+def falling(tallies: Iterable[tuple[float, Tally]]) -> list[tuple[float, float]]:
+    """The attainments (rate, share) that never rise with the rate and are most likely, given what
+    was counted: where one rises it was chance, and both are pooled (isotonic regression by pooling
+    adjacent violators; Barlow et al. 1972)."""
+    groups: list[tuple[list[float], Tally]] = []
+    for rate, tally in sorted(tallies, key=lambda one: one[0]):
+        rates = [rate]
+        while groups and tally.share > groups[-1][1].share:
+            earlier, before = groups.pop()
+            rates = [*earlier, *rates]
+            tally = Tally(before.num_offered + tally.num_offered, before.num_good + tally.num_good)
+        groups.append((rates, tally))
+    return [(rate, tally.share) for rates, tally in groups for rate in rates]
 
 
 def crossing(points: Sequence[tuple[float, float]], goal: float = GOAL) -> float | None:

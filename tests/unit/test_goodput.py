@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from nodeserve.plan.goodput import Slo, Tally, crossing, needed_scale, smallest_scale
+from nodeserve.plan.goodput import Slo, Tally, crossing, falling, needed_scale, smallest_scale
 
 CHAT = Slo(ttft_s=0.2, tpot_s=0.05)
 
@@ -59,6 +59,18 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         low, high = Tally(150, good).interval(0.95)
         held += low <= 0.9 <= high
     assert 0.92 <= held / 600 <= 0.98
+
+
+def test_attainment_that_rises_by_chance_is_pooled() -> None:
+    counted = [(1.0, Tally(10, 8)), (2.0, Tally(30, 28)), (4.0, Tally(10, 5)), (3.0, Tally(10, 9))]
+    assert falling(counted) == [
+        *((1.0, pytest.approx(0.9)), (2.0, pytest.approx(0.9))),
+        *((3.0, 0.9), (4.0, 0.5)),
+    ]
+    assert falling([(1.0, Tally(4, 4)), (2.0, Tally(4, 2))]) == [(1.0, 1.0), (2.0, 0.5)]
+    rising = [(float(rate), Tally(10, rate)) for rate in range(5)]
+    assert [share for _, share in falling(rising)] == [0.2] * 5
+    assert falling([]) == []
 
 
 def test_crossings_are_on_straight_lines() -> None:
