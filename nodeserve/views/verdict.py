@@ -25,6 +25,7 @@ GOAL = 0.9  # attainment from which nothing limits
 FULL = 0.9  # share of a worker's blocks
 FULL_FOR_MORE = 0.7  # from which, where requests wait for room, it is this that they wait for
 BUSY = 0.8  # share of a worker's time
+IDLE = 0.5  # of one that has work all the time: something else keeps it from computing
 FEW = 10  # requests that a short span must have; with fewer, a longer one counts
 
 
@@ -81,6 +82,9 @@ def for_decode(frame: Frame) -> str:
     worker = most(decoders(frame), lambda one: one.step_ms)
     if worker is None:
         return "nobody decodes"
+    if worker.busy is not None and worker.busy < IDLE:
+        lag = f"the server's loop is late by {frame.loop_lag_ms:.0f} ms"
+        return f"decode steps far apart, w{worker.index} is {worker.busy:.0%} busy, {lag}"
     return f"decode steps of {worker.step_ms:.0f} ms on w{worker.index} ({worker.running} running)"
 
 

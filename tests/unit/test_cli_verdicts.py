@@ -76,7 +76,8 @@ async def test_one_question_at_a_time(server: FakeServer) -> None:
 
 
 async def test_status_tells_only_what_is_not_well(server: FakeServer) -> None:
-    server.stats = {**STATS, "health": {"state": "ready", "reasons": []}}
+    server.stats = STATS
     assert "health" not in (await run(server)).stdout
-    server.stats = {**STATS, "health": {"state": "degraded", "reasons": ["worker 2 is away"]}}
+    degraded = {"state": "degraded", "reasons": ["worker 2 is away"]}
+    server.stats = {**STATS, "health": {**STATS["health"], **degraded}}
     assert "health    degraded: worker 2 is away" in (await run(server)).stdout.splitlines()

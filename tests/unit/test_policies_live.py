@@ -9,7 +9,7 @@ from nodeserve.errors import Overloaded
 from nodeserve.policy.flow import NO_OBJECTIVE, FlowOptions, Judgement, Verdict
 from nodeserve.policy.foresight import Forecast
 from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS, Wait
-from nodeserve.types import Role
+from nodeserve.types import Role, Slo
 from nodeserve.wire.messages import Submit, pack_ids
 from tests.fakes.node import FakeNode, expected_stream, policies
 
@@ -58,9 +58,9 @@ async def test_flow_control_judges_by_the_facts(monkeypatch: pytest.MonkeyPatch)
     node.coordinator.submit(stream, Submit(3, pack_ids([1]), {}, {"tpot_ms": 20}, 0))
     assert all(options == FlowOptions(7, 1 << 22, "queue") for options, *_ in facts)
     assert [tuple(rest) for _, *rest in facts] == [
-        ((1, 9), 1, (0.5, None), forecast),
-        ((2, 10), 1, (2.0, None), forecast),
-        ((3, 11), 1, (0.5, 0.02), forecast),
+        ((1, 9), 1, Slo(0.5), forecast),
+        ((2, 10), 1, Slo(2.0), forecast),
+        ((3, 11), 1, Slo(0.5, 0.02), forecast),
     ]
 
 

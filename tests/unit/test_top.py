@@ -87,6 +87,8 @@ def test_what_does_not_fit_is_counted_and_reached_by_scrolling() -> None:
         choice = choice.after("down")
     lines = texts(frame, choice)
     assert shown(lines) == list(range(31, 40)) and lines[-1].endswith("32-40 of 40")
+    back = choice.within(40, 24).after("up")
+    assert shown(texts(frame, back)) == list(range(30, 39)), "from where it can be seen to be"
     assert shown(texts(frame, Choice(scroll=1).after("k").after("up"))) == list(range(9))
     assert shown([line.plain for line in lines_of(frame, Choice(), 80, None)]) == list(range(40))
 

@@ -115,6 +115,21 @@ def test_a_buffer_that_fills_while_prefill_has_time_waits_for_decode(
     assert frame.verdict == f"{words}: 100% of misses in 10 s"
 
 
+@pytest.mark.parametrize(
+    ("busy_s", "words"),
+    [
+        (1.9, "decode steps of 20 ms on w1 (0 running)"),
+        (0.2, "decode steps far apart, w1 is 10% busy, the server's loop is late by 7 ms"),
+    ],
+)
+def test_slow_tokens_of_workers_that_hardly_compute(busy_s: float, words: str) -> None:
+    history, spans = History(), [span(10, 0, decode=20), span(60), span(300)]
+    for uptime_s, so_far_s in ((100.0, 0.0), (102.0, busy_s)):
+        workers = [worker(0, "prefill"), worker(1, "decode", busy_s=so_far_s)]
+        frame = history.add(answer(uptime_s, spans, workers=workers))
+    assert frame.verdict == f"{words}: 100% of misses in 10 s"
+
+
 def test_what_is_refused_is_refused_for_a_reason() -> None:
     spans = [span(10, 0, refused=20), span(60), span(300)]
     held = {"queued": 9, "running": 9, "parked": 3}

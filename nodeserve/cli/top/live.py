@@ -90,9 +90,11 @@ class View:
             self._draw()
 
     def _on_keys(self, stdin: int) -> None:
+        assert self._frame is not None
         data = os.read(stdin, MAX_KEY_BYTES)
         for key in keys_of(data.decode(errors="replace")):
-            self._choice = self._choice.after(key)
+            shown = self._choice.after(key)
+            self._choice = shown.within(len(self._frame.workers), self._console.height)
             if key in QUIT:
                 self._done.set()
         if not data:  # the terminal is gone

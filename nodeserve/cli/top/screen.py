@@ -15,6 +15,7 @@ PLAIN = str.maketrans("▁▂▃▄▅▆▇█▏▎▍▌▋▊▉·", "_.-=+*
 NONE = "-"
 NAME_WIDTH, NUMBER_WIDTH = 12, 8
 BAR_WIDTH = 9
+HEAD_LINES = 14  # above the workers
 KEYS = "q quit  p pause  s sort: {}  r reverse  up/down scroll"
 
 SORTS: dict[str, Callable[[Worker], float | str]] = {  # numbers are shown largest first
@@ -54,6 +55,15 @@ class Choice:
                 return replace(self, scroll=self.scroll + 1)
         return self
 
+    def within(self, num_workers: int, height: int) -> "Choice":
+        """Scrolled no further than to the last worker."""
+        return replace(self, scroll=min(self.scroll, max(0, num_workers - room_of(height))))
+
+
+def room_of(height: int) -> int:
+    """How many workers are shown; a line is for the keys."""
+    return max(1, height - HEAD_LINES - 1)
+
 
 def lines_of(
     frame: Frame, choice: Choice, width: int, height: int | None, trouble: str = ""
@@ -72,8 +82,7 @@ def lines_of(
     ]
     rows = [row(one) for one in ordered(frame.workers, choice)]
     if height is not None:
-        room = max(1, height - len(head) - 1)
-        first = min(choice.scroll, max(0, len(rows) - room))
+        room, first = room_of(height), choice.within(len(rows), height).scroll
         shown = rows[first : first + room]
         hidden = f"  {first + 1}-{first + len(shown)} of {len(rows)}" if len(rows) > room else ""
         blank = [Text() for _ in range(room - len(shown))]
