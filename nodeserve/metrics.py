@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PER_OCTAVE = 8  # places of a time in a histogram: two neighbours are 9 % apart
@@ -49,16 +49,14 @@ class Sliding:
         self.counts: Counter[Key] = Counter()
         self.buckets: deque[tuple[int, Counter[Key]]] = deque()
 
-    def add(self, keys: Iterable[Key], now_s: float) -> None:
-        """Count each of these once."""
+    def add(self, counts: Mapping[Key, int], now_s: float) -> None:
+        """Add what was counted within the bucket that is now."""
         number = int(now_s // self.bucket_s)
         if not self.buckets or self.buckets[-1][0] != number:
             self.forget(now_s)
             self.buckets.append((number, Counter()))
-        bucket, counts = self.buckets[-1][1], self.counts
-        for key in keys:
-            bucket[key] += 1
-            counts[key] += 1
+        self.buckets[-1][1].update(counts)
+        self.counts.update(counts)
 
     def forget(self, now_s: float) -> None:
         """Drop what is older than the span; call it before a look at `counts`."""
@@ -70,9 +68,9 @@ class Sliding:
                     del self.counts[key]
 
     def covered_s(self, now_s: float, started_s: float) -> float:
-        """Seconds that `counts` are of, if counting began then; a bucket at least."""
+        """Seconds that `counts` are of, if counting began then; one at least."""
         since_s = self.span_s - self.bucket_s + now_s % self.bucket_s
-        return max(float(self.bucket_s), min(since_s, now_s - started_s))
+        return max(1.0, min(since_s, now_s - started_s))
 
 
 def place_of(seconds: float) -> int:

@@ -18,6 +18,7 @@ from nodeserve.cli.talk import CONNECT_TIMEOUT_S, socket_option
 from nodeserve.cli.verdicts import audit_verdict, health_line, health_verdict
 from nodeserve.client import Client
 from nodeserve.errors import ConnectionLost
+from nodeserve.views import History
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,6 +87,7 @@ def summary(stats: dict[str, Any], path: str) -> list[str]:
         f"rates     {rates['prompt_tokens_per_s']:.1f} prompt tokens/s"
         f"  {rates['output_tokens_per_s']:.1f} output tokens/s"
         f"  {rates['requests_per_s']:.2f} requests/s",
+        f"goodput   {History().add(stats).verdict}",
         *how_requests_leave(stats["dispatch"]),
         *how_they_run(stats["workers"]),
         *how_they_fare(stats["workers"]),

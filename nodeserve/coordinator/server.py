@@ -117,6 +117,7 @@ class Server:
                 )
                 tasks.append(self.guarded(self.desk.pulse.run(), "pulse"))
                 self.fleet.serve()
+                self.coordinator.ledger.begin(time.monotonic())
                 self._on_event(StartEvent("ready", None, 1, 1, self.plan.config.socket))
                 await self.ending.begun.wait()
                 await self.ending.drain(self.coordinator)

@@ -1,13 +1,16 @@
 """The node's state as metrics, made at a scrape from what the server says of itself."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from nodeserve.gateway.families import counter, gauge
+from nodeserve.gateway.goodput_metrics import of_dispatch, of_goodput
 from nodeserve.gateway.meters import ENGINE, LABELS
+from nodeserve.views import blocks_of
 
 WORKER_LABELS = ("worker", "role", "instance")
 WORKER_GAUGES = {  # key of a worker's stats: name, words, factor
@@ -19,11 +22,16 @@ WORKER_GAUGES = {  # key of a worker's stats: name, words, factor
     "num_blocks": ("blocks", "KV blocks.", 1.0),
     "step_ms": ("step_seconds", "Its last step.", 1e-3),
 }
+RING_WAYS = ("to", "from")  # the worker
+MAX_REASON = 120  # characters of a label
 WORKER_COUNTERS = {
     "steps": ("steps", "Steps."),
+    "busy_s": ("busy_seconds", "That these took; one may begin while another runs."),
     "tokens": ("tokens", "Tokens sampled."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
     "handoffs": ("handoffs", "Requests whose pages it fetched."),
     "handoff_bytes": ("handoff_bytes", "Bytes of these."),
+    "handoff_s": ("handoff_seconds", "That copying them took."),
     "restarts": ("restarts", "Its starts after the first."),
 }
 
@@ -46,7 +54,11 @@ class _Node(Collector):
         if self._about is not None and self._stats is not None:
             yield from under_their_names(self._about, self._stats)
             yield from of_node(self._about, self._stats)
+            yield from of_goodput(self._stats["goodput"])
+            yield from of_dispatch(self._stats["dispatch"])
             yield from of_workers(self._stats["workers"])
+            yield from of_rings(self._stats["workers"])
+            yield from of_lives(self._stats["workers"])
 
 
 def under_their_names(about: dict[str, Any], stats: dict[str, Any]) -> Iterator[Metric]:
@@ -70,7 +82,7 @@ def under_their_names(about: dict[str, Any], stats: dict[str, Any]) -> Iterator[
 def of_node(about: dict[str, Any], stats: dict[str, Any]) -> Iterator[Metric]:
     info = (stats["model"], stats["layout"], str(about["version"]))
     yield gauge("nodeserve_info", "The server.", [(info, 1.0)], ("model", "layout", "version"))
-    requests, dispatch = stats["requests"], stats["dispatch"]
+    requests, dispatch, health = stats["requests"], stats["dispatch"], stats["health"]
     yield gauge(
         "nodeserve_requests",
         "Requests of all clients by where they are.",
@@ -85,6 +97,12 @@ def of_node(about: dict[str, Any], stats: dict[str, Any]) -> Iterator[Metric]:
     )
     for name, words, value in (
         ("uptime_seconds", "Since its start.", stats["uptime_s"]),
+        ("ready", "Whether it takes requests that somebody can compute.", float(health["ready"])),
+        (
+            "loop_lag_seconds",
+            "How late its loop was of late, at worst.",
+            health["loop_lag_ms"] / 1e3,
+        ),
         ("queued_tokens", "Tokens of the prompts in the buffer.", dispatch["queued_tokens"]),
         ("window_seconds", "Between departures; 0: none.", dispatch["window_ms"] / 1e3),
         ("pass_seconds", "Mean of a prefill pass.", (dispatch["pass_ms"] or 0.0) / 1e3),
@@ -93,8 +111,12 @@ def of_node(about: dict[str, Any], stats: dict[str, Any]) -> Iterator[Metric]:
         yield gauge(f"nodeserve_{name}", words, [((), value)])
 
 
+def labels_of(workers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [(str(one["index"]), one["role"], str(one["instance"])) for one in workers]
+
+
 def of_workers(workers: list[dict[str, Any]]) -> Iterator[Metric]:
-    labels = [(str(one["index"]), one["role"], str(one["instance"])) for one in workers]
+    labels = labels_of(workers)
     ready = [float(one["state"] == "ready") for one in workers]
     rows = list(zip(labels, ready, strict=True))
     yield gauge("nodeserve_worker_ready", "Whether it serves.", rows, WORKER_LABELS)
@@ -106,18 +128,36 @@ def of_workers(workers: list[dict[str, Any]]) -> Iterator[Metric]:
         yield counter(f"nodeserve_worker_{name}", words, rows, WORKER_LABELS)
 
 
-Rows = Iterable[tuple[tuple[str, ...], float]]
+def of_rings(workers: list[dict[str, Any]]) -> Iterator[Metric]:
+    """The ways to and from each worker."""
+    labels, names = labels_of(workers), (*WORKER_LABELS, "direction")
+    rings = [(label, one["ring"]) for label, one in zip(labels, workers, strict=True)]
+    rows = [((*label, way), ring[f"{way}_bytes"]) for label, ring in rings for way in RING_WAYS]
+    yield gauge("nodeserve_worker_ring_bytes", "In a ring, not read yet.", rows, names)
+    rows = [((*label, way), ring[f"{way}_stalls"]) for label, ring in rings for way in RING_WAYS]
+    words = "Times that a sender had to wait for room."
+    yield counter("nodeserve_worker_ring_stalls", words, rows, names)
+    for key, name, words in (
+        ("capacity_bytes", "capacity_bytes", "Of each of its two rings."),
+        ("to_queued", "queued_records", "Records to it that wait for room."),
+    ):
+        rows = [(label, ring[key]) for label, ring in rings]
+        yield gauge(f"nodeserve_worker_ring_{name}", words, rows, WORKER_LABELS)
 
 
-def gauge(name: str, words: str, rows: Rows, labels: tuple[str, ...] = ()) -> Metric:
-    family = GaugeMetricFamily(name, words, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
-
-
-def counter(name: str, words: str, rows: Rows, labels: tuple[str, ...] = ()) -> Metric:
-    family = CounterMetricFamily(name, words, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
+def of_lives(workers: list[dict[str, Any]]) -> Iterator[Metric]:
+    """Blocks by state, what each does now, and why its last life ended."""
+    named = list(zip(labels_of(workers), workers, strict=True))
+    rows = [
+        ((*label, state), float(getattr(blocks_of(one), state)))
+        for label, one in named
+        for state in ("free", "pinned", "active")
+    ]
+    words = "KV blocks by state; pinned ones wait for a decode worker, or are being fetched."
+    yield gauge("nodeserve_worker_kv_blocks", words, rows, (*WORKER_LABELS, "state"))
+    rows = [((*label, one["acting"], one["state"]), 1.0) for label, one in named]
+    words = "What it does now (mixed: it stands in for a phase that nobody is there for)."
+    yield gauge("nodeserve_worker_info", words, rows, (*WORKER_LABELS, "acting", "state"))
+    rows = [((*label, one["reason"][:MAX_REASON]), 1.0) for label, one in named if one["reason"]]
+    words = "Why its last life ended, if there was one before."
+    yield gauge("nodeserve_worker_last_end_info", words, rows, (*WORKER_LABELS, "reason"))

@@ -5,7 +5,7 @@ counts only if it had missed a limit by then, one that the node's own stop ends 
 an SLO are in the times and in no share. A request that ends costs O(1), a token nothing.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -53,16 +53,23 @@ class Ledger:
     """`now_s` never goes back."""
 
     def __init__(self, now_s: float) -> None:
-        self.totals: Counter[Key] = Counter()  # OFFERED, GOOD, and misses by blame
+        self._totals: Counter[Key] = Counter()  # OFFERED, GOOD, and misses by blame
+        self._fresh: Counter[Key] = Counter()  # of the present second, and in no span yet
+        self._fresh_s = int(now_s)
         self._started_s = now_s
         *short, longest = SPANS_S
         self._curve = Sliding(longest, POINT_S)
         self._spans = [*map(Sliding, short), self._curve]
-        self._usual: dict[str, Mean] = {}  # of good requests; of decoding, for each gap
+        # Seconds of each stage of good requests; of decoding, for each token after the first.
+        self._usual: defaultdict[str, Mean] = defaultdict(Mean)
         self._misses: deque[tuple[float, dict[str, Any]]] = deque(maxlen=NUM_MISSES)
         self._points: deque[tuple[int, dict[str, Any]]] = deque(maxlen=longest // POINT_S)
 
     # ---- what happens
+
+    def begin(self, now_s: float) -> None:
+        """Requests may come from now on: rates are of the time since then."""
+        self._started_s = now_s
 
     def ended(self, one: Ended, now_s: float) -> str | None:
         """Count it; what made it miss its SLO, if it did."""
@@ -75,7 +82,7 @@ class Ledger:
         if one.slo != NO_OBJECTIVE:
             word = self._judge(one)
             if one.outcome == "finished" or word is not None:
-                keys += self._verdict(word)
+                keys += [OFFERED, GOOD if word is None else _MISSED + word]
         if word is not None:
             self._misses.append((now_s, told(one, word)))
         self._count(keys, now_s)
@@ -84,7 +91,7 @@ class Ledger:
     def refused(self, slo: Slo, now_s: float) -> None:
         """It was not let in."""
         if slo != NO_OBJECTIVE:
-            self._count(self._verdict(REFUSED), now_s)
+            self._count([OFFERED, _MISSED + REFUSED], now_s)
 
     def _judge(self, one: Ended) -> str | None:
         if one.outcome == "failed":
@@ -101,33 +108,40 @@ class Ledger:
         return None
 
     def _learn(self, spent: Spent, gaps: int) -> None:
+        usual = self._usual
         for name, seconds in spent.before.items():
-            self._usual.setdefault(name, Mean()).add(seconds)
+            usual[name].add(seconds)
         if gaps:
             for name, seconds in spent.after.items():
-                each_s = seconds / gaps if name == DECODE else seconds
-                self._usual.setdefault(name, Mean()).add(each_s)
-
-    def _verdict(self, word: str | None) -> list[Key]:
-        keys: list[Key] = [OFFERED, GOOD if word is None else _MISSED + word]
-        self.totals.update(keys)
-        return keys
+                usual[name].add(seconds / gaps if name == DECODE else seconds)
 
     def _count(self, keys: list[Key], now_s: float) -> None:
-        if keys:
+        if int(now_s) != self._fresh_s:
+            self._fold(now_s)
+        fresh = self._fresh
+        for key in keys:
+            fresh[key] += 1
+
+    def _fold(self, now_s: float) -> None:
+        """What was counted goes into the spans, once a second or before a look at them."""
+        if self._fresh:
             for span in self._spans:
-                span.add(keys, now_s)
+                span.add(self._fresh, self._fresh_s)
+            self._totals.update(self._fresh)
+            self._fresh.clear()
+        self._fresh_s = int(now_s)
 
     # ---- what is told, as docs/protocol.md says
 
     def stats(self, now_s: float) -> dict[str, Any]:
         """The numbers of `goodput`."""
+        self._fold(now_s)
         for span in self._spans:
             span.forget(now_s)
         counts = self._curve.counts
         return {
             "spans": [self._span(span, now_s) for span in self._spans],
-            "total": summed(self.totals),
+            "total": summed(self._totals),
             "series": self._series(now_s),
             "histograms": {f"{name}_ms": coarse(places(counts, name)) for name in (TTFT, TPOT)},
             "misses": [

@@ -9,3 +9,4 @@ from nodeserve.views.frame import Span as Span
 from nodeserve.views.frame import Worker as Worker
 from nodeserve.views.frame import to_json as to_json
 from nodeserve.views.history import History as History
+from nodeserve.views.history import blocks_of as blocks_of

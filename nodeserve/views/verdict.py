@@ -23,7 +23,9 @@ from nodeserve.views.frame import Frame, Span, Worker
 
 GOAL = 0.9  # attainment from which nothing limits
 FULL = 0.9  # share of a worker's blocks
+FULL_FOR_MORE = 0.7  # from which, where requests wait for room, it is this that they wait for
 BUSY = 0.8  # share of a worker's time
+IDLE = 0.5  # of one that has work all the time: something else keeps it from computing
 FEW = 10  # requests that a short span must have; with fewer, a longer one counts
 
 
@@ -70,7 +72,8 @@ def without_judgement(frame: Frame) -> str:
 def full_decode(frame: Frame) -> str | None:
     """The fullest of those that decode, if it is full."""
     worker = most(decoders(frame), lambda one: one.kv_use)
-    if worker is None or worker.kv_use < FULL:
+    least = FULL_FOR_MORE if frame.admission.parked else FULL
+    if worker is None or worker.kv_use < least:
         return None
     return f"decode KV full on w{worker.index}"
 
@@ -79,6 +82,9 @@ def for_decode(frame: Frame) -> str:
     worker = most(decoders(frame), lambda one: one.step_ms)
     if worker is None:
         return "nobody decodes"
+    if worker.busy is not None and worker.busy < IDLE:
+        lag = f"the server's loop is late by {frame.loop_lag_ms:.0f} ms"
+        return f"decode steps far apart, w{worker.index} is {worker.busy:.0%} busy, {lag}"
     return f"decode steps of {worker.step_ms:.0f} ms on w{worker.index} ({worker.running} running)"
 
 
@@ -92,12 +98,14 @@ def for_handoff(frame: Frame) -> str:
 
 
 def for_buffer(frame: Frame) -> str:
-    admission = frame.admission
-    blocked = most(prefillers(frame), lambda one: one.blocks.pinned)
-    if blocked and blocked.kv_use >= FULL and blocked.blocks.pinned:
-        return f"prefill KV pinned on w{blocked.index}, {full_decode(frame) or 'decode is behind'}"
-    load = busy_words(prefillers(frame))
-    return f"prefill too slow: {admission.queued} wait in the buffer{load}"
+    """Prefill that has time left waits for something: for decode, if pages are parked."""
+    admission, load = frame.admission, mean_busy(prefillers(frame))
+    wait = f"{admission.queued} wait in the buffer"
+    if admission.parked and (load is None or load < BUSY):
+        return f"{for_handoff_wait(frame)}, {wait}"
+    if load is None or load >= BUSY:
+        return f"prefill too slow, {wait}{busy_words(prefillers(frame))}"
+    return f"{wait}, prefill {load:.0%} busy"
 
 
 def for_device_wait(frame: Frame) -> str:
@@ -121,15 +129,22 @@ def for_preemption(frame: Frame) -> str:
 
 
 def for_refused(frame: Frame) -> str:
+    if frame.admission.parked and not busy_words(prefillers(frame)):
+        return f"{for_handoff_wait(frame)}, more is refused"
     load = busy_words(prefillers(frame)) or busy_words(decoders(frame))
     return f"more is asked than can be in time, refused{load}"
 
 
 def busy_words(workers: Iterable[Worker]) -> str:
     """Nothing, unless they have little time left."""
+    mean = mean_busy(workers)
+    return "" if mean is None or mean < BUSY else f", workers {mean:.0%} busy"
+
+
+def mean_busy(workers: Iterable[Worker]) -> float | None:
+    """None where it is not known yet."""
     shares = [one.busy for one in workers if one.busy is not None]
-    mean = sum(shares) / len(shares) if shares else 0.0
-    return f", workers {mean:.0%} busy" if mean >= BUSY else ""
+    return sum(shares) / len(shares) if shares else None
 
 
 def decoders(frame: Frame) -> list[Worker]:

@@ -40,7 +40,7 @@ def answer(uptime_s: float = 100.0, spans: list[Stats] | None = None, **values: 
     lines = ("attainment", "goodput_per_s", "ttft_p90_ms", "tpot_p90_ms")
     return {
         **{"model": "m", "layout": "1p1d", "pid": 1, "uptime_s": uptime_s, "slo": {"ttft_ms": 500}},
-        "health": {"state": "ready", "reasons": [], "loop_lag_ms": 7.0},
+        "health": {"state": "ready", "ready": True, "reasons": [], "loop_lag_ms": 7.0},
         "goodput": {
             "spans": spans or [span(10), span(60), span(300)],
             "total": {"offered": 0, "good": 0, "missed": {}},

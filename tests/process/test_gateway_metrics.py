@@ -103,10 +103,23 @@ async def test_counters_are_what_a_load_did(start_gateways: StartGateways) -> No
         assert value(families, "nodeserve_http_responses", "_total", **labels) == count
     assert value(families, "nodeserve_gateway_open_requests") == 0
 
+    check_node(families)
+
+
+def check_node(families: Families) -> None:
+    """What the server counted of all of it: one met its SLO, one was refused for it."""
     assert value(families, "nodeserve_up") == 1
     ended = "nodeserve_ended_requests"
     assert value(families, ended, "_total", outcome="finished") == NUM_REQUESTS + 1
     assert value(families, ended, "_total", outcome="rejected") == 1
+    assert value(families, "nodeserve_slo_offered_requests", "_total") == 2
+    assert value(families, "nodeserve_slo_good_requests", "_total") == 1
+    assert value(families, "nodeserve_slo_missed_requests", "_total", blame="refused") == 1
+    assert sum(sample.value for sample in families["nodeserve_slo_missed_requests"].samples) == 1
+    assert value(families, "nodeserve_slo_attainment", span="300s") == 0.5
+    assert value(families, "nodeserve_prefill_pass_tokens", "_total") == 3 * (NUM_REQUESTS + 1)
+    prompts = families["nodeserve_worker_prompt_tokens"].samples
+    assert sum(sample.value for sample in prompts) == 3 * (NUM_REQUESTS + 1)
     sampled = families["nodeserve_worker_tokens"].samples
     assert sum(sample.value for sample in sampled) == NUM_TOKENS * (NUM_REQUESTS + 1)
     decode = {"worker": "1", "role": "decode"}

@@ -65,7 +65,12 @@ def node(nodes: Nodes) -> RunningNode:
 @pytest.fixture
 def terminal(tmp_path: Path, node: RunningNode) -> Iterator[Terminal]:
     command = [sys.executable, "-m", "nodeserve", "top", "--interval", "0.2"]
-    shell = ["sh", "-c", 'before=$(stty -g); "$@"; test "$before" = "$(stty -g)" && exec cat', "-"]
+    shell = [
+        "sh",
+        "-c",
+        'trap : INT; before=$(stty -g); "$@"; test "$before" = "$(stty -g)" && exec cat',
+        "-",
+    ]
     opened = Terminal(tmp_path, [*shell, *command, "--socket", str(node.socket)])
     yield opened
     opened.close()
@@ -119,7 +124,7 @@ def test_a_node_that_goes_is_told_and_waited_for(
     node.wait()
     lines = terminal.until(lambda lines: lines[1] != "idle" and "w3" in "".join(lines))
     assert lines[14].startswith("w0"), "the last picture stays"
-    nodes.start(layout="1p1d", device="sim", socket=str(node.socket))
+    nodes.start(layout="1p1d", device="sim", socket=node.socket)
     terminal.until(lambda lines: "1p1d" in lines[0] and lines[1] == "idle")
     terminal.press("C-c")
     terminal.until(lambda lines: not any(lines))

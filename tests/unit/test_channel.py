@@ -145,6 +145,27 @@ def test_what_has_no_room_is_posted_in_order_later(ends: Ends) -> None:
     assert received == sent
 
 
+def test_waits_for_room_are_counted_once_each_on_both_ways(ends: Ends) -> None:
+    coordinator, worker = ends
+    coordinator.inbox.post(bytes(MOST_BYTES))
+    assert (coordinator.inbox.num_stalls, coordinator.outbox.num_stalls) == (0, 0)
+    assert coordinator.inbox.pending_bytes >= MOST_BYTES
+    for _ in range(3):
+        coordinator.inbox.post(b"waits")
+    assert coordinator.inbox.num_stalls == 1 and coordinator.inbox.num_queued == 3
+    worker.inbox.drain()
+    coordinator.receive()
+    assert coordinator.inbox.num_queued == 0 < coordinator.inbox.pending_bytes
+    coordinator.inbox.post(bytes(MOST_BYTES))
+    assert coordinator.inbox.num_stalls == 2
+    assert worker.outbox.put(bytes(MOST_BYTES))
+    assert worker.outbox._ring.arm_producer(8), "as a put does that waits"
+    assert coordinator.outbox.pending_bytes >= MOST_BYTES
+    coordinator.receive()
+    coordinator.receive()
+    assert (coordinator.outbox.num_stalls, coordinator.outbox.pending_bytes) == (1, 0)
+
+
 def test_a_worker_is_rung_for_what_was_queued(ends: Ends) -> None:
     coordinator, worker = ends
     coordinator.inbox.post(bytes(MOST_BYTES))

@@ -10,19 +10,23 @@ from click.testing import CliRunner, Result
 
 from nodeserve.cli import main
 from nodeserve.wire.messages import Stop, Submit, unpack_ids
+from tests.fakes.answers import answer, span, worker
 from tests.fakes.server import FakeServer, Peer, saying
 
 WORKER = {
+    **worker(0, "prefill"),
     **{"index": 0, "role": "prefill", "pid": 77, "state": "ready", "running": 1, "waiting": 2},
     **{"pinned": 3, "free_blocks": 40, "num_blocks": 50, "waiting_tokens": 6, "steps": 7},
     **{"step_ms": 8.5, "tokens": 9, "tokens_per_s": 1.0, "handoffs": 10, "handoff_bytes": 11},
     **{"threads": 1, "kernels": "native"},
 }
 STATS: dict[str, Any] = {
+    **answer(spans=[span(10, 50, handoff_wait=31, buffer=19), span(60), span(300)]),
     **{"model": "fake", "layout": "1p1d", "pid": 76, "uptime_s": 3725.5},
-    "requests": {"queued": 1, "running": 2},
+    "requests": {"queued": 1, "running": 2, "parked": 0},
     "rates": {"prompt_tokens_per_s": 1.25, "output_tokens_per_s": 2.5, "requests_per_s": 0.125},
     "dispatch": {
+        **answer()["dispatch"],
         **{"admission": "staggered", "decode_allocation": "cost", "falling_back": False},
         **{"window_ms": 12.25, "pass_ms": None, "queued_tokens": 9, "queue": []},
         "instances": [{"instance": 0, "state": "idle"}],
@@ -133,9 +137,10 @@ async def test_status_shows_node_and_workers(server: FakeServer) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0] == f"fake  1p1d  pid 76  up 1:02:05  {server.path}"
-    assert lines[1] == "requests  1 queued  2 running"
+    assert lines[1] == "requests  1 queued  2 running  0 parked"
     assert lines[2].endswith("1.2 prompt tokens/s  2.5 output tokens/s  0.12 requests/s")
-    assert lines[3] == "dispatch  staggered  every 12.2 ms  decode by cost"
+    assert lines[3] == "goodput   no decode worker takes more (0 parked): 62% of misses in 10 s"
+    assert lines[4] == "dispatch  staggered  every 12.2 ms  decode by cost"
     rows = [line.split() for line in lines if line.split()[1:2] in (["prefill"], ["decode"])]
     assert [row[:9] for row in rows] == [
         ["0", "prefill", "ready", "77", "1", "2", "3", "40/50", "7"],
@@ -153,7 +158,7 @@ async def test_status_tells_who_waits_and_who_is_in_doubt(server: FakeServer) ->
     dispatch = {**STATS["dispatch"], **doubt, "instances": instances}
     server.stats = {**STATS, "dispatch": dispatch}
     lines = (await run(server, "status")).stdout.splitlines()
-    assert lines[3:5] == [
+    assert lines[4:6] == [
         "dispatch  shortest-queue, for the window cannot be trusted now  a pass takes 45.6 ms"
         "  suspect: instance 2  decode by cost",
         "queue     3 of priority 5  4 of priority 0 best effort",
@@ -170,7 +175,7 @@ async def test_status_names_gpus_kernels_and_handoffs_where_there_are_any(
     ]
     server.stats = {**STATS, "workers": workers}
     lines = (await run(server, "status")).stdout.splitlines()
-    assert lines[4:7] == [
+    assert lines[5:8] == [
         "kernels   triton attention (worker 0)",
         "kernels   reference (worker 1)",
         "handoff   CUDA IPC",

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nodeserve.coordinator.stats import node_stats
 from nodeserve.coordinator.streams import Stream
 from nodeserve.errors import NodeServeError, ShuttingDown, WorkerLost
 from nodeserve.types import Role, Timings
@@ -153,3 +154,23 @@ def is_good(timings: dict[str, Any], num_tokens: int) -> bool:
     told = Timings(**timings)
     in_time = told.ttft_s <= 0.040
     return in_time and (num_tokens < 2 or told.decode_s / (num_tokens - 1) <= 0.010)
+
+
+async def test_blocks_that_wait_for_a_decode_worker_are_told_apart() -> None:
+    """Two of ten prompts of four blocks have room to decode; the pages of others stay pinned."""
+    node, rng = FakeNode([P, D], num_blocks=10), random.Random(0)
+    stream, _ = node.connect()
+    pinned: set[int] = set()
+    for number in range(6):
+        sampling = {"max_tokens": 30, "temperature": 0.0}
+        submitted = Submit(number, pack_ids([number] * 60), sampling, None, 0)
+        node.coordinator.submit(stream, submitted)
+    while node.coordinator.requests:
+        node.act(rng)
+        stats = node_stats(node.coordinator, node.now)
+        prefill, decode = stats["workers"]
+        waiting = stats["requests"]["parked"]
+        assert decode["pinned_blocks"] == 0 and prefill["pinned_blocks"] >= waiting
+        pinned.add(prefill["pinned_blocks"])
+    assert pinned == {0, 1, 2}, "a fake worker says one block for each"
+    assert stats["workers"][0]["pinned_blocks"] == 0

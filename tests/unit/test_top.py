@@ -54,10 +54,10 @@ def shown(lines: list[str]) -> list[int]:
 def test_a_node_of_eight_fits_the_smallest_terminal() -> None:
     lines = texts(frame_of())
     assert len(lines) == 24 and max(map(len, lines)) <= 80
-    assert lines[0] == "m  4p4d  up 0:01:43" + " " * 56 + "ready"
+    assert lines[0] == "m  4p4d  up 0:01:43  loop lag 7 ms" + " " * 41 + "ready"
     assert lines[1] == "decode KV full on w7: 62% of misses in 10 s"
     assert lines[4] == "attainment       50%    100%    100%  ▅"
-    assert lines[11] == "misses      handoff wait 31, buffer 19 in 10 s"
+    assert lines[11] == "misses      in 10 s: handoff wait 31, buffer 19"
     assert lines[13].split() == [
         *("id", "role", "state", "batch", "wait", "pin", "KV", "busy", "step", "ms", "tok/s"),
         "queue",
@@ -129,7 +129,7 @@ def test_what_is_unknown_is_left_out() -> None:
     first = History().add(answer())
     lines = texts(first)
     assert lines[9] == "queue       0 (0 tokens)  0 parked  staggered 9 ms"
-    assert lines[10] == "passes      210 ms  loop lag 7 ms" and lines[11] == "misses      none"
+    assert lines[10] == "passes      210 ms" and lines[11] == "misses      none"
     assert lines[6].split()[:5] == ["TTFT", "p90", "ms", "-", "-"]
 
 

@@ -94,6 +94,55 @@ def test_the_line_names_the_reason_the_worker_and_the_share() -> None:
     assert verdict(LATE, requests=parked) == words
 
 
+@pytest.mark.parametrize(
+    ("busy_s", "parked", "free", "words"),
+    [
+        (1.9, 7, 20, "prefill too slow, 9 wait in the buffer, workers 95% busy"),
+        (0.4, 7, 20, "decode KV full on w1, 9 wait in the buffer"),
+        (0.4, 7, 60, "no decode worker takes more (7 parked), 9 wait in the buffer"),
+        (0.4, 0, 20, "9 wait in the buffer, prefill 20% busy"),
+    ],
+)
+def test_a_buffer_that_fills_while_prefill_has_time_waits_for_decode(
+    busy_s: float, parked: int, free: int, words: str
+) -> None:
+    history, spans = History(), [span(10, 0, buffer=20), span(60), span(300)]
+    requests = {"queued": 9, "running": 9, "parked": parked}
+    decode = worker(1, "decode", free_blocks=free)
+    for uptime_s, so_far_s in ((100.0, 0.0), (102.0, busy_s)):
+        workers = [worker(0, "prefill", busy_s=so_far_s), decode]
+        frame = history.add(answer(uptime_s, spans, requests=requests, workers=workers))
+    assert frame.verdict == f"{words}: 100% of misses in 10 s"
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "words"),
+    [
+        (1.9, "decode steps of 20 ms on w1 (0 running)"),
+        (0.2, "decode steps far apart, w1 is 10% busy, the server's loop is late by 7 ms"),
+    ],
+)
+def test_slow_tokens_of_workers_that_hardly_compute(busy_s: float, words: str) -> None:
+    history, spans = History(), [span(10, 0, decode=20), span(60), span(300)]
+    for uptime_s, so_far_s in ((100.0, 0.0), (102.0, busy_s)):
+        workers = [worker(0, "prefill"), worker(1, "decode", busy_s=so_far_s)]
+        frame = history.add(answer(uptime_s, spans, workers=workers))
+    assert frame.verdict == f"{words}: 100% of misses in 10 s"
+
+
+def test_what_is_refused_is_refused_for_a_reason() -> None:
+    spans = [span(10, 0, refused=20), span(60), span(300)]
+    held = {"queued": 9, "running": 9, "parked": 3}
+    assert verdict(spans, workers=FULL, requests=held).startswith(
+        "decode KV full on w5, more is refused: 100%"
+    )
+    history = History()
+    for uptime_s, busy_s in ((100.0, 0.0), (102.0, 1.8)):
+        workers = [worker(0, "prefill", busy_s=busy_s), worker(1, "decode")]
+        frame = history.add(answer(uptime_s, spans, requests=held, workers=workers))
+    assert frame.verdict.startswith("more is asked than can be in time, refused, workers 90% busy")
+
+
 def test_few_requests_are_judged_over_a_longer_time() -> None:
     spans = [span(10, 0, decode=2), span(60, 4, prefill=8), span(300, 90, decode=10)]
     assert verdict(spans) == "prefill passes too long (210 ms): 100% of misses in 1 min"

@@ -94,9 +94,8 @@ def plain(lines: Sequence[Text]) -> None:
 
 
 def title(frame: Frame, choice: Choice, width: int) -> Text:
-    left = Text.assemble(
-        (frame.model, "bold"), f"  {frame.layout}  ", (f"up {clock(frame.uptime_s)}", "dim")
-    )
+    running = f"up {clock(frame.uptime_s)}  loop lag {frame.loop_lag_ms:.0f} ms"
+    left = Text.assemble((frame.model, "bold"), f"  {frame.layout}  ", (running, "dim"))
     state = "paused" if choice.paused else frame.state
     colour = {"ready": "green", "degraded": "yellow", "paused": "reverse"}.get(state, "red")
     left.truncate(max(0, width - len(state) - 2))
@@ -184,15 +183,14 @@ def facts(frame: Frame) -> list[Text]:
         unknown(admission.balance, "balance {:.2f}"),
         unknown(handoff.per_s, "{:.0f} handoffs/s"),
         unknown(handoff.gb_per_s, "{:.1f} GB/s"),
-        f"loop lag {frame.loop_lag_ms:.0f} ms",
     ]
     span = next((one for one in frame.spans if one.missed), frame.spans[0])
     missed = ", ".join(f"{word} {count:,}" for word, count in span.missed.items())
-    within = f" in {words_of(span.seconds)}" if missed else ""
+    within = f"in {words_of(span.seconds)}: " if missed else ""
     return [
         fact("queue", queue),
         fact("passes", passes),
-        fact("misses", [f"{missed or 'none'}{within}"]),
+        fact("misses", [f"{within}{missed or 'none'}"]),
     ]
 
 
