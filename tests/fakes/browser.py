@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.async_api import Browser, Page, Route, async_playwright
+from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -16,7 +16,7 @@ needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is here: Debian's package is called chromium"
 )
 VIEW = "**/nodeserve/view"
-LOADED = "document.body.dataset.state !== 'loading'"
+expect.set_options(timeout=30_000)  # on a busy machine too
 
 
 @contextlib.asynccontextmanager
@@ -65,7 +65,8 @@ class Watched:
 
     async def open(self) -> Page:
         await self.page.goto(self.url)
-        await self.page.wait_for_function(LOADED)
+        # Not wait_for_function(): it evaluates strings, which the page's policy refuses.
+        await expect(self.page.locator("body")).not_to_have_attribute("data-state", "loading")
         return self.page
 
     def check(self) -> None:

@@ -124,7 +124,9 @@ def idle_view() -> dict[str, Any]:
     view["series"] = {name: [] for name in view["series"]} | {"step_s": 5}
     view["histograms"] = {"ttft_ms": [], "tpot_ms": []}
     rest = {"running": 0, "waiting": 0, "pinned": 0, "kv_use": 0.0, "tokens_per_s": 0.0}
+    rest |= {"prompt_tokens_per_s": 0.0, "waiting_tokens": 0}
     view["workers"] = [one | rest | {"busy": 0.0} for one in view["workers"]]
+    view["requests"] = dict.fromkeys(view["requests"], 0)
     view["rates"] = dict.fromkeys(view["rates"], 0.0)
     view["admission"] |= {"queued": 0, "queued_tokens": 0, "parked": 0, "pass_ms": None}
     view["handoff"] = dict.fromkeys(view["handoff"])

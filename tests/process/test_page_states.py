@@ -158,7 +158,8 @@ async def test_a_node_that_nobody_has_asked(seen: Watched) -> None:
     page = await seen.open()
     for panel, words in (
         ("#attainment", "No request with an objective"),
-        ("#blame", "No requests yet"),
+        ("#blame", "No request with an objective"),
+        ("#tiles .tile >> nth=0", "none ended, no objectives"),
         ("#ttft", "Nothing to show yet"),
         ("#tpot", "Nothing to show yet"),
         ("#misses", "None so far"),

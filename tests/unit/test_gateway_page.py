@@ -23,10 +23,10 @@ from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.view import FRESH_S, View
 from nodeserve.views import History, to_json
 from nodeserve.wire.messages import GetStats
+from tests.fakes.answers import answer
 from tests.fakes.gateway import gateway_on, http_client
 from tests.fakes.page_view import busy_view, idle_view, troubled_view
 from tests.fakes.server import FakeServer
-from tests.unit.test_views import answer
 
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 60_000

@@ -63,13 +63,19 @@ function showTiles(view) {
   const { series, rates } = view;
   const minute = spanOf(view, 60);
   const quick = (spread) => (spread ? `P50 ${millis(spread.p50)}` : "none in a minute");
-  const ended = minute.ended_per_s ? `of ${rate(minute.ended_per_s)} that ended` : "none ended in a minute";
-  showTile("Goodput, 1 min", rate(minute.goodput_per_s), "req/s", ended, series.goodput_per_s);
+  showTile("Goodput, 1 min", ...goodputWords(minute), series.goodput_per_s);
   const [ttft, tpot] = [minute.ttft_ms, minute.tpot_ms];
   showTile("TTFT P90, 1 min", ...parted(ttft?.p90), quick(ttft), series.ttft_p90_ms);
   showTile("TPOT P90, 1 min", ...parted(tpot?.p90), quick(tpot), series.tpot_p90_ms);
   const prompts = `${rate(rates.prompt_tokens_per_s)} of prompts`;
   showTile("Output now", rate(rates.output_tokens_per_s), "tokens/s", prompts, outputSeries(view));
+}
+
+/** Without objectives there is no goodput, which is not none. */
+function goodputWords({ offered, goodput_per_s, ended_per_s }) {
+  const ended = ended_per_s ? `${rate(ended_per_s)} ended` : "none ended";
+  if (!offered) return [NOTHING, "", `${ended}, no objectives`];
+  return [rate(goodput_per_s), "req/s", `of ${ended}`];
 }
 
 const outputs = { pid: null, values: [], taken_s: 0 };
@@ -112,7 +118,7 @@ function showAttainment(view) {
   const values = view.series.attainment;
   redraw(byId("attainment"), [shares, values], () => {
     if (!values.some(known)) {
-      return [empty("No request with an objective has ended in the last 5 minutes")];
+      return [empty("No request with an objective in 5 minutes")];
     }
     const label = `Attainment over the last 5 minutes: ${shares.map((pair) => pair.join(" ")).join(", ")}`;
     const lines = [0, 50, 100].map((y) => across("grid", y));
@@ -196,7 +202,7 @@ function showBlame(view) {
   const total = found.reduce((sum, [, count]) => sum + count, 0);
   say(byId("blame-span"), total ? `${whole(total)} of ${whole(span.offered)} in ${spanWords(span)}` : "");
   redraw(byId("blame"), [found, span.offered > 0], () => {
-    if (!total) return [empty(span.offered ? "None missed in 5 minutes" : "No requests yet")];
+    if (!total) return [empty(span.offered ? "None missed in 5 minutes" : "No request with an objective in 5 minutes")];
     const rows = found.map(([name, count]) => {
       const bar = meter();
       showShare(bar, count / total, false);
