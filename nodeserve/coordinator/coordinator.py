@@ -18,6 +18,7 @@ from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
+from nodeserve.coordinator.tracer import Tracer
 from nodeserve.errors import (
     HandoffFailed,
     InvalidRequest,
@@ -64,8 +65,9 @@ class Coordinator:
         self.limits = limits
         self.requests: dict[int, Request] = {}
         self.streams: set[Stream] = set()  # open connections
-        self.dispatch = Dispatch(links, self.requests, limits, policies)
-        self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
+        self.tracer = Tracer(links, now, wake)
+        self.dispatch = Dispatch(links, self.requests, limits, policies, self.tracer)
+        self.setbacks = Setbacks(links, self.dispatch, self.tracer, now, self._fail)
         self.totals = Totals()
         self.closes_s: float | None = None  # it stops, and by then at the latest it is over
         self.farewell: NodeServeError | None = None  # that every new connection is told
@@ -95,11 +97,13 @@ class Coordinator:
             request = self._accept(stream, message)
         except NodeServeError as error:
             self.totals.rejected += 1
+            self.tracer.refused(error.code)
             stream.send(refusal(message.request_id, error))
             return
         self.requests[request.request_id] = request
         stream.requests[request.client_id] = request
         self.dispatch.push(request, request.stamps.arrived)
+        self.tracer.arrived(request)
         self._wake()
 
     def abort(self, request: Request) -> None:
@@ -119,6 +123,7 @@ class Coordinator:
     def leave(self, stream: Stream) -> None:
         """A connection is gone."""
         self.streams.discard(stream)
+        self.tracer.leave(stream)
         self.drop_stream(stream)
         self.on_left()
 
@@ -142,6 +147,7 @@ class Coordinator:
         moved, self._moved = self._moved, {}
         for stream in moved:
             stream.flush()
+        self.tracer.flush()
 
     def _accept(self, stream: Stream, message: Submit) -> Request:
         now = self._now()
@@ -191,9 +197,12 @@ class Coordinator:
         link.counters.count_step(step, now)
         received = unpack_times(step.received)
         for request_id, received_s in zip(unpack_request_ids(step.started), received, strict=True):
-            if (request := requests.get(request_id)) and request.stamps.first_token is None:
-                request.stamps.start(received_s, step.began_s)
+            if request := requests.get(request_id):
+                if request.stamps.first_token is None:
+                    request.stamps.start(received_s, step.began_s)
+                self.tracer.started(request, received_s, step.began_s)
         link.report(step.load)
+        self.tracer.ran(link, step)
         self.dispatch.on_step(link, step, now)
         self._take_logprobs(step)
         self._take_tokens(link, step, now)
@@ -240,6 +249,7 @@ class Coordinator:
         if request.stamps.first_token is None:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
             self.dispatch.first_token(request, now)
+        self.tracer.prefilled(request, prefilled_s, now)
         if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
@@ -258,7 +268,7 @@ class Coordinator:
         if request := self.requests.get(request_id):
             request.on(Event.PREEMPTED)
             if request.phase is Phase.WAITING:
-                self.setbacks.put_back(request)
+                self.setbacks.put_back(request, "preempted")
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
@@ -270,6 +280,7 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             return
         request.decode_worker = link.index
+        self.tracer.pulled(request, message.num_bytes, message.seconds)
         request.handoff_s += message.seconds
         request.handoff_bytes += message.num_bytes
         self.setbacks.release_source(request)
@@ -297,6 +308,7 @@ class Coordinator:
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone: its requests go back to the window with the tokens they have."""
         link.state = LOST
+        self.tracer.worker(link)
         self.dispatch.lose(link)
         for request in list(self.requests.values()):
             self.setbacks.lose(request, link)
@@ -307,6 +319,7 @@ class Coordinator:
         """An instance that was lost is back, empty; `links` have its new life already."""
         for link in ranks:
             link.joining = False
+            self.tracer.worker(link)
         self.dispatch.join(ranks)
         self._wake()
 
@@ -328,6 +341,7 @@ class Coordinator:
         holders = self._holders(request, event)
         request.on(event)
         self.totals.count(reason, self._now())
+        self.tracer.ended(request, reason, code, self._now())
         request.stream.end(request, end_of(request, reason, self._now(), code, message))
         if self.closes_s is not None and self.is_idle:
             self.on_idle()

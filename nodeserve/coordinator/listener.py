@@ -36,6 +36,7 @@ from nodeserve.wire.messages import (
     Stop,
     Submit,
     ToServer,
+    Trace,
 )
 
 BACKLOG_CONNECTIONS = 1024
@@ -240,6 +241,8 @@ class Connection(asyncio.Protocol):
                 self._desk.audit(self.stream)
             case Stop():
                 self._desk.stop(message.drain)
+            case Trace():
+                self._coordinator.tracer.turn(self.stream, message.on)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._coordinator.leave(self.stream)
@@ -250,3 +253,4 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.stream.resume()
+        self._coordinator.tracer.flush()

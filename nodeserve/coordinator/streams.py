@@ -47,7 +47,7 @@ class Stream:
         self._transport = transport
         self._max_backlog_bytes = max_backlog_bytes
         self._backlog = backlog or Backlog(2 * max_backlog_bytes)
-        self._paused = False
+        self.paused = False  # the peer does not read
         self._dirty: list[Request] = []
         self._ends: list[bytes] = []
         self._held_bytes = 0
@@ -57,7 +57,7 @@ class Stream:
         if self.closed:
             return
         data = frame(TO_CLIENT.encode(message))
-        if self._paused:
+        if self.paused:
             self._hold(data)
         else:
             self._transport.write(data)
@@ -73,7 +73,7 @@ class Stream:
             del self.requests[request.client_id]
         if self.closed:
             return
-        if self._paused:
+        if self.paused:
             self._hold_tail(request)
         else:
             self.flush()
@@ -81,17 +81,17 @@ class Stream:
 
     def flush(self) -> None:
         """One frame for everything new. Does nothing while the peer does not read."""
-        if self.closed or self._paused or not self._dirty:
+        if self.closed or self.paused or not self._dirty:
             return
         items = [self._item(request) for request in self._dirty]
         self._dirty.clear()
         self._transport.write(frame(TO_CLIENT.encode(Tokens(items))))
 
     def pause(self) -> None:
-        self._paused = True
+        self.paused = True
 
     def resume(self) -> None:
-        self._paused = False
+        self.paused = False
         for data in self._let_go():
             self._transport.write(data)
         if self.closed:  # the last of them was its goodbye
@@ -106,7 +106,7 @@ class Stream:
             return
         self.flush()
         self.send(Goodbye(code, message))
-        if not self._paused:
+        if not self.paused:
             self._transport.close()
         self.closed = True
 

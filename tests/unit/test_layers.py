@@ -31,10 +31,11 @@ MAY_IMPORT = {
     "plan": BASE | {"policy"},
     "loadgen": BASE | {"wire", "text", "client", "plan"},
     "gateway": BASE | {"wire", "text", "client"},
+    "tracing": BASE | {"wire", "client"},
     "profiling": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store"},
     "cli": BASE
     | {"wire", "coordinator", "client", "plan", "policy", "profile_store"}
-    | {"loadgen", "profiling", "gateway"},
+    | {"loadgen", "profiling", "gateway", "tracing"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -47,7 +48,7 @@ MAY_NOT_USE = {
         for name in (
             *BASE,
             *("text", "client", "coordinator", "plan", "profile_store"),
-            *("loadgen", "profiling", "gateway", "cli"),
+            *("loadgen", "profiling", "gateway", "tracing", "cli"),
         )
     },
 }
