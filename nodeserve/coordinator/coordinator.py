@@ -18,6 +18,7 @@ from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
+from nodeserve.coordinator.tally import Tally
 from nodeserve.coordinator.tracer import Tracer
 from nodeserve.errors import (
     HandoffFailed,
@@ -69,6 +70,7 @@ class Coordinator:
         self.dispatch = Dispatch(links, self.requests, limits, policies, self.tracer)
         self.setbacks = Setbacks(links, self.dispatch, self.tracer, now, self._fail)
         self.totals = Totals()
+        self.tally = Tally()
         self.closes_s: float | None = None  # it stops, and by then at the latest it is over
         self.farewell: NodeServeError | None = None  # that every new connection is told
         self.on_idle: Callable[[], object] = lambda: None  # while it stops: nobody waits any more
@@ -97,6 +99,7 @@ class Coordinator:
             request = self._accept(stream, message)
         except NodeServeError as error:
             self.totals.rejected += 1
+            self.tally.refused(error.code)
             self.tracer.refused(error.code)
             stream.send(refusal(message.request_id, error))
             return
@@ -342,6 +345,7 @@ class Coordinator:
         request.on(event)
         self.totals.count(reason, self._now())
         self.tracer.ended(request, reason, code, self._now())
+        self.tally.ended(request, reason, code)
         request.stream.end(request, end_of(request, reason, self._now(), code, message))
         if self.closes_s is not None and self.is_idle:
             self.on_idle()

@@ -15,7 +15,7 @@ import uvloop
 
 from nodeserve.gateway.app import make_app
 from nodeserve.gateway.settings import GatewaySettings
-from nodeserve.log import logger
+from nodeserve.log import about, logger
 
 KEEP_ALIVE_S = 75  # longer than load balancers keep theirs: it is they who close
 
@@ -51,7 +51,8 @@ async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
     def on_input() -> None:
         if not os.read(keeper, 1):
             loop.remove_reader(keeper)
-            logger.warning("the gateway's keeper is gone: stopping")
+            extra = about("keeper_gone")
+            logger.warning("the gateway's keeper is gone: stopping", extra=extra)
             server.should_exit = True
 
     loop.add_reader(keeper, on_input)
