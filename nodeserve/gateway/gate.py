@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nodeserve.gateway.problems import HttpProblem, error_response
+from nodeserve.gateway.spans import SPAN, RequestSpan, Spans
 from nodeserve.log import about, logger
 
 # Orchestrators ask these and have no key.
@@ -53,8 +54,11 @@ def _digest(key: bytes) -> bytes:
 class Gate:
     """Wraps the routes. Each response gets the request's id, its own or the client's."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], responses: Counter) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], responses: Counter, spans: Spans | None = None
+    ) -> None:
         self._app = app
+        self._spans = spans
         self._responses = responses
         self._keys = Keys(keys)
 
@@ -66,6 +70,9 @@ class Gate:
         request_id = request_id_of(headers)
         scope["nodeserve.request_id"] = request_id
         visit = Visit(scope["method"], route_of(scope["path"]), request_id)
+        if self._spans is not None:
+            visit.span = self._spans.begin(visit.method, visit.route, request_id, headers)
+        scope[SPAN] = visit.span
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -91,12 +98,13 @@ class Gate:
 
 
 class Visit:
-    """One request, for the log. Without a response its status is 500: a bug's."""
+    """One request, for the log and for spans. Without a response its status is 500: a bug's."""
 
     def __init__(self, method: str, route: str, request_id: str) -> None:
         self.method = method if method in METHODS else "other"
         self.route = route
         self.request_id = request_id
+        self.span: RequestSpan | None = None
         self._status = 500
         self._began_s = time.perf_counter()
 
@@ -104,6 +112,9 @@ class Visit:
         self._status = status
 
     def ended(self) -> None:
+        if self.span is not None:
+            self.span.status(self._status)
+            self.span.end()
         if logger.isEnabledFor(logging.DEBUG):
             facts = {
                 **{"method": self.method, "route": self.route, "status": self._status},

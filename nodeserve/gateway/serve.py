@@ -15,6 +15,7 @@ import uvloop
 
 from nodeserve.gateway.app import make_app
 from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.spans import Spans, spans_from
 from nodeserve.log import about, logger
 
 KEEP_ALIVE_S = 75  # longer than load balancers keep theirs: it is they who close
@@ -29,9 +30,10 @@ def serve(listener: socket.socket, settings: GatewaySettings) -> None:
         runner.run(_serve(make_server(settings), listener))
 
 
-def make_server(settings: GatewaySettings) -> uvicorn.Server:
+def make_server(settings: GatewaySettings, spans: Spans | None = None) -> uvicorn.Server:
+    """`spans` None: as the environment asks for."""
     config = uvicorn.Config(
-        make_app(settings),
+        make_app(settings, spans or spans_from(os.environ)),
         http="httptools",
         ws="none",
         lifespan="on",

@@ -12,13 +12,16 @@ import openai
 from nodeserve.gateway.listen import Address, listening
 from nodeserve.gateway.serve import make_server
 from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.spans import Spans
 
 BASE_URL = "http://gateway"
 
 
 @contextlib.asynccontextmanager
-async def gateway_on(path: Path, settings: GatewaySettings) -> AsyncIterator[None]:
-    server = make_server(settings)
+async def gateway_on(
+    path: Path, settings: GatewaySettings, spans: Spans | None = None
+) -> AsyncIterator[None]:
+    server = make_server(settings, spans)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     with listening(Address(path=path), 1) as (_, sockets):

@@ -151,6 +151,7 @@ def test_exceptions_to_the_length_are_needed() -> None:
             "import nodeserve.worker.device_sim, nodeserve.worker.process",
             "torch numpy asyncio gguf",
         ),
+        ("import nodeserve.gateway.serve", "torch opentelemetry"),
         ("import nodeserve.worker.device_cpu", "triton nodeserve.model.gpu"),
     ],
 )
