@@ -84,6 +84,8 @@ class EngineConfig:
     max_connection_rate: float | None = None  # requests a second on one connection; None: any
     startup_timeout: float | None = None  # seconds until all workers are ready; None: by the model
     drain_timeout: float = 30.0  # seconds that running requests get when the server is to stop
+    log_level: str = "info"  # one of log.LEVELS
+    log_format: str = "text"  # one of log.STYLES
     http: str | None = None  # where gateways listen, HOST:PORT or unix:PATH; None: there are none
     http_workers: int = 1
     api_key_file: str | None = None  # of the gateways

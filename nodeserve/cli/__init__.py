@@ -15,6 +15,7 @@ from nodeserve.cli.show import status, stop
 from nodeserve.cli.simulate import simulate
 from nodeserve.cli.talk import chat, complete
 from nodeserve.cli.top.command import top
+from nodeserve.cli.trace import trace
 from nodeserve.errors import NodeServeError
 from nodeserve.wire.messages import PROTOCOL_VERSION
 
@@ -42,6 +43,6 @@ def version() -> None:
 
 for command in (
     *(start, gateway, complete, chat, status, top, stop),
-    *(doctor, simulate, bench, plan, profile),
+    *(doctor, simulate, bench, plan, profile, trace),
 ):
     main.add_command(command)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from nodeserve.cli.settings import ByteSize
+from nodeserve.cli.settings import ENGINE_HELP, ByteSize
 from nodeserve.cli.talk import socket_option
 from nodeserve.config import EngineConfig
 from nodeserve.errors import ConfigError
@@ -22,7 +22,7 @@ from nodeserve.gateway.settings import (
     GatewaySettings,
     read_keys,
 )
-from nodeserve.log import log_to_stderr
+from nodeserve.log import logger, set_up
 from nodeserve.socket_path import socket_path
 
 API_KEY = "NODESERVE_API_KEY"
@@ -45,6 +45,8 @@ STOP_S = 5  # once the server is gone there is nothing left but to say so
 @click.option(
     "--stop-timeout", type=int, default=STOP_TIMEOUT_S, help="Seconds for running answers."
 )
+@click.option("--log-level", default="info", show_default=True, help=ENGINE_HELP["log_level"])
+@click.option("--log-format", default="text", show_default=True, help=ENGINE_HELP["log_format"])
 @click.option("--http-fd", type=int, hidden=True)
 def gateway(
     http: str,
@@ -54,10 +56,12 @@ def gateway(
     max_body: int,
     cors_origin: tuple[str, ...],
     stop_timeout: int,
+    log_level: str,
+    log_format: str,
     http_fd: int | None,
 ) -> None:
     """Serve OpenAI's HTTP API for a running server."""
-    log_to_stderr()
+    set_up("gateway", log_level, log_format)
     settings = GatewaySettings(
         socket=str(socket_path(socket, os.environ)),
         api_keys=read_keys(api_key_file, os.environ.get(API_KEY)),
@@ -77,12 +81,13 @@ def gateway(
             f"--max-body={max_body}",
             f"--stop-timeout={stop_timeout}",
         ),
+        *(f"--log-level={log_level}", f"--log-format={log_format}"),
         *(f"--cors-origin={origin}" for origin in cors_origin),
         *([] if api_key_file is None else [f"--api-key-file={api_key_file.absolute()}"]),
     ]
     with kept(parse_address(http), workers, arguments, stop_timeout) as address:
         for line in words(address, bool(settings.api_keys)):
-            click.echo(line, err=True)
+            logger.info(line) if log_format == "json" else click.echo(line, err=True)
         until_signalled()
 
 
@@ -120,6 +125,7 @@ def beside(config: EngineConfig) -> Iterator[list[str]]:
     path = None if config.api_key_file is None else Path(config.api_key_file)
     keys = read_keys(path, os.environ.get(API_KEY))
     arguments = [f"--socket={config.socket}", f"--stop-timeout={STOP_S}"]
+    arguments += [f"--log-level={config.log_level}", f"--log-format={config.log_format}"]
     arguments += [] if path is None else [f"--api-key-file={path.absolute()}"]
     with kept(parse_address(config.http), config.http_workers, arguments, STOP_S) as address:
         yield words(address, bool(keys))

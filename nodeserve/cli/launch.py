@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from nodeserve.cli.gateway import beside
-from nodeserve.cli.progress import StartReport, start_report
+from nodeserve.cli.progress import StartReport, log_event, start_report
 from nodeserve.cli.settings import engine_options, given, read_toml, to_arguments
 from nodeserve.config import EngineConfig
-from nodeserve.log import log_to_stderr
+from nodeserve.log import set_up
 from nodeserve.socket_path import socket_path
 from nodeserve.types import StartEvent
 
@@ -52,9 +52,10 @@ def start(
     if detach:
         run_detached(config)
         return
-    report = start_report() if events_fd is None else None
+    set_up("server", config.log_level, config.log_format)
+    painted = events_fd is None and config.log_format == "text"
+    report = start_report() if painted else None
     with report or contextlib.nullcontext():
-        log_to_stderr()
         # Here and not above: no other command needs what this loads.
         from nodeserve.coordinator.server import serve
         from nodeserve.gpus import find_gpus
@@ -81,13 +82,16 @@ def engine_config(
 
 
 def event_writer(events_fd: int | None) -> Callable[[StartEvent], None]:
-    """Sends events to the process that started us; the pipe is closed when we are ready."""
-    assert events_fd is not None
+    """Logs events, and sends them to the process that started us, if one did; the pipe is closed
+    when we are ready."""
+    if events_fd is None:
+        return log_event
     os.set_inheritable(events_fd, False)
     watched = True
 
     def write(event: StartEvent) -> None:
         nonlocal watched
+        log_event(event)
         if not watched:  # a worker starts again: the descriptor may be somebody else's by now
             return
         with contextlib.suppress(BrokenPipeError):  # nobody watches any more: go on

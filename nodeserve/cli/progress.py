@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from nodeserve.log import about, logger
 from nodeserve.types import StartEvent
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class StartReport:
 
     def _line(self, text: str) -> None:
         self._painter.line(f"[{self._clock() - self._started_s:6.2f} s] {text}")
+
+
+def log_event(event: StartEvent) -> None:
+    """As a line of the log, where nobody watches."""
+    text = f"ready: {event.message}" if event.phase == "ready" else _sentence(event)
+    if text:
+        logger.info("%s", text, extra=about("start", phase=event.phase))
 
 
 def _sentence(event: StartEvent) -> str:

@@ -39,6 +39,8 @@ ENGINE_HELP = {
     "startup_timeout": "Seconds until all workers must be ready; one that stands still is found"
     " earlier. [default: 4 minutes, and more for large models]",
     "drain_timeout": "Seconds that running requests get when the server is to stop.",
+    "log_level": "debug, info, warning or error.",
+    "log_format": "text, or json: an object for each line on stderr.",
     "http": "Serve OpenAI's HTTP API too, on HOST:PORT or unix:PATH (see nodeserve gateway).",
     "http_workers": "Processes that serve it.",
     "api_key_file": "Keys for it, one on each line; $NODESERVE_API_KEY is one more.",

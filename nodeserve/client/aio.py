@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from nodeserve.client.answer import Answer, merge
-from nodeserve.client.connection import Arrival, Connection, Mailbox, connect
+from nodeserve.client.connection import Arrival, Connection, Event, Mailbox, connect
 from nodeserve.client.results import Audit, Chunk, Completion, Health, join
 from nodeserve.errors import Cancelled, ConnectionLost, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
@@ -37,7 +37,7 @@ class Call:
     """One running request: ask for chunks until None, or abort."""
 
     def __init__(
-        self, connection: Connection, request_id: int, mailbox: Mailbox, answer: Answer
+        self, connection: Connection, request_id: int, mailbox: Mailbox[Event], answer: Answer
     ) -> None:
         self._connection = connection
         self._request_id = request_id

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from nodeserve.errors import (
     ConnectionLost,
@@ -40,6 +40,8 @@ from nodeserve.wire.messages import (
     ToClient,
     Tokens,
     ToServer,
+    Trace,
+    Traced,
 )
 
 MAX_INCOMING_BYTES = 64 << 20
@@ -63,24 +65,26 @@ class Arrival(NamedTuple):
 
 
 Event = Arrival | End | NodeServeError
+TraceEvent = Traced | NodeServeError
+Item = TypeVar("Item")
 Answer = asyncio.Future[dict[str, Any]]
 
 
-class Mailbox:
+class Mailbox(Generic[Item]):
     """What came for one request and was not taken yet. One task at a time may take.
 
     A future of its own costs half of what asyncio.Event does, and every token passes here.
     """
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[Item] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Item) -> None:
         self.add(event)
         self.wake()
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Item) -> None:
         """Whoever waits is to be woken."""
         self._events.append(event)
 
@@ -89,7 +93,7 @@ class Mailbox:
         if waiter is not None and not waiter.done():  # done: its task was cancelled
             waiter.set_result(None)
 
-    async def take(self) -> list[Event]:
+    async def take(self) -> list[Item]:
         """Everything that is there, at least one."""
         while not self._events:  # it may be woken for what it took already
             self._waiter = asyncio.get_running_loop().create_future()
@@ -108,9 +112,10 @@ class Connection(asyncio.Protocol):
         self.closed: asyncio.Future[None] = loop.create_future()
         self.error: NodeServeError | None = None
         self._reader = FrameReader(MAX_INCOMING_BYTES)
-        self._mailboxes: dict[int, Mailbox] = {}
-        self._sleeping: deque[Mailbox] = deque()  # something came for them
+        self._mailboxes: dict[int, Mailbox[Event]] = {}
+        self._sleeping: deque[Mailbox[Event]] = deque()  # something came for them
         self._is_waking = False
+        self._trace: Mailbox[TraceEvent] = Mailbox()
         self._answers: dict[type, deque[Answer]] = {Stats: deque(), Health: deque(), Audit: deque()}
         self._writable = asyncio.Event()
         self._writable.set()
@@ -125,7 +130,7 @@ class Connection(asyncio.Protocol):
 
     async def submit(
         self, token_ids: bytes, sampling: dict[str, Any], slo: dict[str, Any] | None, priority: int
-    ) -> tuple[int, Mailbox]:
+    ) -> tuple[int, Mailbox[Event]]:
         """Send a request; its id and where its answer arrives."""
         await self._writable.wait()
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -137,7 +142,8 @@ class Connection(asyncio.Protocol):
             )
         if self.error is not None:
             raise self.error
-        mailbox = self._mailboxes[request_id] = Mailbox()
+        mailbox: Mailbox[Event] = Mailbox()
+        self._mailboxes[request_id] = mailbox
         self._write(data)
         return request_id, mailbox
 
@@ -168,6 +174,12 @@ class Connection(asyncio.Protocol):
         self._answers[kind].append(answer)
         self._send(question)
         return await answer
+
+    def trace(self, on: bool) -> Mailbox[TraceEvent]:
+        """Begin or end to be told what happens on the server. What comes is in the mailbox: Traced,
+        the last one of a trace with `over`; or the error that ended the connection."""
+        self._send(Trace(on))
+        return self._trace
 
     def stop_server(self, drain: bool) -> None:
         self._send(Stop(drain))
@@ -224,6 +236,8 @@ class Connection(asyncio.Protocol):
                     mailbox.put(message)
             case Stats() | Health() | Audit():
                 self._on_answer(message)
+            case Traced():
+                self._trace.put(message)
             case Goodbye():
                 self._fail(from_code(message.code, message.message))
             case Hello():
@@ -290,6 +304,7 @@ class Connection(asyncio.Protocol):
         for mailbox in self._mailboxes.values():
             mailbox.put(error)
         self._mailboxes.clear()
+        self._trace.put(error)
         for waiting in self._answers.values():
             for answer in waiting:
                 if not answer.done():

@@ -18,6 +18,8 @@ from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
+from nodeserve.coordinator.tally import Tally
+from nodeserve.coordinator.tracer import Tracer
 from nodeserve.errors import (
     HandoffFailed,
     InvalidRequest,
@@ -66,10 +68,12 @@ class Coordinator:
         self.limits = limits
         self.requests: dict[int, Request] = {}
         self.streams: set[Stream] = set()  # open connections
-        self.dispatch = Dispatch(links, self.requests, limits, policies)
-        self.setbacks = Setbacks(links, self.dispatch, now, self._fail)
+        self.tracer = Tracer(links, now, wake)
+        self.dispatch = Dispatch(links, self.requests, limits, policies, self.tracer)
+        self.setbacks = Setbacks(links, self.dispatch, self.tracer, now, self._fail)
         self.totals = Totals()
         self.ledger = Ledger(now())
+        self.tally = Tally()
         self.closes_s: float | None = None  # it stops, and by then at the latest it is over
         self.farewell: NodeServeError | None = None  # that every new connection is told
         self.on_idle: Callable[[], object] = lambda: None  # while it stops: nobody waits any more
@@ -98,11 +102,14 @@ class Coordinator:
             request = self._accept(stream, message)
         except NodeServeError as error:
             self.totals.rejected += 1
+            self.tally.refused(error.code)
+            self.tracer.refused(error.code)
             stream.send(refusal(message.request_id, error))
             return
         self.requests[request.request_id] = request
         stream.requests[request.client_id] = request
         self.dispatch.push(request, request.stamps.arrived)
+        self.tracer.arrived(request)
         self._wake()
 
     def abort(self, request: Request) -> None:
@@ -122,6 +129,7 @@ class Coordinator:
     def leave(self, stream: Stream) -> None:
         """A connection is gone."""
         self.streams.discard(stream)
+        self.tracer.leave(stream)
         self.drop_stream(stream)
         self.on_left()
 
@@ -145,6 +153,7 @@ class Coordinator:
         moved, self._moved = self._moved, {}
         for stream in moved:
             stream.flush()
+        self.tracer.flush()
 
     def _accept(self, stream: Stream, message: Submit) -> Request:
         now = self._now()
@@ -198,9 +207,12 @@ class Coordinator:
         link.counters.count_step(step, now)
         received = unpack_times(step.received)
         for request_id, received_s in zip(unpack_request_ids(step.started), received, strict=True):
-            if (request := requests.get(request_id)) and request.stamps.first_token is None:
-                request.stamps.start(received_s, step.began_s)
+            if request := requests.get(request_id):
+                if request.stamps.first_token is None:
+                    request.stamps.start(received_s, step.began_s)
+                self.tracer.started(request, received_s, step.began_s)
         link.report(step.load)
+        self.tracer.ran(link, step)
         self.dispatch.on_step(link, step, now)
         self._take_logprobs(step)
         self._take_tokens(link, step, now)
@@ -248,6 +260,7 @@ class Coordinator:
             request.stamps.prefilled, request.stamps.first_token = prefilled_s, now
             self.dispatch.first_token(request, now)
         request.stamps.regain(now)
+        self.tracer.prefilled(request, prefilled_s, now)
         if not request.handoff:
             request.decode_worker = link.index
             request.on(Event.PREFILLED)
@@ -266,7 +279,7 @@ class Coordinator:
         if request := self.requests.get(request_id):
             request.on(Event.PREEMPTED)
             if request.phase is Phase.WAITING:
-                self.setbacks.put_back(request)
+                self.setbacks.put_back(request, "preempted")
 
     def _on_pulled(self, link: WorkerLink, message: KvPulled) -> None:
         link.counters.handoffs += 1
@@ -279,6 +292,7 @@ class Coordinator:
         if request.phase is Phase.DRAINING:
             return
         request.decode_worker = link.index
+        self.tracer.pulled(request, message.num_bytes, message.seconds)
         request.handoff_s += message.seconds
         request.handoff_bytes += message.num_bytes
         self.setbacks.release_source(request)
@@ -306,6 +320,7 @@ class Coordinator:
     def lose(self, link: WorkerLink) -> None:
         """A worker is gone: its requests go back to the window with the tokens they have."""
         link.state = LOST
+        self.tracer.worker(link)
         self.dispatch.lose(link)
         for request in list(self.requests.values()):
             self.setbacks.lose(request, link)
@@ -316,6 +331,7 @@ class Coordinator:
         """An instance that was lost is back, empty; `links` have its new life already."""
         for link in ranks:
             link.joining = False
+            self.tracer.worker(link)
         self.dispatch.join(ranks)
         self._wake()
 
@@ -341,6 +357,8 @@ class Coordinator:
         outcome = self.totals.count(reason, now)
         if code != ShuttingDown.code:
             self.ledger.ended(request.ended(outcome, timings, now), now)
+        self.tracer.ended(request, reason, code, now)
+        self.tally.ended(request, reason, code)
         request.stream.end(request, end_of(request, reason, timings, code, message))
         if self.closes_s is not None and self.is_idle:
             self.on_idle()

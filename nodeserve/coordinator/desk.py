@@ -29,7 +29,7 @@ class Desk:
         coordinator: Coordinator,
         on_stop: Callable[[bool], None],
     ) -> None:
-        self.pulse = Pulse()
+        self.pulse = Pulse(on_beat=coordinator.tally.tell)
         self._plan = plan
         self._checkpoint = checkpoint
         self._coordinator = coordinator

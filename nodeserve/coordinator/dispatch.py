@@ -16,6 +16,7 @@ from nodeserve.coordinator.admission import Limits
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.policies import Policies
 from nodeserve.coordinator.request import Request
+from nodeserve.coordinator.tracer import Tracer
 from nodeserve.errors import Overloaded
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import RankWork
@@ -39,6 +40,7 @@ class Dispatch:
         requests: Mapping[int, Request],
         limits: Limits,
         policies: Policies,
+        tracer: Tracer,
     ) -> None:
         self.instances = by_instance(links)  # the ranks of each, in their present lives
         self.policies = policies
@@ -46,6 +48,7 @@ class Dispatch:
         self._links = links
         self._requests = requests
         self._limits = limits
+        self._tracer = tracer
         self._units = [
             Unit(link.index, link.instance, link.account, link.role is not Role.PREFILL)
             for link in links
@@ -259,6 +262,7 @@ class Dispatch:
         request.holder = link.index
         request.handoff_wait_s += now_s - request.stamps.parked
         request.on(Event.PULLING)
+        self._tracer.pulls(request, now_s)
         link.send(request.pull_message())
 
     def _depart(self, departure: Departure, now_s: float) -> None:
@@ -273,6 +277,8 @@ class Dispatch:
                 request.stamps.depart(now_s)
             request.handoff = self._links[index].acting is Role.PREFILL
             prompts.setdefault(index, []).append(request.prompt())
+        boarded = [self._requests[waiting.request_id] for waiting, _ in departure.boarded]
+        self._tracer.departed(departure.instance, boarded, now_s)
         number = 0
         if self.policies.dispatch.holds_door:
             self._departures += 1

@@ -26,7 +26,7 @@ from nodeserve.coordinator.records import message_of
 from nodeserve.coordinator.startup import late_ones
 from nodeserve.coordinator.supervisor import Supervisor
 from nodeserve.errors import ConfigError, NodeServeError, WorkerLost, from_code
-from nodeserve.log import logger
+from nodeserve.log import about, logger
 from nodeserve.policy.restarts import Restarts
 from nodeserve.types import Role, StartEvent
 from nodeserve.wire.messages import (
@@ -229,7 +229,7 @@ class Fleet:
 
     def _bury(self, instance: int, error: NodeServeError) -> None:
         """This life is over, and with it that of the other ranks. What it held is given back."""
-        logger.error("%s", error)
+        logger.error("%s", error, extra=about("instance_lost", instance=instance))
         ranks = self._ranks(instance)
         for link in ranks:
             link.give_up("is ended with its instance")
@@ -247,7 +247,8 @@ class Fleet:
         ranks = self._ranks(instance)
         for link in ranks:
             link.state, link.restart_at_s = RESTARTING, self._clock() + wait_s
-        logger.warning("instance %d starts again in %.1f s", instance, wait_s)
+        extra = about("instance_restarts", instance=instance, wait_s=wait_s)
+        logger.warning("instance %d starts again in %.1f s", instance, wait_s, extra=extra)
         await asyncio.sleep(wait_s)
         for link in ranks:
             if link.process is not None:
@@ -275,7 +276,8 @@ class Fleet:
             elif not any(link.death.done() for link in ranks):
                 up.result()
                 self._coordinator.join(ranks)
-                logger.warning("instance %d is back", instance)
+                extra = about("instance_back", instance=instance)
+                logger.warning("instance %d is back", instance, extra=extra)
             return await died
         finally:
             for task in (died, up, late):
@@ -283,7 +285,8 @@ class Fleet:
 
     def _take_out(self, instance: int, error: NodeServeError) -> None:
         """It dies too often."""
-        logger.error("instance %d is taken out, it ended too often", instance)
+        extra = about("instance_taken_out", instance=instance)
+        logger.error("instance %d is taken out, it ended too often", instance, extra=extra)
         self.taken_out.append(instance)
         for link in self._ranks(instance):
             link.state = TAKEN_OUT

@@ -27,10 +27,15 @@ SILENT_STEPS = 4.0
 
 
 class Pulse:
-    """Feels once a second whether the loop turns."""
+    """Feels once a second whether the loop turns. `on_beat` is called as often."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        on_beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self._clock = clock
+        self._on_beat = on_beat
         self._due_s = clock() + PULSE_S
         self._lags_s: deque[float] = deque(maxlen=NUM_LAGS)
 
@@ -46,6 +51,7 @@ class Pulse:
         now_s = self._clock()
         self._lags_s.append(max(0.0, now_s - self._due_s))
         self._due_s = now_s + PULSE_S
+        self._on_beat()
 
     @property
     def lag_s(self) -> float:

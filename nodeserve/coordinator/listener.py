@@ -21,7 +21,7 @@ from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.intake import Intake
 from nodeserve.coordinator.streams import Backlog, Stream
 from nodeserve.errors import ConfigError, NodeServeError, Overloaded
-from nodeserve.log import logger
+from nodeserve.log import about, logger
 from nodeserve.policy.metering import Meter, Quota
 from nodeserve.wire.frames import FrameReader
 from nodeserve.wire.messages import (
@@ -36,6 +36,7 @@ from nodeserve.wire.messages import (
     Stop,
     Submit,
     ToServer,
+    Trace,
 )
 
 BACKLOG_CONNECTIONS = 1024
@@ -181,7 +182,7 @@ class Connection(asyncio.Protocol):
         try:
             self._check(transport)
         except NodeServeError as error:
-            logger.warning("turned away a connection: %s", error)
+            coordinator.tally.turned_away(error)
             self._stream.goodbye(error.code, str(error))
             return
         coordinator.streams.add(self._stream)
@@ -196,7 +197,7 @@ class Connection(asyncio.Protocol):
             raise Overloaded(
                 f"{self._limits.max_connections} clients are connected already (--max-connections)"
             )
-        logger.info("connection from %s", peer)
+        logger.debug("connection from %s", peer, extra=about("connected", peer=peer.pid))
 
     def data_received(self, data: bytes) -> None:
         if self.stream.closed:
@@ -246,6 +247,8 @@ class Connection(asyncio.Protocol):
                 self._desk.audit(self.stream)
             case Stop():
                 self._desk.stop(message.drain)
+            case Trace():
+                self._coordinator.tracer.turn(self.stream, message.on)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._coordinator.leave(self.stream)
@@ -256,3 +259,4 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.stream.resume()
+        self._coordinator.tracer.flush()

@@ -42,7 +42,7 @@ from nodeserve.errors import (
     ShuttingDown,
 )
 from nodeserve.gpus import Gpus
-from nodeserve.log import logger
+from nodeserve.log import about, logger
 from nodeserve.policy.metering import Quota
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
@@ -125,6 +125,7 @@ class Server:
                 await self.ending.drain(self.coordinator)
                 server.close()
                 await self.ending.say_goodbye(self.coordinator)
+                self.coordinator.tally.tell()
             finally:
                 self.fleet.leave()
                 await supervisor.stop(self.ending.hurried)
@@ -133,10 +134,13 @@ class Server:
                     task.cancel()
         self.ending.failed = bool(self.fleet.taken_out)
         if self.error is not None:
-            logger.error("stopped: %s", self.error)
+            logger.error("stopped: %s", self.error, extra=about("error", code=self.error.code))
         for instance in self.fleet.taken_out:
-            logger.error("instance %d was taken out, see above", instance)
-        return self.ending.code
+            extra = about("taken_out", instance=instance)
+            logger.error("instance %d was taken out, see above", instance, extra=extra)
+        code = self.ending.code
+        logger.info("stopped with exit code %d", code, extra=about("stopped", exit_code=code))
+        return code
 
     @property
     def error(self) -> NodeServeError | None:
@@ -211,5 +215,10 @@ class Server:
 
     def stop(self, *, drain: bool = False, error: NodeServeError | None = None) -> None:
         """Begin to stop; a later call without `drain`, or with an error, cuts a drain short."""
+        if not self.ending.begun.is_set():
+            count = len(self.coordinator.requests)
+            words = "draining" if drain else "stopping"
+            extra = about(words, requests=count)
+            logger.info("%s; requests that have not ended: %d", words, count, extra=extra)
         self.ending.begin(drain=drain, error=error)
         self.coordinator.closes_s = self.ending.deadline_s

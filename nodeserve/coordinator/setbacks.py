@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.request import Request
+from nodeserve.coordinator.tracer import Tracer
 from nodeserve.errors import HandoffFailed, NodeServeError, WorkerLost
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.wire.messages import ReleaseKv
@@ -24,16 +25,19 @@ class Setbacks:
         self,
         links: Sequence[WorkerLink],
         dispatch: Dispatch,
+        tracer: Tracer,
         now: Callable[[], float],
         fail: Callable[[Request, NodeServeError], None],
     ) -> None:
         self._links = links
         self._dispatch = dispatch
+        self._tracer = tracer
         self._now = now
         self._fail = fail
 
-    def put_back(self, request: Request) -> None:
-        """To the window, from wherever it was."""
+    def put_back(self, request: Request, why: str) -> None:
+        """To the window, from wherever it was; `why` is for those who trace."""
+        self._tracer.set_back(request, why)
         request.num_preemptions += 1
         request.holder = request.source = -1
         now_s = self._now()
@@ -52,6 +56,7 @@ class Setbacks:
     def park_again(self, request: Request) -> None:
         """A pull did not happen: the pages still wait at their source, if that lives."""
         request.holder = request.source
+        self._tracer.parked_again(request)
         if request.source >= 0:
             self.park(request)
         else:
@@ -99,4 +104,4 @@ class Setbacks:
         self._dispatch.remove(request)
         self.release_source(request)
         request.on(Event.WORKER_LOST)
-        self.put_back(request)
+        self.put_back(request, "its worker or pages are lost")

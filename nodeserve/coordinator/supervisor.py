@@ -25,7 +25,7 @@ from nodeserve.config import WorkerSpec
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import Place, Plan
 from nodeserve.errors import ConfigError, RingError
-from nodeserve.log import logger
+from nodeserve.log import about, logger
 from nodeserve.policy.startup import Start
 from nodeserve.policy.watchdog import Watchdog
 from nodeserve.types import Role
@@ -293,7 +293,8 @@ async def keep_lines(link: WorkerLink) -> None:
     assert link.process is not None and link.process.stderr is not None
     async for text in short_lines(link.process.stderr):
         link.stderr_tail.append(text)
-        logger.warning("worker %d: %s", link.index, text)
+        extra = about("worker_says", worker=link.index)
+        logger.warning("worker %d: %s", link.index, text, extra=extra)
 
 
 async def short_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

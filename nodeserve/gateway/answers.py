@@ -21,6 +21,7 @@ from nodeserve.gateway.engine import Engine, Prompt
 from nodeserve.gateway.logprobs import TokenTexts
 from nodeserve.gateway.meters import Meters, Reading
 from nodeserve.gateway.shapes import Choice, Shape, compact
+from nodeserve.gateway.spans import SPAN
 from nodeserve.types import Sampling
 
 EVENT_HEADERS = [
@@ -66,6 +67,9 @@ class Answers(Response):
             self._meters.open.dec()
             watcher.cancel()
             self._abort()
+            if (span := scope.get(SPAN)) is not None:
+                ends = [choice.reading.ended for choice in self._choices]
+                span.answers(self._shape.model, [one for one in ends if one is not None])
 
     async def _watch(self, receive: Receive) -> None:
         """Until the client hangs up: nobody else would notice while no token comes."""

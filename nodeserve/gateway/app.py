@@ -1,5 +1,6 @@
 """The gateway as an ASGI application."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -20,12 +21,14 @@ from nodeserve.gateway.meters import Meters
 from nodeserve.gateway.problems import HttpProblem, error_response
 from nodeserve.gateway.routes import Routes
 from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.spans import Spans
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def make_app(settings: GatewaySettings) -> ASGIApp:
-    """Over a connection to the server that is made by the first request, and again when lost."""
+def make_app(settings: GatewaySettings, spans: Spans | None = None) -> ASGIApp:
+    """Over a connection to the server that is made by the first request, and again when lost.
+    `spans` are closed when it ends; None: there are none."""
     client = AsyncClient(settings.socket, connect_timeout_s=settings.connect_timeout_s)
 
     meters = Meters()
@@ -34,11 +37,13 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await client.aclose()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
 
     app = Starlette(
         routes=Routes(Engine(client), settings, meters).all(),
         middleware=[
-            Middleware(Gate, keys=settings.api_keys, responses=meters.responses),
+            Middleware(Gate, keys=settings.api_keys, responses=meters.responses, spans=spans),
             *cors(settings),
         ],
         exception_handlers={

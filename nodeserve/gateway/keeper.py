@@ -15,7 +15,7 @@ from socket import socket as Socket
 from nodeserve.errors import ConfigError
 from nodeserve.gateway.listen import Address, listening
 from nodeserve.gateway.settings import SHARED_METERS
-from nodeserve.log import logger
+from nodeserve.log import about, logger
 
 COMMAND = (sys.executable, "-m", "nodeserve", "gateway")
 NEEDED = ("starlette", "uvicorn", "httptools", "prometheus_client")
@@ -53,7 +53,9 @@ class Keeper:
         """Until its end, or kill it."""
         self._thread.join(timeout_s)
         if self._thread.is_alive() and self._process is not None:
-            logger.warning("gateway %d did not end in %g s and is killed", self.number, timeout_s)
+            extra = about("gateway_killed", gateway=self.number)
+            words = "gateway %d did not end in %g s and is killed"
+            logger.warning(words, self.number, timeout_s, extra=extra)
             self._process.kill()
             self._thread.join()
 
@@ -72,6 +74,7 @@ class Keeper:
             logger.error(
                 "gateway %d (pid %d) %s and starts again in %g s",
                 *(self.number, process.pid, how_it_ended(code), delay_s),
+                extra=about("gateway_restarts", gateway=self.number, exit_code=code),
             )
             self._stopping.wait(delay_s)
             delay_s = min(2 * delay_s, MAX_DELAY_S)

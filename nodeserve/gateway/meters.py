@@ -8,6 +8,7 @@ scrape for all, and what one counted is not lost with it.
 import os
 import time
 from bisect import bisect_left
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -158,6 +159,17 @@ class Sent:
         self._counts = [0] * len(self._counts)
 
 
+class Ended(NamedTuple):
+    """How an answer ended, which was sent to the server at `sent_s`; times are by perf_counter."""
+
+    reason: str  # stop, length, error or abort
+    sent_s: float
+    ended_s: float
+    prompt_tokens: int
+    output_tokens: int
+    timings: Timings | None  # the server's account of an answer that ended by itself
+
+
 class Reading:
     """One answer as it is counted: its chunks, then one of `done`, `failed` or `left`."""
 
@@ -171,7 +183,9 @@ class Reading:
         self._slo = slo
         self._first_s = self._last_s = 0.0
         self._num_tokens = 0
-        self._open = True
+        self._sent_at_s = time.perf_counter()
+        self._timings: Timings | None = None
+        self.ended: Ended | None = None
 
     def chunk(self, chunk: Chunk) -> None:
         """A part that is about to be sent."""
@@ -197,8 +211,9 @@ class Reading:
         self._end("abort", None)
 
     def _done(self, reason: str, timings: Timings) -> None:
-        if not self._open:
+        if self.ended is not None:
             return
+        self._timings = timings
         self._meters.prompt_tokens.inc(self._num_prompt)
         self._meters.preemptions.inc(timings.num_preemptions)
         wait_s = timings.scheduler_wait_s + timings.transit_s + timings.device_wait_s
@@ -225,8 +240,10 @@ class Reading:
         return not late and 1e3 * (tpot_s or 0.0) <= slo.get("tpot_ms", float("inf"))
 
     def _end(self, reason: str, result: str | None) -> None:
-        if self._open:
-            self._open = False
+        if self.ended is None:
+            times = self._sent_at_s, time.perf_counter()
+            counts = self._num_prompt, self._num_tokens
+            self.ended = Ended(reason, *times, *counts, self._timings)
             self._sent.tell()
             self._meters.ends[reason].inc()
             if self._slo and result is not None:

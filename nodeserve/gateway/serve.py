@@ -15,7 +15,8 @@ import uvloop
 
 from nodeserve.gateway.app import make_app
 from nodeserve.gateway.settings import GatewaySettings
-from nodeserve.log import logger
+from nodeserve.gateway.spans import Spans, spans_from
+from nodeserve.log import about, logger
 
 KEEP_ALIVE_S = 75  # longer than load balancers keep theirs: it is they who close
 
@@ -29,9 +30,10 @@ def serve(listener: socket.socket, settings: GatewaySettings) -> None:
         runner.run(_serve(make_server(settings), listener))
 
 
-def make_server(settings: GatewaySettings) -> uvicorn.Server:
+def make_server(settings: GatewaySettings, spans: Spans | None = None) -> uvicorn.Server:
+    """`spans` None: as the environment asks for."""
     config = uvicorn.Config(
-        make_app(settings),
+        make_app(settings, spans or spans_from(os.environ)),
         http="httptools",
         ws="none",
         lifespan="on",
@@ -51,7 +53,8 @@ async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
     def on_input() -> None:
         if not os.read(keeper, 1):
             loop.remove_reader(keeper)
-            logger.warning("the gateway's keeper is gone: stopping")
+            extra = about("keeper_gone")
+            logger.warning("the gateway's keeper is gone: stopping", extra=extra)
             server.should_exit = True
 
     loop.add_reader(keeper, on_input)

@@ -5,7 +5,7 @@ import time
 from nodeserve.client import AsyncClient
 from nodeserve.client.answer import read_timings
 from nodeserve.client.connection import Arrival as Read
-from nodeserve.client.connection import Mailbox
+from nodeserve.client.connection import Event, Mailbox
 from nodeserve.errors import ConfigError, InvalidRequest, from_code
 from nodeserve.loadgen.prompts import token_ids
 from nodeserve.loadgen.records import Job, Sample
@@ -72,7 +72,7 @@ class SocketTarget:
         await self._client.aclose()
 
 
-async def _read(mailbox: Mailbox, sample: Sample, began_s: float) -> End:
+async def _read(mailbox: Mailbox[Event], sample: Sample, began_s: float) -> End:
     """Note when tokens came; times are those at which their bytes were read."""
     while True:
         for event in await mailbox.take():

@@ -20,6 +20,8 @@ from nodeserve.wire.numbers import unpack_ids as unpack_ids
 from nodeserve.wire.numbers import unpack_request_ids as unpack_request_ids
 from nodeserve.wire.numbers import unpack_times as unpack_times
 from nodeserve.wire.tagged import Tagged
+from nodeserve.wire.tracing import Trace as Trace
+from nodeserve.wire.tracing import Traced as Traced
 
 PROTOCOL_VERSION = 2
 
@@ -288,11 +290,9 @@ FINISH_REASONS = (None, "stop", "length")
 
 
 class Submit(NamedTuple):
-    """A request; `request_id` is the client's choice, unique among its running ones.
-
-    `slo` is None or {"ttft_ms": number, "tpot_ms": number}, either may be missing. A higher
-    `priority` is served earlier.
-    """
+    """A request; `request_id` is the client's choice, unique among its running ones. `slo` is None
+    or {"ttft_ms": number, "tpot_ms": number}, either may be missing. A higher `priority` is served
+    earlier."""
 
     request_id: int
     token_ids: bytes
@@ -325,7 +325,7 @@ class GetAudit(NamedTuple):
     """Ask for an Audit."""
 
 
-ToServer = Submit | Abort | GetStats | Stop | GetHealth | GetAudit
+ToServer = Submit | Abort | GetStats | Stop | GetHealth | GetAudit | Trace
 TO_SERVER: Tagged[ToServer] = Tagged(ToServer, limits.OF_A_CLIENT)
 
 # ---- coordinator -> client
@@ -395,5 +395,5 @@ class Audit(NamedTuple):
     audit: dict[str, Any]
 
 
-ToClient = Hello | Tokens | End | Stats | Goodbye | Health | Audit
+ToClient = Hello | Tokens | End | Stats | Goodbye | Health | Audit | Traced
 TO_CLIENT: Tagged[ToClient] = Tagged(ToClient, limits.OF_THE_SERVER)

@@ -93,6 +93,10 @@ class Tagged(Generic[Message]):
         tag = self._tags[type(message)]
         return self._pack((tag, *message))  # type: ignore[misc, no-any-return]
 
+    def parts(self, message: Message) -> tuple[Any, ...]:
+        """Tag and fields, to be put into another message."""
+        return (self._tags[type(message)], *message)  # type: ignore[misc]
+
     def decode(self, data: bytes | memoryview) -> Message:
         """The message in `data`; ProtocolError says what is wrong with anything else."""
         options = self._small
@@ -109,6 +113,10 @@ class Tagged(Generic[Message]):
             MemoryError,  # for what the message announced; nothing of it was kept
         ) as problem:
             raise ProtocolError(f"not a msgpack message: {problem}") from None
+        return self.made_of(parts)
+
+    def made_of(self, parts: Any) -> Message:
+        """The message that these unpacked `parts` are; they are used up. ProtocolError as above."""
         if type(parts) is not list or not parts or type(parts[0]) is not int:
             raise ProtocolError("a message is an array that starts with its tag")
         tag = parts.pop(0)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import ConfigError, NodeServeError
+from nodeserve.log import tell_keeper
 from nodeserve.policy.batching import Limits
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.wire.messages import Failed, Loading, Mapped, Ready
@@ -36,6 +37,7 @@ def main(load: Load, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spec", required=True, help="a WorkerSpec as JSON")
     spec = WorkerSpec.from_json(parser.parse_args(arguments).spec)
     die_with_parent(spec.parent_pid)
+    tell_keeper()
     with RingLink(spec.channel) as link:
         link.put(Mapped(os.getpid()))
         try:

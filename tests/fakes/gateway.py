@@ -12,15 +12,18 @@ import openai
 from nodeserve.gateway.listen import Address, listening
 from nodeserve.gateway.serve import make_server
 from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.spans import Spans
 
 BASE_URL = "http://gateway"
 
 
 @contextlib.asynccontextmanager
-async def gateway_on(where: Path | Address, settings: GatewaySettings) -> AsyncIterator[Address]:
+async def gateway_on(
+    where: Path | Address, settings: GatewaySettings, spans: Spans | None = None
+) -> AsyncIterator[Address]:
     """Yields its address, with the real port."""
     address = where if isinstance(where, Address) else Address(path=where)
-    server = make_server(settings)
+    server = make_server(settings, spans)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     with listening(address, 1) as (real, sockets):

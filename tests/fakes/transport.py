@@ -1,7 +1,7 @@
 """A connection in memory, from the server's side: what a client would receive."""
 
 from nodeserve.wire.frames import FrameReader
-from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens
+from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens, Traced
 from nodeserve.wire.numbers import unpack_ids
 
 
@@ -12,6 +12,7 @@ class FakeTransport:
         self.reader = FrameReader(1 << 24)
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, list[End]] = {}
+        self.traced: list[Traced] = []
         self.closed = False
 
     def write(self, data: bytes) -> None:
@@ -27,6 +28,8 @@ class FakeTransport:
                     self.tokens.setdefault(request_id, []).extend(unpack_ids(token_ids))
             case End() as end:
                 self.ends.setdefault(end.request_id, []).append(end)
+            case Traced() as traced:
+                self.traced.append(traced)
 
     def close(self) -> None:
         self.closed = True

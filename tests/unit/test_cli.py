@@ -60,7 +60,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     fake = FakeServe()
     monkeypatch.setattr(server_module, "serve", fake)
     monkeypatch.setattr(launch, "beside", lambda config: contextlib.nullcontext([]))
-    monkeypatch.setattr(launch, "log_to_stderr", lambda: None)
+    monkeypatch.setattr(launch, "set_up", lambda *_: None)
     monkeypatch.setenv("NODESERVE_SOCKET", "/srv/ns.sock")
     return fake
 

@@ -16,7 +16,7 @@ class Sink(asyncio.Transport):
         pass
 
 
-async def connected() -> tuple[Connection, list[Mailbox]]:
+async def connected() -> tuple[Connection, list[Mailbox[Any]]]:
     """With COUNT requests, whose ids are 0, 1, ..."""
     connection = Connection()
     connection.connection_made(Sink())
@@ -37,7 +37,7 @@ def ended(request_id: int) -> End:
     return End(request_id, "length", None, "", {}, {}, None)
 
 
-async def taken(mailbox: Mailbox, seen: list[Any]) -> None:
+async def taken(mailbox: Mailbox[Any], seen: list[Any]) -> None:
     """Every event up to the end goes to `seen`."""
     while True:
         for event in await mailbox.take():
@@ -97,4 +97,4 @@ async def test_a_taker_that_is_woken_for_nothing_waits_on() -> None:
         await asyncio.sleep(0)
     assert not again.done()
     receive(connection, one_each(6))
-    assert [event.token_ids for event in await again] == [pack_ids([6])]  # type: ignore[union-attr]
+    assert [event.token_ids for event in await again] == [pack_ids([6])]

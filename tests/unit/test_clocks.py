@@ -12,6 +12,7 @@ SHOWN = {  # who may ask for it, and what for
     "text/renderer.py": "chat templates may tell the model the date",
     "gateway/engine.py": "the model's entry in /v1/models",
     "gateway/routes.py": "`created` of an answer",
+    "gateway/spans.py": "the times of OpenTelemetry's spans",
     "loadgen/fleet.py": "a number that no run before had",
 }
 

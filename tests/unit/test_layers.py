@@ -32,10 +32,11 @@ MAY_IMPORT = {
     "loadgen": BASE | {"wire", "text", "client", "plan"},
     "views": BASE,
     "gateway": BASE | {"wire", "text", "client", "views"},
+    "tracing": BASE | {"wire", "client"},
     "profiling": BASE | {"wire", "coordinator", "client", "plan", "policy", "profile_store"},
     "cli": BASE
     | {"wire", "coordinator", "client", "plan", "policy", "profile_store"}
-    | {"loadgen", "profiling", "gateway", "views"},
+    | {"loadgen", "profiling", "gateway", "tracing", "views"},
     "__main__": {"cli"},
     "__init__": {"client"},  # lazily, for `from nodeserve import Client`
 }
@@ -49,7 +50,7 @@ MAY_NOT_USE = {
         for name in (
             *BASE,
             *("text", "client", "coordinator", "plan", "profile_store"),
-            *("loadgen", "profiling", "gateway", "cli"),
+            *("loadgen", "profiling", "gateway", "tracing", "cli"),
         )
     },
 }
@@ -152,6 +153,7 @@ def test_exceptions_to_the_length_are_needed() -> None:
             "import nodeserve.worker.device_sim, nodeserve.worker.process",
             "torch numpy asyncio gguf",
         ),
+        ("import nodeserve.gateway.serve", "torch opentelemetry"),
         ("import nodeserve.worker.device_cpu", "triton nodeserve.model.gpu"),
     ],
 )

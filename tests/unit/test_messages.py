@@ -56,6 +56,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Stop(True),
         m.GetHealth(),
         m.GetAudit(),
+        m.Trace(True),
     ],
     "TO_CLIENT": [
         m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
@@ -66,6 +67,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Goodbye("protocol", "why"),
         m.Health({"state": "ready"}),
         m.Audit({"problems": []}),
+        m.Traced([[1, 0.5, 7, 100, 20, 0], [3, 0.75, 7, 0, 1, 4096, 0.001]], 3, False),
     ],
 }
 UNIONS: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 from nodeserve.client.connection import MAX_INCOMING_BYTES
 from nodeserve.errors import ERRORS
 from nodeserve.types import MAX_LISTED, Sampling, Timings
-from nodeserve.wire import limits, messages
+from nodeserve.wire import limits, messages, tracing
 from nodeserve.wire.frames import FrameReader, frame
 from nodeserve.wire.messages import PROTOCOL_VERSION, TO_CLIENT, TO_SERVER, pack_ids
 
@@ -40,7 +40,11 @@ def type_name(hint: Any) -> str:
 
 @pytest.mark.parametrize(
     ("title", "union"),
-    [("From the client", messages.ToServer), ("From the server", messages.ToClient)],
+    [
+        ("From the client", messages.ToServer),
+        ("From the server", messages.ToClient),
+        ("A trace", tracing.Event),
+    ],
 )
 def test_the_tables_of_messages_are_the_unions(title: str, union: Any) -> None:
     expected = []
