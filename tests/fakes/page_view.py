@@ -118,7 +118,13 @@ def troubled_view() -> dict[str, Any]:
 def idle_view() -> dict[str, Any]:
     """A node that nobody has asked anything."""
     view = busy_view()
-    nothing = {"offered": 0, "good": 0, "attainment": None, "goodput_per_s": 0.0, "missed": {}}
+    nothing: dict[str, Any] = {
+        "offered": 0,
+        "good": 0,
+        "attainment": None,
+        "goodput_per_s": 0.0,
+        "missed": {},
+    }
     nothing |= {"ended_per_s": 0.0, "ttft_ms": None, "tpot_ms": None}
     view["spans"] = [one | nothing for one in view["spans"]]
     view["series"] = {name: [] for name in view["series"]} | {"step_s": 5}
