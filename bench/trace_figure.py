@@ -2,8 +2,8 @@
 
     python -m bench.trace_figure trace.json picture.svg [--from-ms 0] [--to-ms 400] [--requests 24]
 
-Above the workers: passes by what was in them, gaps, copies of pages. Below the first requests of
-that time, by stage.
+Above the workers: passes by what was in them, gaps, copies of pages. Below the first requests that
+arrived in that time, by stage.
 """
 
 import argparse
@@ -60,11 +60,13 @@ def draw(axes: "Axes", rows: list[Row], to_ms: float) -> set[str]:
     """One line for each row, the first on top; returns the kinds of slices."""
     kinds: set[str] = set()
     for place, row in enumerate(rows):
-        for name, begin_ms, length_ms in row.slices:
-            kind = name if name in COLORS else "copy"
-            kinds.add(kind)
-            width = min(length_ms, to_ms - begin_ms)
-            axes.barh(place, width, left=begin_ms, height=0.8, color=COLORS[kind], linewidth=0)
+        named = [name if name in COLORS else "copy" for name, _, _ in row.slices]
+        bars = [
+            (begin_ms, min(length_ms, to_ms - begin_ms)) for _, begin_ms, length_ms in row.slices
+        ]
+        colors = [COLORS[kind] for kind in named]
+        axes.broken_barh(bars, (place - 0.4, 0.8), facecolors=colors, linewidth=0)
+        kinds.update(named)
     axes.set_yticks(range(len(rows)), [row.title for row in rows], fontsize=6)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     return kinds
@@ -97,7 +99,10 @@ def main() -> None:
     events = json.loads(options.trace.read_text())["traceEvents"]
     span = options.from_ms, options.to_ms
     workers = rows_of(events, WORKERS, *span)
-    requests = rows_of(events, REQUESTS, *span)[: options.requests]
+    requests = [row for row in rows_of(events, REQUESTS, *span) if row.slices[0][1] > span[0]]
+    requests = requests[: options.requests]
+    if not workers or not requests:
+        raise SystemExit(f"{options.trace} has nothing from {span[0]:g} to {span[1]:g} ms")
     save(options.out, workers, requests, *span)
 
 

@@ -64,8 +64,8 @@ async def record(
     num_requests: int | None,
     on_began: Callable[[], object] = lambda: None,
 ) -> Recording:
-    """Until so much time is over, so many requests that arrived from now on have ended, or SIGINT;
-    None: no limit. What was recorded when the server ends is there, with the error.
+    """Until so much time is over, so many requests that arrived from now on have ended, SIGINT or
+    SIGTERM; None: no limit. What was recorded when the server ends is there, with the error.
 
     ConnectionLost when there is no server. `on_began`: the server tells from now on.
     """
@@ -101,11 +101,13 @@ async def finish(
 
 @contextlib.contextmanager
 def interruptible(task: "asyncio.Task[None]") -> Iterator["asyncio.Task[None]"]:
-    """Within the block SIGINT ends the task; after it, it has ended."""
+    """Within the block SIGINT and SIGTERM end the task; after it, it has ended."""
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
     try:
         yield task
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
         task.cancel()

@@ -111,6 +111,8 @@ def check_request(lane: RequestLane) -> bool:
             + [timings.prefill_s, timings.return_s]
         )
         assert sum(stages[name] for name in AFTER_FIRST) == pytest.approx(timings.decode_s)
+        assert stages[HANDOFF] >= timings.handoff_s - 1e-6, "the copy is within it"
+        assert stages[HANDOFF_WAIT] >= timings.handoff_wait_s - 1e-6
     assert len(lane.marks) == timings.num_preemptions
     return True
 

@@ -155,8 +155,9 @@ def simulated(rows: Path) -> dict[str, Any]:
     return found
 
 
-async def test_ctrl_c_ends_it_with_what_there_is(
-    nodes: Nodes, connect: Connect, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+async def test_a_signal_ends_it_with_what_there_is(
+    nodes: Nodes, connect: Connect, tmp_path: Path, number: signal.Signals
 ) -> None:
     node = nodes.start(layout="1p1d", device="sim")
     client = await connect(node)
@@ -164,7 +165,7 @@ async def test_ctrl_c_ends_it_with_what_there_is(
         await serve(client, range(5))
         client.submit(9, [1, 2, 3], max_tokens=900)
         await client.read_until(lambda: 9 in client.tokens)
-        command.process.send_signal(signal.SIGINT)
+        command.process.send_signal(number)
         code, out, problems = command.end()
     assert (code, problems) == (0, "") and "; 1 that ended without" in out
     check_trace(json.loads(command.out.read_text()))
