@@ -15,6 +15,7 @@ from nodeserve.coordinator.admission import Limits, admit, check_vocabulary
 from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
+from nodeserve.coordinator.records import check_sent
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
@@ -168,7 +169,9 @@ class Coordinator:
     # ---- workers
 
     def handle(self, link: WorkerLink, message: FromWorker) -> None:
-        """One record of a running worker."""
+        """One record of a running worker. ProtocolError, before any of it is carried out, if it
+        cannot be so."""
+        check_sent(message, link.account.num_sent)
         match message:
             case StepDone():
                 self._on_step(link, message)

@@ -162,7 +162,8 @@ class Fleet:
 
     def _receive(self, link: WorkerLink) -> None:
         """Take in what it sent, unless its life is over. Nonsense, and what it cannot have to say,
-        end it: nothing that a worker sends may end the coordinator."""
+        end it, and so does what meets a bug of ours: nothing that a worker sends may end the
+        coordinator."""
         if link.death.done():
             return
         try:
@@ -170,6 +171,9 @@ class Fleet:
                 self._on_record(link, message_of(record))
         except NodeServeError as error:
             link.give_up(f"sent what cannot be: {error}")
+        except Exception as problem:  # noqa: BLE001  # a check is missing: that worker pays for it
+            logger.exception("a record of worker %d could not be carried out", link.index)
+            link.give_up(f"sent what could not be carried out: {problem!r}")
 
     def _on_record(self, link: WorkerLink, message: FromWorker) -> None:
         link.num_received += 1

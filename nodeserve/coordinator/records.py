@@ -5,6 +5,7 @@ before any of a message is carried out: a worker that says nonsense is treated a
 request may be half changed by then.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from nodeserve.errors import ProtocolError
@@ -14,11 +15,15 @@ from nodeserve.wire.messages import (
     FROM_WORKER,
     Counted,
     FromWorker,
+    KvPulled,
     KvReady,
     StepDone,
+    unpack_times,
 )
 
+MOST = 1e15  # of seconds, tokens or bytes: nothing real is near it, and its square is a number
 _NUM_LOAD = len(Load._fields)
+_FREE = Load._fields.index("num_free_blocks")  # the one that may be negative
 
 
 def message_of(record: bytes) -> FromWorker:
@@ -30,8 +35,16 @@ def message_of(record: bytes) -> FromWorker:
         _check_counted(message)
     elif isinstance(message, KvReady):
         _require(_are_ids(message.block_ids), "block ids")
+    elif isinstance(message, KvPulled):
+        _require(_are_amounts((message.num_bytes, message.seconds)), "a copy's figures")
     _require(_is_load(getattr(message, "load", None)), "load")
     return message
+
+
+def check_sent(message: FromWorker, num_sent: int) -> None:
+    """ProtocolError if its load counts more requests than the worker was sent."""
+    load = getattr(message, "load", None)
+    _require(load is None or Load._make(load).num_received <= num_sent, "requests received")
 
 
 def _check_step(step: StepDone) -> None:
@@ -42,6 +55,9 @@ def _check_step(step: StepDone) -> None:
     _require(len(step.started) == len(step.received) and not len(step.started) % 8, "started")
     _require(not len(step.preempted) % 8, "preempted")
     _require(all(map(_is_offer, step.kv_ready)), "pages")
+    work = (step.num_prefill_tokens, step.attention, step.num_decodes, step.kv_tokens)
+    _require(_are_amounts((step.step, step.step_s, *work)), "a step's figures")
+    _require(_are_times((step.began_s, *unpack_times(step.received))), "times")
     for entry in step.logprobs or ():
         _require(_is_logprobs(entry, num_tokens), "logprobs")
 
@@ -57,7 +73,21 @@ def _require(holds: bool, what: str) -> None:
 
 
 def _is_load(load: Any) -> bool:
-    return load is None or (len(load) == _NUM_LOAD and all(type(one) is int for one in load))
+    return load is None or (
+        len(load) == _NUM_LOAD
+        and all(type(one) is int for one in load)
+        and abs(load[_FREE]) <= MOST
+        and _are_amounts(load[:_FREE] + load[_FREE + 1 :])
+    )
+
+
+def _are_amounts(values: Iterable[float]) -> bool:
+    """What is counted or measured: policies divide, square and add it up."""
+    return all(0 <= one <= MOST for one in values)  # NaN is in no range
+
+
+def _are_times(values: Iterable[float]) -> bool:
+    return all(abs(one) <= MOST for one in values)
 
 
 def _is_offer(entry: Any) -> bool:

@@ -1,15 +1,16 @@
 """The coordinator's decisions and promises, with everything interleaved in every order."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 
 from nodeserve.coordinator.request import Request
 from nodeserve.coordinator.streams import Backlog, Stream
-from nodeserve.errors import ShuttingDown
+from nodeserve.errors import ProtocolError, ShuttingDown
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role, Timings
-from nodeserve.wire.messages import Goodbye, RequestFailed, Submit, pack_ids
+from nodeserve.wire.messages import Alive, Goodbye, RequestFailed, Submit, pack_ids
 from tests.fakes.node import STEP_S, FakeNode, FakeWorker, expected_stream, policies
 from tests.fakes.transport import FakeTransport
 
@@ -281,6 +282,18 @@ async def test_pages_that_never_arrive_are_computed_again_but_not_for_ever() -> 
     assert [end.code for end in client.ends[1]] == ["handoff_failed"]
     assert client.tokens[1] == expected_stream([5], 20)[:3], "a token for each prefill"
     node.check_nothing_held()
+
+
+async def test_a_worker_that_counts_more_than_it_was_sent_is_refused() -> None:
+    node = FakeNode([M])
+    stream, _ = node.connect()
+    node.submit(stream, 1, [5], 20)
+    node.turn()
+    load = node.workers[0].load()
+    for num_received, refused in ((1, False), (2, True)):
+        with pytest.raises(ProtocolError, match="received") if refused else nullcontext():
+            node.coordinator.handle(node.workers[0].link, Alive([*load[:-1], num_received]))
+        assert node.workers[0].link.account.load.num_received == 1
 
 
 async def test_cancelled_requests_leave_the_queue() -> None:
