@@ -131,11 +131,13 @@ class Fleet:
             asyncio.get_running_loop().remove_reader(link.channel.fileno())
 
     async def _pump(self, link: WorkerLink) -> None:
-        """Carry a worker's records to the coordinator, and what waits for room back to it."""
-        while True:
+        """Carry a worker's records to the coordinator, and what waits for room back to it, until
+        its life is over: a bell that nobody answers would keep the loop awake."""
+        while not link.death.done():
             await link.rung.wait()
             link.rung.clear()  # first, so that no ring is lost
             self._receive(link)
+        asyncio.get_running_loop().remove_reader(link.channel.fileno())
 
     async def _watch(self, link: WorkerLink) -> None:
         """Its process's end is the end of this life, whatever it is in the middle of."""

@@ -52,6 +52,16 @@ def followed(
                     task.cancel()
 
 
+async def test_a_bell_after_the_end_of_a_life_rings_once() -> None:
+    """The process may write until SIGKILL has reached it, and nobody empties its bell."""
+    with followed(lambda link, message: None) as (fleet, link, worker):
+        link.give_up("hung")
+        worker.outbox.put(FROM_WORKER.encode(Alive(LOAD)))
+        await asyncio.wait_for(fleet._pumps[0], 10.0)
+        assert link.num_received == 0
+        assert not asyncio.get_running_loop().remove_reader(link.channel.fileno()), "still heard"
+
+
 async def test_a_record_that_meets_a_bug_of_ours_ends_its_worker_alone() -> None:
     def handle(link: WorkerLink, message: FromWorker) -> None:
         raise IndexError("pop from an empty deque")
