@@ -183,6 +183,7 @@ class Coordinator:
                 self._on_refused(link, message)
             case Dropped():
                 link.report(message.load)
+                link.offered.discard(message.request_id)
                 self._let_go(link, message.request_id)
             case RequestFailed():
                 self._on_failed(link, message)
@@ -259,6 +260,7 @@ class Coordinator:
         if request is None:
             return
         request.on(Event.KV_READY)
+        link.offered.add(request_id)
         if request.phase is Phase.DRAINING:
             return
         request.source, request.source_blocks = link.index, block_ids

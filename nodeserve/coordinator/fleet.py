@@ -34,6 +34,7 @@ from nodeserve.wire.messages import (
     Failed,
     FromWorker,
     KvPulled,
+    KvReady,
     Loading,
     Mapped,
     PagesAttached,
@@ -201,7 +202,7 @@ class Fleet:
             case StepDone():
                 num_tokens = message.num_prefill_tokens + message.num_decodes
                 link.watchdog.stepped(num_tokens, message.step_s)
-            case KvPulled():
+            case KvPulled() | KvReady():
                 link.watchdog.progressed()
         self._handle(link, message)
 

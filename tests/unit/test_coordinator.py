@@ -284,6 +284,35 @@ async def test_pages_that_never_arrive_are_computed_again_but_not_for_ever() -> 
     node.check_nothing_held()
 
 
+class Chances(random.Random):
+    """What is to happen by chance."""
+
+    def __init__(self, *chances: float) -> None:
+        super().__init__()
+        self._chances = list(chances)
+
+    def random(self) -> float:
+        return self._chances.pop(0)
+
+
+async def test_pages_on_their_way_to_where_peers_can_read_them_are_work() -> None:
+    """Then the watchdog finds a copy that never ends; who waits for a peer has nothing to do."""
+    node = FakeNode([P, D])
+    stream, _ = node.connect()
+    node.submit(stream, 1, [5], 20)
+    node.turn()
+    worker = node.workers[0]
+    worker.receive(Chances())
+    node.step(worker, Chances(0.9, 0.1))
+    node.deliver(worker)
+    assert worker.held[1].state == "copying" and worker.link.busy
+    node.step(worker, Chances(0.9))
+    node.deliver(worker)
+    assert worker.held[1].state == "pinned" and not worker.link.busy
+    node.run_to_idle(random.Random(0))
+    node.check_nothing_held()
+
+
 async def test_a_worker_that_counts_more_than_it_was_sent_is_refused() -> None:
     node = FakeNode([M])
     stream, _ = node.connect()
