@@ -1,5 +1,6 @@
 """How a start looks: bars on a terminal, plain lines anywhere else. Always on stderr."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,10 @@ class Painter(Protocol):
 
 
 class StartReport:
-    """Turns events into lines with seconds since the start; a `with` block ends the bars."""
+    """Turns events into lines with seconds since the start; a `with` block ends the bars.
+
+    Whoever read them may have gone (`nodeserve start 2>&1 | head`): the server goes on.
+    """
 
     def __init__(self, painter: Painter, clock: Callable[[], float] = time.monotonic) -> None:
         self._painter = painter
@@ -34,9 +38,14 @@ class StartReport:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._painter.close()
+        with contextlib.suppress(OSError):
+            self._painter.close()
 
     def on_event(self, event: StartEvent) -> None:
+        with contextlib.suppress(OSError):
+            self._show(event)
+
+    def _show(self, event: StartEvent) -> None:
         if event.phase == "loading":
             self._painter.loading(event)
         elif event.phase == "ready":

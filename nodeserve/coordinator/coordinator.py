@@ -15,6 +15,7 @@ from nodeserve.coordinator.admission import Limits, admit, check_vocabulary
 from nodeserve.coordinator.dispatch import Dispatch
 from nodeserve.coordinator.link import LOST, WorkerLink
 from nodeserve.coordinator.policies import Policies
+from nodeserve.coordinator.records import check_holder
 from nodeserve.coordinator.request import Reader, Request
 from nodeserve.coordinator.setbacks import Setbacks
 from nodeserve.coordinator.streams import Stream, end_of, refusal
@@ -177,7 +178,9 @@ class Coordinator:
     # ---- workers
 
     def handle(self, link: WorkerLink, message: FromWorker) -> None:
-        """One record of a running worker."""
+        """One record of a running worker. ProtocolError, before any of it is carried out, if it
+        cannot be so."""
+        check_holder(message, link.index, link.account.num_sent, self.requests)
         match message:
             case StepDone():
                 self._on_step(link, message)
@@ -189,6 +192,7 @@ class Coordinator:
                 self._on_refused(link, message)
             case Dropped():
                 link.report(message.load)
+                link.offered.discard(message.request_id)
                 self._let_go(link, message.request_id)
             case RequestFailed():
                 self._on_failed(link, message)
@@ -207,7 +211,7 @@ class Coordinator:
         link.counters.count_step(step, now)
         received = unpack_times(step.received)
         for request_id, received_s in zip(unpack_request_ids(step.started), received, strict=True):
-            if request := requests.get(request_id):
+            if (request := requests.get(request_id)) and request.holder == link.index:
                 if request.stamps.first_token is None:
                     request.stamps.start(received_s, step.began_s)
                 self.tracer.started(request, received_s, step.began_s)
@@ -241,8 +245,6 @@ class Coordinator:
                 if finish and request is not None:
                     request.on(Event.FINISHED)
                 continue
-            if request.holder != link.index:
-                raise ProtocolError("a token of a request that is elsewhere")
             request.tokens.append(token)
             request.stamps.last_token = now
             if request.phase is Phase.PREFILL:
@@ -270,6 +272,7 @@ class Coordinator:
         if request is None:
             return
         request.on(Event.KV_READY)
+        link.offered.add(request_id)
         if request.phase is Phase.DRAINING:
             return
         request.source, request.source_blocks = link.index, block_ids
@@ -348,11 +351,11 @@ class Coordinator:
             request.on(event)
             return
         now = self._now()
+        holders = self._holders(request, event)
+        request.on(event)  # before anything else: it raises if the event is not legal
         if event is Event.FINISHED:
             self.dispatch.finish(request, now)
         self.dispatch.remove(request)
-        holders = self._holders(request, event)
-        request.on(event)
         timings = request.timings(now)
         outcome = self.totals.count(reason, now)
         if code != ShuttingDown.code:

@@ -34,6 +34,7 @@ from nodeserve.wire.messages import (
     Failed,
     FromWorker,
     KvPulled,
+    KvReady,
     Loading,
     Mapped,
     PagesAttached,
@@ -131,11 +132,13 @@ class Fleet:
             asyncio.get_running_loop().remove_reader(link.channel.fileno())
 
     async def _pump(self, link: WorkerLink) -> None:
-        """Carry a worker's records to the coordinator, and what waits for room back to it."""
-        while True:
+        """Carry a worker's records to the coordinator, and what waits for room back to it, until
+        its life is over: a bell that nobody answers would keep the loop awake."""
+        while not link.death.done():
             await link.rung.wait()
             link.rung.clear()  # first, so that no ring is lost
             self._receive(link)
+        asyncio.get_running_loop().remove_reader(link.channel.fileno())
 
     async def _watch(self, link: WorkerLink) -> None:
         """Its process's end is the end of this life, whatever it is in the middle of."""
@@ -162,7 +165,8 @@ class Fleet:
 
     def _receive(self, link: WorkerLink) -> None:
         """Take in what it sent, unless its life is over. Nonsense, and what it cannot have to say,
-        end it: nothing that a worker sends may end the coordinator."""
+        end it, and so does what meets a bug of ours: nothing that a worker sends may end the
+        coordinator."""
         if link.death.done():
             return
         try:
@@ -170,6 +174,9 @@ class Fleet:
                 self._on_record(link, message_of(record))
         except NodeServeError as error:
             link.give_up(f"sent what cannot be: {error}")
+        except Exception as problem:  # noqa: BLE001  # a check is missing: that worker pays for it
+            logger.exception("a record of worker %d could not be carried out", link.index)
+            link.give_up(f"sent what could not be carried out: {problem!r}")
 
     def _on_record(self, link: WorkerLink, message: FromWorker) -> None:
         link.num_received += 1
@@ -195,7 +202,7 @@ class Fleet:
             case StepDone():
                 num_tokens = message.num_prefill_tokens + message.num_decodes
                 link.watchdog.stepped(num_tokens, message.step_s)
-            case KvPulled():
+            case KvPulled() | KvReady():
                 link.watchdog.progressed()
         self._handle(link, message)
 

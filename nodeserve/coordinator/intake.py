@@ -38,18 +38,25 @@ class Intake:
         if not self._counting:
             self._counting = True
             self._call_soon(self._next_turn)
-        if not self._line:
-            self._left -= source.take(self._left)
-        if not source.drained():
-            self._line.append(source)
+        if self._line:
+            if not source.drained():
+                self._line.append(source)
+        else:
+            self._take(source, self._left)
 
     def _next_turn(self) -> None:
         self._left = MOST_A_TURN
-        while self._line and self._left > 0:
-            source = self._line.popleft()
-            self._left -= source.take(min(SHARE, self._left))
+        try:
+            while self._line and self._left > 0:
+                self._take(self._line.popleft(), min(SHARE, self._left))
+        finally:  # whatever one client's message did, the others' turn comes
+            self._counting = bool(self._line) or self._left < MOST_A_TURN
+            if self._counting:
+                self._call_soon(self._next_turn)
+
+    def _take(self, source: Source, most: int) -> None:
+        try:
+            self._left -= source.take(most)
+        finally:
             if not source.drained():
                 self._line.append(source)
-        self._counting = bool(self._line) or self._left < MOST_A_TURN
-        if self._counting:
-            self._call_soon(self._next_turn)

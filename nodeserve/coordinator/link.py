@@ -89,6 +89,7 @@ class WorkerLink:
         self.attaching: dict[int, asyncio.Future[None]] = {}  # peers whose pages it is to map
         self.info: Ready | None = None
         self.account = Account(0)
+        self.offered: set[int] = set()  # requests whose pages it keeps for others to read
         self.num_sent = self.num_received = 0  # records, those that wait for room included
         self.start: Start | None = None  # how far it is, once there is a process
         self.tail: list[int] | None = None  # during an audit: requests of records after its Count
@@ -123,11 +124,11 @@ class WorkerLink:
 
     @property
     def busy(self) -> bool:
-        """It has work that it can do. Prompts alone may have to wait for the blocks of pinned pages
-        until peers have room for those."""
+        """It has work that it can do. Prompts alone, and pages that are not offered yet, may have
+        to wait for the room of offered ones until peers have taken those."""
         load, account = self.account.load, self.account
         if load.num_pinned and not load.num_running:
-            return False
+            return not self.offered  # else they are being copied to where peers can read them
         return account.num_sequences > load.num_pinned
 
     def is_ready(self, info: Ready) -> None:

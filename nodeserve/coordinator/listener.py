@@ -76,14 +76,17 @@ def bound_socket(path: Path, access: Access) -> Iterator[socket.socket]:
             path.unlink()
             raise
         listener.listen(BACKLOG_CONNECTIONS)
-        ours = path.stat().st_ino
+        # While this is open no other file gets its number: on our way down, when nobody listens
+        # any more, a next server may replace it.
+        ours = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield listener
     finally:
         listener.close()
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == ours:
+            if os.path.samestat(path.lstat(), os.fstat(ours)):
                 path.unlink()
+        os.close(ours)
 
 
 def remove_stale(path: Path) -> None:

@@ -1,24 +1,36 @@
 """From a worker's records to messages that add up.
 
 Types are checked by the decoder. Here is what the coordinator relies on beyond them, checked
-before any of a message is carried out: a worker that says nonsense is treated as failed, and no
-request may be half changed by then.
+before any of a message is carried out: a worker that says nonsense is treated as failed, and by
+then no request may be half changed, and none changed that another worker has.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nodeserve.coordinator.request import Request
 from nodeserve.errors import ProtocolError
+from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Load
 from nodeserve.wire.messages import (
     FINISH_REASONS,
     FROM_WORKER,
     Counted,
     FromWorker,
+    KvPulled,
     KvReady,
+    KvRefused,
+    RequestFailed,
     StepDone,
+    unpack_request_ids,
+    unpack_times,
 )
 
+_PREFILLS, _PULLS = (Phase.PREFILL,), (Phase.MOVING,)
+_COMPUTES = (Phase.PREFILL, Phase.DECODE)
+MOST = 1e15  # of seconds, tokens or bytes: nothing real is near it, and its square is a number
 _NUM_LOAD = len(Load._fields)
+_FREE = Load._fields.index("num_free_blocks")  # the one that may be negative
 
 
 def message_of(record: bytes) -> FromWorker:
@@ -30,8 +42,42 @@ def message_of(record: bytes) -> FromWorker:
         _check_counted(message)
     elif isinstance(message, KvReady):
         _require(_are_ids(message.block_ids), "block ids")
+    elif isinstance(message, KvPulled):
+        _require(_are_amounts((message.num_bytes, message.seconds)), "a copy's figures")
     _require(_is_load(getattr(message, "load", None)), "load")
     return message
+
+
+def check_holder(
+    message: FromWorker, index: int, num_sent: int, requests: Mapping[int, Request]
+) -> None:
+    """ProtocolError if worker `index`, which was sent `num_sent` prompts and pulls, counts more of
+    them, or speaks of what it does with an open request that it does not have, or not so."""
+    load = getattr(message, "load", None)
+    _require(load is None or Load._make(load).num_received <= num_sent, "requests received")
+    match message:
+        case StepDone():
+            offered = [request_id for request_id, _ in message.kv_ready]
+            _check_held(offered, index, _PREFILLS, requests)
+            _check_held(unpack_request_ids(message.request_ids), index, _COMPUTES, requests)
+            _check_held(unpack_request_ids(message.preempted), index, _COMPUTES, requests)
+        case KvReady():
+            _check_held([message.request_id], index, _PREFILLS, requests)
+        case KvPulled() | KvRefused():
+            _check_held([message.request_id], index, _PULLS, requests)
+        case RequestFailed():
+            _check_held([message.request_id], index, (*_COMPUTES, *_PULLS), requests)
+
+
+def _check_held(
+    ids: Iterable[int], index: int, phases: tuple[Phase, ...], requests: Mapping[int, Request]
+) -> None:
+    """What ended meanwhile may be spoken of by anybody: that crossed on the way."""
+    for request_id in ids:
+        request = requests.get(request_id)
+        if request is None or (request.holder == index and request.phase in phases):
+            continue
+        _require(request.phase is Phase.DRAINING, "a request that is elsewhere")
 
 
 def _check_step(step: StepDone) -> None:
@@ -42,6 +88,9 @@ def _check_step(step: StepDone) -> None:
     _require(len(step.started) == len(step.received) and not len(step.started) % 8, "started")
     _require(not len(step.preempted) % 8, "preempted")
     _require(all(map(_is_offer, step.kv_ready)), "pages")
+    work = (step.num_prefill_tokens, step.attention, step.num_decodes, step.kv_tokens)
+    _require(_are_amounts((step.step, step.step_s, *work)), "a step's figures")
+    _require(_are_times((step.began_s, *unpack_times(step.received))), "times")
     for entry in step.logprobs or ():
         _require(_is_logprobs(entry, num_tokens), "logprobs")
 
@@ -57,7 +106,21 @@ def _require(holds: bool, what: str) -> None:
 
 
 def _is_load(load: Any) -> bool:
-    return load is None or (len(load) == _NUM_LOAD and all(type(one) is int for one in load))
+    return load is None or (
+        len(load) == _NUM_LOAD
+        and all(type(one) is int for one in load)
+        and abs(load[_FREE]) <= MOST
+        and _are_amounts(load[:_FREE] + load[_FREE + 1 :])
+    )
+
+
+def _are_amounts(values: Iterable[float]) -> bool:
+    """What is counted or measured: policies divide, square and add it up."""
+    return all(0 <= one <= MOST for one in values)  # NaN is in no range
+
+
+def _are_times(values: Iterable[float]) -> bool:
+    return all(abs(one) <= MOST for one in values)
 
 
 def _is_offer(entry: Any) -> bool:

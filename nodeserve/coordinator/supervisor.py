@@ -195,13 +195,15 @@ class Supervisor:
     async def watch(self, link: WorkerLink) -> str:
         """Wait for a worker's end, keeping what it writes; says how it ended.
 
-        Its end is that of its process: a child that it leaves may keep its stderr open.
+        Its end is that of its process: a child that it leaves may keep its stderr open, and our end
+        is then closed.
         """
         assert link.process is not None
         reading = asyncio.ensure_future(keep_lines(link))
         code = await link.process.wait()
         await asyncio.wait({reading}, timeout=LAST_WORDS_S)
         reading.cancel()
+        link.process._transport.close()  # type: ignore[attr-defined]  # asyncio has no public way
         return describe_exit(code)
 
     async def stop(self, hurried: asyncio.Event) -> None:

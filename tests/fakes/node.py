@@ -378,6 +378,7 @@ class FakeNode:
             while worker.out:
                 self.deliver(worker)
             assert not worker.held and worker.free == worker.num_blocks
+            assert not worker.link.offered
             account = worker.link.account
             assert (account.outstanding_tokens, account.num_sequences) == (0, 0)
             assert account.free_blocks == worker.num_blocks

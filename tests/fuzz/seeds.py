@@ -13,7 +13,17 @@ from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_SERVER,
     TO_WORKER,
+    Dropped,
+    FromWorker,
     Hello,
+    KvPulled,
+    KvReady,
+    KvRefused,
+    RequestFailed,
+    StepDone,
+    pack_ids,
+    pack_request_ids,
+    pack_times,
 )
 from tests.fakes.gguf_writer import gguf_bytes, gpt2_metadata, sentencepiece_metadata
 from tests.unit.test_messages import SAMPLES
@@ -54,6 +64,44 @@ def to_server() -> list[bytes]:
     """What a client may send."""
     whole = [frame(TO_SERVER.encode(message)) for message in SAMPLES["TO_SERVER"]]
     return [b"".join(whole), *whole]
+
+
+def _step(finish: int, load: list[int]) -> StepDone:
+    """A token for two requests, pages of one, and a third put back."""
+    return StepDone(
+        request_ids=pack_request_ids([1, 2]),
+        token_ids=pack_ids([3, 4]),
+        finish=bytes([finish, 0]),
+        logprobs=None,
+        kv_ready=[[2, pack_ids([1])]],
+        started=pack_request_ids([1]),
+        preempted=pack_request_ids([3]),
+        load=load,
+        step=1,
+        began_s=0.0,
+        step_s=0.1,
+        num_prefill_tokens=20,
+        attention=200.0,
+        num_decodes=1,
+        kv_tokens=20,
+        received=pack_times([0.0]),
+    )
+
+
+def to_coordinator() -> list[bytes]:
+    """One byte for which worker says it, and when, then its record."""
+    load = [1, 1, 0, 60, 20, 1]
+    told: list[FromWorker] = [
+        RequestFailed(2, "handoff_failed", "x", load),
+        KvReady(1, pack_ids([1])),
+        KvPulled(1, 100, 0.1),
+        KvRefused(1, load),
+        Dropped(1, load),
+        _step(0, load),
+        _step(2, load),
+    ]
+    records = [FROM_WORKER.encode(message) for message in (*told, *SAMPLES["FROM_WORKER"])]
+    return [bytes([when]) + record for record in records for when in (3, 30, 61, 92)]
 
 
 def bodies() -> list[bytes]:

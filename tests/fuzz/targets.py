@@ -21,6 +21,7 @@ from nodeserve import profile_store
 from nodeserve.checkpoint import Checkpoint, folder_config, gguf_config
 from nodeserve.client.connection import Connection
 from nodeserve.config import ModelConfig, parse_slo
+from nodeserve.coordinator.records import message_of
 from nodeserve.errors import (
     ConfigError,
     FrameTooLarge,
@@ -161,6 +162,31 @@ async def _listen(data: bytes) -> None:
     assert not node.coordinator.streams
 
 
+def worker(data: bytes) -> None:
+    """A worker may say anything: whatever it was, every request ends once and nothing stays."""
+    if data:
+        _LOOP.run_until_complete(_hear(data))
+
+
+async def _hear(data: bytes) -> None:
+    node, chance = FakeNode([Role.PREFILL, Role.DECODE, Role.MIXED]), random.Random(data[0])
+    stream, told = node.connect()
+    for request_id in range(1, 5):
+        node.submit(stream, request_id, [request_id] * 20, 6)
+    for _ in range(data[0]):
+        node.act(chance)
+    liar = node.workers[data[0] % len(node.workers)]
+    with contextlib.suppress(NodeServeError):
+        node.coordinator.handle(liar.link, message_of(data[1:]))
+    node.act(chance)
+    node.lose(liar)
+    node.restart(liar.link.instance)
+    node.run_to_idle(chance)
+    node.check_nothing_held()
+    assert sorted(told.ends) == [1, 2, 3, 4]
+    assert all(len(ends) == 1 for ends in told.ends.values())
+
+
 def http(data: bytes) -> None:
     """The body of an HTTP request: what is asked, or the field that is wrong."""
     for read, described in _http_readers():
@@ -292,6 +318,7 @@ TARGETS = {
         Target("messages", decoded, seeds.messages),
         Target("client", client, seeds.to_client),
         Target("server", server, seeds.to_server),
+        Target("worker", worker, seeds.to_coordinator),
         Target("http", http, seeds.bodies),
         Target("layout", layout, seeds.layouts, 200),
         Target("config", config, seeds.configs),

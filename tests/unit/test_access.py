@@ -5,6 +5,7 @@ import os
 import pwd
 import socket
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,16 @@ def test_a_group_that_we_may_not_give_is_said_and_leaves_no_file(
     ):
         raise AssertionError("it was opened")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_node_on_its_way_down_leaves_its_successors_socket(tmp_path: Path) -> None:
+    """A file system may give a new file the number of the one that was just removed."""
+    path = tmp_path / "s"
+    with bound_socket(path, Access()) as listener:
+        listener.close()  # clients are told; meanwhile the next node starts
+        with ExitStack() as later:
+            later.enter_context(bound_socket(path, Access()))
+            successor = later.pop_all()
+    assert path.exists()
+    successor.close()
+    assert not path.exists()

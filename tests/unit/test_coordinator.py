@@ -1,15 +1,16 @@
 """The coordinator's decisions and promises, with everything interleaved in every order."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 
 from nodeserve.coordinator.request import Request
 from nodeserve.coordinator.streams import Backlog, Stream
-from nodeserve.errors import ShuttingDown
+from nodeserve.errors import ProtocolError, ShuttingDown
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role, Timings
-from nodeserve.wire.messages import Goodbye, RequestFailed, Submit, pack_ids
+from nodeserve.wire.messages import Alive, Goodbye, RequestFailed, Submit, pack_ids
 from tests.fakes.node import STEP_S, FakeNode, FakeWorker, expected_stream, policies
 from tests.fakes.transport import FakeTransport
 
@@ -281,6 +282,47 @@ async def test_pages_that_never_arrive_are_computed_again_but_not_for_ever() -> 
     assert [end.code for end in client.ends[1]] == ["handoff_failed"]
     assert client.tokens[1] == expected_stream([5], 20)[:3], "a token for each prefill"
     node.check_nothing_held()
+
+
+class Chances(random.Random):
+    """What is to happen by chance."""
+
+    def __init__(self, *chances: float) -> None:
+        super().__init__()
+        self._chances = list(chances)
+
+    def random(self) -> float:
+        return self._chances.pop(0)
+
+
+async def test_pages_on_their_way_to_where_peers_can_read_them_are_work() -> None:
+    """Then the watchdog finds a copy that never ends; who waits for a peer has nothing to do."""
+    node = FakeNode([P, D])
+    stream, _ = node.connect()
+    node.submit(stream, 1, [5], 20)
+    node.turn()
+    worker = node.workers[0]
+    worker.receive(Chances())
+    node.step(worker, Chances(0.9, 0.1))
+    node.deliver(worker)
+    assert worker.held[1].state == "copying" and worker.link.busy
+    node.step(worker, Chances(0.9))
+    node.deliver(worker)
+    assert worker.held[1].state == "pinned" and not worker.link.busy
+    node.run_to_idle(random.Random(0))
+    node.check_nothing_held()
+
+
+async def test_a_worker_that_counts_more_than_it_was_sent_is_refused() -> None:
+    node = FakeNode([M])
+    stream, _ = node.connect()
+    node.submit(stream, 1, [5], 20)
+    node.turn()
+    load = node.workers[0].load()
+    for num_received, refused in ((1, False), (2, True)):
+        with pytest.raises(ProtocolError, match="received") if refused else nullcontext():
+            node.coordinator.handle(node.workers[0].link, Alive([*load[:-1], num_received]))
+        assert node.workers[0].link.account.load.num_received == 1
 
 
 async def test_cancelled_requests_leave_the_queue() -> None:

@@ -111,3 +111,35 @@ def test_nothing_is_lost_and_everybodys_order_kept(sends: list[tuple[int, int]])
     for client in clients:
         mine = [number for name, number in taken if name == client.name]
         assert mine == list(range(client.num_sent)) and client.reads
+
+
+def test_a_message_that_breaks_us_holds_up_nobody(loop: Loop) -> None:
+    taken: list[tuple[str, int]] = []
+    intake = Intake(loop.call_soon)
+    bad, good = Breaking(intake, taken, "bad"), Client(intake, taken, "good")
+    bad.send(BREAKS_AT + 1)
+    good.send(1)
+    with pytest.raises(ZeroDivisionError):
+        loop.turn()
+    while loop.soon:
+        loop.turn()
+    assert ("good", 0) in taken and good.reads
+    assert ("bad", BREAKS_AT) in taken and bad.reads, "what follows its message"
+    good.send(3 * MOST_A_TURN)
+    while loop.soon:
+        loop.turn()
+    assert ("good", 3 * MOST_A_TURN) in taken
+
+
+BREAKS_AT = MOST_A_TURN + 1  # in the second turn
+
+
+class Breaking(Client):
+    """One of its messages meets a bug of ours, and those taken with it are gone."""
+
+    def take(self, most: int) -> int:
+        if BREAKS_AT - 1 not in list(self.waiting)[:most]:
+            return super().take(most)
+        while self.waiting.popleft() != BREAKS_AT - 1:
+            pass
+        raise ZeroDivisionError

@@ -1,5 +1,6 @@
 """What a worker may say: anything that does not add up is an error before it is carried out."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from nodeserve.wire.messages import (
     FROM_WORKER,
     Alive,
     Dropped,
+    KvPulled,
     KvReady,
     StepDone,
     pack_ids,
@@ -49,7 +51,22 @@ WRONG: dict[str, dict[str, Any]] = {
     "logprobs that do not pair up": {"logprobs": [[1, -0.5, pack_ids([2]), b""]]},
     "a short load": {"load": LOAD[:5]},
     "a load of words": {"load": [*LOAD[:5], "x"]},
+    "fewer than no requests": {"load": [-1, *LOAD[1:]]},
+    "a step without end": {"step_s": math.inf},
+    "a step that ended before it began": {"step_s": -0.1},
+    "a step begun at no time": {"began_s": math.nan},
+    "a request received at no time": {"received": pack_times([math.nan])},
+    "attention that is no number": {"attention": math.nan},
+    "attention whose square is no number": {"attention": 1e200},
+    "negative work": {"kv_tokens": -1},
 }
+ODD = [
+    Alive([1]),
+    Dropped(1, LOAD[1:]),
+    KvReady(1, b"x"),
+    KvPulled(1, -1, 0.1),
+    KvPulled(1, 1, math.inf),
+]
 
 
 def test_what_adds_up_passes() -> None:
@@ -57,6 +74,8 @@ def test_what_adds_up_passes() -> None:
         STEP,
         Dropped(1, LOAD),
         KvReady(1, pack_ids([1])),
+        KvPulled(1, 100, 0.1),
+        Alive([1, 2, 3, -4, 5, 6]),  # more was promised than is free
         STEP._replace(logprobs=None),
     ):
         assert message_of(FROM_WORKER.encode(message)) == message
@@ -68,7 +87,7 @@ def test_a_step_that_does_not_add_up_is_refused(name: str) -> None:
         message_of(FROM_WORKER.encode(STEP._replace(**WRONG[name])))
 
 
-@pytest.mark.parametrize("message", [Alive([1]), Dropped(1, LOAD[1:]), KvReady(1, b"x")])
+@pytest.mark.parametrize("message", ODD)
 def test_so_are_the_others(message: Any) -> None:
     with pytest.raises(ProtocolError, match="does not add up"):
         message_of(FROM_WORKER.encode(message))

@@ -4,11 +4,13 @@ import asyncio
 import os
 import resource
 import secrets
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
@@ -60,6 +62,25 @@ async def test_a_worker_behind_a_damaged_ring_is_ended() -> None:
     link.send(Shutdown())
     assert "was killed by SIGKILL" in describe_exit(await link.process.wait())
     assert str(link.death.result()) == "mixed worker 0 cannot be reached: head is behind tail"
+
+
+def test_a_child_that_holds_a_workers_stderr_costs_no_descriptor() -> None:
+    uvloop.run(_watch_who_leaves_a_child())  # the node's loop
+
+
+async def _watch_who_leaves_a_child() -> None:
+    num_open = []
+    for _ in range(2):  # the loop keeps one descriptor for itself since its first child
+        link = WorkerLink(0, Role.MIXED, DamagedChannel(), -1)  # type: ignore[arg-type]
+        link.process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", "sleep 60 & echo $! >&2"), stderr=asyncio.subprocess.PIPE
+        )
+        supervisor = Supervisor(None, "x", "abcd", ())  # type: ignore[arg-type]
+        assert "exit code 0" in await supervisor.watch(link)
+        await asyncio.sleep(0)  # a transport closes in the next turn
+        os.kill(int(link.stderr_tail[0]), signal.SIGKILL)
+        num_open.append(len(os.listdir("/proc/self/fd")))
+    assert num_open[0] == num_open[1]
 
 
 def test_a_gpu_worker_sees_its_own_gpu_first() -> None:
