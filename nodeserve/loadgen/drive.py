@@ -1,6 +1,7 @@
 """Sending, in one process: on schedule whether or not answers are back, or a few at a time."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class Driver:
             else:
                 self._tasks.add(asyncio.create_task(self._ask(load, due_s)))
         await self._finish(drain_s)
-        ticker.cancel()
+        await _stop(ticker)
 
     async def closed_loop(self, loads: Sequence[Load], concurrency: int, limit_s: float) -> None:
         """Keep `concurrency` requests running until all loads were sent; none for longer than
@@ -73,7 +74,7 @@ class Driver:
         await self._finish(None)
         for load in reversed(waiting):
             self._unsent(load, None)
-        ticker.cancel()
+        await _stop(ticker)
 
     async def _ask(self, load: Load, due_s: float | None, limit_s: float | None = None) -> None:
         sample = Sample(load.job, due_s, self._now_s())
@@ -116,8 +117,22 @@ class Driver:
     async def _tick(self) -> None:
         while True:
             asked_s = self._now_s()
-            await asyncio.sleep(TICK_S)
-            self.lags_s.append(max(0.0, self._now_s() - asked_s - TICK_S))
+            try:
+                await asyncio.sleep(TICK_S)
+            finally:  # a freeze at the end of a run counts as well
+                self.lags_s += lags_of(self._now_s() - asked_s - TICK_S)
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._began_s
+
+
+def lags_of(late_s: float) -> list[float]:
+    """The lag of a wake-up, and of those that never came because of it: one a tick. Else a second
+    that a client lost would be one lag among many instead of a hundred."""
+    num_missed = max(0, math.ceil(late_s / TICK_S) - 1)
+    return [max(0.0, late_s)] + [late_s - TICK_S * (place + 1) for place in range(num_missed)]
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
