@@ -263,7 +263,8 @@ def numbers_of(report: "Report", confidence: float) -> dict[str, str]:
     tally = report.tally
     seconds = report.duration_s or math.inf
     cells = {
-        "requests": f"{tally.num_offered} offered, {report.num_done} served well",
+        "requests": f"{tally.num_offered} offered, {report.num_done} served well"
+        + (f", {tally.num_unknown} left unknown" if tally.num_unknown else ""),
         "good": f"{tally.num_good}, {tally.share:.1%} ({low:.1%} to {high:.1%})",
         "good requests a second": f"{report.goodput_per_s:.3g} of {report.requests_per_s:.3g}",
         "output tokens a second": f"{report.output_tokens / seconds:.1f},"

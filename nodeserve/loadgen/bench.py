@@ -68,7 +68,7 @@ class Live(Watcher):
         self._times = [one.arrived_s for one in arrivals]
         self._end_early = end_early
         self._num_counted = sum(time_s >= bench.options.settle_s for time_s in self._times)
-        self._num_missed = 0  # of those
+        self._num_judged = self._num_well = 0  # of those
 
     def began(self, num_requests: int, began_s: float) -> None:
         self.began_s = began_s
@@ -79,9 +79,9 @@ class Live(Watcher):
         good = [is_good(one, slo_of(one.job.arrival)) for one in samples]
         self.num_ended += len(samples)
         self.num_good += sum(good)
-        self._num_missed += sum(
-            not well and counts(one, settle_s) for one, well in zip(samples, good, strict=True)
-        )
+        judged = [well for one, well in zip(samples, good, strict=True) if counts(one, settle_s)]
+        self._num_judged += len(judged)
+        self._num_well += sum(judged)
         self._bench.on_news(self)
 
     def num_due(self, now_s: float) -> int:
@@ -90,8 +90,9 @@ class Live(Watcher):
 
     def give_up(self) -> bool:
         options = self._bench.options
-        best = Tally(self._num_counted, self._num_counted - self._num_missed)
-        hopeless = best.interval(options.confidence)[1] < options.goal
+        num_left = self._num_counted - self._num_judged
+        tally = Tally(self._num_judged, self._num_well, num_left)
+        hopeless = tally.interval(options.confidence)[1] < options.goal
         self.ended_early = self._end_early and hopeless and self.num_ended < self.num_requests
         return self.ended_early
 

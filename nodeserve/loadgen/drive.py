@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nodeserve.errors import NodeServeError
-from nodeserve.loadgen.records import Job, Sample
+from nodeserve.loadgen.records import GIVEN_UP, UNSENT, Job, Sample
 from nodeserve.loadgen.targets import Target
 
 TICK_S = 0.01  # of the timer that shows how late this process wakes up
 TIMEOUT = "timeout"
-GIVEN_UP = "given_up"  # the run ended before the request did, or before its time came
 Told = Callable[[Sample], None]
 
 
@@ -112,7 +111,7 @@ class Driver:
 
     def _unsent(self, load: Load, due_s: float | None) -> None:
         sent_s = self._now_s() if due_s is None else due_s
-        self._on_sample(Sample(load.job, due_s, sent_s, ended_s=sent_s, error=GIVEN_UP))
+        self._on_sample(Sample(load.job, due_s, sent_s, ended_s=sent_s, error=UNSENT))
 
     async def _tick(self) -> None:
         while True:

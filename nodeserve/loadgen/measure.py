@@ -49,7 +49,8 @@ class Punctuality:
 @dataclass(frozen=True, slots=True)
 class Report:
     """One run. Counts and rates are of the requests that count: those due after the settling time,
-    whatever became of them. Times are of those that ended well."""
+    whatever became of them, but for those that an early end left unknown. Times are of those that
+    ended well."""
 
     tally: Tally
     num_done: int
@@ -100,14 +101,16 @@ def measure(
     settle_s: float = 0.0,
     max_late_s: float = MAX_LATE_S,
 ) -> Report | None:
-    """The numbers of a run of any order; None if no request was due after `settle_s`.
+    """The numbers of a run of any order; None if nothing is known of requests due after `settle_s`.
 
     `lags_s` are what the clients' own timers were late by. In a closed loop the time of sending
     stands for the due time.
     """
-    counted = [one for one in samples if counts(one, settle_s)]
+    planned = [one for one in samples if counts(one, settle_s)]
+    counted = [one for one in planned if one.is_known]
     if not counted:
         return None
+    num_unknown = len(planned) - len(counted)
     slos = [slo_of(one.job.arrival) for one in counted]
     good = [is_good(one, slo) for one, slo in zip(counted, slos, strict=True)]
     done = [one for one in counted if one.error is None]
@@ -120,11 +123,11 @@ def measure(
         )
     )
     return Report(
-        tally=Tally(len(counted), sum(good)),
+        tally=Tally(len(counted), sum(good), num_unknown),
         num_done=len(done),
         errors=dict(Counter(one.error for one in counted if one.error is not None)),
         duration_s=max(one.ended_s for one in counted) - began_s,
-        offered_per_s=_offered(counted),
+        offered_per_s=_offered(planned),
         prompt_tokens=sum(one.num_prompt_tokens for one in done),
         output_tokens=sum(one.num_output_tokens for one in done),
         good_tokens=sum(
@@ -137,12 +140,14 @@ def measure(
         e2e=_times([one.e2e_s for one in done]),
         missed=dict(missed.most_common()),
         blame=blame(counted, slos),
-        smallest_scale=smallest_scale(list(map(needed, counted, slos)), goal),
+        smallest_scale=smallest_scale(
+            [*map(needed, counted, slos), *[math.inf] * num_unknown], goal
+        ),
         num_short=sum(one.num_output_tokens < one.job.arrival.num_output_tokens for one in done),
         num_other_prompts=sum(
             one.num_prompt_tokens != one.job.arrival.num_prompt_tokens for one in done
         ),
-        punctuality=punctuality(counted, lags_s, max_late_s),
+        punctuality=punctuality([one for one in planned if one.was_sent], lags_s, max_late_s),
     )
 
 

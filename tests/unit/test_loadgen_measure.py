@@ -10,7 +10,7 @@ from nodeserve.loadgen.limits import limits_of, parse_limits
 from nodeserve.loadgen.measure import Report, measure, punctuality
 from nodeserve.loadgen.records import Job, Sample, Unloaded
 from nodeserve.loadgen.report import details_json, result_json
-from nodeserve.plan.goodput import Slo
+from nodeserve.plan.goodput import Slo, Tally
 from nodeserve.plan.records import Arrival
 from nodeserve.plan.search import SearchOptions
 from nodeserve.types import Timings
@@ -166,6 +166,20 @@ def test_a_client_that_was_late_makes_a_run_invalid() -> None:
     assert punctuality(samples, [], max_late_s=0.02).valid
     busy = punctuality(samples[2:], [0.001] * 90 + [0.05] * 10)
     assert not busy.valid and "woke up" in busy.reasons[0]
+
+
+def test_what_an_early_end_left_unknown_is_neither_missed_nor_punctual() -> None:
+    """Of 200 requests 20 were answered late; 30 ran, and 150 were to come, when the run was cut."""
+    samples = [sample(i, 0.9, sent_s=i + 0.02 * (i < 1)) for i in range(20)]
+    samples += [sample(i, times=[], counts=[], error="given_up") for i in range(20, 50)]
+    samples += [sample(i, times=[], counts=[], error="unsent") for i in range(50, 200)]
+    report = report_of(samples)
+    assert report.tally == Tally(20, 0, 180) and report.tally.interval()[1] > 0.8
+    assert report.blame == {"unknown": 20} and report.missed == {"ttft": 20}
+    assert report.errors == {} and report.smallest_scale is None
+    assert report.punctuality.late_share == pytest.approx(1 / 50)
+    assert not report.punctuality.valid  # one of 200 would be few
+    assert measure(samples[20:], lambda arrival: SLO, 0.9) is None
 
 
 def test_limits_as_people_write_them() -> None:
