@@ -148,6 +148,8 @@ class Session:
             click.echo(f"note: {note}")
         if len(self.results) == 1 and found is None:
             show_result(self.results[0].report, self.settings.confidence)
+            if self.settings.concurrency is None:
+                click.echo(f"{'arrivals':<24}{arrivals_words(self.results[0], requests)}")
         else:
             show_table(comparison(self.results, self.settings.confidence))
         if found is not None:
@@ -169,7 +171,7 @@ class Session:
         runs = []
         for result in self.results:
             run = result_json(result, self.settings.confidence, workers)
-            run["requests"] = described(self.source, requests, result.arrivals)
+            run["requests"] = described(self.source, requests, result.arrivals, result.rate)
             if self.options["details"]:
                 run.update(details_json(result))
             runs.append(run)
@@ -278,6 +280,21 @@ def numbers_of(report: "Report", confidence: float) -> dict[str, str]:
         if counts:
             cells[name] = ", ".join(f"{what} {num}" for what, num in counts.items())
     return cells
+
+
+def arrivals_words(result: "Result", requests: "Requests") -> str:
+    """How requests came: what a rate alone does not say."""
+    from nodeserve.plan.scaling import traffic
+
+    numbers = traffic(result.arrivals)
+    known = {
+        "requests/s": numbers.rate,
+        "CV": numbers.cv,
+        "IoD (1 s)": numbers.iod_1s,
+        "IoD (10 s)": numbers.iod_10s,
+        "times divided by": requests.times_divided_by(result.rate),
+    }
+    return ", ".join(f"{name} {value:.3g}" for name, value in known.items() if value is not None)
 
 
 def comparison(results: "list[Result]", confidence: float) -> "Table":

@@ -259,7 +259,7 @@ def as_numbers(
     return {
         "profile": profile,
         "workload": "trace" if source.trace else source.workload,
-        "requests": described(source, requests, requests.first(LOOK, 1.0)),
+        "requests": described(source, requests, requests.first(LOOK, 1.0), 1.0),
         "slo": asdict(question.slo),
         "num_gpus": question.num_gpus,
         "goal": question.goal,

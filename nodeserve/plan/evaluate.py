@@ -81,7 +81,7 @@ class Question:
         if isinstance(self.traffic, Source):
             arrivals = requests_of(self.traffic, self.context).first(num_requests, rate)
         else:
-            arrivals = at_rate(self.traffic[:num_requests], rate)
+            arrivals = at_rate(self.traffic, rate)[:num_requests]
         slo, one_token = self.slo, self.one_token
         return [
             one._replace(

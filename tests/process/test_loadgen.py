@@ -17,6 +17,7 @@ from nodeserve.loadgen.records import Sample
 from nodeserve.loadgen.targets import TargetOptions
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.requests import Requests, Source
+from nodeserve.plan.scaling import traffic
 from nodeserve.plan.search import SearchOptions
 from tests.fakes.known_server import Delays, OpenAIServer, SocketScript, Told, steady
 from tests.fakes.server import FakeServer
@@ -71,7 +72,7 @@ async def test_times_and_goodput_are_those_that_the_server_sent(
     assert 0.5 < good / 240 < 0.8  # neither limit alone explains it: 3/4 and 9/10
     assert report.tally.num_offered == 240
     assert report.tally.num_good == pytest.approx(good, abs=0.02 * 240)
-    assert report.offered_per_s == pytest.approx(60.0, rel=0.02)
+    assert report.offered_per_s == pytest.approx(traffic(result.arrivals).rate)
     span_s = max(sent.sent_s[-1] for _, sent in pairs) - told[0].came_s
     assert report.goodput_per_s == pytest.approx(good / span_s, rel=0.03)
     assert report.num_short == 0 and report.num_done == 240
