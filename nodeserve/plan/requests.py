@@ -33,17 +33,24 @@ MANY = 2000  # drawn at least, before it is said that none fits
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where requests come from. `trace` wins over `workload`; `gaps` is for workloads ("poisson" or
-    "gamma:CV"; None: the workload's own), `tick_s`, `from_s` and `to_s` are for traces."""
+    "gamma:CV"; None: the workload's own), `share`, `tick_s`, `from_s` and `to_s` are for traces."""
 
     workload: str = "chat"
     trace: Path | None = None
     gaps: str | None = None
     divisor: float = 1.0  # of all lengths
-    share: float = 1.0  # of the requests that are kept
+    share: float = 1.0  # of a trace's requests that are kept
     tick_s: float | None = None
     from_s: float = 0.0
     to_s: float = math.inf
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trace is None and self.share != 1.0:
+            raise ConfigError(
+                "--thin keeps some of a --trace's requests at their times: a workload is drawn at"
+                " any --rate, so use that instead"
+            )
 
     @property
     def block_tokens(self) -> int:
@@ -118,7 +125,7 @@ class Requests:
             wanted = math.ceil(SPARE * wanted)
             workload = Workload(1.0, wanted, named.prompt, named.output, named.gaps, source.seed)
             drawn = generate(workload, NO_LIMIT)
-            fitting = self._fitting(thin(drawn, source.share, source.seed))
+            fitting = self._fitting(drawn)
         times = [one.arrived_s for one in drawn]
         return [one._replace(arrived_s=time_s) for one, time_s in zip(fitting, times, strict=False)]
 

@@ -102,6 +102,7 @@ def test_a_search_asks_no_more_than_a_trace_has() -> None:
         (("--rate", "1", "--workload", "chit"), "no workload 'chit'"),
         (("--rate", "1", "--goal", "1.5"), "--goal 1.5"),
         (("--rate", "1", "--settle", "-1"), "--settle -1"),
+        (("--rate", "1", "--thin", "0.5"), "--thin keeps some of a --trace's requests"),
         (("--rate", "1", "--window", "1:9"), "--window is for a --trace"),
         (("--trace", "t.csv", "--window", "9:1"), "--window 9:1"),
         (("--trace", "t.csv", "--arrivals", "poisson"), "--arrivals is for workloads"),
