@@ -103,7 +103,7 @@ class Session:
             show(result)
 
         search = search_options(self.options, start, requests.num_available)
-        return await bench.search(search, self.options["duration"] or 0.0, on_result)
+        return await bench.search(search, on_result)
 
     def _num_requests(self, rate: float | None) -> int:
         num: int | None = self.options["requests"]

@@ -168,6 +168,7 @@ def search_options(options: dict[str, Any], start: float, available: int | None)
         confidence=options["confidence"],
         tolerance=options["tolerance"],
         min_requests=min(options["requests"] or 200, most),
+        min_duration_s=options["duration"] or 0.0,
         max_requests=most,
     )
 

@@ -174,15 +174,12 @@ class Bench:
     async def search(
         self,
         options: SearchOptions,
-        min_duration_s: float,
         on_result: Callable[[Result], Any] = lambda result: None,
     ) -> Found:
-        """The goodput; a probe lasts `min_duration_s` at least, for as long as requests go, beside
-        the settling time, whose requests come on top of those that it is asked for."""
+        """The goodput; requests of the settling time come on top of those that a probe has."""
         loop = asyncio.get_running_loop()
 
         async def one(rate: float, num: int) -> Probe:
-            num = max(num, math.ceil(rate * min_duration_s))
             num += math.ceil(rate * self.options.settle_s)
             result = await self.run(rate, num, end_early=True)
             on_result(result)

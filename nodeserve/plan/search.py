@@ -17,7 +17,8 @@ STEP = 2.0  # between rates, until one passes and one does not
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
     """`start` is the first rate asked, in requests a second; `low` and `high` bound all. The search
-    ends when the rate that passes and the one that does not are within `tolerance`."""
+    ends when the rate that passes and the one that does not are within `tolerance`. A probe has
+    `min_requests`, or as many as take `min_duration_s`, at first."""
 
     start: float
     low: float = 0.0
@@ -26,6 +27,7 @@ class SearchOptions:
     confidence: float = CONFIDENCE
     tolerance: float = 0.05
     min_requests: int = 200
+    min_duration_s: float = 0.0
     max_requests: int = 3200
     max_probes: int = 24
 
@@ -116,7 +118,7 @@ class _Search:
     def _probe(self, rate: float) -> Probe:
         """With more requests while it is not clear on which side of the goal the share lies."""
         options = self._options
-        num_requests = options.min_requests
+        num_requests = max(options.min_requests, math.ceil(rate * options.min_duration_s))
         while True:
             probe = self._ask(rate, num_requests)
             self._probes.append(probe)

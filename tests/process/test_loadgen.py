@@ -230,6 +230,6 @@ async def test_the_search_finds_where_a_server_saturates(tmp_path: Path) -> None
         search = SearchOptions(
             start=40.0, min_requests=100, max_requests=100, tolerance=0.3, max_probes=8
         )
-        found = await bench.search(search, 0.0, results.append)
+        found = await bench.search(search, results.append)
     assert len(results) == len(found.probes)
     assert 40.0 <= found.rate <= 130.0 and found.too_high > 60.0

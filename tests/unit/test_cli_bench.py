@@ -89,6 +89,7 @@ def test_a_search_asks_no_more_than_a_trace_has() -> None:
     assert search_options(options, 2.0, None).min_requests == 500
     assert search_options(options, 2.0, 300).min_requests == 300
     assert search_options(options, 2.0, 300).max_requests == 300
+    assert search_options({**options, "duration": 60.0}, 2.0, None).min_duration_s == 60.0
 
 
 @pytest.mark.parametrize(

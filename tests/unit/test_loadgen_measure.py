@@ -132,7 +132,7 @@ async def test_a_probe_has_its_requests_beside_those_that_settle(settle_s: float
             return Result(rate, [], report_of(samples), samples)
 
     bench = Asked(None, None, BenchOptions(parse_limits([]), settle_s=settle_s))  # type: ignore[arg-type]
-    await bench.search(SearchOptions(start=50.0, high=50.0, min_requests=50, max_probes=1), 0.0)
+    await bench.search(SearchOptions(start=50.0, high=50.0, min_requests=50, max_probes=1))
     assert asked == [num]
 
 

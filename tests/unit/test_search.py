@@ -1,6 +1,7 @@
 """The search for the highest rate that passes, against curves whose crossing is known."""
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -52,6 +53,17 @@ def test_more_requests_are_asked_where_the_goal_is_within_the_interval() -> None
     assert [number for rate, number in curve.asked if rate == 10.1] == [100, 200, 400, 800]
     far = [number for rate, number in curve.asked if rate < 5.1]
     assert far == [100]
+
+
+def test_a_probe_that_lasts_long_is_repeated_with_twice_its_own_requests_or_not_at_all() -> None:
+    long = SearchOptions(10.1, min_requests=100, min_duration_s=30.0, max_requests=800)
+    curve = Curve(10.0)
+    find_goodput(curve, long)
+    assert [number for rate, number in curve.asked if rate == 10.1] == [303, 606, 800]
+    longer = replace(long, min_duration_s=100.0)
+    curve = Curve(10.0)
+    find_goodput(curve, longer)
+    assert [number for rate, number in curve.asked if rate == 10.1] == [1010]
 
 
 def test_an_end_between_its_bounds_is_undecided_unless_the_intervals_say_so() -> None:
