@@ -14,7 +14,7 @@ from nodeserve.errors import ConfigError
 from nodeserve.loadgen.bench import BenchOptions
 from nodeserve.loadgen.limits import Limits, limits_of, parse_limits
 from nodeserve.loadgen.targets import APIS, TargetOptions
-from nodeserve.plan.goodput import CONFIDENCE, GOAL
+from nodeserve.plan.goodput import CONFIDENCE, GOAL, MAX_CONFIDENCE
 from nodeserve.plan.named import workload_named
 from nodeserve.plan.requests import Source
 from nodeserve.plan.search import SearchOptions
@@ -130,9 +130,9 @@ def limits_for(options: dict[str, Any]) -> Limits:
 
 
 def run_options(options: dict[str, Any], limits: Limits) -> BenchOptions:
-    for name in ("goal", "confidence"):
-        if not 0.0 < options[name] < 1.0:
-            raise ConfigError(f"--{name} {options[name]:g}: use a share between 0 and 1")
+    for name, most in (("goal", 1.0 - 1e-9), ("confidence", MAX_CONFIDENCE)):
+        if not 0.0 < options[name] <= most:
+            raise ConfigError(f"--{name} {options[name]:.12g}: use a share between 0 and 1")
     if not 0.0 < options["tolerance"] < math.inf:
         raise ConfigError(f"--tolerance {options['tolerance']:g}: use a share such as 0.05")
     if options["duration"] is not None and not 0.0 < options["duration"] < math.inf:

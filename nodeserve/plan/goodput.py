@@ -14,6 +14,7 @@ from nodeserve.types import Slo as Slo
 
 GOAL = 0.9  # share of requests that must be good for a rate to count as goodput
 CONFIDENCE = 0.95
+MAX_CONFIDENCE = 1.0 - 1e-9  # beyond it no interval can be told from 0 to 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from nodeserve.plan.named import workload_named
 from nodeserve.plan.records import Arrival
 from nodeserve.plan.scaling import (
     Traffic,
+    check_divisor,
     cut_window,
     fit_context,
     scale_lengths,
@@ -46,6 +47,7 @@ class Source:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_divisor(self.divisor)
         if self.trace is None and self.share != 1.0:
             raise ConfigError(
                 "--thin keeps some of a --trace's requests at their times: a workload is drawn at"

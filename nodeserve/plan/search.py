@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nodeserve.errors import ConfigError
-from nodeserve.plan.goodput import CONFIDENCE, GOAL, Tally
+from nodeserve.plan.goodput import CONFIDENCE, GOAL, MAX_CONFIDENCE, Tally
 
 STEP = 2.0  # between rates, until one passes and one does not
 
@@ -37,8 +37,10 @@ class SearchOptions:
                 f"a search from {self.low:g} to {self.high:g} requests/s cannot start at"
                 f" {self.start:g}: use a rate between them, above 0"
             )
-        if not 0.0 < self.goal < 1.0 or not 0.0 < self.confidence < 1.0 or self.tolerance <= 0.0:
+        if not 0.0 < self.goal < 1.0 or not 0.0 < self.confidence <= MAX_CONFIDENCE:
             raise ConfigError("goal and confidence of a search lie between 0 and 1, such as 0.9")
+        if not 0.0 < self.tolerance < math.inf or not 0.0 <= self.min_duration_s < math.inf:
+            raise ConfigError("a search needs a tolerance above 0, such as 0.05")
         if not 1 <= self.min_requests <= self.max_requests or self.max_probes < 1:
             raise ConfigError("a search needs 1 request a probe or more, and 1 probe or more")
 

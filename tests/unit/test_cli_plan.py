@@ -119,11 +119,11 @@ def test_requests_that_fit_no_context_are_left_out(
 
 
 def test_it_plans_for_the_requests_that_bench_sends() -> None:
-    scaled = ("--workload", "synthetic(4000,32)", "--scale-lengths", "8", "--thin", "0.5")
+    scaled = ("--workload", "synthetic(4000,32)", "--scale-lengths", "8", "--seed", "5")
     numbers = json.loads(run(*ASKED, *scaled, "--json"))
     assert numbers["requests"]["prompt_tokens"] == 500
     assert numbers["requests"]["output_tokens"] == 4
-    assert (numbers["requests"]["divisor"], numbers["requests"]["share"]) == (8.0, 0.5)
+    assert (numbers["requests"]["divisor"], numbers["requests"]["seed"]) == (8.0, 5)
 
 
 @pytest.mark.parametrize("algorithm", ["high", "low"])
@@ -158,6 +158,7 @@ def test_distserves_algorithms() -> None:
         (("--profile", "nothing"), "no profile 'nothing'"),
         (("--workload", "nothing"), "no workload 'nothing'"),
         (("--figure", "plan.txt"), ".png or .svg"),
+        (("--figure", "/dev/null/x.svg"), "cannot write /dev/null"),
         (("--figure", "plan.svg", "--algorithm", "low"), "leave it out"),
         (("--startable", "--ep", "8"), "--startable leaves out"),
     ],
