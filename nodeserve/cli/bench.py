@@ -140,7 +140,8 @@ class Session:
                 for one in self.results
             ]
             goal, confidence = settings.goal, settings.confidence
-            draw(judged, bench.slo_of, goal, confidence, folder, ("svg", "png"))
+            kinds, forced = ("svg", "png"), settings.forced
+            draw(judged, bench.slo_of, goal, confidence, folder, kinds, forced)
 
     def _show(self, about: "About", requests: "Requests", found: "Found | None") -> None:
         click.echo(heading(about, self, requests))
@@ -224,7 +225,9 @@ def notes(about: "About", results: "list[Result]", requests: "Requests") -> list
     if requests.dropped_share:
         found.append(dropped_words(requests.dropped_share))
     if num := sum(one.report.num_short for one in results):
-        found.append(f"{num} outputs are shorter than asked for")
+        found.append(
+            f"{num} outputs are shorter than asked for: misses, unless --stop-at-eos lets them end"
+        )
     if about.exact_prompts and (num := sum(one.report.num_other_prompts for one in results)):
         found.append(f"the server counts other lengths than were sent for {num} prompts")
     for result in results:

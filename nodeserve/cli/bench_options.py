@@ -155,6 +155,7 @@ def run_options(options: dict[str, Any], limits: Limits) -> BenchOptions:
         max_late_s=options["max_late"] / 1e3,
         concurrency=options["concurrency"],
         num_warm_ups=options["warm_ups"],
+        forced=not options["stop_at_eos"],
     )
 
 

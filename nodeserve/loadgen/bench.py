@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nodeserve.errors import NodeServeError, from_code
+from nodeserve.loadgen.blame import missed_by
 from nodeserve.loadgen.fleet import DRAIN_S, Fleet, Watcher
 from nodeserve.loadgen.limits import Limits
-from nodeserve.loadgen.measure import MAX_LATE_S, Report, counts, is_good, measure
+from nodeserve.loadgen.measure import MAX_LATE_S, Report, counts, measure
 from nodeserve.loadgen.records import Sample, Unloaded
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
 from nodeserve.plan.records import Arrival
@@ -37,6 +38,7 @@ class BenchOptions:
     max_late_s: float = MAX_LATE_S
     concurrency: int | None = None  # None: open loop
     num_warm_ups: int = 2
+    forced: bool = True  # lengths of outputs: shorter ones are misses
 
 
 class Result(NamedTuple):
@@ -75,11 +77,13 @@ class Live(Watcher):
         self._bench.on_news(self)
 
     def ended(self, samples: Sequence[Sample]) -> None:
-        slo_of, settle_s = self._bench.slo_of, self._bench.options.settle_s
-        good = [is_good(one, slo_of(one.job.arrival)) for one in samples]
+        slo_of, options = self._bench.slo_of, self._bench.options
+        good = [not missed_by(one, slo_of(one.job.arrival), options.forced) for one in samples]
         self.num_ended += len(samples)
         self.num_good += sum(good)
-        judged = [well for one, well in zip(samples, good, strict=True) if counts(one, settle_s)]
+        judged = [
+            well for one, well in zip(samples, good, strict=True) if counts(one, options.settle_s)
+        ]
         self._num_judged += len(judged)
         self._num_well += sum(judged)
         self._bench.on_news(self)
@@ -162,6 +166,7 @@ class Bench:
             seen.lags_s,
             options.settle_s,
             options.max_late_s,
+            options.forced,
         )
         if report is None:
             raise NodeServeError(

@@ -52,6 +52,11 @@ class Sample:
         return self.error not in (GIVEN_UP, UNSENT)
 
     @property
+    def is_short(self) -> bool:
+        """Fewer tokens came than were asked for."""
+        return self.num_output_tokens < self.job.arrival.num_output_tokens
+
+    @property
     def late_s(self) -> float:
         """That it was sent behind its time."""
         return 0.0 if self.due_s is None else self.sent_s - self.due_s

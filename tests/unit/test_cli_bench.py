@@ -15,6 +15,7 @@ from nodeserve.cli.bench_options import (
     bench_options,
     limits_for,
     rates_of,
+    run_options,
     search_options,
     target_options,
 )
@@ -74,6 +75,7 @@ def test_options_reach_the_source_and_the_target() -> None:
     target = target_options(options, source, Limits())
     assert (target.url, target.api, target.ignore_eos) == ("http://x:1", "chat", False)
     assert target.block_tokens == 32
+    assert not run_options(options, Limits()).forced and run_options(parsed(), Limits()).forced
 
 
 def test_a_key_goes_to_urls_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,17 @@ def test_failures_are_misses_whatever_their_times() -> None:
     assert report.smallest_scale is None  # at any scale a tenth more fails than may
 
 
+def test_an_answer_cut_short_is_a_miss_where_lengths_are_forced() -> None:
+    """One token alone would have no TPOT to miss."""
+    samples = [sample(i) for i in range(8)]
+    samples += [sample(i, times=[i + 0.1], counts=[1]) for i in (8, 9)]
+    report = report_of(samples)
+    assert report.tally.share == 0.8 and report.num_done == 10 and report.num_short == 2
+    assert report.missed == {"short": 2} == report.blame and report.smallest_scale is None
+    free = report_of(samples, forced=False)
+    assert free.tally.share == 1.0 and free.blame == {} and free.smallest_scale is not None
+
+
 def test_both_limits_are_joint() -> None:
     late, slow = [sample(i, 0.3) for i in range(2)], [sample(i, tpot_s=0.06) for i in range(2, 5)]
     report = report_of([*late, *slow, *(sample(i) for i in range(5, 10))])
