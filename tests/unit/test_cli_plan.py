@@ -33,11 +33,11 @@ MINE = replace(
     max_num_batched_tokens=1024,
     max_num_seqs=64,
 )
-ASKED = (
-    *("plan", "some/model", "--profile", "mine", "--gpus", "2"),
-    *("--workload", "synthetic(500,4)", "--slo", "ttft=1s,tpot=1s"),
+OF_ANY = (
+    *("plan", "some/model", "--profile", "mine", "--gpus", "2", "--slo", "ttft=1s,tpot=1s"),
     *("--effort", "quick", "--processes", "1"),
 )
+ASKED = (*OF_ANY, "--workload", "synthetic(500,4)")
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +88,12 @@ def test_a_trace_is_planned_for_as_well(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     rows = [f"{place * 0.1:.1f},500,4" for place in range(150)]
     trace.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows))
-    numbers = json.loads(run(*ASKED, "--trace", str(trace), "--json"))
+    numbers = json.loads(run(*OF_ANY, "--trace", str(trace), "--json"))
     assert numbers["workload"] == "trace"
     assert numbers["best"] == "2m"
     short = tmp_path / "short.csv"
     short.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows[:50]))
-    result = CliRunner().invoke(main, [*ASKED, "--trace", str(short)])
+    result = CliRunner().invoke(main, [*OF_ANY, "--trace", str(short)])
     assert "needs 100 or more" in result.output
 
 
