@@ -58,7 +58,11 @@ class Live(Watcher):
     due before the settling time do not count there."""
 
     def __init__(
-        self, bench: "Bench", rate: float | None, arrivals: list[Arrival], end_early: bool
+        self,
+        bench: "Bench",
+        rate: float | None,
+        arrivals: list[Arrival],
+        end_early: float | None,
     ):
         self.rate = rate
         self.num_requests = len(arrivals)
@@ -96,8 +100,9 @@ class Live(Watcher):
         options = self._bench.options
         num_left = self._num_counted - self._num_judged
         tally = Tally(self._num_judged, self._num_well, num_left)
-        hopeless = tally.interval(options.confidence)[1] < options.goal
-        self.ended_early = self._end_early and hopeless and self.num_ended < self.num_requests
+        goal, sure = options.goal, self._end_early
+        hopeless = sure is not None and tally.interval(sure)[1] < goal
+        self.ended_early = hopeless and self.num_ended < self.num_requests
         return self.ended_early
 
 
@@ -147,8 +152,9 @@ class Bench:
         tpots = [one.tpot_s for one in samples if one.tpot_s is not None]
         return Unloaded(tuple(points), statistics.median(tpots) if tpots else 0.0)
 
-    async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
-        """One run of the first `num` requests; with `concurrency` as a closed loop."""
+    async def run(self, rate: float | None, num: int, end_early: float | None = None) -> Result:
+        """One run of the first `num` requests; with `concurrency` as a closed loop. It ends early
+        once it misses the goal with the confidence `end_early`."""
         closed = self.options.concurrency is not None
         arrivals = self._requests.some(num) if closed else self._requests.first(num, rate)
         live = Live(self, None if closed else rate, arrivals, end_early)
@@ -186,7 +192,7 @@ class Bench:
 
         async def one(rate: float, num: int) -> Probe:
             num += math.ceil(rate * self.options.settle_s)
-            result = await self.run(rate, num, end_early=True)
+            result = await self.run(rate, num, end_early=options.look_confidence)
             on_result(result)
             return Probe(rate, result.report.tally, result.report.punctuality.valid)
 

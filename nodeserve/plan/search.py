@@ -31,6 +31,13 @@ class SearchOptions:
     max_requests: int = 3200
     max_probes: int = 24
 
+    @property
+    def look_confidence(self) -> float:
+        """Of each look at a rate, so that all of them together err no more than `confidence` says
+        (Bonferroni): who looks again while it is not clear has more chances to be misled."""
+        num_looks = 1 + math.ceil(math.log2(self.max_requests / self.min_requests))
+        return 1.0 - (1.0 - self.confidence) / num_looks
+
     def __post_init__(self) -> None:
         if not 0.0 < self.start < math.inf or not self.low <= self.start <= self.high:
             raise ConfigError(
@@ -124,7 +131,7 @@ class _Search:
         while True:
             probe = self._ask(rate, num_requests)
             self._probes.append(probe)
-            clear = probe.decided(options.goal, options.confidence)
+            clear = probe.decided(options.goal, options.look_confidence)
             spent = len(self._probes) >= options.max_probes
             if clear or spent or not probe.valid or num_requests >= options.max_requests:
                 return probe
@@ -137,6 +144,6 @@ class _Search:
             rate=self._passed.rate if self._passed else 0.0,
             too_high=self._failed.rate if self._failed else math.inf,
             reason=reason,
-            decided=all(one.decided(options.goal, options.confidence) for one in ends),
+            decided=all(one.decided(options.goal, options.look_confidence) for one in ends),
             probes=self._probes,
         )

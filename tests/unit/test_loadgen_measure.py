@@ -125,7 +125,7 @@ def test_what_does_not_count_does_not_end_a_run() -> None:
             return SLO
 
     samples = [sample(i, 0.9 if i < 4 else 0.1) for i in range(10)]
-    live = Live(Runs(), 1.0, [one.job.arrival for one in samples], True)  # type: ignore[arg-type]
+    live = Live(Runs(), 1.0, [one.job.arrival for one in samples], 0.95)  # type: ignore[arg-type]
     live.ended(samples[:4])
     assert not live.give_up() and (live.num_ended, live.num_good) == (4, 0)
     live.ended([sample(i, 0.9) for i in range(4, 8)])
@@ -137,7 +137,7 @@ async def test_a_probe_has_its_requests_beside_those_that_settle(settle_s: float
     asked: list[int] = []
 
     class Asked(Bench):
-        async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
+        async def run(self, rate: float | None, num: int, end_early: float | None = None) -> Result:
             asked.append(num)
             samples = [sample(i) for i in range(10)]
             return Result(rate, [], report_of(samples), samples)

@@ -92,6 +92,18 @@ def test_there_is_a_limit_of_probes() -> None:
     assert found.reason == "probes" and len(curve.asked) == 5
 
 
+def test_looks_share_the_errors_that_the_confidence_allows() -> None:
+    """At the goal itself, little more than one time in ten may anything be decided (Wilson is not
+    exact), however often it is looked at; five looks at 90 % each decide every other time."""
+    options = SearchOptions(
+        10.0, high=10.0, confidence=0.9, min_requests=100, max_requests=1600, max_probes=5
+    )
+    assert options.look_confidence == pytest.approx(0.98)
+    assert replace(options, max_requests=100).look_confidence == pytest.approx(0.9)
+    founds = [find_goodput(Curve(10.0, seed), replace(options, low=10.0)) for seed in range(300)]
+    assert 0 < sum(found.decided for found in founds) <= 45
+
+
 def test_options_that_cannot_be() -> None:
     for wrong in (
         {"start": 0.0},
