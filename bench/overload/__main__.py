@@ -58,9 +58,14 @@ class Run:
         options = BenchOptions(limits_of(SLO), settle_s=SETTLE_S, drain_s=DRAIN_S)
         bench = Bench(self.fleet, self.requests, options)
         search = SearchOptions(
-            START_RATE, tolerance=0.08, min_requests=300, max_requests=600, max_probes=12
+            START_RATE,
+            tolerance=0.08,
+            min_requests=300,
+            min_duration_s=PROBE_S,
+            max_requests=600,
+            max_probes=12,
         )
-        found = await bench.search(search, PROBE_S, _told)
+        found = await bench.search(search, _told)
         if found.reason == "invalid" or not found.rate:
             raise NodeServeError(f"no goodput was found ({found.reason}): is the machine busy?")
         return found.rate

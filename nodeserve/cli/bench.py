@@ -103,7 +103,7 @@ class Session:
             show(result)
 
         search = search_options(self.options, start, requests.num_available)
-        return await bench.search(search, self.options["duration"] or 0.0, on_result)
+        return await bench.search(search, on_result)
 
     def _num_requests(self, rate: float | None) -> int:
         num: int | None = self.options["requests"]
@@ -140,7 +140,8 @@ class Session:
                 for one in self.results
             ]
             goal, confidence = settings.goal, settings.confidence
-            draw(judged, bench.slo_of, goal, confidence, folder, ("svg", "png"))
+            kinds, forced = ("svg", "png"), settings.forced
+            draw(judged, bench.slo_of, goal, confidence, folder, kinds, forced)
 
     def _show(self, about: "About", requests: "Requests", found: "Found | None") -> None:
         click.echo(heading(about, self, requests))
@@ -148,6 +149,8 @@ class Session:
             click.echo(f"note: {note}")
         if len(self.results) == 1 and found is None:
             show_result(self.results[0].report, self.settings.confidence)
+            if self.settings.concurrency is None:
+                click.echo(f"{'arrivals':<24}{arrivals_words(self.results[0], requests)}")
         else:
             show_table(comparison(self.results, self.settings.confidence))
         if found is not None:
@@ -169,7 +172,7 @@ class Session:
         runs = []
         for result in self.results:
             run = result_json(result, self.settings.confidence, workers)
-            run["requests"] = described(self.source, requests, result.arrivals)
+            run["requests"] = described(self.source, requests, result.arrivals, result.rate)
             if self.options["details"]:
                 run.update(details_json(result))
             runs.append(run)
@@ -222,7 +225,9 @@ def notes(about: "About", results: "list[Result]", requests: "Requests") -> list
     if requests.dropped_share:
         found.append(dropped_words(requests.dropped_share))
     if num := sum(one.report.num_short for one in results):
-        found.append(f"{num} outputs are shorter than asked for")
+        found.append(
+            f"{num} outputs are shorter than asked for: misses, unless --stop-at-eos lets them end"
+        )
     if about.exact_prompts and (num := sum(one.report.num_other_prompts for one in results)):
         found.append(f"the server counts other lengths than were sent for {num} prompts")
     for result in results:
@@ -263,7 +268,8 @@ def numbers_of(report: "Report", confidence: float) -> dict[str, str]:
     tally = report.tally
     seconds = report.duration_s or math.inf
     cells = {
-        "requests": f"{tally.num_offered} offered, {report.num_done} served well",
+        "requests": f"{tally.num_offered} offered, {report.num_done} served well"
+        + (f", {tally.num_unknown} left unknown" if tally.num_unknown else ""),
         "good": f"{tally.num_good}, {tally.share:.1%} ({low:.1%} to {high:.1%})",
         "good requests a second": f"{report.goodput_per_s:.3g} of {report.requests_per_s:.3g}",
         "output tokens a second": f"{report.output_tokens / seconds:.1f},"
@@ -277,6 +283,21 @@ def numbers_of(report: "Report", confidence: float) -> dict[str, str]:
         if counts:
             cells[name] = ", ".join(f"{what} {num}" for what, num in counts.items())
     return cells
+
+
+def arrivals_words(result: "Result", requests: "Requests") -> str:
+    """How requests came: what a rate alone does not say."""
+    from nodeserve.plan.scaling import traffic
+
+    numbers = traffic(result.arrivals)
+    known = {
+        "requests/s": numbers.rate,
+        "CV": numbers.cv,
+        "IoD (1 s)": numbers.iod_1s,
+        "IoD (10 s)": numbers.iod_10s,
+        "times divided by": requests.times_divided_by(result.rate),
+    }
+    return ", ".join(f"{name} {value:.3g}" for name, value in known.items() if value is not None)
 
 
 def comparison(results: "list[Result]", confidence: float) -> "Table":

@@ -3,18 +3,18 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from nodeserve.cli.sources import source_options
+from nodeserve.cli.sources import WORKLOAD, source_options
 from nodeserve.errors import ConfigError
 from nodeserve.loadgen.bench import BenchOptions
 from nodeserve.loadgen.limits import Limits, limits_of, parse_limits
 from nodeserve.loadgen.targets import APIS, TargetOptions
-from nodeserve.plan.goodput import CONFIDENCE, GOAL
+from nodeserve.plan.goodput import CONFIDENCE, GOAL, MAX_CONFIDENCE
 from nodeserve.plan.named import workload_named
 from nodeserve.plan.requests import Source
 from nodeserve.plan.search import SearchOptions
@@ -23,6 +23,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 LIMIT = "--goodput"
+TOLERANCE, MAX_REQUESTS = 0.05, 3200  # of a search
+OF_SEARCHES = ("min_rate", "max_rate", "tolerance", "max_requests")
+OF_URLS = ("model", "tokenizer", "text")
 FLOOR = 16.0  # a search goes down to this part of its first rate
 
 
@@ -71,11 +74,15 @@ OPTIONS = (
         " times, as ttft:5x tpot:2x. [default: the workload's]",
     ),
     _option("--min-rate", type=float, help="Search no lower. [default: a 16th of the first rate]"),
-    _option("--max-rate", type=float, default=math.inf, help="Search no higher."),
+    _option("--max-rate", type=float, help="Search no higher."),
     _option("--goal", type=float, default=GOAL, show_default=True, help="Share of good requests."),
     _option("--confidence", type=float, default=CONFIDENCE, show_default=True),
-    _option("--tolerance", type=float, default=0.05, show_default=True, help="Of the search."),
-    _option("--max-requests", type=int, default=3200, show_default=True, help="Of one probe."),
+    _option("--tolerance", type=float, help=f"Of the search. [default: {TOLERANCE}]"),
+    _option(
+        "--max-requests",
+        type=click.IntRange(min=1),
+        help=f"Of one probe of a search. [default: {MAX_REQUESTS}]",
+    ),
     _option("--settle", type=float, default=0.0, help="Do not count the first seconds of a run."),
     _option("--drain", type=float, default=120.0, help="Seconds to wait for the last answers."),
     _option("--max-late", type=float, default=10.0, help="Milliseconds a send may be late."),
@@ -102,8 +109,12 @@ def target_options(options: dict[str, Any], source: Source, limits: Limits) -> T
         raise ConfigError("--url and --socket are two servers: use one of them")
     key = os.environ.get(KEY_VARIABLE)
     use_key = key and options["url"] is not None
-    if options["tell_slo"] and limits.relative:
-        raise ConfigError("--tell-slo is for limits in milliseconds")
+    if options["tell_slo"] and (limits.relative or limits.e2el or not limits.of_request()):
+        raise ConfigError("--tell-slo is for limits of ttft and tpot in milliseconds alone")
+    if options["url"] is None:
+        _refuse(options, OF_URLS, "is for --url: over the socket prompts are token ids")
+    if options["api"] == "chat":
+        _refuse(options, ("text",), "is for --api completions: chats are texts anyway")
     return TargetOptions(
         url=options["url"],
         socket=options["socket"],
@@ -126,15 +137,25 @@ def limits_for(options: dict[str, Any]) -> Limits:
         return parse_limits(options["goodput"])
     if options["trace"] is not None:
         return Limits()
-    return limits_of(workload_named(options["workload"]).slo)
+    return limits_of(workload_named(options["workload"] or WORKLOAD).slo)
 
 
 def run_options(options: dict[str, Any], limits: Limits) -> BenchOptions:
-    for name in ("goal", "confidence"):
-        if not 0.0 < options[name] < 1.0:
-            raise ConfigError(f"--{name} {options[name]:g}: use a share between 0 and 1")
-    if not 0.0 < options["tolerance"] < math.inf:
+    for name, most in (("goal", 1.0 - 1e-9), ("confidence", MAX_CONFIDENCE)):
+        if not 0.0 < options[name] <= most:
+            raise ConfigError(f"--{name} {options[name]:.12g}: use a share between 0 and 1")
+    if not options["find_goodput"]:
+        _refuse(options, OF_SEARCHES, "is for --find-goodput")
+        if options["requests"] is not None:
+            _refuse(options, ("duration",), "and --requests both say how many: use one of them")
+    for name in ("min_rate", "max_rate"):
+        if options[name] is not None and not 0.0 < options[name] < math.inf:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {options[name]:g}: use requests a second above 0")
+    if options["tolerance"] is not None and not 0.0 < options["tolerance"] < math.inf:
         raise ConfigError(f"--tolerance {options['tolerance']:g}: use a share such as 0.05")
+    if not options["as_json"] and options["save"] is None:
+        _refuse(options, ("details",), "goes into JSON: use --json or --save as well")
     if options["duration"] is not None and not 0.0 < options["duration"] < math.inf:
         raise ConfigError(f"--duration {options['duration']:g}: use seconds above 0")
     if options["find_goodput"] and limits == Limits():
@@ -155,19 +176,29 @@ def run_options(options: dict[str, Any], limits: Limits) -> BenchOptions:
         max_late_s=options["max_late"] / 1e3,
         concurrency=options["concurrency"],
         num_warm_ups=options["warm_ups"],
+        forced=not options["stop_at_eos"],
     )
 
 
+def _refuse(options: dict[str, Any], names: Sequence[str], why: str) -> None:
+    """ConfigError for the first of these that was given, and would do nothing."""
+    for name in names:
+        if options[name] is not None and options[name] is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+
 def search_options(options: dict[str, Any], start: float, available: int | None) -> SearchOptions:
-    most = min(options["max_requests"], available or options["max_requests"])
+    most = options["max_requests"] or MAX_REQUESTS
+    most = min(most, available or most)
     return SearchOptions(
         start=start,
         low=start / FLOOR if options["min_rate"] is None else options["min_rate"],
-        high=options["max_rate"],
+        high=options["max_rate"] or math.inf,
         goal=options["goal"],
         confidence=options["confidence"],
-        tolerance=options["tolerance"],
+        tolerance=options["tolerance"] or TOLERANCE,
         min_requests=min(options["requests"] or 200, most),
+        min_duration_s=options["duration"] or 0.0,
         max_requests=most,
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nodeserve.cli.bench import prepare_places
 from nodeserve.cli.show import show_table
 from nodeserve.cli.simulate import plain_table
 from nodeserve.cli.sources import dropped_words, source_of, source_options, source_words
@@ -70,6 +71,7 @@ def plan(
     question = question_of(options)
     check_together(options, figure)
     check_requests(question)
+    prepare_places(figure, None)
     effort, began_s = EFFORTS[options["effort"]], time.monotonic()
     with searching(processes) as run, progress(as_json) as tell:
         if options["algorithm"] != "search":
@@ -259,7 +261,7 @@ def as_numbers(
     return {
         "profile": profile,
         "workload": "trace" if source.trace else source.workload,
-        "requests": described(source, requests, requests.first(LOOK, 1.0)),
+        "requests": described(source, requests, requests.first(LOOK, 1.0), 1.0),
         "slo": asdict(question.slo),
         "num_gpus": question.num_gpus,
         "goal": question.goal,

@@ -13,12 +13,11 @@ from nodeserve.plan.requests import Source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+WORKLOAD = "chat"  # unless another, or a trace, is asked for
 SOURCE_OPTIONS = (
     click.option(
         "--workload",
-        default="chat",
-        show_default=True,
-        help=f"{', '.join(NAMED)}, or synthetic(IN,OUT).",
+        help=f"{', '.join(NAMED)}, or synthetic(IN,OUT). [default: {WORKLOAD}]",
     ),
     click.option(
         "--trace",
@@ -50,13 +49,15 @@ def source_options(command: Command) -> Command:
 def source_of(options: dict[str, Any]) -> Source:
     """ConfigError for options of the other kind of source: they would do nothing."""
     of_traces = ("spread_ticks", "window")
-    for name in of_traces if options["trace"] is None else ("arrivals",):
+    for name in of_traces if options["trace"] is None else ("workload", "arrivals"):
         if options[name] is not None:
             kind = "workloads, and --trace has its own times" if options["trace"] else "a --trace"
+            if name == "workload":
+                raise ConfigError("--workload and --trace both say what is sent: use one of them")
             raise ConfigError(f"--{name.replace('_', '-')} is for {kind}: leave one of them out")
     begin_s, end_s = parse_span(options["window"])
     return Source(
-        workload=options["workload"],
+        workload=options["workload"] or WORKLOAD,
         trace=options["trace"],
         gaps=options["arrivals"],
         divisor=options["scale_lengths"],

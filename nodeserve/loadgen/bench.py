@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nodeserve.errors import NodeServeError, from_code
+from nodeserve.loadgen.blame import missed_by
 from nodeserve.loadgen.fleet import DRAIN_S, Fleet, Watcher
 from nodeserve.loadgen.limits import Limits
-from nodeserve.loadgen.measure import MAX_LATE_S, Report, counts, is_good, measure
+from nodeserve.loadgen.measure import MAX_LATE_S, Report, counts, measure
 from nodeserve.loadgen.records import Sample, Unloaded
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
 from nodeserve.plan.records import Arrival
@@ -37,6 +38,7 @@ class BenchOptions:
     max_late_s: float = MAX_LATE_S
     concurrency: int | None = None  # None: open loop
     num_warm_ups: int = 2
+    forced: bool = True  # lengths of outputs: shorter ones are misses
 
 
 class Result(NamedTuple):
@@ -56,7 +58,11 @@ class Live(Watcher):
     due before the settling time do not count there."""
 
     def __init__(
-        self, bench: "Bench", rate: float | None, arrivals: list[Arrival], end_early: bool
+        self,
+        bench: "Bench",
+        rate: float | None,
+        arrivals: list[Arrival],
+        end_early: float | None,
     ):
         self.rate = rate
         self.num_requests = len(arrivals)
@@ -68,20 +74,22 @@ class Live(Watcher):
         self._times = [one.arrived_s for one in arrivals]
         self._end_early = end_early
         self._num_counted = sum(time_s >= bench.options.settle_s for time_s in self._times)
-        self._num_missed = 0  # of those
+        self._num_judged = self._num_well = 0  # of those
 
     def began(self, num_requests: int, began_s: float) -> None:
         self.began_s = began_s
         self._bench.on_news(self)
 
     def ended(self, samples: Sequence[Sample]) -> None:
-        slo_of, settle_s = self._bench.slo_of, self._bench.options.settle_s
-        good = [is_good(one, slo_of(one.job.arrival)) for one in samples]
+        slo_of, options = self._bench.slo_of, self._bench.options
+        good = [not missed_by(one, slo_of(one.job.arrival), options.forced) for one in samples]
         self.num_ended += len(samples)
         self.num_good += sum(good)
-        self._num_missed += sum(
-            not well and counts(one, settle_s) for one, well in zip(samples, good, strict=True)
-        )
+        judged = [
+            well for one, well in zip(samples, good, strict=True) if counts(one, options.settle_s)
+        ]
+        self._num_judged += len(judged)
+        self._num_well += sum(judged)
         self._bench.on_news(self)
 
     def num_due(self, now_s: float) -> int:
@@ -90,9 +98,11 @@ class Live(Watcher):
 
     def give_up(self) -> bool:
         options = self._bench.options
-        best = Tally(self._num_counted, self._num_counted - self._num_missed)
-        hopeless = best.interval(options.confidence)[1] < options.goal
-        self.ended_early = self._end_early and hopeless and self.num_ended < self.num_requests
+        num_left = self._num_counted - self._num_judged
+        tally = Tally(self._num_judged, self._num_well, num_left)
+        goal, sure = options.goal, self._end_early
+        hopeless = sure is not None and tally.interval(sure)[1] < goal
+        self.ended_early = hopeless and self.num_ended < self.num_requests
         return self.ended_early
 
 
@@ -142,8 +152,9 @@ class Bench:
         tpots = [one.tpot_s for one in samples if one.tpot_s is not None]
         return Unloaded(tuple(points), statistics.median(tpots) if tpots else 0.0)
 
-    async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
-        """One run of the first `num` requests; with `concurrency` as a closed loop."""
+    async def run(self, rate: float | None, num: int, end_early: float | None = None) -> Result:
+        """One run of the first `num` requests; with `concurrency` as a closed loop. It ends early
+        once it misses the goal with the confidence `end_early`."""
         closed = self.options.concurrency is not None
         arrivals = self._requests.some(num) if closed else self._requests.first(num, rate)
         live = Live(self, None if closed else rate, arrivals, end_early)
@@ -161,6 +172,7 @@ class Bench:
             seen.lags_s,
             options.settle_s,
             options.max_late_s,
+            options.forced,
         )
         if report is None:
             raise NodeServeError(
@@ -173,17 +185,14 @@ class Bench:
     async def search(
         self,
         options: SearchOptions,
-        min_duration_s: float,
         on_result: Callable[[Result], Any] = lambda result: None,
     ) -> Found:
-        """The goodput; a probe lasts `min_duration_s` at least, for as long as requests go, beside
-        the settling time, whose requests come on top of those that it is asked for."""
+        """The goodput; requests of the settling time come on top of those that a probe has."""
         loop = asyncio.get_running_loop()
 
         async def one(rate: float, num: int) -> Probe:
-            num = max(num, math.ceil(rate * min_duration_s))
             num += math.ceil(rate * self.options.settle_s)
-            result = await self.run(rate, num, end_early=True)
+            result = await self.run(rate, num, end_early=options.look_confidence)
             on_result(result)
             return Probe(rate, result.report.tally, result.report.punctuality.valid)
 

@@ -14,23 +14,32 @@ from nodeserve.plan.goodput import Slo
 
 OUTSIDE = "outside"  # between client and server
 UNKNOWN = "unknown"  # the server says no times
+FAILED = "failed"
+SHORT = "short"  # fewer tokens than were forced: one alone has no time from token to token
 
 
-def blame(samples: Sequence[Sample], slos: Sequence[Slo]) -> dict[str, int]:
+def missed_by(sample: Sample, slo: Slo, forced: bool = True) -> tuple[str, ...]:
+    """The limits that a request missed, or why it could not meet any; nothing for a good one.
+    `forced`: it had to have all the tokens that were asked for."""
+    if sample.error is not None:
+        return (FAILED,)
+    if forced and sample.is_short:
+        return (SHORT,)
+    return slo.missed(sample.ttft_s, sample.tpot_s, sample.e2e_s)
+
+
+def blame(samples: Sequence[Sample], slos: Sequence[Slo], forced: bool = True) -> dict[str, int]:
     """Stages by how many misses they explain, most first. A request that failed has its error's
-    code instead of a stage."""
-    usual = typical(
-        [
-            one
-            for one, slo in zip(samples, slos, strict=True)
-            if one.error is None and slo.met(one.ttft_s, one.tpot_s, one.e2e_s)
-        ]
-    )
+    code instead of a stage, one that ended too soon "short"."""
+    misses = [missed_by(one, slo, forced) for one, slo in zip(samples, slos, strict=True)]
+    usual = typical([one for one, missed in zip(samples, misses, strict=True) if not missed])
     found: Counter[str] = Counter()
-    for sample, slo in zip(samples, slos, strict=True):
+    for sample, slo, missed in zip(samples, slos, misses, strict=True):
         if sample.error is not None:
             found[sample.error] += 1
-        elif missed := slo.missed(sample.ttft_s, sample.tpot_s, sample.e2e_s):
+        elif SHORT in missed:
+            found[SHORT] += 1
+        elif missed:
             spent = stages(sample)
             usually = expected(usual, slo, sample.num_output_tokens - 1)
             found[UNKNOWN if spent is None else culprit(spent, missed, usually)] += 1

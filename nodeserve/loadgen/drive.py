@@ -1,17 +1,17 @@
 """Sending, in one process: on schedule whether or not answers are back, or a few at a time."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nodeserve.errors import NodeServeError
-from nodeserve.loadgen.records import Job, Sample
+from nodeserve.loadgen.records import GIVEN_UP, UNSENT, Job, Sample
 from nodeserve.loadgen.targets import Target
 
 TICK_S = 0.01  # of the timer that shows how late this process wakes up
 TIMEOUT = "timeout"
-GIVEN_UP = "given_up"  # the run ended before the request did, or before its time came
 Told = Callable[[Sample], None]
 
 
@@ -55,7 +55,7 @@ class Driver:
             else:
                 self._tasks.add(asyncio.create_task(self._ask(load, due_s)))
         await self._finish(drain_s)
-        ticker.cancel()
+        await _stop(ticker)
 
     async def closed_loop(self, loads: Sequence[Load], concurrency: int, limit_s: float) -> None:
         """Keep `concurrency` requests running until all loads were sent; none for longer than
@@ -73,7 +73,7 @@ class Driver:
         await self._finish(None)
         for load in reversed(waiting):
             self._unsent(load, None)
-        ticker.cancel()
+        await _stop(ticker)
 
     async def _ask(self, load: Load, due_s: float | None, limit_s: float | None = None) -> None:
         sample = Sample(load.job, due_s, self._now_s())
@@ -111,13 +111,27 @@ class Driver:
 
     def _unsent(self, load: Load, due_s: float | None) -> None:
         sent_s = self._now_s() if due_s is None else due_s
-        self._on_sample(Sample(load.job, due_s, sent_s, ended_s=sent_s, error=GIVEN_UP))
+        self._on_sample(Sample(load.job, due_s, sent_s, ended_s=sent_s, error=UNSENT))
 
     async def _tick(self) -> None:
         while True:
             asked_s = self._now_s()
-            await asyncio.sleep(TICK_S)
-            self.lags_s.append(max(0.0, self._now_s() - asked_s - TICK_S))
+            try:
+                await asyncio.sleep(TICK_S)
+            finally:  # a freeze at the end of a run counts as well
+                self.lags_s += lags_of(self._now_s() - asked_s - TICK_S)
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._began_s
+
+
+def lags_of(late_s: float) -> list[float]:
+    """The lag of a wake-up, and of those that never came because of it: one a tick. Else a second
+    that a client lost would be one lag among many instead of a hundred."""
+    num_missed = max(0, math.ceil(late_s / TICK_S) - 1)
+    return [max(0.0, late_s)] + [late_s - TICK_S * (place + 1) for place in range(num_missed)]
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])

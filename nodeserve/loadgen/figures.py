@@ -32,13 +32,14 @@ def draw(
     confidence: float,
     folder: Path,
     kinds: Sequence[str],
+    forced: bool = True,
 ) -> list[Path]:
     """Write the figures that these results allow, one file for each of `kinds` (svg, png)."""
     import matplotlib
 
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"slo_scale": lambda axes: scales(axes, results, slo_of, goal)}
+    figures = {"slo_scale": lambda axes: scales(axes, results, slo_of, goal, forced)}
     if len({one.rate for one in results if one.rate is not None}) > 1:
         figures["attainment"] = lambda axes: attainment(axes, results, goal, confidence)
     for title, attribute in LATENCIES.items():
@@ -62,12 +63,14 @@ def attainment(axes: "Axes", results: Sequence[Result], goal: float, confidence:
     _legend(axes)
 
 
-def scales(axes: "Axes", results: Sequence[Result], slo_of: SloOf, goal: float) -> None:
+def scales(
+    axes: "Axes", results: Sequence[Result], slo_of: SloOf, goal: float, forced: bool = True
+) -> None:
     """The share of good requests if all limits were multiplied, from the same runs."""
     for result in results:
         if result.given_up:
             continue
-        needs = sorted(needed(one, slo_of(one.job.arrival)) for one in result.samples)
+        needs = sorted(needed(one, slo_of(one.job.arrival), forced) for one in result.samples)
         shares = [(place + 1) / len(needs) for place in range(len(needs))]
         axes.step(needs, shares, where="post", label=_name(result))
     axes.axhline(goal, linestyle=":", color="grey")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nodeserve.loadgen.blame import blame
+from nodeserve.loadgen.blame import blame, missed_by
 from nodeserve.loadgen.records import Sample
 from nodeserve.plan.goodput import Slo, Tally, needed_scale, smallest_scale
 from nodeserve.plan.records import Arrival
@@ -49,7 +49,8 @@ class Punctuality:
 @dataclass(frozen=True, slots=True)
 class Report:
     """One run. Counts and rates are of the requests that count: those due after the settling time,
-    whatever became of them. Times are of those that ended well."""
+    whatever became of them, but for those that an early end left unknown. Times are of those that
+    ended well."""
 
     tally: Tally
     num_done: int
@@ -86,12 +87,6 @@ def counts(sample: Sample, settle_s: float) -> bool:
     return settle_s <= 0.0 or _due_s(sample) >= settle_s
 
 
-def is_good(sample: Sample, slo: Slo) -> bool:
-    """Ended well and within every limit. Answers that came out shorter than asked for may be good;
-    reports count them apart (`num_short`)."""
-    return sample.error is None and slo.met(sample.ttft_s, sample.tpot_s, sample.e2e_s)
-
-
 def measure(
     samples: Sequence[Sample],
     slo_of: SloOf,
@@ -99,32 +94,30 @@ def measure(
     lags_s: Sequence[float] = (),
     settle_s: float = 0.0,
     max_late_s: float = MAX_LATE_S,
+    forced: bool = True,
 ) -> Report | None:
-    """The numbers of a run of any order; None if no request was due after `settle_s`.
+    """The numbers of a run of any order; None if nothing is known of requests due after `settle_s`.
 
     `lags_s` are what the clients' own timers were late by. In a closed loop the time of sending
-    stands for the due time.
+    stands for the due time. `forced`: answers with fewer tokens than asked for are misses.
     """
-    counted = [one for one in samples if counts(one, settle_s)]
+    planned = [one for one in samples if counts(one, settle_s)]
+    counted = [one for one in planned if one.is_known]
     if not counted:
         return None
+    num_unknown = len(planned) - len(counted)
     slos = [slo_of(one.job.arrival) for one in counted]
-    good = [is_good(one, slo) for one, slo in zip(counted, slos, strict=True)]
+    misses = [missed_by(one, slo, forced) for one, slo in zip(counted, slos, strict=True)]
+    good = [not missed for missed in misses]
     done = [one for one in counted if one.error is None]
     began_s = min(map(_due_s, counted))
-    missed = Counter(
-        name
-        for one, slo in zip(counted, slos, strict=True)
-        for name in (
-            slo.missed(one.ttft_s, one.tpot_s, one.e2e_s) if one.error is None else ("failed",)
-        )
-    )
+    missed = Counter(name for names in misses for name in names)
     return Report(
-        tally=Tally(len(counted), sum(good)),
+        tally=Tally(len(counted), sum(good), num_unknown),
         num_done=len(done),
         errors=dict(Counter(one.error for one in counted if one.error is not None)),
         duration_s=max(one.ended_s for one in counted) - began_s,
-        offered_per_s=_offered(counted),
+        offered_per_s=_offered(planned),
         prompt_tokens=sum(one.num_prompt_tokens for one in done),
         output_tokens=sum(one.num_output_tokens for one in done),
         good_tokens=sum(
@@ -136,19 +129,26 @@ def measure(
         worst_gap=_times([one.worst_gap_s for one in done]),
         e2e=_times([one.e2e_s for one in done]),
         missed=dict(missed.most_common()),
-        blame=blame(counted, slos),
-        smallest_scale=smallest_scale(list(map(needed, counted, slos)), goal),
-        num_short=sum(one.num_output_tokens < one.job.arrival.num_output_tokens for one in done),
+        blame=blame(counted, slos, forced),
+        smallest_scale=smallest_scale(
+            [
+                *(needed(one, slo, forced) for one, slo in zip(counted, slos, strict=True)),
+                *[math.inf] * num_unknown,
+            ],
+            goal,
+        ),
+        num_short=sum(one.is_short for one in done),
         num_other_prompts=sum(
             one.num_prompt_tokens != one.job.arrival.num_prompt_tokens for one in done
         ),
-        punctuality=punctuality(counted, lags_s, max_late_s),
+        punctuality=punctuality([one for one in planned if one.was_sent], lags_s, max_late_s),
     )
 
 
-def needed(sample: Sample, slo: Slo) -> float:
-    """The SLO scale from which on the request is good; infinity for one that failed."""
-    if sample.error is not None:
+def needed(sample: Sample, slo: Slo, forced: bool = True) -> float:
+    """The SLO scale from which on the request is good; infinity for one that failed, or that is
+    shorter than was forced."""
+    if sample.error is not None or (forced and sample.is_short):
         return math.inf
     return needed_scale(slo, sample.ttft_s, sample.tpot_s, sample.e2e_s)
 

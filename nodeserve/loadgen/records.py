@@ -8,6 +8,8 @@ from typing import NamedTuple
 from nodeserve.plan.records import Arrival
 from nodeserve.types import Timings
 
+GIVEN_UP = "given_up"  # the run ended before the request did
+UNSENT = "unsent"  # the run ended before its time came
 WORST_SHARE = 0.1  # of a request's gaps, whose mean is its worst gap
 
 
@@ -39,6 +41,20 @@ class Sample:
     told_prompt_tokens: int | None = None
     told_output_tokens: int | None = None
     timings: Timings | None = None
+
+    @property
+    def was_sent(self) -> bool:
+        return self.error != UNSENT
+
+    @property
+    def is_known(self) -> bool:
+        """What became of it; not so where its run was ended before."""
+        return self.error not in (GIVEN_UP, UNSENT)
+
+    @property
+    def is_short(self) -> bool:
+        """Fewer tokens came than were asked for."""
+        return self.num_output_tokens < self.job.arrival.num_output_tokens
 
     @property
     def late_s(self) -> float:

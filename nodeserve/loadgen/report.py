@@ -22,6 +22,7 @@ def result_json(result: Result, confidence: float, num_workers: int | None) -> d
         "offered_rate": report.offered_per_s,
         "num_prompts": report.tally.num_offered,
         "completed": report.num_done,
+        "unknown": report.tally.num_unknown,
         "failed": report.tally.num_offered - report.num_done,
         "duration": report.duration_s,
         "total_input_tokens": report.prompt_tokens,
@@ -97,6 +98,7 @@ def found_json(found: Found, num_workers: int | None) -> dict[str, Any]:
                 "rate": one.rate,
                 "num_offered": one.tally.num_offered,
                 "num_good": one.tally.num_good,
+                "num_unknown": one.tally.num_unknown,
                 "valid": one.valid,
             }
             for one in found.probes

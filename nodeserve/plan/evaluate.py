@@ -81,7 +81,7 @@ class Question:
         if isinstance(self.traffic, Source):
             arrivals = requests_of(self.traffic, self.context).first(num_requests, rate)
         else:
-            arrivals = at_rate(self.traffic[:num_requests], rate)
+            arrivals = at_rate(self.traffic, rate)[:num_requests]
         slo, one_token = self.slo, self.one_token
         return [
             one._replace(
@@ -148,27 +148,40 @@ def search(job: Job) -> Found:
 
     known: dict[tuple[float, int], Tally] = {}
 
+    options = job.options
+    # Who looks once only asks whether the goal is met; who would look again wants to be sure.
+    again = options.min_requests < options.max_requests
+    sure = options.look_confidence if again else None
+
     def ask(rate: float, num_requests: int) -> Probe:
         # A run that ends before memory has filled, and queues have grown, would flatter the layout.
         lasting = ceil(STAYS * job.stay_s * rate * num_requests / job.options.min_requests)
         number = min(max(num_requests, lasting), job.most_requests)
         if (rate, number) not in known:
-            known[rate, number], _ = count(job.question, job.candidate, rate, number)
+            known[rate, number], _ = count(job.question, job.candidate, rate, number, sure)
         return Probe(rate, known[rate, number])
 
     return find_goodput(ask, job.options)
 
 
 def count(
-    question: Question, candidate: Candidate, rate: float, num_requests: int
+    question: Question,
+    candidate: Candidate,
+    rate: float,
+    num_requests: int,
+    sure: float | None = None,
 ) -> tuple[Tally, Counter[str]]:
     """Good requests of a run without its beginning and end; and what the others missed: limits by
     name, or the error that they ended with. The run ends when so many have missed that it cannot
-    reach the goal any more; then those count that have ended."""
+    reach the goal any more, with the confidence `sure` if given, even if all the rest were good: the
+    tally has these as unknown."""
     arrivals = question.requests(rate, num_requests)
     counted = kept(arrivals)
     first_s, last_s = counted[0].arrived_s, counted[-1].arrived_s
     most_bad = floor((1.0 - question.goal) * len(counted) + 1e-9)
+    if sure is not None:
+        while _may_reach(question.goal, len(counted), most_bad + 1, sure):
+            most_bad += 1
     misses: Counter[str] = Counter()
     num_judged = num_bad = 0
 
@@ -186,7 +199,14 @@ def count(
     while simulation.num_open and num_bad <= most_bad:
         if not simulation.turn():
             raise AssertionError(f"{simulation.num_open} requests wait for nothing")
-    return Tally(num_judged, num_judged - num_bad), misses
+    num_left = max(0, len(counted) - num_judged)
+    return Tally(num_judged, num_judged - num_bad, num_left), misses
+
+
+def _may_reach(goal: float, num_requests: int, num_bad: int, confidence: float) -> bool:
+    """Whether so many misses of a run leave the goal within its interval, at best."""
+    at_best = Tally(num_requests, num_requests - num_bad)
+    return num_bad < num_requests and at_best.interval(confidence)[1] >= goal
 
 
 def missed_by(served: Served, slo: Slo) -> tuple[str, ...]:

@@ -14,14 +14,21 @@ from nodeserve.types import Slo as Slo
 
 GOAL = 0.9  # share of requests that must be good for a rate to count as goodput
 CONFIDENCE = 0.95
+MAX_CONFIDENCE = 1.0 - 1e-9  # beyond it no interval can be told from 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Good requests among those offered."""
+    """Good requests among those offered. `num_unknown` more were to come when the run was ended
+    early: the share is without them, the interval holds whatever they would have been."""
 
     num_offered: int
     num_good: int
+    num_unknown: int = 0
+
+    @property
+    def num_planned(self) -> int:
+        return self.num_offered + self.num_unknown
 
     @property
     def share(self) -> float:
@@ -33,15 +40,21 @@ class Tally:
 
         Requests of one run share its queues, so the truth is somewhat wider.
         """
-        if not self.num_offered:
-            return 0.0, 1.0
-        z = NormalDist().inv_cdf(0.5 + confidence / 2)
-        number, share = self.num_offered, self.share
-        weight = z * z / number
-        middle = share + weight / 2
-        half = z * math.sqrt(share * (1.0 - share) / number + weight / number / 4)
-        low, high = (middle - half) / (1.0 + weight), (middle + half) / (1.0 + weight)
-        return max(0.0, low), min(1.0, high)
+        worst, best = self.num_good, self.num_good + self.num_unknown
+        low, _ = _wilson(worst, self.num_planned, confidence)
+        _, high = _wilson(best, self.num_planned, confidence)
+        return low, high
+
+
+def _wilson(num_good: int, number: int, confidence: float) -> tuple[float, float]:
+    if not number:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, weight = num_good / number, z * z / number
+    middle = share + weight / 2
+    half = z * math.sqrt(share * (1.0 - share) / number + weight / number / 4)
+    low, high = (middle - half) / (1.0 + weight), (middle + half) / (1.0 + weight)
+    return max(0.0, low), min(1.0, high)
 
 
 def falling(tallies: Iterable[tuple[float, Tally]]) -> list[tuple[float, float]]:

@@ -327,8 +327,9 @@ class Planner:
                 elif not any(passed):
                     again.append((candidate, most, 0.6 * start))
             left = again
+        sure = options.look_confidence
         return [
-            replace(self._estimate(candidate, most, probes[candidate]), fine=True)
+            replace(self._estimate(candidate, most, probes[candidate], sure), fine=True)
             for candidate, most, _ in wanted
         ]
 
@@ -367,14 +368,23 @@ class Planner:
         )
         return estimates
 
-    def _estimate(self, candidate: Candidate, most: float, probes: Sequence[Probe]) -> Estimate:
-        """Where attainment crosses the goal, by the run with the most requests of each rate."""
+    def _estimate(
+        self,
+        candidate: Candidate,
+        most: float,
+        probes: Sequence[Probe],
+        confidence: float | None = None,
+    ) -> Estimate:
+        """Where attainment crosses the goal, by the run with the most requests of each rate.
+        `confidence` of each look; None: there was one."""
         question = self.question
         last = {
-            probe.rate: probe for probe in sorted(probes, key=lambda one: one.tally.num_offered)
+            probe.rate: probe for probe in sorted(probes, key=lambda one: one.tally.num_planned)
         }
         points = [(rate, probe.tally.share) for rate, probe in last.items()]
-        low, high = decided_range(list(last.values()), question.goal, question.confidence)
+        low, high = decided_range(
+            list(last.values()), question.goal, confidence or question.confidence
+        )
         # More than the bound is what a run too short for a queue to grow would seem to serve.
         rate = min(most, crossing(points, question.goal) or 0.0)
         return Estimate(

@@ -18,6 +18,8 @@ from random import Random
 from nodeserve.errors import ConfigError
 from nodeserve.plan.records import Arrival
 
+MIN_TICK_S = 1e-6
+DIVISORS = (1e-3, 1e9)  # of lengths
 _TWO_TO_64 = 2.0**64
 
 
@@ -95,8 +97,7 @@ def scale_lengths(arrivals: Sequence[Arrival], divisor: float) -> list[Arrival]:
 
     A block of a shared prefix has 512 / `divisor` tokens then.
     """
-    if not 0.0 < divisor < math.inf:
-        raise ConfigError(f"lengths divided by {divisor:g}: use a number above 0")
+    check_divisor(divisor)
     return [
         one._replace(
             num_prompt_tokens=max(1, math.ceil(one.num_prompt_tokens / divisor)),
@@ -104,6 +105,15 @@ def scale_lengths(arrivals: Sequence[Arrival], divisor: float) -> list[Arrival]:
         )
         for one in arrivals
     ]
+
+
+def check_divisor(divisor: float) -> None:
+    """ConfigError for what no lengths can be divided by."""
+    if not DIVISORS[0] <= divisor <= DIVISORS[1]:
+        raise ConfigError(
+            f"lengths divided by {divisor:g} (--scale-lengths): use a number from {DIVISORS[0]:g}"
+            f" to {DIVISORS[1]:g}, such as 16"
+        )
 
 
 def fit_context(arrivals: Sequence[Arrival], max_tokens: int) -> list[Arrival]:
@@ -121,8 +131,10 @@ def fit_context(arrivals: Sequence[Arrival], max_tokens: int) -> list[Arrival]:
 
 def spread_ticks(arrivals: Sequence[Arrival], tick_s: float, seed: int = 0) -> list[Arrival]:
     """Requests that share a timestamp, at random times within its tick; their order stays."""
-    if not tick_s > 0.0:
-        raise ConfigError(f"ticks of {tick_s:g} s: use a time above 0, such as 3")
+    if not MIN_TICK_S <= tick_s < math.inf:
+        raise ConfigError(
+            f"ticks of {tick_s:g} s (--spread-ticks): use {MIN_TICK_S:g} s or more, such as 3"
+        )
     random = Random(f"ticks {seed}")
     ticks: dict[int, list[Arrival]] = defaultdict(list)
     for one in arrivals:

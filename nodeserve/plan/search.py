@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nodeserve.errors import ConfigError
-from nodeserve.plan.goodput import CONFIDENCE, GOAL, Tally
+from nodeserve.plan.goodput import CONFIDENCE, GOAL, MAX_CONFIDENCE, Tally
 
 STEP = 2.0  # between rates, until one passes and one does not
 
@@ -17,7 +17,8 @@ STEP = 2.0  # between rates, until one passes and one does not
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
     """`start` is the first rate asked, in requests a second; `low` and `high` bound all. The search
-    ends when the rate that passes and the one that does not are within `tolerance`."""
+    ends when the rate that passes and the one that does not are within `tolerance`. A probe has
+    `min_requests`, or as many as take `min_duration_s`, at first."""
 
     start: float
     low: float = 0.0
@@ -26,8 +27,16 @@ class SearchOptions:
     confidence: float = CONFIDENCE
     tolerance: float = 0.05
     min_requests: int = 200
+    min_duration_s: float = 0.0
     max_requests: int = 3200
     max_probes: int = 24
+
+    @property
+    def look_confidence(self) -> float:
+        """Of each look at a rate, so that all of them together err no more than `confidence` says
+        (Bonferroni): who looks again while it is not clear has more chances to be misled."""
+        num_looks = 1 + math.ceil(math.log2(self.max_requests / self.min_requests))
+        return 1.0 - (1.0 - self.confidence) / num_looks
 
     def __post_init__(self) -> None:
         if not 0.0 < self.start < math.inf or not self.low <= self.start <= self.high:
@@ -35,8 +44,10 @@ class SearchOptions:
                 f"a search from {self.low:g} to {self.high:g} requests/s cannot start at"
                 f" {self.start:g}: use a rate between them, above 0"
             )
-        if not 0.0 < self.goal < 1.0 or not 0.0 < self.confidence < 1.0 or self.tolerance <= 0.0:
+        if not 0.0 < self.goal < 1.0 or not 0.0 < self.confidence <= MAX_CONFIDENCE:
             raise ConfigError("goal and confidence of a search lie between 0 and 1, such as 0.9")
+        if not 0.0 < self.tolerance < math.inf or not 0.0 <= self.min_duration_s < math.inf:
+            raise ConfigError("a search needs a tolerance above 0, such as 0.05")
         if not 1 <= self.min_requests <= self.max_requests or self.max_probes < 1:
             raise ConfigError("a search needs 1 request a probe or more, and 1 probe or more")
 
@@ -116,11 +127,11 @@ class _Search:
     def _probe(self, rate: float) -> Probe:
         """With more requests while it is not clear on which side of the goal the share lies."""
         options = self._options
-        num_requests = options.min_requests
+        num_requests = max(options.min_requests, math.ceil(rate * options.min_duration_s))
         while True:
             probe = self._ask(rate, num_requests)
             self._probes.append(probe)
-            clear = probe.decided(options.goal, options.confidence)
+            clear = probe.decided(options.goal, options.look_confidence)
             spent = len(self._probes) >= options.max_probes
             if clear or spent or not probe.valid or num_requests >= options.max_requests:
                 return probe
@@ -133,6 +144,6 @@ class _Search:
             rate=self._passed.rate if self._passed else 0.0,
             too_high=self._failed.rate if self._failed else math.inf,
             reason=reason,
-            decided=all(one.decided(options.goal, options.confidence) for one in ends),
+            decided=all(one.decided(options.goal, options.look_confidence) for one in ends),
             probes=self._probes,
         )

@@ -41,12 +41,13 @@ def verdict(report: Report) -> Verdict:
     gain = best.goodput / other.goodput - 1.0
     rate, question = best.goodput, report.question
     # As many as in the closest looks: a short run at a high rate ends before anybody is late.
-    at_winners, _ = count(question, other.candidate, rate, report.most_requests)
+    sure = question.confidence
+    at_winners, _ = count(question, other.candidate, rate, report.most_requests, sure)
     numbers = (
         f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
         f" {other.candidate.layout} {other.goodput:.3g}"
     )
-    if at_winners.interval(question.confidence)[1] >= question.goal:
+    if at_winners.interval(sure)[1] >= question.goal:
         reason = f"no clear winner: {numbers}, within what the runs can tell apart"
         return Verdict(None, reason, rate, at_winners.share)
     # Far above its goodput everything is late; what it misses first shows a little above it.

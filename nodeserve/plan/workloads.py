@@ -214,6 +214,8 @@ def _blocks(
     num_blocks = math.ceil(float(row["input_tokens"]) / BLOCK_TOKENS)
     if from_row is None or num_shared is None or not -1 <= from_row < len(earlier):
         raise ConfigError(f"{place}: prefix_row must be -1 or the number of an earlier row")
+    if num_shared < 0:
+        raise ConfigError(f"{place}: prefix_blocks512 must be 0 or more")
     shared = earlier[int(from_row)].block_ids[: int(num_shared)] if from_row >= 0 else ()
     shared = shared[:num_blocks]
     return (*shared, *itertools.islice(fresh, num_blocks - len(shared)))

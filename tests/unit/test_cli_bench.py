@@ -15,6 +15,7 @@ from nodeserve.cli.bench_options import (
     bench_options,
     limits_for,
     rates_of,
+    run_options,
     search_options,
     target_options,
 )
@@ -74,6 +75,7 @@ def test_options_reach_the_source_and_the_target() -> None:
     target = target_options(options, source, Limits())
     assert (target.url, target.api, target.ignore_eos) == ("http://x:1", "chat", False)
     assert target.block_tokens == 32
+    assert not run_options(options, Limits()).forced and run_options(parsed(), Limits()).forced
 
 
 def test_a_key_goes_to_urls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +91,7 @@ def test_a_search_asks_no_more_than_a_trace_has() -> None:
     assert search_options(options, 2.0, None).min_requests == 500
     assert search_options(options, 2.0, 300).min_requests == 300
     assert search_options(options, 2.0, 300).max_requests == 300
+    assert search_options({**options, "duration": 60.0}, 2.0, None).min_duration_s == 60.0
 
 
 @pytest.mark.parametrize(
@@ -101,13 +104,32 @@ def test_a_search_asks_no_more_than_a_trace_has() -> None:
         (("--rate", "1", "--goodput", "itl:5"), "--goodput itl:5"),
         (("--rate", "1", "--workload", "chit"), "no workload 'chit'"),
         (("--rate", "1", "--goal", "1.5"), "--goal 1.5"),
+        (("--rate", "1", "--confidence", "0.9999999999999999"), "--confidence 1"),
+        (("--rate", "1", "--scale-lengths", "0"), "lengths divided by 0"),
+        (("--rate", "1", "--scale-lengths", "nan"), "lengths divided by nan"),
+        (("--rate", "1", "--scale-lengths", "1e-300"), "lengths divided by 1e-300"),
         (("--rate", "1", "--settle", "-1"), "--settle -1"),
+        (("--rate", "1", "--thin", "0.5"), "--thin keeps some of a --trace's requests"),
         (("--rate", "1", "--window", "1:9"), "--window is for a --trace"),
         (("--trace", "t.csv", "--window", "9:1"), "--window 9:1"),
         (("--trace", "t.csv", "--arrivals", "poisson"), "--arrivals is for workloads"),
         (("--rate", "1", "--concurrency", "2"), "--rate and --concurrency"),
         (("--rate", "1", "--sweep", "2,3"), "--rate and --sweep"),
-        (("--rate", "1", "--tolerance", "nan"), "--tolerance nan"),
+        (("--find-goodput", "--tolerance", "nan"), "--tolerance nan"),
+        (("--find-goodput", "--tolerance", "0"), "--tolerance 0"),
+        (("--find-goodput", "--min-rate", "-5"), "--min-rate -5"),
+        (("--rate", "1", "--min-rate", "0.5"), "--min-rate is for --find-goodput"),
+        (("--rate", "1", "--max-rate", "5"), "--max-rate is for --find-goodput"),
+        (("--rate", "1", "--tolerance", "0.1"), "--tolerance is for --find-goodput"),
+        (("--rate", "1", "--max-requests", "5"), "--max-requests is for --find-goodput"),
+        (("--rate", "1", "--requests", "5", "--duration", "9"), "both say how many"),
+        (("--rate", "1", "--details"), "--details goes into JSON"),
+        (("--trace", "t.csv", "--workload", "chat"), "--workload and --trace"),
+        (("--rate", "1", "--text"), "--text is for --url"),
+        (("--rate", "1", "--tokenizer", "x"), "--tokenizer is for --url"),
+        (("--rate", "1", "--model", "x"), "--model is for --url"),
+        (("--rate", "1", "--url", "http://a", "--api", "chat", "--text"), "--text is for --api"),
+        (("--rate", "1", "--goodput", "e2el:9", "--tell-slo"), "--tell-slo is for limits of"),
         (("--find-goodput", "--duration", "nan"), "--duration nan"),
         (("--find-goodput", "--workload", "synthetic(8,2)"), "--find-goodput needs limits"),
         (("--rate", "1", "--save", "/"), "cannot write /"),

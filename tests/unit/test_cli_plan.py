@@ -33,11 +33,11 @@ MINE = replace(
     max_num_batched_tokens=1024,
     max_num_seqs=64,
 )
-ASKED = (
-    *("plan", "some/model", "--profile", "mine", "--gpus", "2"),
-    *("--workload", "synthetic(500,4)", "--slo", "ttft=1s,tpot=1s"),
+OF_ANY = (
+    *("plan", "some/model", "--profile", "mine", "--gpus", "2", "--slo", "ttft=1s,tpot=1s"),
     *("--effort", "quick", "--processes", "1"),
 )
+ASKED = (*OF_ANY, "--workload", "synthetic(500,4)")
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +88,12 @@ def test_a_trace_is_planned_for_as_well(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     rows = [f"{place * 0.1:.1f},500,4" for place in range(150)]
     trace.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows))
-    numbers = json.loads(run(*ASKED, "--trace", str(trace), "--json"))
+    numbers = json.loads(run(*OF_ANY, "--trace", str(trace), "--json"))
     assert numbers["workload"] == "trace"
     assert numbers["best"] == "2m"
     short = tmp_path / "short.csv"
     short.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows[:50]))
-    result = CliRunner().invoke(main, [*ASKED, "--trace", str(short)])
+    result = CliRunner().invoke(main, [*OF_ANY, "--trace", str(short)])
     assert "needs 100 or more" in result.output
 
 
@@ -119,11 +119,11 @@ def test_requests_that_fit_no_context_are_left_out(
 
 
 def test_it_plans_for_the_requests_that_bench_sends() -> None:
-    scaled = ("--workload", "synthetic(4000,32)", "--scale-lengths", "8", "--thin", "0.5")
+    scaled = ("--workload", "synthetic(4000,32)", "--scale-lengths", "8", "--seed", "5")
     numbers = json.loads(run(*ASKED, *scaled, "--json"))
     assert numbers["requests"]["prompt_tokens"] == 500
     assert numbers["requests"]["output_tokens"] == 4
-    assert (numbers["requests"]["divisor"], numbers["requests"]["share"]) == (8.0, 0.5)
+    assert (numbers["requests"]["divisor"], numbers["requests"]["seed"]) == (8.0, 5)
 
 
 @pytest.mark.parametrize("algorithm", ["high", "low"])
@@ -158,6 +158,7 @@ def test_distserves_algorithms() -> None:
         (("--profile", "nothing"), "no profile 'nothing'"),
         (("--workload", "nothing"), "no workload 'nothing'"),
         (("--figure", "plan.txt"), ".png or .svg"),
+        (("--figure", "/dev/null/x.svg"), "cannot write /dev/null"),
         (("--figure", "plan.svg", "--algorithm", "low"), "leave it out"),
         (("--startable", "--ep", "8"), "--startable leaves out"),
     ],

@@ -51,6 +51,13 @@ def test_the_interval_is_wilsons() -> None:
     assert Tally(0, 0).interval() == (0.0, 1.0) and Tally(0, 0).share == 0.0
 
 
+def test_what_an_early_end_left_unknown_widens_the_interval_and_is_no_miss() -> None:
+    cut = Tally(40, 10, 60)
+    assert cut.share == 0.25 and cut.num_planned == 100
+    assert cut.interval() == (Tally(100, 10).interval()[0], Tally(100, 70).interval()[1])
+    assert Tally(0, 0, 5).interval()[1] == 1.0
+
+
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     random = Random(7)
     held = 0

@@ -10,7 +10,7 @@ from nodeserve.loadgen.limits import limits_of, parse_limits
 from nodeserve.loadgen.measure import Report, measure, punctuality
 from nodeserve.loadgen.records import Job, Sample, Unloaded
 from nodeserve.loadgen.report import details_json, result_json
-from nodeserve.plan.goodput import Slo
+from nodeserve.plan.goodput import Slo, Tally
 from nodeserve.plan.records import Arrival
 from nodeserve.plan.search import SearchOptions
 from nodeserve.types import Timings
@@ -89,6 +89,17 @@ def test_failures_are_misses_whatever_their_times() -> None:
     assert report.smallest_scale is None  # at any scale a tenth more fails than may
 
 
+def test_an_answer_cut_short_is_a_miss_where_lengths_are_forced() -> None:
+    """One token alone would have no TPOT to miss."""
+    samples = [sample(i) for i in range(8)]
+    samples += [sample(i, times=[i + 0.1], counts=[1]) for i in (8, 9)]
+    report = report_of(samples)
+    assert report.tally.share == 0.8 and report.num_done == 10 and report.num_short == 2
+    assert report.missed == {"short": 2} == report.blame and report.smallest_scale is None
+    free = report_of(samples, forced=False)
+    assert free.tally.share == 1.0 and free.blame == {} and free.smallest_scale is not None
+
+
 def test_both_limits_are_joint() -> None:
     late, slow = [sample(i, 0.3) for i in range(2)], [sample(i, tpot_s=0.06) for i in range(2, 5)]
     report = report_of([*late, *slow, *(sample(i) for i in range(5, 10))])
@@ -114,7 +125,7 @@ def test_what_does_not_count_does_not_end_a_run() -> None:
             return SLO
 
     samples = [sample(i, 0.9 if i < 4 else 0.1) for i in range(10)]
-    live = Live(Runs(), 1.0, [one.job.arrival for one in samples], True)  # type: ignore[arg-type]
+    live = Live(Runs(), 1.0, [one.job.arrival for one in samples], 0.95)  # type: ignore[arg-type]
     live.ended(samples[:4])
     assert not live.give_up() and (live.num_ended, live.num_good) == (4, 0)
     live.ended([sample(i, 0.9) for i in range(4, 8)])
@@ -126,13 +137,13 @@ async def test_a_probe_has_its_requests_beside_those_that_settle(settle_s: float
     asked: list[int] = []
 
     class Asked(Bench):
-        async def run(self, rate: float | None, num: int, end_early: bool = False) -> Result:
+        async def run(self, rate: float | None, num: int, end_early: float | None = None) -> Result:
             asked.append(num)
             samples = [sample(i) for i in range(10)]
             return Result(rate, [], report_of(samples), samples)
 
     bench = Asked(None, None, BenchOptions(parse_limits([]), settle_s=settle_s))  # type: ignore[arg-type]
-    await bench.search(SearchOptions(start=50.0, high=50.0, min_requests=50, max_probes=1), 0.0)
+    await bench.search(SearchOptions(start=50.0, high=50.0, min_requests=50, max_probes=1))
     assert asked == [num]
 
 
@@ -166,6 +177,20 @@ def test_a_client_that_was_late_makes_a_run_invalid() -> None:
     assert punctuality(samples, [], max_late_s=0.02).valid
     busy = punctuality(samples[2:], [0.001] * 90 + [0.05] * 10)
     assert not busy.valid and "woke up" in busy.reasons[0]
+
+
+def test_what_an_early_end_left_unknown_is_neither_missed_nor_punctual() -> None:
+    """Of 200 requests 20 were answered late; 30 ran, and 150 were to come, when the run was cut."""
+    samples = [sample(i, 0.9, sent_s=i + 0.02 * (i < 1)) for i in range(20)]
+    samples += [sample(i, times=[], counts=[], error="given_up") for i in range(20, 50)]
+    samples += [sample(i, times=[], counts=[], error="unsent") for i in range(50, 200)]
+    report = report_of(samples)
+    assert report.tally == Tally(20, 0, 180) and report.tally.interval()[1] > 0.8
+    assert report.blame == {"unknown": 20} and report.missed == {"ttft": 20}
+    assert report.errors == {} and report.smallest_scale is None
+    assert report.punctuality.late_share == pytest.approx(1 / 50)
+    assert not report.punctuality.valid  # one of 200 would be few
+    assert measure(samples[20:], lambda arrival: SLO, 0.9) is None
 
 
 def test_limits_as_people_write_them() -> None:

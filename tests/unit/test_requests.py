@@ -1,12 +1,13 @@
 """Requests of a run and their prompts: exact lengths, the same at any rate, new in every run."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nodeserve.cli.bench import arrivals_words
 from nodeserve.errors import ConfigError, InvalidRequest
+from nodeserve.loadgen.bench import Result
 from nodeserve.loadgen.prompts import id_range, rough_text, text_prompt, token_ids
 from nodeserve.loadgen.records import Job
 from nodeserve.plan.records import Arrival
@@ -64,7 +65,9 @@ def test_longer_runs_begin_with_the_requests_of_shorter_ones() -> None:
     requests = Requests(Source("chat", seed=3))
     short, long = requests.first(50, 2.0), requests.first(400, 8.0)
     assert [one[1:] for one in short] == [one[1:] for one in long[:50]]
-    assert traffic(short).rate == pytest.approx(2.0) and traffic(long).rate == pytest.approx(8.0)
+    times = [4 * one.arrived_s for one in long[:50]]
+    assert [one.arrived_s for one in short] == pytest.approx(times)
+    assert traffic(requests.first(4000, 8.0)).rate == pytest.approx(8.0, rel=0.05)
     other = Requests(Source("chat", seed=4)).first(50, 2.0)
     assert [one[1:] for one in other] != [one[1:] for one in short]
     with pytest.raises(ConfigError):
@@ -95,23 +98,44 @@ def test_a_trace_is_cut_spread_thinned_and_scaled(tmp_path: Path) -> None:
     chosen = requests.first(1 << 20)
     assert chosen[0].arrived_s == 0.0 and chosen[-1].arrived_s < 90.0
     assert all(20 <= one.num_prompt_tokens <= 60 for one in chosen)
-    told = described(source, requests, chosen)
+    told = described(source, requests, chosen, None)
     assert told["divisor"] == 10.0 and told["share"] == 0.5 and told["workload"] == str(path)
     assert "gaps" not in told and told["num_requests"] == len(chosen)
     assert Source(divisor=10.0).block_tokens == 52 and Source().block_tokens == 512
 
 
+def test_a_rate_is_of_the_whole_trace(tmp_path: Path) -> None:
+    """Ten requests in a second, then one every ten: the first ten alone are a hundred times faster
+    than the whole, and stay so at any rate."""
+    path = tmp_path / "trace.csv"
+    times = [0.1 * place for place in range(10)] + [1.0 + 10.0 * place for place in range(1, 11)]
+    rows = [f"{time_s},10,3" for time_s in times]
+    path.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(rows))
+    source = Source(trace=path)
+    requests = Requests(source)
+    few, all_ = requests.first(10, 2.0), requests.first(20, 2.0)
+    assert few == all_[:10]
+    assert traffic(all_).rate == pytest.approx(2.0)
+    divisor = requests.times_divided_by(2.0)
+    assert divisor == pytest.approx(2.0 / (19 / 101.0))
+    told = described(source, requests, few, 2.0)
+    assert told["times_divided_by"] == divisor and told["rate"] == pytest.approx(10 * divisor)
+    assert described(source, requests, few, None)["times_divided_by"] == 1.0
+    result = Result(2.0, few, None, [])  # type: ignore[arg-type]
+    assert arrivals_words(result, requests).endswith("times divided by 10.6")
+
+
+def test_requests_that_all_come_at_once_have_no_rate(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,10,3\n0,12,4\n")
+    with pytest.raises(ConfigError, match="no rate to change"):
+        Requests(Source(trace=path)).first(2, 1.0)
+
+
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(
-    ("source", "max_tokens"),
-    [(Source("long-chat"), 4096), (Source("chat", share=0.1), None)],
-    ids=["context", "share"],
-)
-def test_a_few_requests_that_are_left_out_are_not_all(
-    source: Source, max_tokens: int | None, seed: int
-) -> None:
-    """Whoever looks at the first draws alone may find that none is kept."""
-    assert len(Requests(replace(source, seed=seed), max_tokens).first(10, 1.0)) == 10
+def test_a_few_requests_that_are_left_out_are_not_all(seed: int) -> None:
+    """Whoever looks at the first draws alone may find that none fits."""
+    assert len(Requests(Source("long-chat", seed=seed), 4096).first(10, 1.0)) == 10
 
 
 def test_where_none_fits_that_is_said() -> None:

@@ -137,6 +137,12 @@ def test_ticks_are_spread_over_their_time_in_order() -> None:
     assert traffic(spread).cv == pytest.approx(1.0, rel=0.08)
 
 
+@pytest.mark.parametrize("tick_s", [0.0, 1e-320, math.inf, math.nan])
+def test_ticks_that_cannot_be(tick_s: float) -> None:
+    with pytest.raises(ConfigError, match="--spread-ticks"):
+        spread_ticks([Arrival(3.0, 1, 1)], tick_s)
+
+
 def test_a_window_starts_at_zero() -> None:
     requests = [Arrival(float(i), 1, 1) for i in range(10)]
     assert [one.arrived_s for one in cut_window(requests, 3.0, 6.0)] == [0.0, 1.0, 2.0]

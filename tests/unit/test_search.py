@@ -1,6 +1,7 @@
 """The search for the highest rate that passes, against curves whose crossing is known."""
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -54,6 +55,17 @@ def test_more_requests_are_asked_where_the_goal_is_within_the_interval() -> None
     assert far == [100]
 
 
+def test_a_probe_that_lasts_long_is_repeated_with_twice_its_own_requests_or_not_at_all() -> None:
+    long = SearchOptions(10.1, min_requests=100, min_duration_s=30.0, max_requests=800)
+    curve = Curve(10.0)
+    find_goodput(curve, long)
+    assert [number for rate, number in curve.asked if rate == 10.1] == [303, 606, 800]
+    longer = replace(long, min_duration_s=100.0)
+    curve = Curve(10.0)
+    find_goodput(curve, longer)
+    assert [number for rate, number in curve.asked if rate == 10.1] == [1010]
+
+
 def test_an_end_between_its_bounds_is_undecided_unless_the_intervals_say_so() -> None:
     steps = SearchOptions(start=8.0, min_requests=50, max_requests=50, tolerance=0.05)
     assert not find_goodput(Curve(10.0), steps).decided
@@ -78,6 +90,18 @@ def test_there_is_a_limit_of_probes() -> None:
     curve = Curve(1.0)
     found = find_goodput(curve, SearchOptions(start=1e-3, max_probes=5))
     assert found.reason == "probes" and len(curve.asked) == 5
+
+
+def test_looks_share_the_errors_that_the_confidence_allows() -> None:
+    """At the goal itself, little more than one time in ten may anything be decided (Wilson is not
+    exact), however often it is looked at; five looks at 90 % each decide every other time."""
+    options = SearchOptions(
+        10.0, high=10.0, confidence=0.9, min_requests=100, max_requests=1600, max_probes=5
+    )
+    assert options.look_confidence == pytest.approx(0.98)
+    assert replace(options, max_requests=100).look_confidence == pytest.approx(0.9)
+    founds = [find_goodput(Curve(10.0, seed), replace(options, low=10.0)) for seed in range(300)]
+    assert 0 < sum(found.decided for found in founds) <= 45
 
 
 def test_options_that_cannot_be() -> None:

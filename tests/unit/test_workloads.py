@@ -119,6 +119,7 @@ PREFIXED = "arrival_s,input_tokens,output_tokens,prefix_row,prefix_blocks512"
         ("arrival_s,input_tokens,output_tokens\n1,1e18,3\n", "line 2: .* from 1 token to 16777216"),
         (f"{PREFIXED}\n0,600,5,-1,0\n\n1,1200,5,0", "line 4: prefix_row must be"),
         (f"{PREFIXED}\n0,600,5,-1,0\n1,1200,5,x,0", "line 3: prefix_row must be"),
+        (f"{PREFIXED}\n0,600,5,-1,0\n1,1200,5,0,-1", "line 3: prefix_blocks512 must be"),
     ],
 )
 def test_a_trace_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
