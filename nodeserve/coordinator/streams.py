@@ -29,8 +29,9 @@ _timing_values = attrgetter(*_TIMING_NAMES)
 
 
 class Backlog:
-    """What may be kept for peers that do not read: together, and for one as much as is left beside
-    what the others have. So a few can have all they need, and many cannot exhaust memory."""
+    """What may be kept for peers that do not read, or of what they have not sent whole: together,
+    and for one as much as is left beside what the others have. So a few can have all they need, and
+    many cannot exhaust memory."""
 
     def __init__(self, max_bytes: int) -> None:
         self.left_bytes = max_bytes
