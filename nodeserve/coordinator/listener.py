@@ -20,7 +20,7 @@ from nodeserve.coordinator.access import PRIVATE, Access, peer_of
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.intake import Intake
 from nodeserve.coordinator.streams import Backlog, Stream
-from nodeserve.errors import ConfigError, NodeServeError, Overloaded
+from nodeserve.errors import ConfigError, NodeServeError, Overloaded, ProtocolError
 from nodeserve.log import about, logger
 from nodeserve.policy.metering import Meter, Quota
 from nodeserve.wire.frames import FrameReader
@@ -41,6 +41,9 @@ from nodeserve.wire.messages import (
 
 BACKLOG_CONNECTIONS = 1024
 WRITE_HIGH_WATER_BYTES = 1 << 18
+# How long a frame may be incomplete: so many looks. A loop that stood still has not looked.
+FRAME_LOOKS = 3
+LOOK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class ConnectionLimits:
     quota: Quota
     access: Access
     backlog: Backlog
+    incoming: Backlog  # for frames that are not complete
 
 
 @contextlib.contextmanager
@@ -168,6 +172,9 @@ class Connection(asyncio.Protocol):
         self._reader = FrameReader(limits.max_frame_bytes)
         self._payloads: deque[bytes] = deque()  # not taken yet
         self._reading = True
+        self._incoming_bytes = 0  # as counted in `limits.incoming`
+        self._look: asyncio.TimerHandle | None = None  # at a frame that is not complete
+        self._num_looks = 0  # since the last complete one
         self._stream: Stream | None = None
 
     @property
@@ -207,11 +214,52 @@ class Connection(asyncio.Protocol):
             return
         waits = bool(self._payloads)
         try:
-            self._payloads.extend(self._reader.feed(data))
+            payloads = self._reader.feed(data)
+            self._payloads.extend(payloads)
+            self._count_incoming(self._reader.num_held_bytes)
         except NodeServeError as error:
-            self._coordinator.drop_stream(self.stream, error)
+            self._drop(error)
+        else:
+            if payloads:
+                self._num_looks = 0
+            if self._reader.incomplete and self._look is None:
+                self._look_later()
         if self._payloads and not waits:
             self._intake.offer(self)
+
+    def _count_incoming(self, num_bytes: int) -> None:
+        """It holds so much of a frame now. Overloaded: that is more than all others leave."""
+        incoming = self._limits.incoming
+        incoming.left_bytes -= num_bytes - self._incoming_bytes
+        self._incoming_bytes = num_bytes
+        if num_bytes > incoming.left_bytes:
+            raise Overloaded("too much has come of messages that are not complete")
+
+    def _look_later(self) -> None:
+        self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_at_frame)
+
+    def _look_at_frame(self) -> None:
+        self._look = None
+        if self.stream.closed or not self._reader.incomplete:
+            return
+        self._num_looks += self._reading  # or it is we who keep it waiting
+        if self._num_looks < FRAME_LOOKS:
+            self._look_later()
+        else:
+            words = f"a message has begun and did not end in {FRAME_LOOKS * LOOK_S:g} s"
+            self._drop(ProtocolError(words))
+
+    def _drop(self, error: NodeServeError) -> None:
+        """The connection ends for what came; nothing is kept of that, also if it closes later."""
+        self._coordinator.drop_stream(self.stream, error)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._reader = FrameReader(self._limits.max_frame_bytes)
+        self._count_incoming(0)
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
 
     def take(self, most: int) -> int:
         """Handle up to so many messages."""
@@ -221,7 +269,7 @@ class Connection(asyncio.Protocol):
             try:
                 self._on_message(TO_SERVER.decode(self._payloads.popleft()))
             except NodeServeError as error:
-                self._coordinator.drop_stream(self.stream, error)
+                self._drop(error)
         return num_taken
 
     def drained(self) -> bool:
@@ -256,6 +304,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._coordinator.leave(self.stream)
         self.stream.lost()
+        self._let_go()
 
     def pause_writing(self) -> None:
         self.stream.pause()

@@ -1,5 +1,6 @@
 """One request as the coordinator knows it: its tokens, its phase, who holds it, its times."""
 
+import math
 from array import array
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -40,7 +41,8 @@ class Stamps:
     first_token: float | None = None
     parked: float = 0.0  # the last time its pages became ready
     last_token: float | None = None
-    told: float | None = None  # first token written to a client that had not read before
+    # First token written to a client that had not read before; infinite while it is kept for it.
+    told: float | None = None
     lost: float | None = None  # when it lost its place, after the first token and until the next
     lost_before_s: float = 0.0
     lost_after_s: float = 0.0
@@ -184,6 +186,12 @@ class Request:
         if stamps.first_token is None:
             return 0.0
         if stamps.told is not None:
-            return stamps.told - stamps.first_token
-        held = self.stream.paused and self.num_sent <= self.num_prompt_tokens
-        return now_s - stamps.first_token if held else 0.0
+            return min(stamps.told, now_s) - stamps.first_token
+        return now_s - stamps.first_token if self.stream.paused and self.awaits_reader else 0.0
+
+    @property
+    def awaits_reader(self) -> bool:
+        """It has a first token that the client was not given."""
+        if self.stamps.told is not None:
+            return math.isinf(self.stamps.told)
+        return self.num_sent <= self.num_prompt_tokens < len(self.tokens)

@@ -49,6 +49,7 @@ from nodeserve.wire.channel import sweep_stale
 from nodeserve.wire.messages import FromWorker
 
 MAX_BACKLOGS_BYTES = 128 << 20  # of all connections
+MAX_INCOMING_BYTES = 64 << 20  # of frames that are not complete, of all connections
 
 OnEvent = Callable[[StartEvent], None]
 
@@ -81,6 +82,7 @@ class Server:
         self.checkpoint = checkpoint
         self.access = access_of(plan.config)
         self.backlog = Backlog(MAX_BACKLOGS_BYTES)
+        self.incoming = Backlog(MAX_INCOMING_BYTES)
         self._on_event = on_event
         self._command = command
 
@@ -209,6 +211,7 @@ class Server:
             Quota(config.max_connection_reqs, config.max_connection_rate),
             self.access,
             self.backlog,
+            self.incoming,
         )
 
     # ---- stop

@@ -1,15 +1,17 @@
 """What goes back to one connection.
 
 Always true: a connection gets at most one Tokens frame per flush, whatever number of its requests
-moved, and a request's End is written after all of its tokens. While the peer does not read, tokens
-stay in their requests (they are there anyway) and only Ends are kept, so a slow reader stalls
-itself alone; past `max_backlog_bytes`, or what is left for all together if that is less, its
-connection is closed and its requests are cancelled.
+moved (several of some MiB to one that reads again), and a request's End is written after all of its
+tokens. While the peer does not read, tokens stay in their requests (they are there anyway); what
+would pile up is kept as it will be written: Ends, and tokens with log probabilities. So a slow
+reader stalls itself alone; past `max_backlog_bytes`, or what is left for all together if that is
+less, its connection is closed and its requests are cancelled.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
@@ -21,13 +23,15 @@ from nodeserve.types import Timings
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import TO_CLIENT, End, Goodbye, ToClient, Tokens, pack_ids
 
+FRAME_BYTES = 4 << 20  # of tokens that waited, in one frame and an item more
 _TIMING_NAMES = tuple(field.name for field in fields(Timings))
 _timing_values = attrgetter(*_TIMING_NAMES)
 
 
 class Backlog:
-    """What may be kept for peers that do not read: together, and for one as much as is left beside
-    what the others have. So a few can have all they need, and many cannot exhaust memory."""
+    """What may be kept for peers that do not read, or of what they have not sent whole: together,
+    and for one as much as is left beside what the others have. So a few can have all they need, and
+    many cannot exhaust memory."""
 
     def __init__(self, max_bytes: int) -> None:
         self.left_bytes = max_bytes
@@ -54,6 +58,7 @@ class Stream:
         self.paused = False  # the peer does not read
         self._clock = clock
         self._dirty: list[Request] = []
+        self._dirty_logprobs: list[Request] = []  # those that have them, never across a flush
         self._ends: list[bytes] = []
         self._held_bytes = 0
 
@@ -70,7 +75,7 @@ class Stream:
     def mark(self, request: Request) -> None:
         """`request` has tokens to send at the next flush."""
         request.dirty = True
-        self._dirty.append(request)
+        (self._dirty_logprobs if request.wants_logprobs else self._dirty).append(request)
 
     def end(self, request: Request, end: End) -> None:
         """The terminal event of `request`, after the tokens that it has left."""
@@ -85,12 +90,17 @@ class Stream:
         self.send(end)
 
     def flush(self) -> None:
-        """One frame for everything new. Does nothing while the peer does not read."""
-        if self.closed or self.paused or not self._dirty:
+        """One frame for everything new. While the peer does not read, one is kept for what has log
+        probabilities."""
+        if self.closed:
             return
-        items = [self._item(request) for request in self._dirty]
-        self._dirty.clear()
-        self._transport.write(frame(TO_CLIENT.encode(Tokens(items))))
+        if self.paused:
+            self._hold_tokens(self._dirty_logprobs)
+        elif self._dirty or self._dirty_logprobs:
+            items = [self._item(request) for request in (*self._dirty, *self._dirty_logprobs)]
+            self._dirty.clear()
+            self._transport.write(frame(TO_CLIENT.encode(Tokens(items))))
+        self._dirty_logprobs.clear()
 
     def pause(self) -> None:
         self.paused = True
@@ -103,10 +113,24 @@ class Stream:
             self._transport.close()
         else:
             now_s = self._clock()
-            for request in self._dirty:
-                if request.num_sent <= request.num_prompt_tokens:
+            for request in self.requests.values():
+                if request.awaits_reader:
                     request.stamps.told = now_s
-            self.flush()
+            for part in self._parts():
+                self._transport.write(frame(TO_CLIENT.encode(Tokens(part))))
+
+    def _parts(self) -> Iterator[list[Any]]:
+        """What waited in the requests: no frame may be larger than the protocol allows."""
+        dirty, self._dirty = self._dirty, []
+        part, num_bytes = [], 0
+        for request in dirty:
+            part.append(item := self._item(request))
+            num_bytes += len(item[1])
+            if num_bytes >= FRAME_BYTES:
+                yield part
+                part, num_bytes = [], 0
+        if part:
+            yield part
 
     def goodbye(self, code: str, message: str) -> None:
         """Last frame, then close; whatever is unsent before it is still delivered, also to a peer
@@ -140,8 +164,17 @@ class Stream:
 
     def _hold_tail(self, request: Request) -> None:
         if request.dirty:
-            self._dirty.remove(request)
-            self._hold(frame(TO_CLIENT.encode(Tokens([self._item(request)]))))
+            (self._dirty_logprobs if request.wants_logprobs else self._dirty).remove(request)
+            self._hold_tokens([request])
+
+    def _hold_tokens(self, requests: list[Request]) -> None:
+        if not requests:
+            return
+        for request in requests:
+            if request.awaits_reader:
+                request.stamps.told = math.inf
+        items = [self._item(request) for request in requests]
+        self._hold(frame(TO_CLIENT.encode(Tokens(items))))
 
     def _hold(self, data: bytes) -> None:
         self._ends.append(data)

@@ -115,14 +115,19 @@ class Tokenizer:
 
 
 class Pieces(dict[int, bytes], ABC):
-    """Token id to its bytes, worked out when first asked for."""
+    """Token id to its bytes, worked out when first asked for. Unknown ids have none and are not
+    kept: there are more of them than fit into memory."""
 
     def __missing__(self, token_id: int) -> bytes:
-        self[token_id] = piece = self._make(token_id)
+        piece = self._make(token_id)
+        if piece is None:
+            return b""
+        self[token_id] = piece
         return piece
 
     @abstractmethod
-    def _make(self, token_id: int) -> bytes: ...
+    def _make(self, token_id: int) -> bytes | None:
+        """None: there is no such token."""
 
 
 class _TextPieces(Pieces):
@@ -132,8 +137,9 @@ class _TextPieces(Pieces):
         super().__init__(dict.fromkeys(special, b""))
         self._pieces = pieces
 
-    def _make(self, token_id: int) -> bytes:
-        return self._pieces[token_id]
+    def _make(self, token_id: int) -> bytes | None:
+        piece = self._pieces[token_id]
+        return piece if token_id in self._pieces else None
 
 
 class _VocabularyPieces(Pieces):
@@ -142,13 +148,13 @@ class _VocabularyPieces(Pieces):
         self._added = vocabulary.added
         self._text_of = vocabulary.encoder.id_to_token
 
-    def _make(self, token_id: int) -> bytes:
+    def _make(self, token_id: int) -> bytes | None:
         try:
             text = self._text_of(token_id)
         except OverflowError:  # negative, or beyond 32 bits
-            text = None
+            return None
         if text is None:
-            return b""
+            return None
         return text.encode() if token_id in self._added else self._spell(text)
 
     @abstractmethod

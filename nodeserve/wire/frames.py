@@ -24,6 +24,11 @@ class FrameReader:
         """True when the stream stopped in the middle of a frame."""
         return bool(self._buffer)
 
+    @property
+    def num_held_bytes(self) -> int:
+        """Of the incomplete frame."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that `data` completes, in order; FrameTooLarge on an announced excess."""
         buffer = self._buffer

@@ -6,6 +6,7 @@ from a client can never become anything but one of the messages, or that error, 
 more memory than the union's `Limits` allow.
 """
 
+import io
 import types
 import typing
 from collections.abc import Callable
@@ -18,6 +19,11 @@ from nodeserve.wire.limits import MAX_EXTENSION_BYTES, Limits
 
 Message = TypeVar("Message")
 _Check = Callable[[Any], bool]
+
+# A message up to this long is decoded at once: whatever lists it announces inside each other, none
+# longer than itself, they take some 150 KB. Of a longer one somebody first sees that it is whole.
+SHORT_BYTES = 256
+_PART_BYTES = 1 << 16
 
 _PLAIN: dict[Any, _Check] = {
     int: lambda value: type(value) is int,
@@ -56,6 +62,16 @@ def _kind(cls: Any) -> _Kind:
     return _Kind(cls._make, cls._fields, tuple(_check_for(hints[name]) for name in cls._fields))
 
 
+def _check_whole(data: bytes | memoryview) -> None:
+    """Raise unless all that `data` announces is there.
+
+    The decoder takes memory for as many entries as a list announces when it reads its header. After
+    this they are, all lists together, no more than the message has bytes. Nothing is made here.
+    """
+    # 0: any size. Only a value that is longer than a part is held as a whole, beside the message.
+    msgpack.Unpacker(io.BytesIO(data), read_size=_PART_BYTES, max_buffer_size=0).skip()
+
+
 class _Counter:
     """Lets `left` more containers pass."""
 
@@ -79,7 +95,7 @@ class Tagged(Generic[Message]):
         self._pack = msgpack.Packer(autoreset=True).pack
         self._max_containers = limits.max_containers
         self._counter = counter = _Counter()
-        self._small: dict[str, Any] = {
+        bounds: dict[str, Any] = {
             "strict_map_key": False,
             "use_list": True,
             "max_str_len": limits.max_text_bytes,
@@ -87,7 +103,10 @@ class Tagged(Generic[Message]):
             "max_map_len": limits.max_items,
             "max_ext_len": MAX_EXTENSION_BYTES,
         }
-        self._large = {**self._small, "list_hook": counter, "object_hook": counter}
+        short = {**bounds, "max_array_len": min(limits.max_items, SHORT_BYTES)}
+        hooks = {"list_hook": counter, "object_hook": counter}
+        # By whether it is longer than SHORT_BYTES, and 2 if its containers have to be counted.
+        self._options = (short, bounds, {**short, **hooks}, {**bounds, **hooks})
 
     def encode(self, message: Message) -> bytes:
         tag = self._tags[type(message)]
@@ -99,12 +118,13 @@ class Tagged(Generic[Message]):
 
     def decode(self, data: bytes | memoryview) -> Message:
         """The message in `data`; ProtocolError says what is wrong with anything else."""
-        options = self._small
-        if len(data) > self._max_containers:  # or it cannot have more: each takes a byte at least
-            self._counter.left = self._max_containers
-            options = self._large
+        is_long = len(data) > SHORT_BYTES
+        is_counted = len(data) > self._max_containers  # or it has no more: each takes a byte
+        self._counter.left = self._max_containers
         try:
-            parts = msgpack.unpackb(data, **options)
+            if is_long:
+                _check_whole(data)
+            parts = msgpack.unpackb(data, **self._options[is_long + 2 * is_counted])
         except (
             ValueError,
             TypeError,  # a map or an array as the key of a map

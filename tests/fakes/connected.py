@@ -26,7 +26,9 @@ from tests.fakes.node import FakeNode
 from tests.fakes.transport import FakeTransport
 
 MAX_FRAME_BYTES = 1 << 16
-LIMITS = ConnectionLimits(MAX_FRAME_BYTES, 1 << 20, 4, Quota(), Access(), Backlog(1 << 24))
+LIMITS = ConnectionLimits(
+    MAX_FRAME_BYTES, 1 << 20, 4, Quota(), Access(), Backlog(1 << 24), Backlog(1 << 24)
+)
 
 
 class ConnectedTransport(FakeTransport):

@@ -1,14 +1,17 @@
 """The incoming half of a connection: bytes in, and nobody else disturbed."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from nodeserve.coordinator.intake import MOST_A_TURN
+from nodeserve.coordinator.listener import FRAME_LOOKS
+from nodeserve.coordinator.streams import Backlog
 from nodeserve.types import Role
 from nodeserve.wire.frames import HEADER, frame
-from nodeserve.wire.messages import Abort, GetStats, Hello, Submit, pack_ids
+from nodeserve.wire.messages import TO_SERVER, Abort, GetStats, Hello, Submit, pack_ids
 from tests.fakes.connected import LIMITS, MAX_FRAME_BYTES, ConnectedClient
 from tests.fakes.node import FakeNode
 
@@ -99,6 +102,62 @@ async def test_garbage_late_in_a_flood_ends_the_connection() -> None:
     await asyncio.sleep(0)
     assert [goodbye.code for goodbye in client.transport.goodbyes] == ["protocol"]
     assert client.transport.stats == []
+    client.leave()
+
+
+async def test_frames_that_are_not_complete_share_what_there_is_for_all() -> None:
+    node, incoming = fake_node(), Backlog(100_000)
+    limits = replace(LIMITS, incoming=incoming, max_connections=9)
+    clients = [ConnectedClient(node, limits) for _ in range(4)]
+    begun = HEADER.pack(MAX_FRAME_BYTES) + bytes(40_000)
+    for client in clients[:2]:
+        client.feed(begun)
+    assert [one.transport.closed for one in clients] == [False, True, False, False]
+    assert [goodbye.code for goodbye in clients[1].transport.goodbyes] == ["overloaded"]
+    assert incoming.left_bytes == 100_000 - len(begun), "nothing is kept of who was closed"
+    whole = frame(TO_SERVER.encode(SUBMIT))
+    clients[2].feed(whole[:-1])
+    clients[2].feed(whole[-1:])
+    assert len(node.coordinator.requests) == 1, "there is room for little ones"
+    clients[3].feed(begun[:20_000])
+    for client in clients:
+        client.leave()
+    assert incoming.left_bytes == 100_000
+
+
+class Looks:
+    """The loop's `call_later`, by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.due: list[Callable[[], None]] = []
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
+
+    def _call_later(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
+        self.due.append(action)
+        loop = asyncio.get_running_loop()
+        return asyncio.TimerHandle(loop.time() + delay_s, action, (), loop)
+
+    def look(self) -> None:
+        (action,) = self.due
+        self.due.clear()
+        action()
+
+
+async def test_a_frame_has_to_end_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, client = Looks(monkeypatch), ConnectedClient(fake_node())
+    data = frame(TO_SERVER.encode(GetStats()))
+    client.feed(data[:1])
+    for num in range(1, 5):
+        for _ in range(FRAME_LOOKS - 1):
+            looks.look()
+        client.feed(data[1:] + data[:1])
+        assert len(client.transport.stats) == num and len(looks.due) == 1
+    for _ in range(FRAME_LOOKS):
+        assert not client.transport.closed
+        looks.look()
+    assert [one.code for one in client.transport.goodbyes] == ["protocol"]
+    assert "did not end in 30 s" in client.transport.goodbyes[0].message
+    assert not looks.due
     client.leave()
 
 

@@ -35,6 +35,17 @@ def test_byte_level_encoding(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 264
 
 
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_ids_that_nobody_knows_leave_nothing_behind(
+    tokenizer: Tokenizer, skip_special: bool
+) -> None:
+    tokenizer.decode(range(tokenizer.vocab_size), skip_special)
+    num_kept = len(tokenizer.pieces(True)), len(tokenizer.pieces(False))
+    unknown = [*range(tokenizer.vocab_size, tokenizer.vocab_size + 1000), -1, 1 << 31, 1 << 40]
+    assert tokenizer.decode(unknown, skip_special) == ""
+    assert (len(tokenizer.pieces(True)), len(tokenizer.pieces(False))) == num_kept
+
+
 def test_special_tokens_are_parsed_or_not(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, gpt2_metadata())
     assert tokenizer.encode("<bos>he<own>") == [BOS, 256, OWN]

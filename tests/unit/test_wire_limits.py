@@ -12,7 +12,7 @@ from nodeserve.types import MAX_LISTED
 from nodeserve.wire import messages as m
 from nodeserve.wire.frames import HEADER, FrameReader
 from nodeserve.wire.limits import MAX_EXTENSION_BYTES, OF_A_CLIENT, OF_A_RING, OF_THE_SERVER, Limits
-from nodeserve.wire.tagged import Tagged
+from nodeserve.wire.tagged import SHORT_BYTES, Tagged
 
 LIMITS: dict[str, Limits] = {
     "TO_WORKER": OF_A_RING,
@@ -120,6 +120,31 @@ BOMBS = {
 def test_a_client_cannot_make_a_message_grow(bomb: bytes) -> None:
     assert len(bomb) <= FRAME_BYTES
     assert peak_bytes(lambda: refused("TO_SERVER", bomb, "not a msgpack message")) < 1 << 20
+
+
+NESTED = {
+    "TO_SERVER": b"\xdc\x10\x00",
+    "TO_CLIENT": b"\xdd\x00\x10\x00\x00",
+    "TO_WORKER": b"\xdc\xff\xff",
+    "FROM_WORKER": b"\xdc\xff\xff",
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize("num_bytes", [15, SHORT_BYTES, SHORT_BYTES + 1, 3000, 100_000])
+def test_lists_within_lists_take_no_memory_for_what_they_announce(
+    name: str, num_bytes: int
+) -> None:
+    """Each header is within the limits; the decoder would take what all of them say at once."""
+    bomb = (NESTED[name] * num_bytes)[:num_bytes]
+    assert peak_bytes(lambda: refused(name, bomb, "not a msgpack message")) < 1 << 20
+
+
+def test_what_is_behind_a_long_message_is_refused() -> None:
+    data = m.TO_SERVER.encode(m.Submit(1, bytes(4 * SHORT_BYTES), {}, None, 0))
+    assert isinstance(m.TO_SERVER.decode(memoryview(data)), m.Submit)
+    refused("TO_SERVER", data + b"\x00", "not a msgpack message")
+    refused("TO_SERVER", data[:-1], "not a msgpack message")
 
 
 def test_a_frame_that_claims_four_gigabytes_allocates_nothing() -> None:
