@@ -173,8 +173,8 @@ def count(
 ) -> tuple[Tally, Counter[str]]:
     """Good requests of a run without its beginning and end; and what the others missed: limits by
     name, or the error that they ended with. The run ends when so many have missed that it cannot
-    reach the goal any more, with the confidence `sure` if given, even if all the rest were good: the
-    tally has these as unknown."""
+    reach the goal any more, with the confidence `sure` if given, even if all the rest were good:
+    the tally has these as unknown."""
     arrivals = question.requests(rate, num_requests)
     counted = kept(arrivals)
     first_s, last_s = counted[0].arrived_s, counted[-1].arrived_s
