@@ -12,7 +12,7 @@ from nodeserve.blame import DECODE, Spent, culprit, expected, stages_of
 from nodeserve.loadgen.records import Sample
 from nodeserve.plan.goodput import Slo
 
-OUTSIDE = "outside"  # between client and server
+OUTSIDE = "outside"  # between client and server, or sent late
 UNKNOWN = "unknown"  # the server says no times
 FAILED = "failed"
 SHORT = "short"  # fewer tokens than were forced: one alone has no time from token to token
@@ -25,7 +25,7 @@ def missed_by(sample: Sample, slo: Slo, forced: bool = True) -> tuple[str, ...]:
         return (FAILED,)
     if forced and sample.is_short:
         return (SHORT,)
-    return slo.missed(sample.ttft_s, sample.tpot_s, sample.e2e_s)
+    return slo.missed(*sample.judged_s)
 
 
 def blame(samples: Sequence[Sample], slos: Sequence[Slo], forced: bool = True) -> dict[str, int]:
@@ -68,5 +68,5 @@ def stages(sample: Sample) -> Spent | None:
     if timings is None:
         return None
     before, after = stages_of(timings)
-    outside_s = max(0.0, (sample.ttft_s or 0.0) - timings.ttft_s)
+    outside_s = max(0.0, (sample.judged_s[0] or 0.0) - timings.ttft_s)
     return Spent({**before, OUTSIDE: outside_s}, after)

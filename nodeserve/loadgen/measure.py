@@ -150,7 +150,7 @@ def needed(sample: Sample, slo: Slo, forced: bool = True) -> float:
     shorter than was forced."""
     if sample.error is not None or (forced and sample.is_short):
         return math.inf
-    return needed_scale(slo, sample.ttft_s, sample.tpot_s, sample.e2e_s)
+    return needed_scale(slo, *sample.judged_s)
 
 
 def punctuality(

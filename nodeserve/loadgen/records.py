@@ -88,6 +88,18 @@ class Sample:
         return (self.times[-1] - self.times[0]) / (self.num_output_tokens - 1)
 
     @property
+    def judged_s(self) -> tuple[float | None, float | None, float | None]:
+        """TTFT, TPOT and end to end as limits see them: from the due time on, so that a client that
+        sends late never makes a server look better."""
+        late_s = max(0.0, self.late_s)
+        ttft_s, e2e_s = self.ttft_s, self.e2e_s
+        return (
+            None if ttft_s is None else ttft_s + late_s,
+            self.tpot_s,
+            None if e2e_s is None else e2e_s + late_s,
+        )
+
+    @property
     def gaps_s(self) -> list[float]:
         """Between tokens; tokens that were read together have none between them."""
         gaps: list[float] = []

@@ -7,7 +7,7 @@ import pytest
 from nodeserve.errors import ConfigError
 from nodeserve.loadgen.bench import Bench, BenchOptions, Live, Result
 from nodeserve.loadgen.limits import limits_of, parse_limits
-from nodeserve.loadgen.measure import Report, measure, punctuality
+from nodeserve.loadgen.measure import Report, measure, needed, punctuality
 from nodeserve.loadgen.records import Job, Sample, Unloaded
 from nodeserve.loadgen.report import details_json, result_json
 from nodeserve.plan.goodput import Slo, Tally
@@ -98,6 +98,16 @@ def test_an_answer_cut_short_is_a_miss_where_lengths_are_forced() -> None:
     assert report.missed == {"short": 2} == report.blame and report.smallest_scale is None
     free = report_of(samples, forced=False)
     assert free.tally.share == 1.0 and free.blame == {} and free.smallest_scale is not None
+
+
+def test_limits_hold_from_the_due_time_on() -> None:
+    """Answered 150 ms after it was sent, but sent 100 ms late: its user waited for 250 ms."""
+    samples = [sample(i, timings=Timings(prefill_s=0.1)) for i in range(9)]
+    samples.append(sample(9, 0.25, sent_s=9.1, timings=Timings(prefill_s=0.14)))
+    report = report_of(samples)
+    assert report.missed == {"ttft": 1} and report.blame == {"outside": 1}
+    assert report.ttft is not None and report.ttft.p99 < 0.16  # as others count it
+    assert needed(samples[9], SLO) == pytest.approx(0.25 / 0.2)
 
 
 def test_both_limits_are_joint() -> None:
