@@ -11,6 +11,8 @@ from nodeserve.wire.messages import Abort
 from tests.fakes.raw_client import RawClient
 from tests.process.conftest import Connect, Nodes, RunningNode
 
+pytestmark = pytest.mark.slow
+
 VICTIM, OTHER = 1, 2
 NUM_REFUSED = 6000  # Ends of some 300 bytes each: more than all buffers of a connection take
 SPLIT = ("buffered", "prefilling", "parked", "moving", "decoding", "unread")
@@ -87,7 +89,6 @@ async def give_up(how: str, victim: RawClient, phase: str) -> None:
     assert [end.reason for end in victim.ends[VICTIM]] == [reason]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cancel", "disconnect"])
 @pytest.mark.parametrize(("layout", "phases"), [("1p1d", SPLIT), ("1m", MIXED)])
 async def test_a_request_given_up_in_any_phase_leaves_nothing(

@@ -11,6 +11,8 @@ from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
 from tests.process.conftest import Connect, Nodes
 
+pytestmark = pytest.mark.slow
+
 ONE_BY_ONE = {"layout": "1m", "max_num_seqs": 1, "fake": {"step_s": 0.01}}
 HOPELESS = {"ttft_ms": 0.5}  # a step alone takes 10 ms
 

@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fakes.gateway_process import Gateways
 from tests.process.conftest import StartGateways
 
+pytestmark = pytest.mark.slow
+
 LABELS = {"model_name": "fake", "engine": "0"}
 NUM_REQUESTS, NUM_TOKENS = 12, 6
 OF_GATEWAYS = {  # what dashboards made for vLLM ask for
@@ -144,7 +146,6 @@ async def test_a_client_that_left_is_an_abort(start_gateways: StartGateways) -> 
     assert value(families, "vllm:prompt_tokens", "_total", **LABELS) == 0
 
 
-@pytest.mark.slow
 async def test_processes_count_together_and_lose_nothing(start_gateways: StartGateways) -> None:
     gateways = start_gateways("--workers", "2")
     assert {await ask(gateways) for _ in range(NUM_REQUESTS)} == {200}

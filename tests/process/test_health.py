@@ -14,6 +14,8 @@ from nodeserve.wire.messages import Stop
 from tests.fakes.model import expected_stream
 from tests.process.conftest import Connect, Nodes, RunningNode
 
+pytestmark = pytest.mark.slow
+
 
 async def verdict(node: RunningNode) -> tuple[int, str]:
     """Exit code and words of the command."""
@@ -52,7 +54,6 @@ async def test_a_node_is_ready_then_degraded_then_stopping(nodes: Nodes, connect
     node.wait()
 
 
-@pytest.mark.slow
 async def test_a_node_that_does_not_answer_is_not_healthy(nodes: Nodes) -> None:
     """Peers' said "healthy" as long as the process existed."""
     node = nodes.start(layout="1m")
@@ -64,7 +65,6 @@ async def test_a_node_that_does_not_answer_is_not_healthy(nodes: Nodes) -> None:
     assert code == 1 and "did not answer in 3 s" in words
 
 
-@pytest.mark.slow
 async def test_a_worker_that_stands_still_while_idle_is_found(nodes: Nodes) -> None:
     node = nodes.start(layout="1p1d")
     pid = node.worker_pids()[1]
@@ -83,7 +83,6 @@ async def test_a_worker_that_stands_still_while_idle_is_found(nodes: Nodes) -> N
         os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.slow
 async def test_a_node_that_still_loads_is_not_healthy(nodes: Nodes) -> None:
     node = nodes.spawn(layout="1m", fake={"load_s": 60.0})
     while not node.socket.exists():

@@ -16,6 +16,8 @@ import pytest
 from nodeserve import Client
 from nodeserve.errors import NodeServeError
 
+pytestmark = pytest.mark.slow
+
 SECRET = "Mergenthaler"
 MESSAGES: list[Any] = [{"role": "user", "content": f"my name is {SECRET}"}]
 
@@ -106,7 +108,6 @@ def events(server: Server) -> list[str]:
     return [str(one.get("event")) for one in server.objects()]
 
 
-@pytest.mark.slow
 def test_a_node_tells_its_life_in_json(tmp_path: Path) -> None:
     """Every line of every process is an object; what matters has a line; no line has any text."""
     with served(tmp_path, "--log-format=json", "--log-level=debug") as server:
@@ -137,7 +138,6 @@ def all_ready(client: Client) -> bool:
     return all(worker["state"] == "ready" for worker in client.stats()["workers"])
 
 
-@pytest.mark.slow
 def test_a_node_tells_its_life_in_text(tmp_path: Path) -> None:
     """By default nothing of single requests."""
     with served(tmp_path, "--log-level=info") as server:

@@ -16,6 +16,8 @@ from tests.fakes.sim_worker import FAR_APART
 from tests.fakes.sim_worker import expected_stream as simulated_stream
 from tests.process.conftest import Connect, Nodes, names_of
 
+pytestmark = pytest.mark.slow
+
 LONG = 400  # tokens: still running when the fault comes
 
 
@@ -149,7 +151,6 @@ async def test_a_worker_that_cannot_start_again_is_taken_out(
 HANGS = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["stop", "spin", "hang"])
 async def test_a_worker_that_gets_on_with_nothing_is_ended(
     nodes: Nodes, connect: Connect, fault: str
@@ -166,7 +167,6 @@ async def test_a_worker_that_gets_on_with_nothing_is_ended(
     assert [worker["restarts"] for worker in workers] == [0, 1] and words in workers[1]["reason"]
 
 
-@pytest.mark.slow
 async def test_a_node_that_was_suspended_whole_blames_nobody(
     nodes: Nodes, connect: Connect
 ) -> None:
@@ -201,7 +201,6 @@ async def test_a_child_that_a_worker_leaves_behind_does_not_hide_its_end(
     assert (await client.stats())["workers"][0]["restarts"] == 1
 
 
-@pytest.mark.slow
 async def test_pages_on_their_way_from_a_dead_worker_are_computed_again(
     nodes: Nodes, connect: Connect
 ) -> None:

@@ -25,6 +25,8 @@ from tests.fakes.raw_client import RawClient
 from tests.process.conftest import Connect, Nodes
 from tests.process.test_node import settled
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 97
 PROMPT = [7 * i % 91 + 1 for i in range(70)]
 STEP_S = 0.002

@@ -20,6 +20,8 @@ from nodeserve.wire.messages import Submit, pack_ids
 from tests.fakes.model import expected_stream
 from tests.process.conftest import Connect, Nodes, RunningNode
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [61, 62, 63, 64, 65, 66, 67, 68]
 OUTPUT = expected_stream(PROMPT, 40)
 TEXT = "a-word-of-mine"

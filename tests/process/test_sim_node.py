@@ -13,6 +13,8 @@ from tests.process.conftest import Connect, Nodes
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
 
+pytestmark = pytest.mark.slow
+
 LONG = 900  # tokens: more than two seconds of passes
 
 
@@ -133,7 +135,6 @@ async def test_the_last_instance_takes_the_node_with_it(nodes: Nodes, connect: C
     assert node.wait() == 1
 
 
-@pytest.mark.slow
 async def test_forty_ranks_start_and_serve(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(layout="4p:ep8,1d:ep8", device="sim")
     client = await connect(node)

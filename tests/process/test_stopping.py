@@ -15,6 +15,8 @@ from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
 from tests.process.conftest import Connect, Nodes, RunningNode, names_of
 
+pytestmark = pytest.mark.slow
+
 LONG = 150  # tokens: still running when the end comes
 SLOW = {"step_s": 0.005}
 STOPPED, FAILED, CUT_OFF = 0, 1, 3

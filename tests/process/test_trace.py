@@ -25,6 +25,8 @@ from tests.process.conftest import Connect, Nodes, RunningNode
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_sim_node import prompt_of
 
+pytestmark = pytest.mark.slow
+
 COMMAND = (sys.executable, "-m", "nodeserve")
 
 
