@@ -19,6 +19,7 @@ from nodeserve.gateway.listen import Address, parse_address
 from nodeserve.gateway.settings import (
     MAX_BODY_BYTES,
     STOP_TIMEOUT_S,
+    TOOL_CALL_PARSERS,
     GatewaySettings,
     read_keys,
 )
@@ -45,6 +46,11 @@ STOP_S = 5  # once the server is gone there is nothing left but to say so
 @click.option(
     "--stop-timeout", type=int, default=STOP_TIMEOUT_S, help="Seconds for running answers."
 )
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(TOOL_CALL_PARSERS),
+    help="How the model writes calls of functions; by default its chat template says it.",
+)
 @click.option("--http-fd", type=int, hidden=True)
 def gateway(
     http: str,
@@ -54,6 +60,7 @@ def gateway(
     max_body: int,
     cors_origin: tuple[str, ...],
     stop_timeout: int,
+    tool_call_parser: str | None,
     http_fd: int | None,
 ) -> None:
     """Serve OpenAI's HTTP API for a running server."""
@@ -64,6 +71,7 @@ def gateway(
         max_body_bytes=max_body,
         cors_origins=cors_origin,
         stop_timeout_s=stop_timeout,
+        tool_call_parser=tool_call_parser,
     )
     if http_fd is not None:
         from nodeserve.gateway.serve import serve
@@ -79,6 +87,7 @@ def gateway(
         ),
         *(f"--cors-origin={origin}" for origin in cors_origin),
         *([] if api_key_file is None else [f"--api-key-file={api_key_file.absolute()}"]),
+        *([] if tool_call_parser is None else [f"--tool-call-parser={tool_call_parser}"]),
     ]
     with kept(parse_address(http), workers, arguments, stop_timeout) as address:
         for line in words(address, bool(settings.api_keys)):
@@ -110,7 +119,7 @@ def beside(config: EngineConfig) -> Iterator[list[str]]:
     the server is ready.
     """
     if config.http is None:
-        for name in ("http_workers", "api_key_file"):
+        for name in ("http_workers", "api_key_file", "tool_call_parser"):
             if getattr(config, name) != getattr(EngineConfig(), name):
                 raise ConfigError(f"--{name.replace('_', '-')} is for gateways: give --http too")
         yield []
@@ -121,5 +130,11 @@ def beside(config: EngineConfig) -> Iterator[list[str]]:
     keys = read_keys(path, os.environ.get(API_KEY))
     arguments = [f"--socket={config.socket}", f"--stop-timeout={STOP_S}"]
     arguments += [] if path is None else [f"--api-key-file={path.absolute()}"]
+    if (style := config.tool_call_parser) is not None:
+        if style not in TOOL_CALL_PARSERS:
+            raise ConfigError(
+                f"--tool-call-parser {style!r}: use one of {', '.join(TOOL_CALL_PARSERS)}"
+            )
+        arguments.append(f"--tool-call-parser={style}")
     with kept(parse_address(config.http), config.http_workers, arguments, STOP_S) as address:
         yield words(address, bool(keys))

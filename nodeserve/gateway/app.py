@@ -35,7 +35,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         await client.aclose()
 
     app = Starlette(
-        routes=Routes(Engine(client), settings, meters).all(),
+        routes=Routes(Engine(client, settings.tool_call_parser), settings, meters).all(),
         middleware=[
             Middleware(Gate, keys=settings.api_keys, responses=meters.responses),
             *cors(settings),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nodeserve.gateway.fields import Fields, is_ids
+from nodeserve.gateway.formats import constraint_of
+from nodeserve.gateway.tool_fields import Tooling, tooling_of
 from nodeserve.types import MAX_LOGPROBS, SAMPLING_FIELDS, shown
 
 MAX_CHOICES = 1024  # answers to one request: prompts times n
@@ -16,23 +18,17 @@ MAX_N = 128
 MAX_STOPS = 64
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has it
 MAX_TOKENS = 2**31 - 1
-OUR_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
+OUR_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools"})
 WORDS = "is not supported by this server"
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field: values that ask for nothing
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -47,12 +43,10 @@ NOT_IN_CHATS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 SLO_HEADERS = {"x-slo-ttft-ms": "ttft_ms", "x-slo-tpot-ms": "tpot_ms"}
-_BY_THEIR_NAME = SAMPLING_FIELDS - {"max_tokens", "top_k", "logprobs", "logit_bias"}
+_BY_THEIR_NAME = SAMPLING_FIELDS - {"max_tokens", "top_k", "logprobs", "logit_bias", "constraint"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +59,9 @@ class Asked:
     add_special: bool = True  # to prompts that are text
     add_generation_prompt: bool = True
     variables: dict[str, Any] = field(default_factory=dict)  # of the chat template
+    tooling: Tooling | None = None  # of a chat
     sampling: dict[str, Any] = field(default_factory=dict)  # the fields of types.Sampling given
+    constraint_field: str = ""  # that its `constraint` comes from
     stops: tuple[str, ...] = ()
     n: int = 1
     echo: bool = False
@@ -122,6 +118,7 @@ def chat_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
         messages=messages,
         add_generation_prompt=fields.flag("add_generation_prompt", True),
         variables=variables_of(fields),
+        tooling=tooling_of(fields),
         **common,
     )
 
@@ -132,9 +129,14 @@ def common_of(fields: Fields, headers: Mapping[str, str]) -> dict[str, Any]:
     options = fields.inner("stream_options")
     if "stream_options" in fields and not stream:
         raise fields.error("stream_options", "is for requests with stream: true")
+    sampling = sampling_of(fields)
+    field_name, constraint = constraint_of(fields)
+    if constraint is not None:
+        sampling["constraint"] = constraint
     return {
         "model": fields.text("model"),
-        "sampling": sampling_of(fields),
+        "sampling": sampling,
+        "constraint_field": field_name,
         "stops": fields.texts("stop", MAX_STOPS),
         "n": fields.whole("n", 1, 1, MAX_N),
         "stream": stream,

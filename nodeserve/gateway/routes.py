@@ -21,6 +21,7 @@ from nodeserve.gateway.problems import HttpProblem
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.shapes import ChatShape, CompletionShape, Shape
 from nodeserve.gateway.texts import detokenized, tokenized
+from nodeserve.gateway.tool_shape import ToolShape
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -55,8 +56,9 @@ class Routes:
         return await self._answers(request, CompletionShape, completion_of(body, request.headers))
 
     async def chat(self, request: Request) -> Response:
-        body = await read_object(request, self._settings)
-        return await self._answers(request, ChatShape, chat_of(body, request.headers))
+        asked = chat_of(await read_object(request, self._settings), request.headers)
+        shape = ChatShape if asked.tooling is None else ToolShape
+        return await self._answers(request, shape, asked)
 
     async def _answers(self, request: Request, shape: type[Shape], asked: Asked) -> Response:
         model = await self._engine.check_model(asked.model)

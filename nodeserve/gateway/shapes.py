@@ -18,6 +18,7 @@ from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.engine import Prompt
 from nodeserve.gateway.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from nodeserve.gateway.meters import Reading
+from nodeserve.text.tools import Style
 from nodeserve.types import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -59,6 +60,7 @@ class Shape(ABC):
         self._plain = f'{self.delta[1]},"logprobs":null,"finish_reason":null}}{self._tail}'
         self._is_plain = not (asked.token_ids or asked.continuous_usage)
         self.texts: TokenTexts | None = None  # set where logprobs are asked for
+        self.style: Style | None = None  # set where tools may be called
 
     # ---- streams
 

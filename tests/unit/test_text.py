@@ -145,7 +145,7 @@ def test_any_chunking_joins_to_the_full_decode(tokenizer: Tokenizer, seed: int) 
             ids += tokenizer.encode(text, add_special=False)
         for skip_special in (True, False):
             for continues in (True, False):
-                options = {"skip_special": skip_special, "continues": continues}
+                options: dict[str, Any] = {"skip_special": skip_special, "continues": continues}
                 stream = Detokenizer(tokenizer, **options)
                 parts = [stream.push(chunk) for chunk in chunks(ids, rng)]
                 assert "".join(parts) + stream.finish() == tokenizer.decode(ids, **options)
