@@ -2,14 +2,13 @@
 
     python -m bench.constraints [--smoke]
 
-Floor first: writing over the logits of a row, at the rate of a plain fill. Then, with the
-vocabulary of the embedded model (49,152 tokens):
+With the vocabulary of the embedded model (49,152 tokens):
 
     vocabulary  what the first constrained request of a worker's life waits for: reading the
                 tokenizer, and llguidance's tree of all tokens
     compile     a constraint that was not seen before
     mask        which tokens may come next, for each token of random answers: p50, p99, worst
-    forbid      those bits in the logits of 1, 16 and 64 rows
+    forbid      those bits in the logits of 1, 16 and 64 rows; the floor is a plain fill of as many
     follow      making a matcher again from so many tokens, after a preemption or a handoff
 
 and what constraints that are meant to take long are allowed to take. One thread, as in a worker.
@@ -177,8 +176,8 @@ def main() -> None:
             "benchmark": "constraints",
             "vocab_size": config.vocab_size,
             "vocabulary_ms": 1e3 * load_s,
-            "forbid": forbidding(compiler, config.vocab_size, 3 if smoke else 50),
             "usual": usual(compiler, stops, 1 if smoke else 10, 20 if smoke else 200),
+            "forbid": forbidding(compiler, config.vocab_size, 3 if smoke else 50),
             "evil": evil(compiler, stops, 5 if smoke else 50),
         }
     )
