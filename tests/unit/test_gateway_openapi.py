@@ -11,11 +11,14 @@ from starlette.routing import Route
 
 from nodeserve.errors import InvalidRequest
 from nodeserve.gateway import gate, openapi
+from nodeserve.gateway.answer_schemas import CALL_PART
 from nodeserve.gateway.asked import Asked, chat_of, completion_of
 from nodeserve.gateway.response_asked import response_of
 from nodeserve.gateway.routes import Routes
 from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.tool_shape import delta_of
 from nodeserve.text.chat import checked_messages
+from nodeserve.text.tools import Tool, style_of
 from nodeserve.types import check_priority, check_sampling, sampling_from
 from nodeserve.wire.messages import pack_ids
 from tests.fakes.gateway import events_of, gateway_on, http_client
@@ -196,6 +199,18 @@ async def test_calls_are_as_described(server: FakeServer, http: Path, said: str)
         assert (b"tool_calls" in response.content) == (CALL in said)
         for event in events:
             validator(one.events).validate(event)
+
+
+def test_parts_of_calls_are_as_described() -> None:
+    """However an answer is cut."""
+    parser = style_of("").parser([Tool("x", TOOL)])
+    parts: list[dict[str, Any]] = []
+    for character in CALL:
+        delta = delta_of(parser.push(character), parser.num_calls)
+        parts += delta.get("tool_calls", [])
+    for part in parts:
+        Draft202012Validator(CALL_PART).validate(part)
+    assert "id" in parts[0] and any("id" not in part for part in parts)
 
 
 async def test_events_of_responses_are_as_described(server: FakeServer, http: Path) -> None:
