@@ -89,6 +89,7 @@ class EngineConfig:
     http: str | None = None  # where gateways listen, HOST:PORT or unix:PATH; None: there are none
     http_workers: int = 1
     api_key_file: str | None = None  # of the gateways
+    tool_call_parser: str | None = None  # how the model writes calls; None: by its chat template
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own
     block_size: int = 16  # tokens a KV block
     kv_memory: int | None = None  # bytes of KV pages per worker; None: from free memory

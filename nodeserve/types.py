@@ -10,6 +10,8 @@ from nodeserve.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_LISTED = 1024  # entries of logit_bias and of stop_token_ids
+MAX_CONSTRAINT_BYTES = 1 << 16  # of its text as UTF-8
+CONSTRAINT_KINDS = ("json_schema", "regex", "grammar")
 MAX_PROBLEM_CHARACTERS = 300
 LEAST_TEMPERATURE = 1e-5  # below it the most likely token is taken, as vLLM does
 
@@ -20,6 +22,15 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer's text must be: JSON that a schema allows, or what a regular expression or a
+    grammar (in Lark's notation) describes. `text` is the schema, expression or grammar itself."""
+
+    kind: str  # one of CONSTRAINT_KINDS
+    text: str = field(repr=False)  # it may be as long as a prompt, and is the user's
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def greedy(self) -> bool:
@@ -51,12 +63,19 @@ class Sampling:
 
     @property
     def shapes_logits(self) -> bool:
-        """True when penalties, bias or a minimum length change the logits before the choice."""
+        """True when penalties, bias, a minimum length or a constraint change the logits before the
+        choice."""
         return self.needs_tokens or bool(self.logit_bias) or self.min_tokens > 0
 
     @property
     def needs_tokens(self) -> bool:
-        """True when the next choice depends on which tokens came before: any penalty does."""
+        """True when the next choice depends on which tokens came before: penalties and constraints
+        do."""
+        return self.penalises or self.constraint is not None
+
+    @property
+    def penalises(self) -> bool:
+        """True when tokens that were there count against a choice."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -123,6 +142,28 @@ def _check_bias(bias: object, vocab_size: int) -> None:
         _check_float("logit_bias value", value, -100.0, 100.0, False)
 
 
+def check_constraint(constraint: Constraint) -> None:
+    """What can be seen without compiling it; InvalidRequest otherwise."""
+    if not constraint.text:
+        raise InvalidRequest(f"constraint {constraint.kind} must not be empty")
+    try:
+        num_bytes = len(constraint.text.encode())
+    except UnicodeEncodeError:  # lone surrogates
+        raise InvalidRequest("constraint must be text that can be encoded as UTF-8") from None
+    if num_bytes > MAX_CONSTRAINT_BYTES:
+        raise InvalidRequest(
+            f"constraint has {num_bytes} bytes; at most {MAX_CONSTRAINT_BYTES} are taken"
+        )
+
+
+def _check_ends(sampling: Sampling) -> None:
+    """A constraint says itself where an answer may end, and there the model's stop token comes."""
+    if sampling.ignore_eos:
+        raise InvalidRequest("ignore_eos cannot be true with a constraint: it could never end")
+    if sampling.min_tokens:
+        raise InvalidRequest("min_tokens must be 0 with a constraint, which says when it may end")
+
+
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raise InvalidRequest naming the first field that is out of range."""
     for name, (low, high) in INT_RANGES.items():
@@ -146,6 +187,9 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         )
     for token_id in sampling.stop_token_ids:
         _check_int("stop_token_ids", token_id, 0, vocab_size - 1)
+    if sampling.constraint is not None:
+        check_constraint(sampling.constraint)
+        _check_ends(sampling)
 
 
 def sampling_from(values: dict[str, Any]) -> Sampling:
@@ -157,17 +201,35 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
     stops = values.get("stop_token_ids", ())
     if not isinstance(stops, list | tuple):
         raise InvalidRequest(f"stop_token_ids must be a list of token ids, got {shown(stops)}")
-    return Sampling(**{**values, "stop_token_ids": tuple(stops)})
+    constraint = constraint_from(values.get("constraint"))
+    return Sampling(**{**values, "stop_token_ids": tuple(stops), "constraint": constraint})
+
+
+def constraint_from(value: object) -> Constraint | None:
+    """From a mapping of its kind to its text; InvalidRequest says what it is instead."""
+    if value is None:
+        return None
+    if isinstance(value, Constraint):
+        value = {value.kind: value.text}
+    if isinstance(value, dict) and len(value) == 1:
+        [(kind, text)] = value.items()
+        if kind in CONSTRAINT_KINDS and isinstance(text, str):
+            return Constraint(kind, text)
+    kinds = ", ".join(CONSTRAINT_KINDS)
+    raise InvalidRequest(f"constraint must map one of {kinds} to a text, got {shown(value)}")
 
 
 def sampling_to(sampling: Sampling) -> dict[str, Any]:
     """The fields that differ from the defaults: what travels."""
     default = Sampling()
-    return {
+    values = {
         name: getattr(sampling, name)
         for name in sorted(SAMPLING_FIELDS)
         if getattr(sampling, name) != getattr(default, name)
     }
+    if sampling.constraint is not None:
+        values["constraint"] = {sampling.constraint.kind: sampling.constraint.text}
+    return values
 
 
 @dataclass(frozen=True, slots=True)

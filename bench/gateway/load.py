@@ -84,7 +84,6 @@ class StreamClient(Client):
         self.number = number
         self.times: list[float] = []  # of each token
         self.num_events = 0
-        # vLLM gives continuous usage only to those who want the last as well.
         usage = {"include_usage": True, "continuous_usage_stats": True}
         body = {"prompt": [number, 5, 6], "max_tokens": num_tokens, "ignore_eos": True}
         super().__init__(post({**body, "stream": True, "stream_options": usage}))

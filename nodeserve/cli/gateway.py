@@ -19,6 +19,7 @@ from nodeserve.gateway.listen import Address, parse_address
 from nodeserve.gateway.settings import (
     MAX_BODY_BYTES,
     STOP_TIMEOUT_S,
+    TOOL_CALL_PARSERS,
     GatewaySettings,
     read_keys,
 )
@@ -47,6 +48,11 @@ STOP_S = 5  # once the server is gone there is nothing left but to say so
 )
 @click.option("--log-level", default="info", show_default=True, help=ENGINE_HELP["log_level"])
 @click.option("--log-format", default="text", show_default=True, help=ENGINE_HELP["log_format"])
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(TOOL_CALL_PARSERS),
+    help="How the model writes calls of functions; by default its chat template says it.",
+)
 @click.option("--http-fd", type=int, hidden=True)
 def gateway(
     http: str,
@@ -58,6 +64,7 @@ def gateway(
     stop_timeout: int,
     log_level: str,
     log_format: str,
+    tool_call_parser: str | None,
     http_fd: int | None,
 ) -> None:
     """Serve OpenAI's HTTP API for a running server."""
@@ -68,6 +75,7 @@ def gateway(
         max_body_bytes=max_body,
         cors_origins=cors_origin,
         stop_timeout_s=stop_timeout,
+        tool_call_parser=tool_call_parser,
     )
     if http_fd is not None:
         from nodeserve.gateway.serve import serve
@@ -84,6 +92,7 @@ def gateway(
         *(f"--log-level={log_level}", f"--log-format={log_format}"),
         *(f"--cors-origin={origin}" for origin in cors_origin),
         *([] if api_key_file is None else [f"--api-key-file={api_key_file.absolute()}"]),
+        *([] if tool_call_parser is None else [f"--tool-call-parser={tool_call_parser}"]),
     ]
     with kept(parse_address(http), workers, arguments, stop_timeout) as address:
         for line in words(address, bool(settings.api_keys)):
@@ -115,7 +124,7 @@ def beside(config: EngineConfig) -> Iterator[list[str]]:
     the server is ready.
     """
     if config.http is None:
-        for name in ("http_workers", "api_key_file"):
+        for name in ("http_workers", "api_key_file", "tool_call_parser"):
             if getattr(config, name) != getattr(EngineConfig(), name):
                 raise ConfigError(f"--{name.replace('_', '-')} is for gateways: give --http too")
         yield []
@@ -127,5 +136,11 @@ def beside(config: EngineConfig) -> Iterator[list[str]]:
     arguments = [f"--socket={config.socket}", f"--stop-timeout={STOP_S}"]
     arguments += [f"--log-level={config.log_level}", f"--log-format={config.log_format}"]
     arguments += [] if path is None else [f"--api-key-file={path.absolute()}"]
+    if (style := config.tool_call_parser) is not None:
+        if style not in TOOL_CALL_PARSERS:
+            raise ConfigError(
+                f"--tool-call-parser {style!r}: use one of {', '.join(TOOL_CALL_PARSERS)}"
+            )
+        arguments.append(f"--tool-call-parser={style}")
     with kept(parse_address(config.http), config.http_workers, arguments, STOP_S) as address:
         yield words(address, bool(keys))

@@ -44,6 +44,8 @@ ENGINE_HELP = {
     "http": "Serve OpenAI's HTTP API too, on HOST:PORT or unix:PATH (see nodeserve gateway).",
     "http_workers": "Processes that serve it.",
     "api_key_file": "Keys for it, one on each line; $NODESERVE_API_KEY is one more.",
+    "tool_call_parser": "How the model writes calls of functions: hermes, llama3_json, mistral or"
+    " deepseek. [default: by its chat template]",
     "max_model_len": "Tokens of prompt and output together. [default: the model's own limit]",
     "block_size": "Tokens in a KV block.",
     "kv_memory": "KV pages of each worker, such as 512MiB or 2GB. [default: from free memory]",

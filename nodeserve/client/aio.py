@@ -19,6 +19,7 @@ from nodeserve.client.results import Audit, Chunk, Completion, Health, join
 from nodeserve.errors import Cancelled, ConnectionLost, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
+from nodeserve.text.constraints import check, constraint_of
 from nodeserve.types import (
     Sampling,
     check_priority,
@@ -175,10 +176,15 @@ class AsyncClient:
     ) -> Call:
         """Send one request, a prompt or messages, and return it running.
 
-        Every field of `types.Sampling` is a keyword. `stop` strings end the answer before
-        themselves. `slo` has `ttft_ms` and `tpot_ms`; a higher `priority` is served earlier.
+        Every field of `types.Sampling` is a keyword. `constraint` also has the forms that
+        `text.constraints.constraint_of` takes: `constraint={"json_schema": {...}}` gives JSON that
+        the schema allows. `stop` strings end the answer before themselves. `slo` has `ttft_ms` and
+        `tpot_ms`; a higher `priority` is served earlier.
         `detokenize=False` with a prompt of token ids needs no tokenizer and leaves `text` empty.
         """
+        if sampling.get("constraint") is not None:
+            sampling["constraint"] = constraint = constraint_of(sampling["constraint"])
+            await asyncio.to_thread(check, constraint)
         settings = sampling_from(sampling)
         check_priority(priority)
         stops = StopStrings(stop) if stop else None

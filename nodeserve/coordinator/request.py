@@ -93,7 +93,7 @@ class Request:
     stream: Reader
     tokens: "array[int]" = field(repr=False)  # what people wrote is in no error and no log
     num_prompt_tokens: int
-    sampling: dict[str, Any]
+    sampling: dict[str, Any] = field(repr=False)  # its constraint is their words as well
     slo: dict[str, Any] | None
     max_tokens: int
     waiting: Waiting  # its place in the buffer: the present one, or the last

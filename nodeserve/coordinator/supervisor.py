@@ -28,7 +28,7 @@ from nodeserve.errors import ConfigError, RingError
 from nodeserve.log import about, logger
 from nodeserve.policy.startup import Start
 from nodeserve.policy.watchdog import Watchdog
-from nodeserve.types import Role
+from nodeserve.types import MAX_CONSTRAINT_BYTES, Role
 from nodeserve.wire.channel import CoordinatorEnd
 from nodeserve.wire.messages import Shutdown
 
@@ -45,10 +45,10 @@ MAX_LINE_BYTES = 2000
 def ring_bytes(max_model_len: int, max_num_seqs: int) -> int:
     """Room for several of the largest records, so that no accepted request can be too large.
 
-    To a worker: a full context's ids with the largest sampling (32 KiB). From a worker: a step of
-    `max_num_seqs` tokens, each with its logprobs (under 512 bytes).
+    To a worker: a full context's ids with the largest sampling (32 KiB and a constraint). From a
+    worker: a step of `max_num_seqs` tokens, each with its logprobs (under 512 bytes).
     """
-    largest = max(4 * max_model_len + (32 << 10), 512 * max_num_seqs)
+    largest = max(4 * max_model_len + (32 << 10) + MAX_CONSTRAINT_BYTES, 512 * max_num_seqs)
     return max(MIN_RING_BYTES, 1 << (4 * largest).bit_length())
 
 

@@ -42,6 +42,17 @@ def named(name: str) -> Schema:
 
 IDS = listed({"type": "integer"})
 FINISH = known("stop", "length")
+CHAT_FINISH = known("stop", "length", "tool_calls")
+CALL = record(
+    id=TEXT, type=known("function"), function=record(name=TEXT, arguments=TEXT)
+)  # a whole one
+CALL_PART = record(
+    ("id", "type"),
+    index=COUNT,
+    id=TEXT,
+    type=known("function"),
+    function=record(("name",), name=TEXT, arguments=TEXT),
+)
 PIECE = {"token": TEXT, "logprob": NUMBER, "bytes": IDS}
 ABOUT = {"id": TEXT, "created": COUNT, "model": TEXT}
 
@@ -104,9 +115,15 @@ SCHEMAS: dict[str, Schema] = {
             record(
                 ("token_ids",),
                 index=COUNT,
-                message=record(role=known("assistant"), content=TEXT, refusal=NULL),
+                message=record(
+                    ("tool_calls",),
+                    role=known("assistant"),
+                    content=maybe(TEXT),  # null beside calls
+                    refusal=NULL,
+                    tool_calls=listed(CALL),
+                ),
                 logprobs=maybe(named("ChatLogprobs")),
-                finish_reason=FINISH,
+                finish_reason=CHAT_FINISH,
                 token_ids=IDS,
             )
         ),
@@ -138,9 +155,14 @@ SCHEMAS: dict[str, Schema] = {
             record(
                 ("token_ids",),
                 index=COUNT,
-                delta=record(("role",), role=known("assistant"), content=TEXT),
+                delta=record(
+                    ("role", "content", "tool_calls"),
+                    role=known("assistant"),
+                    content=TEXT,
+                    tool_calls=listed(CALL_PART),
+                ),
                 logprobs=maybe(named("ChatLogprobs")),
-                finish_reason=maybe(FINISH),
+                finish_reason=maybe(CHAT_FINISH),
                 token_ids=IDS,
             )
         ),

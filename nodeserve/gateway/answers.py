@@ -85,7 +85,10 @@ class Answers(Response):
             choice.reading.left()
 
     async def _start(self) -> None:
-        asked, engine = self._asked, self._engine
+        engine = self._engine
+        asked = self._asked = await engine.settled(self._asked)
+        if asked.tooling is not None:
+            self._shape.style = await engine.style()
         if asked.sampling.get("logprobs") is not None:
             self._shape.texts = TokenTexts(await engine.tokenizer(), asked.ids_as_tokens)
         for prompt in await engine.prompts(asked):

@@ -41,7 +41,7 @@ def make_app(settings: GatewaySettings, spans: Spans | None = None) -> ASGIApp:
             await asyncio.to_thread(spans.close)
 
     app = Starlette(
-        routes=Routes(Engine(client), settings, meters).all(),
+        routes=Routes(Engine(client, settings.tool_call_parser), settings, meters).all(),
         middleware=[
             Middleware(Gate, keys=settings.api_keys, responses=meters.responses, spans=spans),
             *cors(settings),

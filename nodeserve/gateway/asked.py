@@ -9,25 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nodeserve.gateway.fields import Fields, is_ids
+from nodeserve.gateway.formats import constraint_of
 from nodeserve.gateway.tables import CHAT, COMPLETION, MAX_CHOICES, VARIABLES
+from nodeserve.gateway.tool_fields import Tooling, tooling_of
 from nodeserve.types import SAMPLING_FIELDS, shown
 
-WORDS = "is not supported by this server"
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field: values that ask for nothing
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -42,12 +37,10 @@ NOT_IN_CHATS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 SLO_HEADERS = {"x-slo-ttft-ms": "ttft_ms", "x-slo-tpot-ms": "tpot_ms"}
-_BY_THEIR_NAME = SAMPLING_FIELDS - {"max_tokens", "top_k", "logprobs", "logit_bias"}
+_BY_THEIR_NAME = SAMPLING_FIELDS - {"max_tokens", "top_k", "logprobs", "logit_bias", "constraint"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +53,9 @@ class Asked:
     add_special: bool = True  # to prompts that are text
     add_generation_prompt: bool = True
     variables: dict[str, Any] = field(default_factory=dict)  # of the chat template
+    tooling: Tooling | None = None  # of a chat
     sampling: dict[str, Any] = field(default_factory=dict)  # the fields of types.Sampling given
+    constraint_field: str = ""  # that its `constraint` comes from
     stops: tuple[str, ...] = ()
     n: int = 1
     echo: bool = False
@@ -78,7 +73,7 @@ class Asked:
 def completion_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
     """From the body of POST /v1/completions; BadField names what cannot be."""
     fields = Fields(body, COMPLETION)
-    fields.only(NOT_IN_COMPLETIONS, WORDS)
+    fields.only(NOT_IN_COMPLETIONS)
     common = common_of(fields, headers)
     prompts = prompts_of(fields)
     if len(prompts) * common["n"] > MAX_CHOICES:
@@ -99,7 +94,7 @@ def completion_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
 def chat_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
     """From the body of POST /v1/chat/completions; BadField names what cannot be."""
     fields = Fields(body, CHAT)
-    fields.only(NOT_IN_CHATS, WORDS)
+    fields.only(NOT_IN_CHATS)
     common = common_of(fields, headers)
     messages = fields.read("messages")
     if not isinstance(messages, list) or not messages:
@@ -118,6 +113,7 @@ def chat_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
         messages=messages,
         add_generation_prompt=fields.read("add_generation_prompt"),
         variables=variables_of(fields),
+        tooling=tooling_of(fields),
         **common,
     )
 
@@ -139,9 +135,14 @@ def common_of(fields: Fields, headers: Mapping[str, str]) -> dict[str, Any]:
 
 def shared_of(fields: Fields, headers: Mapping[str, str]) -> dict[str, Any]:
     """What all requests for answers have."""
+    sampling = sampling_of(fields)
+    constraint_field, constraint = constraint_of(fields)
+    if constraint is not None:
+        sampling["constraint"] = constraint
     return {
         "model": fields.read("model"),
-        "sampling": sampling_of(fields),
+        "sampling": sampling,
+        "constraint_field": constraint_field,
         "stops": fields.read("stop"),
         "stream": fields.read("stream"),
         "skip_special": fields.read("skip_special_tokens"),

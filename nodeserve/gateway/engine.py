@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 
 from nodeserve.client import AsyncClient, Health
 from nodeserve.client.aio import Call
-from nodeserve.errors import NodeServeError
+from nodeserve.errors import InvalidRequest, NodeServeError
 from nodeserve.gateway.asked import Asked
-from nodeserve.gateway.problems import HttpProblem
+from nodeserve.gateway.problems import BadField, HttpProblem
 from nodeserve.gateway.tables import MAX_TOKENS
+from nodeserve.gateway.tool_answers import constrained
 from nodeserve.text import Detokenizer, StopStrings, Tokenizer
+from nodeserve.text.constraints import check
+from nodeserve.text.tools import Style, style_of, with_tools
 from nodeserve.types import MAX_SEED, Sampling, check_priority, check_sampling, sampling_from
 from nodeserve.wire.messages import pack_ids
 
@@ -32,8 +35,9 @@ class Prompt:
 class Engine:
     """One connection to the server, made again when it is lost."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: AsyncClient, tool_call_parser: str | None = None) -> None:
         self.client = client
+        self._tool_call_parser = tool_call_parser
         self.created_s = int(time.time())  # of the model's entry in /v1/models
 
     async def about(self) -> dict[str, Any]:
@@ -79,12 +83,35 @@ class Engine:
     async def chat_ids(self, asked: Asked, add_special: bool = False) -> list[int]:
         tokenizer, messages = await self.tokenizer(), asked.messages
         assert messages is not None
+        tools = () if asked.tooling is None else asked.tooling.tools
+        variables = asked.variables
+        if tools or any(map(calls_or_result, messages)):
+            messages, told = with_tools(await self.style(), messages, tools)
+            variables = variables | told
 
         def render() -> list[int]:
-            text = tokenizer.chat_prompt(messages, asked.add_generation_prompt, **asked.variables)
+            text = tokenizer.chat_prompt(messages, asked.add_generation_prompt, **variables)
             return tokenizer.encode(text, add_special=add_special)
 
         return await beside(sum(map(size_of, messages)), render)
+
+    async def settled(self, asked: Asked) -> Asked:
+        """With the constraint that its tools give. BadField names the field whose schema,
+        expression or grammar cannot be compiled."""
+        if asked.tooling is not None:
+            asked = constrained(asked, await self.style(), await self.tokenizer())
+        constraint = asked.sampling.get("constraint")
+        if constraint is not None:
+            try:
+                await asyncio.to_thread(check, constraint)
+            except InvalidRequest as problem:
+                words = str(problem).removeprefix("constraint ")
+                raise BadField(asked.constraint_field, words) from None
+        return asked
+
+    async def style(self) -> Style:
+        """How the model writes calls."""
+        return style_of((await self.tokenizer()).chat_template or "", self._tool_call_parser)
 
     async def sampling(self, asked: Asked, num_prompt_tokens: int) -> Sampling:
         """Checked; without a limit an answer may fill the context."""
@@ -106,12 +133,20 @@ class Engine:
             packed(prompt.ids),
             sampling,
             detokenizer=Detokenizer(
-                tokenizer, skip_special=asked.skip_special, continues=asked.messages is None
+                tokenizer,
+                skip_special=asked.skip_special,
+                continues=asked.messages is None,
+                show=frozenset() if asked.tooling is None else (await self.style()).markers,
             ),
             stops=StopStrings(asked.stops) if asked.stops else None,
             slo=asked.slo,
             priority=asked.priority,
         )
+
+
+def calls_or_result(message: Any) -> bool:
+    """Whether a message of a conversation is about tools."""
+    return isinstance(message, dict) and ("tool_calls" in message or message.get("role") == "tool")
 
 
 def packed(ids: Sequence[int]) -> bytes:

@@ -8,6 +8,8 @@ from nodeserve.errors import InvalidRequest
 from nodeserve.gateway.problems import BadField
 from nodeserve.types import shown
 
+REFUSED = "is not supported by this server"
+
 
 def json_object(data: bytes) -> dict[str, Any]:
     """The body of a request; InvalidRequest says what it is instead."""
@@ -95,12 +97,12 @@ class Fields:
             raise self.error(name, f"must be an object, got {shown(value)}")
         return Fields(value or {}, table, f"{self._where}{name}.")
 
-    def only(self, harmless: Mapping[str, tuple[Any, ...]], words: str) -> None:
+    def only(self, harmless: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuse, by name, those fields whose value would change the answer and cannot."""
         for name, values in harmless.items():
             value = self._values.get(name)
             if value is not None and not any(_same(value, one) for one in values):
-                raise self.error(name, f"{words}, got {shown(value)}")
+                raise self.error(name, f"{REFUSED}, got {shown(value)}")
 
 
 def _same(value: object, known: object) -> bool:

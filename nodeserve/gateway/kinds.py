@@ -94,16 +94,18 @@ class Texts(Kind):
 
 @dataclass(frozen=True, slots=True)
 class Inner(Kind):
-    """An object with fields of its own."""
+    """An object with fields of its own. That none of `required` is left out is for who reads them
+    to see."""
 
     table: Mapping[str, Kind]
     about: str = ""
+    required: tuple[str, ...] = ()
 
     def read(self, fields: Fields, name: str) -> Fields:
         return fields.inner(name, self.table)
 
     def shape(self) -> Schema:
-        return object_schema(self.table)
+        return object_schema(self.table, self.required)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ are tools and everything else that is not text.
 from collections.abc import Mapping
 from typing import Any
 
-from nodeserve.gateway.asked import NOT_YET, WORDS, Asked, shared_of, variables_of
+from nodeserve.gateway.asked import NOT_YET, Asked, shared_of, variables_of
 from nodeserve.gateway.fields import Fields
 from nodeserve.gateway.tables import INPUT_ITEM, INPUT_PART, METADATA, RESPONSE
 from nodeserve.types import shown
@@ -35,7 +35,7 @@ TEXT_PARTS = frozenset(INPUT_PART["properties"]["type"]["enum"])
 def response_of(body: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
     """From the body of POST /v1/responses; BadField names what cannot be."""
     fields = Fields(body, RESPONSE)
-    fields.only(NOT_IN_RESPONSES, WORDS)
+    fields.only(NOT_IN_RESPONSES)
     shared = shared_of(fields, headers)
     instructions, limit = fields.read("instructions"), fields.read("max_output_tokens")
     messages = [] if instructions is None else [{"role": "system", "content": instructions}]

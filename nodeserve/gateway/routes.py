@@ -26,6 +26,7 @@ from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.shapes import ChatShape, CompletionShape, Shape
 from nodeserve.gateway.tables import DETOKENIZE, TOKENIZE
 from nodeserve.gateway.texts import detokenized, tokenized
+from nodeserve.gateway.tool_shape import ToolShape
 from nodeserve.gateway.view import View
 
 
@@ -65,8 +66,9 @@ class Routes:
         return await self._answers(request, CompletionShape, completion_of(body, request.headers))
 
     async def chat(self, request: Request) -> Response:
-        body = await read_object(request, self._settings)
-        return await self._answers(request, ChatShape, chat_of(body, request.headers))
+        asked = chat_of(await read_object(request, self._settings), request.headers)
+        shape = ChatShape if asked.tooling is None else ToolShape
+        return await self._answers(request, shape, asked)
 
     async def responses(self, request: Request) -> Response:
         body = await read_object(request, self._settings)

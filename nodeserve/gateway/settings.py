@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodeserve.errors import ConfigError
+from nodeserve.text.tool_parser import STYLES
 
 MAX_BODY_BYTES = 16 << 20  # a context of a million tokens, written as numbers, takes half of it
 STOP_TIMEOUT_S = 30
+TOOL_CALL_PARSERS = tuple(STYLES)
 SHARED_METERS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's; a folder of counters
 
 
@@ -21,6 +23,7 @@ class GatewaySettings:
     body_timeout_s: float = 30.0  # for a request to arrive
     connect_timeout_s: float = 5.0  # for the server to answer
     stop_timeout_s: int = STOP_TIMEOUT_S  # for running answers, once told to stop
+    tool_call_parser: str | None = None  # one of those; None: by the chat template
 
 
 def read_keys(path: Path | None, from_environment: str | None) -> tuple[str, ...]:

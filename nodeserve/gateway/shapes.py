@@ -20,6 +20,7 @@ from nodeserve.gateway.engine import Prompt
 from nodeserve.gateway.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from nodeserve.gateway.meters import Reading
 from nodeserve.gateway.problems import error_object
+from nodeserve.text.tools import Style
 from nodeserve.types import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -54,6 +55,7 @@ class Shape(ABC):
         self.model = model
         self.created_s = created_s
         self.texts: TokenTexts | None = None  # set where logprobs are asked for
+        self.style: Style | None = None  # set where tools may be called
 
     @abstractmethod
     def whole(self, choices: Sequence[Choice], done: Sequence[Completion]) -> dict[str, Any]:

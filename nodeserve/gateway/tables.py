@@ -8,17 +8,21 @@ from nodeserve.gateway.kinds import (
     Given,
     Inner,
     Kind,
+    Only,
     Schema,
     Text,
     Texts,
     Whole,
+    object_schema,
     sampled,
 )
+from nodeserve.text.constraints import MAX_CHOICES as MAX_TEXTS
 from nodeserve.types import MAX_LISTED, MAX_LOGPROBS, MAX_SEED
 
 MAX_CHOICES = 1024  # answers to one request: prompts times n
 MAX_N = 128
 MAX_STOPS = 64
+MAX_TOOLS = 128
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has it
 MAX_TOKENS = 2**31 - 1
 MAX_PRIORITY = 2**31 - 1
@@ -52,6 +56,8 @@ MESSAGE: Schema = {
         "content": {
             "anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}]
         },
+        "tool_calls": {"description": "Of the role assistant: the calls of an earlier answer."},
+        "tool_call_id": {"description": "Of the role tool: the call whose result this is."},
     },
     "required": ["role"],
 }
@@ -84,7 +90,48 @@ METADATA: Schema = {
 }
 VARIABLES: Schema = {
     "type": "object",
-    "properties": {name: False for name in ("self", "messages", "add_generation_prompt")},
+    "properties": {name: False for name in ("self", "messages", "add_generation_prompt", "tools")},
+}
+
+RESPONSE_FORMAT: Schema = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+            "required": ["type"],
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {
+                    "type": "object",
+                    "properties": {"schema": {"type": ["object", "boolean"]}},
+                    "required": ["schema"],
+                },
+            },
+            "required": ["type", "json_schema"],
+        },
+    ]
+}
+PARAMETERS: Schema = {"type": "object", "properties": {"type": {"const": "object"}}}
+FUNCTION_NAME: Schema = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}
+CHOICE_OF_TOOLS: Schema = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                },
+            },
+            "required": ["type", "function"],
+        },
+    ]
 }
 
 MODEL = Text("The served model's name; another is a 404.")
@@ -106,11 +153,59 @@ SAMPLING: Table = {
     "top_k": Given({"type": "integer", "minimum": -1, "maximum": 2**31 - 1}, "-1 or 0: all."),
     "top_p": sampled("top_p"),
 }
+EXPRESSIONS: Table = {
+    "choice": Given(
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_TEXTS},
+        "The answer is one of these.",
+    ),
+    "grammar": Given({"type": "string", "minLength": 1}, "In Lark's notation, or GBNF."),
+    "json": Given(
+        {"anyOf": [{"type": ["object", "boolean"]}, {"type": "string", "minLength": 1}]},
+        "A JSON schema, as it is or as text.",
+    ),
+    "regex": Given({"type": "string", "minLength": 1}),
+}
+NOT_STRUCTURED: Refused = {
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": (False,),
+    "structural_tag": (),
+    "whitespace_pattern": (),
+}
+STRUCTURED: Table = {
+    **EXPRESSIONS,
+    **{name: Only(harmless) for name, harmless in NOT_STRUCTURED.items()},
+    "json_object": Flag("Any JSON object."),
+}
+FORMATS: Table = {
+    **{f"guided_{name}": kind for name, kind in EXPRESSIONS.items()},
+    "response_format": Given(RESPONSE_FORMAT, "What the answer must be."),
+    "structured_outputs": Inner(STRUCTURED, "The same as vLLM has it; one of these."),
+}
+FUNCTION: Table = {
+    "description": Text(),
+    "name": Given(FUNCTION_NAME),
+    "parameters": Given(PARAMETERS, "A JSON schema of an object; none: it takes no arguments."),
+}
+TOOL: Table = {
+    "function": Inner(FUNCTION, required=("name",)),
+    "type": Given({"const": "function"}),
+}
+TOOLS: Schema = {
+    "type": "array",
+    "items": object_schema(TOOL, ("function", "type")),
+    "maxItems": MAX_TOOLS,
+}
+TOOLING: Table = {
+    "parallel_tool_calls": Flag("Where a call is asked for, several may come.", True),
+    "tool_choice": Given(CHOICE_OF_TOOLS, "Others than none and auto need tools."),
+    "tools": Given(TOOLS, "Functions that the model may call, of different names."),
+}
 STREAM_OPTIONS: Table = {
     "continuous_usage_stats": Flag("Each event has the usage so far."),
     "include_usage": Flag("The last event has the usage."),
 }
 SHARED: Table = {  # of everything that answers
+    **FORMATS,
     **SAMPLING,
     "model": MODEL,
     "priority": Whole(-MAX_PRIORITY, MAX_PRIORITY, 0, "Low numbers are served first."),
@@ -137,6 +232,7 @@ COMPLETION: Table = {
 CHAT: Table = {
     **CHOICES,
     **TEMPLATE,
+    **TOOLING,
     "logprobs": Flag("The log probability of each token."),
     "max_completion_tokens": Whole(1, MAX_TOKENS, 1, "What is left of the context."),
     "max_tokens": Whole(1, MAX_TOKENS, 1, "The old name of max_completion_tokens."),
@@ -153,6 +249,7 @@ RESPONSE: Table = {
 }
 TOKENIZE: Table = {
     **TEMPLATE,
+    **TOOLING,
     "add_special_tokens": Given({"type": "boolean"}, "Default: for a prompt, not for messages."),
     "messages": Given(MESSAGES, "Or a prompt."),
     "model": MODEL,

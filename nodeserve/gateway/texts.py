@@ -6,6 +6,7 @@ from nodeserve.gateway.asked import Asked, variables_of
 from nodeserve.gateway.engine import Engine, beside
 from nodeserve.gateway.fields import Fields, is_ids
 from nodeserve.gateway.logprobs import TokenTexts
+from nodeserve.gateway.tool_fields import tooling_of
 from nodeserve.types import shown
 
 
@@ -27,6 +28,7 @@ async def _ids(engine: Engine, fields: Fields) -> list[int]:
             messages=_messages(fields),
             add_generation_prompt=fields.read("add_generation_prompt"),
             variables=variables_of(fields),
+            tooling=tooling_of(fields),
         )
         return await engine.chat_ids(asked, fields.flag("add_special_tokens"))
     prompt = fields.read("prompt")

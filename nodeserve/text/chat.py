@@ -18,6 +18,7 @@ from signal import Signals
 from typing import Any
 
 from nodeserve.errors import InvalidRequest, ModelError
+from nodeserve.types import shown
 
 Message = Mapping[str, Any]
 
@@ -177,10 +178,12 @@ def checked_messages(messages: object) -> list[dict[str, Any]]:
 
 def _checked_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise InvalidRequest(f"{where} must be an object with role and content, got {message!r}")
+        raise InvalidRequest(
+            f"{where} must be an object with role and content, got {shown(message)}"
+        )
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        raise InvalidRequest(f"{where}.role must be a string such as 'user', got {role!r}")
+        raise InvalidRequest(f"{where}.role must be a string such as 'user', got {shown(role)}")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return {"content": None, **message}
@@ -191,15 +194,19 @@ def _text(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
-        raise InvalidRequest(f"{where} must be a string or a list of text parts, got {content!r}")
+        raise InvalidRequest(
+            f"{where} must be a string or a list of text parts, got {shown(content)}"
+        )
     return "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
 
 def _part(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text":
-        raise InvalidRequest(f"{where}.type must be 'text', got {kind!r}: only text is supported")
+        raise InvalidRequest(
+            f"{where}.type must be 'text', got {shown(kind)}: only text is supported"
+        )
     text = part["text"] if isinstance(part, Mapping) and "text" in part else None
     if not isinstance(text, str):
-        raise InvalidRequest(f"{where}.text must be a string, got {text!r}")
+        raise InvalidRequest(f"{where}.text must be a string, got {shown(text)}")
     return text

@@ -20,9 +20,15 @@ class Detokenizer:
     same arguments (`continues` says that the ids continue a text, see there)."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special: bool = True, continues: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        continues: bool = False,
+        show: frozenset[str] = frozenset(),
     ) -> None:
-        self._piece = tokenizer.pieces(skip_special).__getitem__
+        """`show`: special tokens that are text all the same."""
+        self._piece = tokenizer.pieces(skip_special, show).__getitem__
         self._decode = _Utf8("replace").decode
         self._drop_space = tokenizer.adds_space and not continues
 

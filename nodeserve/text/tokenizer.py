@@ -32,6 +32,8 @@ class Tokenizer:
         self._encoder = vocabulary.encoder
         self._pieces = _pieces(vocabulary)
         self._text_pieces = _TextPieces(self._pieces, vocabulary.special)
+        self._showing: dict[frozenset[str], Pieces] = {}
+        self.chat_template = vocabulary.chat_template
         self._chat = (
             ChatTemplate(vocabulary.chat_template, vocabulary.template_tokens)
             if vocabulary.chat_template is not None
@@ -87,8 +89,21 @@ class Tokenizer:
         text = data.decode("utf-8", "replace")
         return text.removeprefix(" ") if self.adds_space and not continues else text
 
-    def pieces(self, skip_special: bool) -> "Pieces":
-        return self._text_pieces if skip_special else self._pieces
+    def pieces(self, skip_special: bool, show: frozenset[str] = frozenset()) -> "Pieces":
+        """Each token's bytes; `show` are special tokens that are not skipped."""
+        if not skip_special:
+            return self._pieces
+        shown_ids = {token_id for text in show if (token_id := self.special_id(text)) is not None}
+        if not shown_ids:
+            return self._text_pieces
+        if show not in self._showing:
+            self._showing[show] = _TextPieces(self._pieces, self.special_ids - shown_ids)
+        return self._showing[show]
+
+    def special_id(self, text: str) -> int | None:
+        """The special token of this name."""
+        token_id = self._encoder.token_to_id(text)
+        return token_id if token_id in self.special_ids else None
 
     def chat_prompt(
         self,

@@ -16,8 +16,9 @@ class Limits:
     max_text_bytes: int  # in one string
 
 
-# A Submit has five containers and two long ones, both checked again by value (types.MAX_LISTED).
-OF_A_CLIENT = Limits(max_items=4096, max_containers=16, max_text_bytes=1024)
+# A Submit has six containers, of which two may be long, and one long text: all of them are checked
+# again by value (types.MAX_LISTED, MAX_CONSTRAINT_BYTES).
+OF_A_CLIENT = Limits(max_items=4096, max_containers=16, max_text_bytes=1 << 17)
 # Tokens has a container for each request, and one for each token with log probabilities.
 OF_THE_SERVER = Limits(max_items=1 << 20, max_containers=1 << 20, max_text_bytes=1 << 20)
 # A StepDone or Prefill has a few for each sequence of a step.

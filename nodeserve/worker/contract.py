@@ -32,12 +32,20 @@ class Ran(NamedTuple):
     seconds: float
 
 
+class Failure(NamedTuple):
+    """A sequence that has no next token: it cannot go on, all others of the step can."""
+
+    row: int  # its place among the step's tokens, where some token is that nobody may see
+    problem: NodeServeError
+
+
 class Sampled(NamedTuple):
     """The tokens of `batch.sampled`, in that order, and logprobs of those that asked."""
 
     token_ids: list[int]
     logprobs: list[Logprobs] | None
     ran: Ran | None = None  # None: from its launch, or the end of the step before, to its end
+    failed: tuple[Failure, ...] = ()
 
 
 class Flight(Protocol):

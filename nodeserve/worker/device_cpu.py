@@ -12,6 +12,7 @@ from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import Device, Progress
 from nodeserve.worker.executor import ModelExecutor
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
@@ -43,7 +44,8 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     weights = open_stored(found, dtype, spec.load_format)
     model = llama.build(found.config, weights, ops, partial(progress, "weights"))
     staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
-    executor = ModelExecutor(model, ops.cache(layout, pool), staging)
+    constraints = Constraints.of_model(str(found.path), found.config)
+    executor = ModelExecutor(model, ops.cache(layout, pool), staging, constraints)
     if len(spec.cpus) > 1:
         os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
     progress("warm-up", 0, 1)

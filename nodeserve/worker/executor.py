@@ -7,6 +7,7 @@ from typing import Any
 from nodeserve.model.llama import Llama
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.types import Sampling
+from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import Computed, Sampled
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.sampler import sample
@@ -17,10 +18,13 @@ WARM_UP_TOKENS = 16
 class ModelExecutor:
     """A model, its pages, and the staging buffers between the scheduler and both."""
 
-    def __init__(self, model: Llama, cache: Any, staging: Staging) -> None:
+    def __init__(
+        self, model: Llama, cache: Any, staging: Staging, constraints: Constraints | None = None
+    ) -> None:
         self._model = model
         self._cache = cache
         self._staging = staging
+        self._constraints = constraints
 
     @property
     def overlaps(self) -> bool:
@@ -34,7 +38,9 @@ class ModelExecutor:
 
     def launch(self, batch: Batch) -> Computed:
         logits = self._model.forward(self._staging.build(batch), self._cache)
-        return Computed(sample(logits, batch.sampled) if len(logits) else Sampled([], None))
+        if not len(logits):
+            return Computed(Sampled([], None))
+        return Computed(sample(logits, batch.sampled, self._constraints))
 
     def warm_up(self) -> None:
         """A prefill and a decode on the first block, which belongs to nobody yet."""

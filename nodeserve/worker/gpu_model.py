@@ -10,6 +10,7 @@ from nodeserve.model.gpu.attention.probe import heads_of, make_attention, window
 from nodeserve.model.gpu.ops import CudaOps
 from nodeserve.model.gpu.pointwise import feed_tokens
 from nodeserve.model.ops import Ops
+from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.executor_cuda import FeedTokens, Sampler
 from nodeserve.worker.gpu_runtime import Runtime
 from nodeserve.worker.sampler_gpu import GpuSampler
@@ -37,7 +38,9 @@ def make_parts(
     attention = make_attention(heads, windows_of(config), runtime.device, spec.attention_backend)
     return GpuParts(
         ops=CudaOps(dtype, runtime.device, attention),
-        sampler=GpuSampler(runtime.device, spec.max_num_seqs),
+        sampler=GpuSampler(
+            runtime.device, spec.max_num_seqs, Constraints.of_model(spec.model, config)
+        ),
         feed_tokens=feed_tokens,
         # A CPU has no graphs: there a capture is only a function that is called again.
         capturable=attention.capturable or runtime.device.type == "cpu",

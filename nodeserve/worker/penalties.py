@@ -8,6 +8,7 @@ and nothing waits.
 
 import os
 from array import array
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,19 @@ Counts = NDArray[np.float32]
 class Choice:
     """The sampler's notes on one sequence."""
 
-    __slots__ = ("_counts", "_num_seen", "_places", "_tokens", "penalised", "plain", "seed")
+    __slots__ = (
+        *("_counts", "_num_seen", "_places", "_tokens"),
+        *("constrained", "follower", "penalised", "plain", "seed"),
+    )
 
     def __init__(self, sequence: Sequence) -> None:
         sampling = sequence.sampling
         self.plain = sampling.greedy and not sampling.shapes_logits and sampling.logprobs is None
         seed = sampling.seed
         self.seed: int = int.from_bytes(os.urandom(8), "little") if seed is None else seed
-        self.penalised = sampling.needs_tokens
+        self.penalised = sampling.penalises
+        self.constrained = sampling.constraint is not None
+        self.follower: Any = None  # of its constraint, made by worker.constraints
         self._places: dict[int, int] = {}  # token id -> place in the two lists
         self._tokens = array("q")
         self._counts = array("f")  # times in the output

@@ -14,12 +14,12 @@ message made.
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nodeserve.errors import CudaError, HandoffFailed, NodeServeError
-from nodeserve.policy.batching import Batch, Outcome, Sequence
+from nodeserve.policy.batching import Batch, Outcome, Sequence, Stage
 from nodeserve.policy.cost import rank_work
 from nodeserve.policy.pacing import Pacer
 from nodeserve.policy.scheduler import Scheduler
@@ -53,6 +53,7 @@ from nodeserve.wire.messages import (
 from nodeserve.worker.contract import (
     CopyFailed,
     Executor,
+    Failure,
     Flight,
     Logprobs,
     Moved,
@@ -201,12 +202,26 @@ class Runner:
         self._ended_s = ended_s
         if not step.batch.num_prefill_tokens:
             self._pacer.ended(step.batch.num_decodes, ran.seconds)
+        failed = self._give_up(step.batch, sampled.failed)
         outcome = self.scheduler.commit(step.batch, sampled.token_ids)
         if self._door_s and self.scheduler.has_prompts:
             self._door_until_s = ended_s + self._door_s
         kv_ready = self._offer(outcome)
         logprobs = _told(sampled.logprobs, outcome.kept)
         self.link.put(self._report(step.batch, outcome, logprobs, kv_ready, ran))
+        for request_id, problem in failed:
+            self._fail(request_id, problem)
+
+    def _give_up(
+        self, batch: Batch, failures: Iterable[Failure]
+    ) -> list[tuple[int, NodeServeError]]:
+        """Forget those that have no next token, but those gone anyway; which to tell of."""
+        sampled = batch.sampled if failures else []
+        failed = [(sampled[row], problem) for row, problem in failures]
+        here = [(one, problem) for one, problem in failed if one.stage is not Stage.GONE]
+        for sequence, _ in here:
+            self.scheduler.cancel(sequence.request_id)
+        return [(sequence.request_id, problem) for sequence, problem in here]
 
     # ---- messages
 

@@ -20,6 +20,7 @@ import torch
 from nodeserve.policy.batching import Sequence
 from nodeserve.types import Sampling
 from nodeserve.wire.messages import pack_floats, pack_ids
+from nodeserve.worker.constraints import Constraints, constrain
 from nodeserve.worker.contract import Logprobs, Sampled
 from nodeserve.worker.penalties import Choice, shape_logits
 
@@ -55,20 +56,25 @@ def choice_of(sequence: Sequence) -> Choice:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
-    """logits [num_seqs, vocab_size] float32, which this may write over."""
+def sample(
+    logits: torch.Tensor, sequences: list[Sequence], constraints: Constraints | None = None
+) -> Sampled:
+    """logits [num_seqs, vocab_size] float32, which this may write over. Without `constraints` there
+    may be none among the sequences' sampling."""
     choices = [choice_of(sequence) for sequence in sequences]
     if all(choice.plain for choice in choices):
         return Sampled(most_likely(logits), None)
     asking = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
     raw = torch.log_softmax(_rows(logits, asking), -1) if asking else None
     shape_logits(logits, sequences, choices, [one.num_output for one in sequences])
+    failed = constrain(constraints, logits, sequences, choices)
     token_ids = _choose(logits, sequences, choices)
     if raw is None:
-        return Sampled(token_ids, None)
+        return Sampled(token_ids, None, failed=failed)
     chosen = torch.tensor([token_ids[row] for row in asking])
     counts = [sequences[row].sampling.logprobs or 0 for row in asking]
-    return Sampled(token_ids, told(asking, counts, *ranked(raw, chosen, max(counts))))
+    logprobs = told(asking, counts, *ranked(raw, chosen, max(counts)))
+    return Sampled(token_ids, logprobs, failed=failed)
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

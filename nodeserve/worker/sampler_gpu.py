@@ -11,7 +11,8 @@ import torch
 
 from nodeserve.model.gpu import sampling
 from nodeserve.policy.batching import Sequence
-from nodeserve.worker.contract import Sampled
+from nodeserve.worker.constraints import Constraints, constrain
+from nodeserve.worker.contract import Failure, Sampled
 from nodeserve.worker.penalties import Choice, sent, shape_logits
 from nodeserve.worker.sampler import choice_of, ranked, told, uniform
 
@@ -34,6 +35,7 @@ class Launched:
     tokens: torch.Tensor  # [num_seqs] int32 on the device, until the next launch
     copied: torch.Tensor  # [num_seqs] int32, pinned where the device is a GPU
     asked: Asked | None
+    failed: tuple[Failure, ...] = ()
 
     def result(self) -> Sampled:
         """To be called when the stream has passed the launch: nothing here waits for it."""
@@ -41,15 +43,19 @@ class Launched:
         logprobs = None
         if asked is not None:
             logprobs = told(asked.rows, asked.counts, asked.own, asked.values, asked.ids)
-        return Sampled(self.copied.tolist(), logprobs)
+        return Sampled(self.copied.tolist(), logprobs, failed=self.failed)
 
 
 class GpuSampler:
     """The sampler of one worker. `tokens` has one address for good, so a graph may read it."""
 
-    def __init__(self, device: torch.device, max_num_seqs: int) -> None:
+    def __init__(
+        self, device: torch.device, max_num_seqs: int, constraints: Constraints | None = None
+    ) -> None:
+        """`constraints`: None if no sequence has one."""
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._device = device
+        self._constraints = constraints
 
     @torch.inference_mode()
     def launch(
@@ -59,7 +65,8 @@ class GpuSampler:
 
         places: how many tokens each sequence has put out before this one, where its own list is
         behind because the last step's tokens are not on the host yet. A sequence with a penalty
-        (`Sampling.needs_tokens`) must have them all.
+        or a constraint (`Sampling.needs_tokens`) must have them all. Masks are worked out here,
+        while the device is busy with the pass that `logits` are to come from.
         """
         tokens = self.tokens[: len(sequences)]
         choices = [choice_of(sequence) for sequence in sequences]
@@ -71,8 +78,10 @@ class GpuSampler:
         asking = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
         raw = self._raw_logprobs(logits, asking)
         shape_logits(logits, sequences, choices, places)
+        failed = constrain(self._constraints, logits, sequences, choices)
         sampling.choose(logits, self._parameters(sequences, choices, places), tokens)
-        return Launched(tokens, self._to_host(tokens), self._ask(raw, asking, sequences, tokens))
+        asked = self._ask(raw, asking, sequences, tokens)
+        return Launched(tokens, self._to_host(tokens), asked, failed)
 
     def _parameters(
         self, sequences: list[Sequence], choices: list[Choice], places: list[int]

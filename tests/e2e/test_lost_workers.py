@@ -1,7 +1,7 @@
 """Real workers with a real model that end in the middle of answers: the very same tokens come.
 
 Each case asks for the same answers twice, in peace and with a fault: greedy ones, seeded ones, with
-penalties that depend on every token before, and with log probabilities.
+penalties and constraints that depend on every token before, and with log probabilities.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +17,7 @@ from tests.reference.embedded import needs_embedded_model
 pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
 
 NUM_TOKENS = 24
+LONG_LIST = '{"type":"array","items":{"enum":["one","two",{"three":3}]},"minItems":200}'
 ASKED: list[dict[str, Any]] = [
     {},
     {"logprobs": 2},
@@ -24,8 +25,12 @@ ASKED: list[dict[str, Any]] = [
     {"temperature": 1.2, "seed": 12, "top_p": 0.9, "top_k": 50, "logprobs": 1},
     {"temperature": 0.7, "seed": 13, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
     {"repetition_penalty": 1.2, "presence_penalty": 0.4, "min_tokens": NUM_TOKENS},
+    {"constraint": {"regex": "[a-z ]{2000}"}, "ignore_eos": False},
+    {"constraint": {"json_schema": LONG_LIST}, "ignore_eos": False, "temperature": 1.0, "seed": 14},
 ]
-PROMPTS = [[(31 * case + 7 * place) % 40_000 + 100 for place in range(90)] for case in range(6)]
+PROMPTS = [
+    [(31 * case + 7 * place) % 40_000 + 100 for place in range(90)] for case in range(len(ASKED))
+]
 Answers = tuple[list[list[int]], list[Any]]
 
 

@@ -33,10 +33,12 @@ def plain_parts(
     spec: WorkerSpec, config: ModelConfig, dtype: "torch.dtype", runtime: "Runtime"
 ) -> "GpuParts":
     from nodeserve.model.ops_torch import TorchOps
+    from nodeserve.worker.constraints import Constraints
     from nodeserve.worker.gpu_model import GpuParts
     from nodeserve.worker.sampler_gpu import GpuSampler
 
-    sampler = GpuSampler(runtime.device, spec.max_num_seqs)
+    constraints = Constraints.of_model(spec.model, config)
+    sampler = GpuSampler(runtime.device, spec.max_num_seqs, constraints)
     return GpuParts(TorchOps(dtype), sampler, plain_feed, capturable=True, description="plain")
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from nodeserve.policy.batching import Batch, Work
-from nodeserve.worker.contract import Ran, Sampled
+from nodeserve.worker.contract import Failure, Ran, Sampled
 from tests.fakes.model import FakeExecutor, FakeSettings, logprobs_of
 
 GIVE_UP_S = 20.0  # only ends a broken test
@@ -56,6 +56,7 @@ class LateFlight:
         self.token_ids: list[int] = []
         self.problem: Exception | None = None
         self.ran: Ran | None = None  # a test's word on when it ran
+        self.failed: tuple[Failure, ...] = ()  # and on who cannot go on
         self._over = threading.Event()
 
     def done(self) -> bool:
@@ -65,7 +66,8 @@ class LateFlight:
         assert self._over.wait(GIVE_UP_S), "nobody computes this step"
         if self.problem is not None:
             raise self.problem
-        return Sampled(self.token_ids, logprobs_of(self.batch, self.token_ids), self.ran)
+        logprobs = logprobs_of(self.batch, self.token_ids)
+        return Sampled(self.token_ids, logprobs, self.ran, self.failed)
 
     def end(self, token_ids: list[int], problem: Exception | None = None) -> None:
         self.token_ids, self.problem, self.before = token_ids, problem, None

@@ -109,11 +109,18 @@ def bodies() -> list[bytes]:
     common = {"model": "m", "max_tokens": 5, "temperature": 0.5, "stop": ["x"], "stream": True}
     more = {"logit_bias": {"5": 1.0}, "stream_options": {"include_usage": True}, "seed": 7, "n": 2}
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     asked: list[dict[str, Any]] = [
         {"prompt": "hello", **common, "logprobs": 2},
         {"prompt": [[1, 2], [3]], **common, **more, "echo": False},
         {"messages": messages, **common, "logprobs": True, "top_logprobs": 2},
         {"messages": messages, **more, "tools": [], "slo": {"ttft_ms": 5}, "priority": 1},
+        {"messages": messages, "tools": [tool], "tool_choice": "auto"},
+        {
+            "messages": messages,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {}}},
+        },
+        {"prompt": "hello", "structured_outputs": {"choice": ["a", "b"]}},
         {"input": "hello", "instructions": "Be brief.", "metadata": {"a": "b"}, "stream": True},
         {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}], "seed": 7},
     ]

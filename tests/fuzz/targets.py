@@ -31,7 +31,9 @@ from nodeserve.errors import (
     ProtocolError,
 )
 from nodeserve.gateway.asked import chat_of, completion_of
+from nodeserve.gateway.engine import packed
 from nodeserve.gateway.fields import json_object
+from nodeserve.gateway.problems import HttpProblem
 from nodeserve.gateway.response_asked import response_of
 from nodeserve.gguf import GgufFile, StringArray
 from nodeserve.layout import parse_gpus, parse_layout
@@ -190,10 +192,12 @@ async def _hear(data: bytes) -> None:
 def http(data: bytes) -> None:
     """The body of an HTTP request: what is asked, or the field that is wrong."""
     for read, described in _http_readers():
-        with _only(InvalidRequest):
+        with _only(InvalidRequest, HttpProblem):
             body = json_object(data)
             asked = read(body, {})
             check_sampling(sampling_from(asked.sampling), 1 << 31)
+            for prompt in asked.prompts:
+                packed(prompt if isinstance(prompt, list) else [])
             checked_messages([{"role": "user", "content": ""}, *(asked.messages or ())])
             assert described.is_valid(body), "it is taken, and /openapi.json says otherwise"
 
@@ -285,11 +289,11 @@ def profile(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _only(kind: type[Exception]) -> Iterator[None]:
-    """This error is a refusal, and short; any other is our bug."""
+def _only(*kinds: type[Exception]) -> Iterator[None]:
+    """These errors are refusals, and short; any other is our bug."""
     try:
         yield
-    except kind as error:
+    except kinds as error:
         assert len(str(error)) < MAX_ERROR_CHARACTERS, f"{len(str(error))} characters of error"
 
 

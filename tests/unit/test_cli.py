@@ -70,7 +70,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
 
 def test_every_setting_is_an_option() -> None:
     assert set(ENGINE_HELP) == {field.name for field in fields(EngineConfig)}
-    assert set(SAMPLING_HELP) == SAMPLING_FIELDS - {"logit_bias", "stop_token_ids", "logprobs"}
+    assert set(SAMPLING_HELP) == SAMPLING_FIELDS - {
+        *("constraint", "logit_bias", "logprobs", "stop_token_ids")
+    }
 
 
 def test_without_options_the_defaults_stand(serve: FakeServe) -> None:

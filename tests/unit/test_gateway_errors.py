@@ -117,7 +117,7 @@ WRONG = [  # method, path, body; status, the field that is named
     ("POST", "/v1/completions", b'{"prompt": [4294967296]}', 400, "prompt"),
     ("POST", "/v1/completions", b'{"prompt": "\\ud800"}', 400, "prompt"),
     ("POST", "/v1/chat/completions", b'{"messages": [5]}', 400, "messages[0]"),
-    ("POST", "/v1/chat/completions", b'{"messages": [{}], "tools": [{}]}', 400, "tools"),
+    ("POST", "/v1/chat/completions", b'{"messages": [{}], "tools": [{}]}', 400, "tools[0].type"),
     ("GET", "/v1/completions", b"", 405, None),
     ("GET", "/v1/nothing", b"", 404, None),
     ("POST", "/v1/completions/", b"{}", 404, None),

@@ -11,11 +11,14 @@ from starlette.routing import Route
 
 from nodeserve.errors import InvalidRequest
 from nodeserve.gateway import gate, openapi
+from nodeserve.gateway.answer_schemas import CALL_PART
 from nodeserve.gateway.asked import Asked, chat_of, completion_of
 from nodeserve.gateway.response_asked import response_of
 from nodeserve.gateway.routes import Routes
 from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.tool_shape import delta_of
 from nodeserve.text.chat import checked_messages
+from nodeserve.text.tools import Tool, style_of
 from nodeserve.types import check_priority, check_sampling, sampling_from
 from nodeserve.wire.messages import pack_ids
 from tests.fakes.gateway import events_of, gateway_on, http_client
@@ -28,6 +31,14 @@ READERS: list[tuple[str, Read, dict[str, Any]]] = [
     ("chat", chat_of, {"messages": [{"role": "user", "content": "x"}]}),
     ("responses", response_of, {"input": "x"}),
 ]
+SCHEMAS: list[Any] = [{}, True, "x", None]
+TOOL = {"type": "function", "function": {"name": "x"}}
+FUNCTIONS: list[Any] = [
+    *({"name": "x"}, {"name": ""}, {"name": "x y"}, {"name": "x" * 64}, {"name": "x" * 65}),
+    *({"name": "x", "description": 1}, {"name": "x", "parameters": {"type": "array"}}),
+    *({"name": "x", "parameters": []}, {"name": "x", "parameters": {"type": "object"}}),
+    *({"name": "x", "parameters": {}}, {"name": "x", "parameters": None}, {}, None, 5),
+]
 PROBES: list[Any] = [
     *(None, True, False, 0, 1, 2, -1, 5, 21, 65, 129, 2**31, 2**63, 0.5, -0.5, 1.5, -3.5, 101.5),
     *("", "x", "none", [], [""], ["x"], ["x"] * 65, [5], [5, "x"], [[5]], [[]], [True], [2**31]),
@@ -38,12 +49,22 @@ PROBES: list[Any] = [
     *([{"type": "message", "role": "developer", "content": "x"}], [{"type": "reasoning"}]),
     *([{"role": "user", "content": [{"type": "input_text", "text": "x"}]}], {"a": "x" * 513}),
     *([{"role": "user", "content": [{"type": "input_image", "text": "x"}]}], {"a": "x"}),
+    *({"type": "json_object"}, {"type": "json_schema"}, {"type": "xml"}, {"json_object": True}),
+    *({"type": "json_schema", "json_schema": {"schema": one}} for one in SCHEMAS),
+    *({"json_object": 1}, {"regex": "a"}, {"regex": ""}, {"regex": False}, {"choice": []}),
+    *({"choice": ["a"]}, {"choice": [1]}, {"json": {}}, {"json": 5}, {"json": "{}"}),
+    *({"grammar": "x"}, {"structural_tag": "x"}, {"disable_any_whitespace": False}),
+    *({"disable_any_whitespace": True}, ["x"] * 1025, "auto", "required"),
+    *([{"type": "function", "function": one}] for one in FUNCTIONS),
+    *([{"type": "custom", "function": {"name": "x"}}], [{"type": "function"}], [TOOL] * 129),
+    *({"type": "function", "function": {}}, {"type": "function", "function": {"name": 1}}),
+    *([{"role": "tool", "tool_call_id": "x", "content": "x"}], [{"role": "x", "tool_calls": 1}]),
     *({"format": {"type": "text"}}, {"x" * 65: "x"}, {str(i): "x" for i in range(17)}),
 ]
 # Fields of which a value may be refused for another field's sake, or for the model's vocabulary.
 BY_OTHERS = {
     *("best_of", "echo", "logprobs", "max_tokens", "min_tokens", "prompt", "stop_token_ids"),
-    *("stream_options", "top_logprobs", "logit_bias", "messages"),
+    *("stream_options", "top_logprobs", "logit_bias", "messages", "tool_choice"),
 }
 FULL: dict[str, dict[str, Any]] = {
     "completions": {"logprobs": 1, "stream_options": {}},
@@ -159,6 +180,37 @@ async def test_events_are_as_described(server: FakeServer, http: Path) -> None:
                 assert response.status_code == 200
                 for event in events_of(response.content):
                     validator(one.events).validate(event)
+
+
+CALL = '<tool_call>{"name": "x", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize("said", [CALL, f"Look: {CALL}", "none"])
+async def test_calls_are_as_described(server: FakeServer, http: Path, said: str) -> None:
+    server.script = saying(said)
+    one = OPERATIONS["chat"]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "logprobs": False}
+    async with http_client(http) as client:
+        response = await client.post(one.path, json=body)
+        assert ("tool_calls" in response.json()["choices"][0]["message"]) == (CALL in said)
+        validator(one.answers).validate(response.json())
+        response = await client.post(one.path, json={**body, "stream": True})
+        events = events_of(response.content)
+        assert (b"tool_calls" in response.content) == (CALL in said)
+        for event in events:
+            validator(one.events).validate(event)
+
+
+def test_parts_of_calls_are_as_described() -> None:
+    """However an answer is cut."""
+    parser = style_of("").parser([Tool("x", TOOL)])
+    parts: list[dict[str, Any]] = []
+    for character in CALL:
+        delta = delta_of(parser.push(character), parser.num_calls)
+        parts += delta.get("tool_calls", [])
+    for part in parts:
+        Draft202012Validator(CALL_PART).validate(part)
+    assert "id" in parts[0] and any("id" not in part for part in parts)
 
 
 async def test_events_of_responses_are_as_described(server: FakeServer, http: Path) -> None:

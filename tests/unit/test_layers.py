@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "text": BASE,
     "model": BASE | {"_host"},
     "profile_store": BASE | {"policy"},
-    "worker": BASE | {"wire", "policy", "profile_store", "model", "_cuda", "_host"},
+    # Text is for the edge; a worker looks at it only where an answer is constrained.
+    "worker": BASE | {"wire", "policy", "profile_store", "model", "text", "_cuda", "_host"},
     "coordinator": BASE | {"wire", "policy", "profile_store"},
     "client": BASE | {"wire", "text"},
     "plan": BASE | {"policy"},
@@ -153,8 +154,8 @@ def test_exceptions_to_the_length_are_needed() -> None:
             "import nodeserve.worker.device_sim, nodeserve.worker.process",
             "torch numpy asyncio gguf",
         ),
-        ("import nodeserve.gateway.serve", "torch opentelemetry"),
-        ("import nodeserve.worker.device_cpu", "triton nodeserve.model.gpu"),
+        ("import nodeserve.gateway.serve", "torch numpy tokenizers llguidance opentelemetry"),
+        ("import nodeserve.worker.device_cpu", "triton nodeserve.model.gpu tokenizers llguidance"),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(statement: str, forbidden: str) -> None:

@@ -26,7 +26,7 @@ from nodeserve.coordinator.supervisor import (
 )
 from nodeserve.errors import ConfigError, RingError
 from nodeserve.gpus import Gpus
-from nodeserve.types import Role
+from nodeserve.types import MAX_CONSTRAINT_BYTES, Role
 from nodeserve.wire.channel import SHM, CoordinatorEnd, WorkerEnd
 from nodeserve.wire.messages import TO_WORKER, Prefill, Prompt, Shutdown, pack_ids
 
@@ -44,7 +44,8 @@ async def test_a_long_line_is_cut_and_the_next_ones_are_whole() -> None:
 def test_rings_hold_the_largest_record_several_times() -> None:
     for max_model_len, max_num_seqs in ((512, 16), (131_072, 64), (4096, 20_000)):
         room = ring_bytes(max_model_len, max_num_seqs)
-        assert room >= 4 * max(4 * max_model_len + 32 * 1024, 512 * max_num_seqs)
+        to_a_worker = 4 * max_model_len + 32 * 1024 + MAX_CONSTRAINT_BYTES
+        assert room >= 4 * max(to_a_worker, 512 * max_num_seqs)
 
 
 class DamagedChannel:

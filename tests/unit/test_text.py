@@ -156,7 +156,7 @@ def test_any_chunking_joins_to_the_full_decode(tokenizer: Tokenizer, seed: int) 
             ids += tokenizer.encode(text, add_special=False)
         for skip_special in (True, False):
             for continues in (True, False):
-                options = {"skip_special": skip_special, "continues": continues}
+                options: dict[str, Any] = {"skip_special": skip_special, "continues": continues}
                 stream = Detokenizer(tokenizer, **options)
                 parts = [stream.push(chunk) for chunk in chunks(ids, rng)]
                 assert "".join(parts) + stream.finish() == tokenizer.decode(ids, **options)
@@ -263,6 +263,7 @@ def test_a_conversation_is_written_by_the_template(tmp_path: Path) -> None:
         ([{"role": "user", "content": 5}], r"messages\[0\].content must be"),
         ([{"role": "user", "content": ["x"]}], r"content\[0\].type must be 'text', got None"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "got 'image_url': only text"),
+        ([{"role": "user", "content": [{"type": "x" * 9999}]}], r"got 'x{,20}\.\.\.x{,20}': only"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text must be a string"),
         ([{"role": "tool", "content": "x"}], "refuses these messages: no tools here"),
     ],

@@ -8,9 +8,12 @@ import pytest
 
 from nodeserve.errors import InvalidRequest
 from nodeserve.types import (
+    CONSTRAINT_KINDS,
+    MAX_CONSTRAINT_BYTES,
     MAX_LOGPROBS,
     MAX_SEED,
     SAMPLING_FIELDS,
+    Constraint,
     Sampling,
     check_sampling,
     sampling_from,
@@ -36,6 +39,9 @@ GOOD: list[dict[str, Any]] = [
     {"ignore_eos": True},
     {"logprobs": 0},
     {"logprobs": MAX_LOGPROBS},
+    {"constraint": None},
+    {"constraint": {"regex": "é" * (MAX_CONSTRAINT_BYTES // 2)}, "ignore_eos": False},
+    *({"constraint": {kind: "{}"}} for kind in CONSTRAINT_KINDS),
 ]
 BAD: list[tuple[str, Any]] = [
     ("max_tokens", 0),
@@ -83,6 +89,15 @@ BAD: list[tuple[str, Any]] = [
     ("logprobs", -1),
     ("logprobs", MAX_LOGPROBS + 1),
     ("logprobs", True),
+    ("constraint", "{}"),
+    ("constraint", {}),
+    ("constraint", {"xml": "<a/>"}),
+    ("constraint", {"regex": 5}),
+    ("constraint", {"regex": ""}),
+    ("constraint", {"regex": "a", "grammar": "b"}),
+    ("constraint", {"regex": "\ud800"}),
+    ("constraint", {"regex": "é" * (MAX_CONSTRAINT_BYTES // 2) + "a"}),
+    ("constraint", Constraint("xml", "<a/>")),
 ]
 
 
@@ -97,6 +112,14 @@ def test_good_values_are_taken_and_travel(values: dict[str, Any]) -> None:
 def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name):
         check_sampling(sampling_from({name: value}), VOCAB)
+
+
+def test_a_constraint_says_itself_where_an_answer_may_end() -> None:
+    constraint = Constraint("regex", "a")
+    for other in ({"ignore_eos": True}, {"min_tokens": 1}):
+        with pytest.raises(InvalidRequest, match=next(iter(other))):
+            check_sampling(Sampling(constraint=constraint, **other), VOCAB)
+    assert Sampling(constraint=constraint).needs_tokens, "no choice without those before it"
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:

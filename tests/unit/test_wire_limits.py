@@ -8,7 +8,7 @@ import msgpack
 import pytest
 
 from nodeserve.errors import FrameTooLarge, ProtocolError
-from nodeserve.types import MAX_LISTED
+from nodeserve.types import MAX_CONSTRAINT_BYTES, MAX_LISTED
 from nodeserve.wire import messages as m
 from nodeserve.wire.frames import HEADER, FrameReader
 from nodeserve.wire.limits import MAX_EXTENSION_BYTES, OF_A_CLIENT, OF_A_RING, OF_THE_SERVER, Limits
@@ -110,6 +110,13 @@ def test_the_largest_lists_that_values_allow_are_well_within() -> None:
     decoded = m.TO_SERVER.decode(submit(stop_token_ids=stops, logit_bias=dict.fromkeys(stops, 0.5)))
     assert isinstance(decoded, m.Submit)
     assert len(decoded.sampling["stop_token_ids"]) == MAX_LISTED + 1
+
+
+def test_the_largest_constraint_is_well_within() -> None:
+    text = "é" * MAX_CONSTRAINT_BYTES  # twice as many bytes: still a matter of its value
+    decoded = m.TO_SERVER.decode(submit(constraint={"regex": text}))
+    assert isinstance(decoded, m.Submit)
+    assert decoded.sampling["constraint"]["regex"] == text
 
 
 BOMBS = {

@@ -9,9 +9,11 @@ import torch
 from nodeserve.model.gpu import sampling
 from nodeserve.policy.batching import Sequence
 from nodeserve.types import Sampling
+from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.sampler import sample, uniform
 from nodeserve.worker.sampler_gpu import GpuSampler
 from tests.reference.gpu.plain import Recorder, Silent
+from tests.reference.test_constrained_sampling import FAILS, compiler_of, constrained_requests
 from tests.reference.test_sampler import (
     FILTERS,
     VOCAB,
@@ -174,6 +176,21 @@ def test_a_launch_reads_nothing_on_the_host_and_keeps_its_address(
     assert not [name for name in recorder.names if any(one in name for one in waiting)]
     assert any("index_put_" in name for name in recorder.names)
     assert launched.tokens.data_ptr() == sampler.tokens.data_ptr()
+
+
+def test_constrained_requests_get_the_tokens_of_the_cpu_sampler(device: torch.device) -> None:
+    """Their masks are worked out on the host and applied on the device, which nobody waits for."""
+    constraints = Constraints(lambda: compiler_of(VOCAB))
+    logits = random_logits(8, seed=6)
+    wanted = sample(logits.clone(), constrained_requests(), constraints)
+    with Recorder() as recorder:
+        sampler = GpuSampler(device, 8, constraints)
+        launched = sampler.launch(logits.clone().to(device), constrained_requests())
+    assert not [name for name in recorder.names if "_local_scalar_dense" in name]
+    _wait(device)
+    found = launched.result()
+    assert found.token_ids == wanted.token_ids
+    assert [one.row for one in found.failed] == [one.row for one in wanted.failed] == [FAILS]
 
 
 def test_weights_that_are_neighbouring_floats_are_told_apart(device: torch.device) -> None:
