@@ -25,7 +25,7 @@ BEYOND_LIMITS: dict[str, dict[str, Any]] = {
     "list": {"stop_token_ids": [5] * 1_000_000},
     "map": {"logit_bias": dict.fromkeys(range(5000), 1.0)},
     "nesting": {"max_tokens": nested(500)},
-    "text": {"x" * 2000: 1},
+    "text": {"x" * 200_000: 1},
     "containers": {"stop_token_ids": [[]] * 100},
 }
 
