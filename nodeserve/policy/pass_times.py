@@ -113,7 +113,7 @@ class _Fit:
         self._trust = 0.0  # sum of what the passes count
         self._error = 1.0  # the usual one of a prediction, as a share of it
         self._num_cut = 0  # in a row
-        self._varied: list[int] = []  # features that were ever off their means; rows of others are 0
+        self._varied: list[int] = []  # features that ever were; rows of others are 0
 
     def predict_s(self, ranks: Sequence[RankWork]) -> float:
         return self._line(self._features(ranks))
