@@ -2,11 +2,12 @@
 
     python -m bench.hopper.fit
 
-prints the terms that nodeserve/policy/hopper.py has. The engine's numbers come from measured runs
-of vLLM with Llama 3.1 70B on H100 (aic_measured_ttft_tpot.csv); runs on H200 are never used.
+prints the terms that nodeserve/policy/kernel_fits.py has for both. The engine's numbers come from
+measured runs of vLLM with Llama 3.1 70B on H100 (aic_measured_ttft_tpot.csv); runs on H200 are
+never used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from statistics import fmean, median
 from typing import NamedTuple
@@ -23,21 +24,43 @@ from bench.hopper.kernels import (
 )
 
 DEGREES = (1, 2, 4, 8)
-PROMPTS = (256, 512, 1024, 2048, 4096, 8192)
-BATCHES = (1, 4, 16, 32, 64, 128, 256)
-CONTEXTS = (256, 1024, 4096, 16384)
 MOST_CONTEXT = 600_000  # tokens of all sequences
 NOTHING = Engine(dict.fromkeys(DEGREES, 0.0), 1.0)
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8"}
+
+
+Features = tuple[float, float, float]
+Sample = tuple[Features, float]
+Prefill = Callable[[int], float]  # milliseconds of a prompt of so many tokens
+Decode = Callable[[int, int], float]  # of a step of so many sequences, so much context each
+
+
+class Grid(NamedTuple):
+    """Sizes of the passes that terms are fitted to, or judged by."""
+
+    prompts: tuple[int, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+GRID = Grid(
+    (256, 512, 1024, 2048, 4096, 8192), (1, 4, 16, 32, 64, 128, 256), (256, 1024, 4096, 16384)
+)
 
 
 class Terms(NamedTuple):
     """Milliseconds: prefill = a + b * tokens + c * tokens^2; decode = a + b * context tokens + c *
     sequences. `error`: the largest relative one, of either."""
 
-    prefill: tuple[float, float, float]
-    decode: tuple[float, float, float]
+    prefill: Features
+    decode: Features
     error: float
+
+    @property
+    def line(self) -> str:
+        """As nodeserve/policy has them."""
+        numbers = [f"({', '.join(f'{term:.4g}' for term in part)})" for part in self[:2]]
+        return f"Fit({', '.join(numbers)})"
 
 
 class Point(NamedTuple):
@@ -110,28 +133,40 @@ def front_ms() -> float:
 def fit(system: str, precision: str, model: Model, tp: int) -> Terms:
     """Of one shape; `precision` is that of the weights."""
     dtype, adds = PRECISIONS[precision], engine()
-    prefills = [
-        (
-            (1.0, float(length), float(length) ** 2),
-            prefill_ms(system, dtype, model, tp, length, adds),
-        )
-        for length in PROMPTS
-    ]
-    decodes = [
-        (
-            (1.0, float(num_seqs * context), float(num_seqs)),
-            decode_ms(system, dtype, model, tp, num_seqs, context, adds),
-        )
-        for num_seqs in BATCHES
-        for context in CONTEXTS
-        if num_seqs * context <= MOST_CONTEXT
-    ]
+    return fitted(
+        GRID,
+        lambda length: prefill_ms(system, dtype, model, tp, length, adds),
+        lambda num_seqs, context: decode_ms(system, dtype, model, tp, num_seqs, context, adds),
+    )
+
+
+def fitted(grid: Grid, prefill: Prefill, decode: Decode) -> Terms:
+    """Terms that come nearest to these times."""
     terms, errors = [], []
-    for points in (prefills, decodes):
+    for points in points_of(grid, prefill, decode):
         found = nonnegative_fit([one for one, _ in points], [ms for _, ms in points])
         terms.append((found[0], found[1], found[2]))
-        errors += [abs(sum(map(float.__mul__, found, one)) / ms - 1) for one, ms in points]
+        errors += errors_of(terms[-1], points)
     return Terms(terms[0], terms[1], max(errors))
+
+
+def points_of(grid: Grid, prefill: Prefill, decode: Decode) -> tuple[list[Sample], list[Sample]]:
+    """What the terms are multiplied by, and the milliseconds: of prefills, and of decodes."""
+    prefills = [
+        ((1.0, float(length), float(length) ** 2), prefill(length)) for length in grid.prompts
+    ]
+    decodes = [
+        ((1.0, float(num_seqs * context), float(num_seqs)), decode(num_seqs, context))
+        for num_seqs in grid.batches
+        for context in grid.contexts
+        if num_seqs * context <= MOST_CONTEXT
+    ]
+    return prefills, decodes
+
+
+def errors_of(terms: Features, points: Sequence[Sample]) -> list[float]:
+    """Relative ones, without their signs."""
+    return [abs(sum(map(float.__mul__, terms, one)) / ms - 1) for one, ms in points]
 
 
 def _expected_tpot_ms(model: Model, point: Point) -> float:
@@ -160,8 +195,7 @@ def main() -> None:
         return
     print(f"{engine()}, first tokens {front_ms():.1f} ms later than their passes")
     for name, tp, terms in _all():
-        numbers = [f"({', '.join(f'{term:.4g}' for term in part)})" for part in terms[:2]]
-        print(f'    ("{name}", {tp}): ({", ".join(numbers)}),  # {terms.error:.0%}')
+        print(f"{name:24} {tp}: {terms.line},  # {terms.error:.0%}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from nodeserve.coordinator.policies import policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import parse_gpus
+from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.evaluate import Question
-from nodeserve.plan.planner import EFFORTS, plan
+from nodeserve.plan.planner import plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import settings_of, verdict

@@ -18,10 +18,11 @@ from nodeserve.cli.sources import dropped_words, source_of, source_options, sour
 from nodeserve.config import parse_slo
 from nodeserve.errors import ConfigError
 from nodeserve.plan.affinity import Placement, place
+from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.evaluate import Question, requests_of
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.named import workload_named
-from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
+from nodeserve.plan.planner import Estimate, Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source, described
@@ -193,7 +194,8 @@ def show_report(
     click.echo(f"{said.reason}.")
     click.echo(
         f"{report.num_candidates} layouts: {report.num_impossible} can serve nobody in time,"
-        f" {report.num_bounded} cannot win on paper, {report.num_behind} were behind;"
+        f" {report.num_bounded} cannot win on paper or by what others showed, {report.num_behind}"
+        " were behind;"
         f" {report.num_requests} requests simulated in {seconds:.0f} s"
     )
     if report.best is not None:

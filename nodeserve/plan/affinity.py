@@ -13,16 +13,19 @@ goodputs allow, units as often as they fit.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Group, Layout, Shape, parse_layout
 from nodeserve.plan.bounds import SLACK, capacity
 from nodeserve.plan.candidates import Candidate, Kind
+from nodeserve.plan.efforts import Effort
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Effort, Estimate, Planner, Run, Tell
+from nodeserve.plan.planner import BATCH, Estimate, Planner, Run, Tell, in_turn
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
@@ -111,7 +114,10 @@ def _high(
         most = question.num_gpus - 1  # the other phase needs one
         kinds = [one for one in Planner(question, effort, run).kinds if one.num_gpus <= most]
         tell(f"{role.value} alone: {len(kinds)} shapes")
-        found = [phase_alone(question, kind, role, effort, run) for kind in kinds]
+        alone = partial(phase_alone, question, role=role, effort=effort, run=run)
+        # Each shape's search asks one thing after the other: several at once keep processes busy.
+        with ThreadPoolExecutor(1 if run is in_turn else BATCH) as together:
+            found = list(together.map(alone, kinds))
         phases += sorted(found, key=lambda one: (-one.per_gpu, one.num_gpus))
     prefill = next((one for one in phases if one.role is Role.PREFILL), None)
     decode = next((one for one in phases if one.role is Role.DECODE), None)

@@ -17,9 +17,10 @@ from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.plan import planner
 from nodeserve.plan.candidates import all_candidates, variations
+from nodeserve.plan.efforts import Effort
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Effort, Planner
+from nodeserve.plan.planner import Planner
 from nodeserve.plan.requests import Source
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES

@@ -21,9 +21,10 @@ from nodeserve.plan.candidates import (
     split_layouts,
     variations,
 )
+from nodeserve.plan.efforts import Effort
 from nodeserve.plan.evaluate import Question, count
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Effort, Planner, Report, in_turn, plan
+from nodeserve.plan.planner import Planner, Report, in_turn, plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import start_command, verdict

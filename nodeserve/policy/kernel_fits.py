@@ -1,11 +1,17 @@
-"""Llama 3.1 8B and 70B and Qwen3 32B on H100 and H200 GPUs of 80 and 141 GB.
+"""Llama 3.1 8B and 70B and Qwen3 32B on A100, H100 and H200 GPUs of 80, 80 and 141 GB.
 
-A pass is put together from published times of its kernels, aiconfigurator's linears, attention and
-all-reduces (ai-dynamo/aiconfigurator 095f58a5), and these terms fitted to it, within 11 %, for
-prompts of 256 to 8192 tokens and for 1 to 256 decodes: `python -m bench.hopper.fit` prints them.
-What kernels leave out (6, 15 and 19 us a layer on 2, 4 and 8 GPUs, 18 % more on prefills) is from
-runs of vLLM with 70B on H100, none on H200. Weights are of 8 bits where the name says fp8, keys and
-values of 16.
+A pass is put together from published times of its kernels, and these terms fitted to it, for
+prompts of 256 to 8192 tokens and for 1 to 256 decodes. Weights are of 8 bits where the name says
+fp8, keys and values of 16.
+
+Hopper: aiconfigurator's linears, attention and all-reduces (ai-dynamo/aiconfigurator 095f58a5),
+within 11 %: `python -m bench.hopper.fit` prints them. What kernels leave out (6, 15 and 19 us a
+layer on 2, 4 and 8 GPUs, 18 % more on prefills) is from runs of vLLM with 70B on H100, none on
+H200.
+
+A100: Vidur's layers measured on it (microsoft/vidur 7d475133), with attention and all-reduces of
+H100 by the GPUs' nominal ratios and the same us a layer, within 9 % (70B on one GPU, in stages:
+14 %): `python -m bench.ampere.fit` prints them and how far they are off where they were not fitted.
 """
 
 from typing import NamedTuple
@@ -15,12 +21,19 @@ from nodeserve.policy.profile import Family, Profile
 
 Terms = tuple[float, float, float]
 
-NVLINK_BYTES_PER_S = 245e9  # two GPUs' all-gather, measured
-GPU_BYTES = {"h100": 80e9, "h200": 141e9}
 USED = 0.9  # of them, for weights and keys and values
 STAGES = (1, 2, 4)
 NOISE = 0.02  # assumed
 MAX_MODEL_LEN = 16_384
+
+
+class Gpu(NamedTuple):
+    """`nvlink_bytes_per_s`: two GPUs' all-gather on H100, measured; A100's is that by the links'
+    nominal ratio."""
+
+    num_bytes: float
+    nvlink_bytes_per_s: float
+    kernels: str  # where the times of a pass are from
 
 
 class Fit(NamedTuple):
@@ -36,13 +49,32 @@ class Model(NamedTuple):
     kv_bytes_per_token: int
 
 
+AICONFIGURATOR = "aiconfigurator's kernel times, put together and fitted"
+GPUS = {
+    "a100": Gpu(80e9, 163e9, "Vidur's layer times and aiconfigurator's, put together and fitted"),
+    "h100": Gpu(80e9, 245e9, AICONFIGURATOR),
+    "h200": Gpu(141e9, 245e9, AICONFIGURATOR),
+}
 MODELS = {
     "llama-3.1-8b-bf16": Model(32, 16.1e9, 131_072),
+    "llama-3.1-70b-bf16": Model(80, 141.2e9, 327_680),
     "llama-3.1-70b-fp8": Model(80, 72.7e9, 327_680),  # 8 bits but for the embedding and the head
     "qwen3-32b-bf16": Model(64, 65.5e9, 262_144),
 }
 # By model and GPU, then by tensor parallel degree.
 FITS = {
+    "llama-3.1-8b-bf16-a100": {
+        1: Fit((3.203, 0.07056, 8.469e-07), (10.75, 7.239e-05, 0.03942)),
+        2: Fit((4.783, 0.03726, 8.538e-07), (7.055, 3.553e-05, 0.02416)),
+        4: Fit((6.007, 0.02147, 5.712e-07), (4.982, 1.77e-05, 0.0199)),
+        8: Fit((4.971, 0.01313, 4.59e-07), (4.089, 9.493e-06, 0.01409)),
+    },
+    "llama-3.1-70b-bf16-a100": {
+        1: Fit((27.16, 0.6394, 3.312e-06), (89.64, 0.0001703, 0.289)),
+        2: Fit((10.14, 0.3497, 1.37e-07), (48.05, 8.785e-05, 0.1742)),
+        4: Fit((15.39, 0.1877, 6.584e-08), (28.68, 4.35e-05, 0.1119)),
+        8: Fit((16.31, 0.1053, 4.824e-07), (18.75, 2.147e-05, 0.07584)),
+    },
     "llama-3.1-8b-bf16-h100": {
         1: Fit((3.258, 0.01744, 1.206e-06), (5.882, 4.427e-05, 0.005923)),
         2: Fit((2.993, 0.01241, 6.362e-07), (4.145, 2.206e-05, 0.005262)),
@@ -82,26 +114,28 @@ FITS = {
 }
 
 
-def hopper_family(name: str) -> Family:
+def kernel_family(name: str) -> Family:
     """`name` is a key of FITS. In every shape whose memory holds the model and two requests of full
     length for each stage. Stages add nothing to a pass: what they send each other takes
     microseconds on NVLink."""
-    model, _, gpu = name.rpartition("-")
-    size = MODELS[model]
+    model, _, kind = name.rpartition("-")
+    size, gpu = MODELS[model], GPUS[kind]
     shapes = {
-        (tp, pp): _profile(name, size, fit, tp, pp, num_tokens)
+        (tp, pp): _profile(name, size, gpu, fit, tp, pp, num_tokens)
         for tp, fit in FITS[name].items()
         for pp in STAGES
-        if (num_tokens := _num_tokens(size, GPU_BYTES[gpu] * tp * pp)) >= 2 * pp * MAX_MODEL_LEN
+        if (num_tokens := _num_tokens(size, gpu.num_bytes * tp * pp)) >= 2 * pp * MAX_MODEL_LEN
     }
-    return Family(name, "aiconfigurator's kernel times, put together and fitted", shapes)
+    return Family(name, gpu.kernels, shapes)
 
 
 def _num_tokens(size: Model, num_bytes: float) -> int:
     return int((USED * num_bytes - size.weight_bytes) / size.kv_bytes_per_token)
 
 
-def _profile(name: str, size: Model, fit: Fit, tp: int, pp: int, num_tokens: int) -> Profile:
+def _profile(
+    name: str, size: Model, gpu: Gpu, fit: Fit, tp: int, pp: int, num_tokens: int
+) -> Profile:
     prefill, decode = fit
     return Profile(
         name,
@@ -117,7 +151,7 @@ def _profile(name: str, size: Model, fit: Fit, tp: int, pp: int, num_tokens: int
         noise=NOISE,
         num_kv_tokens=num_tokens,
         kv_bytes_per_token=size.kv_bytes_per_token,
-        handoff_bytes_per_s=tp * pp * NVLINK_BYTES_PER_S,
+        handoff_bytes_per_s=tp * pp * gpu.nvlink_bytes_per_s,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=MAX_MODEL_LEN,
