@@ -8,7 +8,7 @@ JSON parser.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from json.encoder import encode_basestring_ascii as quoted  # no line ends that a client splits at
 from typing import Any
 
@@ -106,7 +106,10 @@ class ChoiceShape(Shape):
         logprobs = None if chunk.logprobs is None else self._logprobs(choice, chunk)
         ends = "null" if chunk.finish_reason is None else quoted(chunk.finish_reason)
         ids = f',"token_ids":{compact(chunk.token_ids)}' if self.asked.token_ids else ""
-        words = f',"logprobs":{compact(logprobs)},"finish_reason":{ends}{ids}}}'
+        spent = ""
+        if self.asked.timings and chunk.timings is not None:
+            spent = f',"timings":{compact(asdict(chunk.timings))}'
+        words = f',"logprobs":{compact(logprobs)},"finish_reason":{ends}{ids}{spent}}}'
         if not self.asked.continuous_usage:
             return words + self._tail
         usage = Usage(len(choice.prompt.ids), choice.num_tokens)
@@ -145,7 +148,11 @@ class ChoiceShape(Shape):
             "logprobs": None if done.logprobs is None else self._logprobs(choice, part),
             "finish_reason": done.finish_reason,
         }
-        return {**shown, "token_ids": done.token_ids} if self.asked.token_ids else shown
+        if self.asked.token_ids:
+            shown["token_ids"] = done.token_ids
+        if self.asked.timings:
+            shown["timings"] = asdict(done.timings)
+        return shown
 
     @abstractmethod
     def content(self, choice: Choice, text: str) -> dict[str, Any]:

@@ -216,6 +216,7 @@ SHARED: Table = {  # of everything that answers
 CHOICES: Table = {
     **SHARED,
     "n": Whole(1, MAX_N, 1, "Answers to each prompt."),
+    "return_timings": Flag("Each answer says where its time went."),
     "return_token_ids": Flag("Prompt and answer also in numbers."),
     "return_tokens_as_token_ids": Flag('Logprobs name tokens "token_id:5".'),
     "stream_options": Inner(STREAM_OPTIONS, "Only with stream: true."),

@@ -27,7 +27,7 @@ from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import Planner, Report, in_turn, plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
-from nodeserve.plan.verdict import start_command, verdict
+from nodeserve.plan.verdict import Named, start_command, verdict
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
@@ -320,10 +320,22 @@ def test_low_affinity_repeats_the_best_unit() -> None:
 
 def test_the_command_starts_what_was_planned() -> None:
     candidate, asked = Candidate("2p1d", 512, window_s=0.0), question(slo=Slo(0.5, 0.05))
-    assert start_command(candidate, asked, "my model", "plain") == (
+    command = (
         "nodeserve start 'my model' --layout 2p1d --max-num-seqs 64 --max-num-batched-tokens 512"
-        " --window off --slo ttft=500ms,tpot=50ms"
+        " --window off{} --slo ttft=500ms,tpot=50ms"
     )
+    context = asked.context
+    for own, more in (
+        (context, ""),
+        (context // 2, ""),
+        (2 * context, f" --max-model-len {context}"),  # else it has to have memory for twice that
+        (None, f" --max-model-len {context}"),
+    ):
+        named = Named("my model", "plain", own)
+        assert start_command(candidate, asked, named) == command.format(more)
+    shorter = replace(asked, max_model_len=300)
+    simulated = start_command(Candidate("1m:ep8", 512), shorter, Named(None, "plain"))
+    assert simulated is not None and "--max-model-len 300" in simulated
 
 
 @pytest.mark.parametrize(
@@ -342,7 +354,8 @@ def test_only_commands_that_start_takes_are_printed(
 ) -> None:
     """And what it takes, it takes: with as many sequences as were planned, whatever the device's
     own number is."""
-    command = start_command(Candidate(layout, 64), question(model, num_gpus=16), None, "name")
+    asked = question(model, num_gpus=16)
+    command = start_command(Candidate(layout, 64), asked, Named(None, "name", asked.context))
     assert (command is None) is (words is None)
     if command is not None and words is not None:
         assert command.startswith(words)
