@@ -14,6 +14,7 @@ import uvicorn
 import uvloop
 
 from nodeserve.gateway.app import make_app
+from nodeserve.gateway.connection import HttpConnection
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.spans import Spans, spans_from
 from nodeserve.log import about, logger
@@ -34,7 +35,7 @@ def make_server(settings: GatewaySettings, spans: Spans | None = None) -> uvicor
     """`spans` None: as the environment asks for."""
     config = uvicorn.Config(
         make_app(settings, spans or spans_from(os.environ)),
-        http="httptools",
+        http=HttpConnection,
         ws="none",
         lifespan="on",
         log_config=None,
