@@ -5,6 +5,7 @@ Objects have these members and no others, so that tests find what is not describ
 
 from nodeserve.gateway.kinds import Schema
 from nodeserve.gateway.responses import NOT_HERE
+from nodeserve.gateway.tables import TEXT_FORMAT
 
 TEXT: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -199,6 +200,7 @@ SCHEMAS: dict[str, Schema] = {
         instructions=maybe(TEXT),
         max_output_tokens=maybe(COUNT),
         metadata={"type": "object", "additionalProperties": TEXT},
+        text=record(format=TEXT_FORMAT),
         temperature=NUMBER,
         top_p=NUMBER,
         **{name: known(value) for name, value in NOT_HERE.items()},
