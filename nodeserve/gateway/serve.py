@@ -5,6 +5,7 @@ however it ends, so a gateway never outlives the server that it belongs to.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -59,5 +60,7 @@ async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
             server.should_exit = True
 
     loop.add_reader(keeper, on_input)
+    gc.collect()
+    gc.freeze()  # all that is imported: no collection, for which streams would wait, looks again
     await server.serve(sockets=[listener])
     loop.remove_reader(keeper)
