@@ -95,8 +95,12 @@ model:
 	csrc/ring/model.sh
 
 bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
-  bench-goodput bench-gateway bench-constraints: bench-%: venv
+  bench-goodput bench-constraints: bench-%: venv
 	$(BIN)/python -m bench.$*
+
+# OpenAI's HTTP API over simulated workers: two cores and nothing else on them.
+bench-gateway: venv
+	$(BIN)/python -m bench.gateway --out bench/results/gateway.json $(ARGS)
 
 # The window's arms against real processes in real time, each for some seconds.
 bench-window-live: venv

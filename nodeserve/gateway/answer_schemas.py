@@ -8,6 +8,7 @@ from typing import Any
 
 from nodeserve.gateway.kinds import Schema
 from nodeserve.gateway.responses import NOT_HERE
+from nodeserve.gateway.tables import TEXT_FORMAT
 from nodeserve.types import Timings
 
 TEXT: Schema = {"type": "string"}
@@ -212,6 +213,7 @@ SCHEMAS: dict[str, Schema] = {
         instructions=maybe(TEXT),
         max_output_tokens=maybe(COUNT),
         metadata={"type": "object", "additionalProperties": TEXT},
+        text=record(format=TEXT_FORMAT),
         temperature=NUMBER,
         top_p=NUMBER,
         **{name: known(value) for name, value in NOT_HERE.items()},

@@ -5,6 +5,7 @@ however it ends, so a gateway never outlives the server that it belongs to.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import uvicorn
 import uvloop
 
 from nodeserve.gateway.app import make_app
+from nodeserve.gateway.connection import HttpConnection
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.spans import Spans, spans_from
 from nodeserve.log import about, logger
@@ -34,7 +36,7 @@ def make_server(settings: GatewaySettings, spans: Spans | None = None) -> uvicor
     """`spans` None: as the environment asks for."""
     config = uvicorn.Config(
         make_app(settings, spans or spans_from(os.environ)),
-        http="httptools",
+        http=HttpConnection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -58,5 +60,7 @@ async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
             server.should_exit = True
 
     loop.add_reader(keeper, on_input)
+    gc.collect()
+    gc.freeze()  # all that is imported: no collection, for which streams would wait, looks again
     await server.serve(sockets=[listener])
     loop.remove_reader(keeper)

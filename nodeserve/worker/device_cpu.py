@@ -23,6 +23,7 @@ from nodeserve.worker.pages import make_pool, num_blocks_in
 def load(spec: WorkerSpec, progress: Progress) -> Device:
     dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format)
+    constraints = Constraints.of_model(str(found.path), found.config)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
@@ -44,7 +45,6 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     weights = open_stored(found, dtype, spec.load_format)
     model = llama.build(found.config, weights, ops, partial(progress, "weights"))
     staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
-    constraints = Constraints.of_model(str(found.path), found.config)
     executor = ModelExecutor(model, ops.cache(layout, pool), staging, constraints)
     if len(spec.cpus) > 1:
         os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
