@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from bench.ampere.kernels import NAMES, decode_ms, missing, prefill_ms
 from bench.hopper import kernels as hopper
-from bench.hopper.fit import DEGREES, GRID, Grid, Terms, errors_of, fitted, points_of
+from bench.hopper.fit import DEGREES, GRID, Grid, Terms, decode_errors, errors_of, fitted, points_of
 
 # Between the sizes that are fitted to.
 HELD_OUT = Grid((384, 768, 1536, 3072, 6144), (2, 8, 24, 48, 96, 192), (512, 2048, 8192))
@@ -59,7 +59,7 @@ def held_out(name: str, tp: int) -> Held:
         lambda length: prefill_ms(name, model, tp, length),
         lambda num_seqs, context: decode_ms(name, model, tp, num_seqs, context),
     )
-    first, second = (errors_of(part, some) for part, some in zip(terms[:2], points, strict=True))
+    first, second = errors_of(terms.prefill, points[0]), decode_errors(terms.decode, points[1])
     return Held((fmean(first), max(first)), (fmean(second), max(second)))
 
 
@@ -78,7 +78,7 @@ def measured() -> Iterator[Measured]:
             tp,
             prompt,
             (float(row["prompt_ms"]), _ms(prefill, prompt, prompt * prompt)),
-            (float(row["token_ms"]), _ms(decode, prompt + 64, 1)),
+            (float(row["token_ms"]), _ms(decode.of(1), prompt + 64, 1)),
         )
 
 

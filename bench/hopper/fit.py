@@ -22,6 +22,7 @@ from bench.hopper.kernels import (
     prefill_ms,
     rows,
 )
+from nodeserve.policy.kernel_fits import LARGE_SEQS
 
 DEGREES = (1, 2, 4, 8)
 MOST_CONTEXT = 600_000  # tokens of all sequences
@@ -31,8 +32,8 @@ PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8"}
 
 Features = tuple[float, float, float]
 Sample = tuple[Features, float]
-Prefill = Callable[[int], float]  # milliseconds of a prompt of so many tokens
-Decode = Callable[[int, int], float]  # of a step of so many sequences, so much context each
+PrefillMs = Callable[[int], float]  # of a prompt of so many tokens
+DecodeMs = Callable[[int, int], float]  # of a step of so many sequences, so much context each
 
 
 class Grid(NamedTuple):
@@ -44,22 +45,34 @@ class Grid(NamedTuple):
 
 
 GRID = Grid(
-    (256, 512, 1024, 2048, 4096, 8192), (1, 4, 16, 32, 64, 128, 256), (256, 1024, 4096, 16384)
+    (256, 512, 1024, 2048, 4096, 8192), (1, 4, 8, 16, 32, 64, 128, 256), (256, 1024, 4096, 16384)
 )
 
 
+class Decode(NamedTuple):
+    """Milliseconds = a + b * context tokens + c * sequences, below LARGE_SEQS of these and from
+    there on."""
+
+    small: Features
+    large: Features
+
+    def of(self, num_seqs: int) -> Features:
+        return self.large if num_seqs >= LARGE_SEQS else self.small
+
+
 class Terms(NamedTuple):
-    """Milliseconds: prefill = a + b * tokens + c * tokens^2; decode = a + b * context tokens + c *
-    sequences. `error`: the largest relative one, of either."""
+    """Milliseconds: prefill = a + b * tokens + c * tokens^2. `error`: the largest relative one, of
+    either."""
 
     prefill: Features
-    decode: Features
+    decode: Decode
     error: float
 
     @property
     def line(self) -> str:
         """As nodeserve/policy has them."""
-        numbers = [f"({', '.join(f'{term:.4g}' for term in part)})" for part in self[:2]]
+        parts = (self.prefill, *self.decode)
+        numbers = (f"({', '.join(f'{term:.4g}' for term in part)})" for part in parts)
         return f"Fit({', '.join(numbers)})"
 
 
@@ -140,17 +153,24 @@ def fit(system: str, precision: str, model: Model, tp: int) -> Terms:
     )
 
 
-def fitted(grid: Grid, prefill: Prefill, decode: Decode) -> Terms:
+def fitted(grid: Grid, prefill: PrefillMs, decode: DecodeMs) -> Terms:
     """Terms that come nearest to these times."""
-    terms, errors = [], []
-    for points in points_of(grid, prefill, decode):
-        found = nonnegative_fit([one for one, _ in points], [ms for _, ms in points])
-        terms.append((found[0], found[1], found[2]))
-        errors += errors_of(terms[-1], points)
-    return Terms(terms[0], terms[1], max(errors))
+    prefills, decodes = points_of(grid, prefill, decode)
+    terms = _nearest(prefills)
+    small = [one for one in decodes if one[0][2] < LARGE_SEQS]
+    steps = Decode(_nearest(small), _nearest(decodes[len(small) :]))
+    errors = errors_of(terms, prefills) + decode_errors(steps, decodes)
+    return Terms(terms, steps, max(errors))
 
 
-def points_of(grid: Grid, prefill: Prefill, decode: Decode) -> tuple[list[Sample], list[Sample]]:
+def _nearest(points: Sequence[Sample]) -> Features:
+    first, second, third = nonnegative_fit([one for one, _ in points], [ms for _, ms in points])
+    return first, second, third
+
+
+def points_of(
+    grid: Grid, prefill: PrefillMs, decode: DecodeMs
+) -> tuple[list[Sample], list[Sample]]:
     """What the terms are multiplied by, and the milliseconds: of prefills, and of decodes."""
     prefills = [
         ((1.0, float(length), float(length) ** 2), prefill(length)) for length in grid.prompts
@@ -167,6 +187,11 @@ def points_of(grid: Grid, prefill: Prefill, decode: Decode) -> tuple[list[Sample
 def errors_of(terms: Features, points: Sequence[Sample]) -> list[float]:
     """Relative ones, without their signs."""
     return [abs(sum(map(float.__mul__, terms, one)) / ms - 1) for one, ms in points]
+
+
+def decode_errors(terms: Decode, points: Sequence[Sample]) -> list[float]:
+    """The same, of decodes."""
+    return [error for one in points for error in errors_of(terms.of(round(one[0][2])), [one])]
 
 
 def _expected_tpot_ms(model: Model, point: Point) -> float:

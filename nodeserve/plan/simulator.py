@@ -74,7 +74,7 @@ class Simulation:
         self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
         self.passes: list[Pass] = []
         self.num_open = len(self.arrivals)
-        self._num_arrived = 0
+        self._num_arrived = self._num_idle_wakes = 0
         self._samplings: dict[int, Sampling] = {}
         self._touched: dict[Instance, None] = {}
         self._quiet = (
@@ -82,8 +82,8 @@ class Simulation:
         )  # ends of passes that end nobody's prompt or answer, and their reports
         self._undecided = False
         self._wake_s: float | None = None
-        self._num_idle_wakes = 0
         self._loss = Random(f"loss {scenario.seed}")
+        self._learns = scenario.flow is not None or scenario.decode_allocation == "cost"
 
     def start(self) -> None:
         """Expect the first request, and what is to go wrong; then it is turn after turn."""
@@ -293,7 +293,7 @@ class Simulation:
                 word = PassDone(done.step, done.began_s, done.seconds, work)
                 self.dispatcher.on_pass(unit.index, word, now_s)
         if instance.decodes:
-            if not any(work.prefill_tokens for work in done.works):
+            if self._learns and not any(work.prefill_tokens for work in done.works):
                 self.handoffs.allocator.observe(done.works, done.seconds)
             self.handoffs.room_changed()
 
