@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE_INCHES = (5.0, 3.4)
+MOST_TICKS = 12
 LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "worst gap": "worst_gap_s", "E2E": "e2e_s"}
 
 
@@ -60,6 +61,7 @@ def attainment(axes: "Axes", results: Sequence[Result], goal: float, confidence:
     axes.errorbar(rates, shares, yerr=[below, above], marker="o", capsize=3, label=label)
     axes.axhline(goal, linestyle=":", color="grey")
     axes.set(xlabel="requests/s offered", ylabel="attainment", ylim=(0.0, 1.02))
+    axes.set_xlim(left=0.0)
     _legend(axes)
 
 
@@ -89,10 +91,20 @@ def _latency(results: Sequence[Result], title: str, attribute: str) -> Any:
             shares = [(place + 1) / len(line) for place in range(len(line))]
             axes.step(line, shares, where="post", label=_name(result))
         axes.set(xlabel=f"{title}, ms", ylabel="share of requests", ylim=(0.0, 1.02))
-        axes.set_xscale("log")
+        _log_scale(axes)
         _legend(axes)
 
     return paint
+
+
+def _log_scale(axes: "Axes") -> None:
+    """With plain numbers at 1, 2 and 5, which have room also where the axis is short."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=MOST_TICKS))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: "Axes") -> None:

@@ -15,7 +15,6 @@ METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2el": "e2e", "worst_g
 def result_json(result: Result, confidence: float, num_workers: int | None) -> dict[str, Any]:
     """The numbers of one run."""
     report = result.report
-    workers = num_workers or 1
     low, high = report.tally.interval(confidence)
     return {
         "request_rate": result.rate,
@@ -31,7 +30,7 @@ def result_json(result: Result, confidence: float, num_workers: int | None) -> d
         "output_throughput": per_s(report.output_tokens, report),
         "total_token_throughput": per_s(report.output_tokens + report.prompt_tokens, report),
         "request_goodput": report.goodput_per_s,
-        "request_goodput_per_worker": report.goodput_per_s / workers,
+        "request_goodput_per_worker": each(report.goodput_per_s, num_workers),
         "good_token_throughput": per_s(report.good_tokens, report),
         "attainment": report.tally.share,
         "attainment_interval": [low, high],
@@ -54,6 +53,11 @@ def result_json(result: Result, confidence: float, num_workers: int | None) -> d
 
 def per_s(count: int, report: Report) -> float:
     return count / report.duration_s if report.duration_s > 0.0 else 0.0
+
+
+def each(rate: float, num_workers: int | None) -> float | None:
+    """A worker's share; None where nobody says how many there are."""
+    return rate / num_workers if num_workers else None
 
 
 def times_json(name: str, times: Times | None) -> dict[str, float]:
@@ -89,7 +93,7 @@ def found_json(found: Found, num_workers: int | None) -> dict[str, Any]:
     """What a search found; `too_high` is None where no rate was."""
     return {
         "goodput": found.rate,
-        "goodput_per_worker": found.rate / (num_workers or 1),
+        "goodput_per_worker": each(found.rate, num_workers),
         "too_high": found.too_high if math.isfinite(found.too_high) else None,
         "reason": found.reason,
         "decided": found.decided,

@@ -12,7 +12,7 @@ Without a traffic to serve, both are spread over the GPUs given: phases apart as
 goodputs allow, units as often as they fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -113,12 +113,7 @@ def _high(
         tell(f"{role.value} alone: {len(kinds)} shapes")
         found = [phase_alone(question, kind, role, effort, run) for kind in kinds]
         phases += sorted(found, key=lambda one: (-one.per_gpu, one.num_gpus))
-    prefill = next((one for one in phases if one.role is Role.PREFILL), None)
-    decode = next((one for one in phases if one.role is Role.DECODE), None)
-    if prefill is None or decode is None or not prefill.goodput * decode.goodput:
-        raise ConfigError(
-            "no shape serves both phases in time apart: loosen --slo, or give more GPUs"
-        )
+    prefill, decode = best_pair(phases, question.num_gpus, rate)
     counts = _counts(prefill, decode, question.num_gpus, rate)
     layout = Layout(
         tuple(
@@ -134,6 +129,31 @@ def _high(
     return Placement("high", str(layout), num_gpus, estimate, tuple(phases))
 
 
+def best_pair(phases: Sequence[Phase], num_gpus: int, rate: float | None) -> tuple[Phase, Phase]:
+    """Shapes for prefill and decode with the most goodput a GPU, each of its own; where the GPUs
+    are given, of those pairs that fit them the one that would serve most on a GPU if balanced."""
+    able = [one for one in phases if one.goodput > 0.0]
+    pairs = [
+        (one, two)
+        for one in able
+        for two in able
+        if (one.role, two.role) == (Role.PREFILL, Role.DECODE)
+    ]
+    if not pairs:
+        raise ConfigError(
+            "no shape serves both phases in time apart: loosen --slo, or give more GPUs"
+        )
+    fitting = [
+        pair for pair in pairs if rate is not None or sum(one.num_gpus for one in pair) <= num_gpus
+    ]
+    if not fitting:
+        raise ConfigError(
+            f"{num_gpus} GPUs hold no two shapes that serve the phases apart: give more, or"
+            " --algorithm search"
+        )
+    return min(fitting, key=lambda pair: sum(1.0 / one.per_gpu for one in pair))
+
+
 def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) -> tuple[int, int]:
     """Instances of each: for the traffic, or those that serve the most on these GPUs."""
     if rate is not None:
@@ -142,14 +162,8 @@ def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) ->
         (number, (num_gpus - number * prefill.num_gpus) // decode.num_gpus)
         for number in range(1, num_gpus // prefill.num_gpus + 1)
     ]
-    possible = [pair for pair in fits if pair[1] > 0]
-    if not possible:
-        raise ConfigError(
-            f"{num_gpus} GPUs do not hold the best shape of each phase: give more, or --algorithm"
-            " search"
-        )
     return max(
-        possible,
+        (pair for pair in fits if pair[1] > 0),
         key=lambda pair: (min(pair[0] * prefill.goodput, pair[1] * decode.goodput), -sum(pair)),
     )
 

@@ -27,5 +27,7 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
         for kind in ("svg", "png")
     }
     assert all(path.stat().st_size > 2000 for path in paths)
+    ticks = (tmp_path / "new" / "ttft.svg").read_text()
+    assert all(f"<!-- {tick} -->" in ticks for tick in (10, 20, 50, 100, 500)), "plain numbers"
     one = draw(results[:1], lambda arrival: Slo(0.2, 0.05), 0.9, 0.95, tmp_path, ("svg",))
     assert "attainment.svg" not in {path.name for path in one}
