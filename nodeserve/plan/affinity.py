@@ -130,8 +130,8 @@ def _high(
 
 
 def best_pair(phases: Sequence[Phase], num_gpus: int, rate: float | None) -> tuple[Phase, Phase]:
-    """Shapes for prefill and decode with the most goodput a GPU, each of its own; where the GPUs
-    are given, of those pairs that fit them the one that would serve most on a GPU if balanced."""
+    """Shapes for prefill and decode, each with the most goodput a GPU; where the GPUs are given and
+    do not hold these two, the pair that serves the most on them. `phases` come best first."""
     able = [one for one in phases if one.goodput > 0.0]
     pairs = [
         (one, two)
@@ -143,15 +143,15 @@ def best_pair(phases: Sequence[Phase], num_gpus: int, rate: float | None) -> tup
         raise ConfigError(
             "no shape serves both phases in time apart: loosen --slo, or give more GPUs"
         )
-    fitting = [
-        pair for pair in pairs if rate is not None or sum(one.num_gpus for one in pair) <= num_gpus
-    ]
+    if rate is not None or sum(one.num_gpus for one in pairs[0]) <= num_gpus:
+        return pairs[0]
+    fitting = [pair for pair in pairs if sum(one.num_gpus for one in pair) <= num_gpus]
     if not fitting:
         raise ConfigError(
             f"{num_gpus} GPUs hold no two shapes that serve the phases apart: give more, or"
             " --algorithm search"
         )
-    return min(fitting, key=lambda pair: sum(1.0 / one.per_gpu for one in pair))
+    return max(fitting, key=lambda pair: _served(*pair, _counts(*pair, num_gpus, None)))
 
 
 def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) -> tuple[int, int]:
@@ -164,8 +164,12 @@ def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) ->
     ]
     return max(
         (pair for pair in fits if pair[1] > 0),
-        key=lambda pair: (min(pair[0] * prefill.goodput, pair[1] * decode.goodput), -sum(pair)),
+        key=lambda pair: (_served(prefill, decode, pair), -sum(pair)),
     )
+
+
+def _served(prefill: Phase, decode: Phase, counts: tuple[int, int]) -> float:
+    return min(counts[0] * prefill.goodput, counts[1] * decode.goodput)
 
 
 def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run: Run) -> Phase:

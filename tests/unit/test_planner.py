@@ -307,7 +307,10 @@ def test_high_affinity_takes_the_best_shapes_that_the_gpus_hold() -> None:
 
     phases = [
         *(phase(Role.PREFILL, tp, per_gpu) for tp, per_gpu in ((2, 10.0), (4, 9.0), (1, 4.0))),
-        *(phase(Role.DECODE, tp, per_gpu) for tp, per_gpu in ((8, 9.0), (4, 8.0), (1, 0.0))),
+        *(
+            phase(Role.DECODE, tp, per_gpu)
+            for tp, per_gpu in ((8, 9.0), (6, 8.5), (4, 8.0), (1, 0.0))
+        ),
     ]
 
     def chosen(num_gpus: int, rate: float | None = None) -> tuple[int, int]:
@@ -315,7 +318,8 @@ def test_high_affinity_takes_the_best_shapes_that_the_gpus_hold() -> None:
         return prefill.shape.tp, decode.shape.tp
 
     assert chosen(10) == (2, 8) == chosen(8, rate=50.0)  # a rate takes what it needs
-    assert chosen(6) == chosen(9) == (2, 4), "1:8 would fit nine, and serve less"
+    # With 6 GPUs for decoding two are left, for 20 a second; with 4 twice that, and decodes do 32.
+    assert chosen(8) == chosen(9) == (2, 4)
     assert chosen(5) == (1, 4)
     with pytest.raises(ConfigError, match="4 GPUs hold no two shapes"):
         best_pair(phases, 4, None)
