@@ -174,7 +174,8 @@ class Session:
             run = result_json(result, self.settings.confidence, workers)
             run["requests"] = described(self.source, requests, result.arrivals, result.rate)
             if self.options["details"]:
-                run.update(details_json(result))
+                settings = self.settings
+                run.update(details_json(result, bench.slo_of, settings.settle_s, settings.forced))
             runs.append(run)
         return {
             "backend": about.kind,

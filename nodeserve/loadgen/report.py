@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from nodeserve.loadgen.bench import Result
-from nodeserve.loadgen.measure import Report, Times
+from nodeserve.loadgen.blame import culprits
+from nodeserve.loadgen.measure import Report, SloOf, Times, counts
 from nodeserve.plan.search import Found
 
 METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2el": "e2e", "worst_gap": "worst_gap"}
@@ -72,9 +73,16 @@ def times_json(name: str, times: Times | None) -> dict[str, float]:
     }
 
 
-def details_json(result: Result) -> dict[str, list[Any]]:
-    """Every request, in the order of the schedule."""
+def details_json(
+    result: Result, slo_of: SloOf, settle_s: float = 0.0, forced: bool = True
+) -> dict[str, list[Any]]:
+    """Every request, in the order of the schedule. `blames` are "" for those that were good, and
+    for those that do not count."""
     samples = result.samples
+    counted = [one for one in samples if counts(one, settle_s) and one.is_known]
+    slos = [slo_of(one.job.arrival) for one in counted]
+    found = zip(counted, culprits(counted, slos, forced), strict=True)
+    blamed = {one.job.number: what for one, what in found}
     return {
         "input_lens": [one.num_prompt_tokens for one in samples],
         "output_lens": [one.num_output_tokens for one in samples],
@@ -85,6 +93,7 @@ def details_json(result: Result) -> dict[str, list[Any]]:
         "errors": [one.error or "" for one in samples],
         "sent": [one.sent_s for one in samples],
         "late": [one.late_s for one in samples],
+        "blames": [blamed.get(one.job.number, "") for one in samples],
         "timings": [one.timings and dataclasses.asdict(one.timings) for one in samples],
     }
 

@@ -151,7 +151,12 @@ def best_pair(phases: Sequence[Phase], num_gpus: int, rate: float | None) -> tup
             f"{num_gpus} GPUs hold no two shapes that serve the phases apart: give more, or"
             " --algorithm search"
         )
-    return max(fitting, key=lambda pair: _served(*pair, _counts(*pair, num_gpus, None)))
+
+    def served(pair: tuple[Phase, Phase]) -> float:
+        prefill, decode = pair
+        return _served(prefill, decode, _counts(prefill, decode, num_gpus, None))
+
+    return max(fitting, key=served)
 
 
 def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) -> tuple[int, int]:
