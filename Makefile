@@ -25,7 +25,7 @@ help:
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
 	@echo "             bench-gateway (OpenAI's HTTP API over simulated workers)"
 	@echo "             bench-constraints (schemas and grammars in a worker's sampler, 20 seconds)"
-	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
+	@echo "             bench-goodput (plan and reality on this machine, half an hour)"
 	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
 	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
 	@echo "make bench-peers beside vLLM, llama.cpp, transformers and OpenVINO on this CPU (30 minutes);"

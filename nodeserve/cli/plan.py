@@ -13,6 +13,7 @@ import click
 
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.cli.bench import prepare_places
+from nodeserve.cli.plan_figure import check_drawing, draw
 from nodeserve.cli.show import show_table
 from nodeserve.cli.simulate import plain_table
 from nodeserve.cli.sources import dropped_words, source_of, source_options, source_words
@@ -356,38 +357,3 @@ def show_placement(
         f" {whole.goodput / placement.num_gpus:.3g} a GPU, simulated as a whole; {seconds:.0f} s"
     )
     show_command(whole, question, named)
-
-
-# ---- the figure
-
-
-def check_drawing(path: Path) -> None:
-    """Before anything takes long."""
-    if path.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--figure {path}: use a name that ends in .png or .svg")
-    from nodeserve.loadgen.figures import check_matplotlib
-
-    check_matplotlib("--figure")
-
-
-def draw(report: Report, path: Path, title: str) -> None:
-    """Attainment against the rate of each finalist, and the goal."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for one in report.ranked:
-        rates = [probe.rate / report.question.num_gpus for probe in one.probes]
-        shares = [100 * probe.tally.share for probe in one.probes]
-        label = f"{one.candidate.layout}, chunk {one.candidate.max_num_batched_tokens}"
-        axes.plot(rates, shares, marker="o", label=label)
-    axes.axhline(100 * report.question.goal, color="grey", linestyle=":")
-    axes.set_xlabel("requests a second and GPU")
-    axes.set_ylabel("in time, %")
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 102)
-    axes.set_title(title, fontsize="medium")
-    axes.legend()
-    figure.savefig(path)

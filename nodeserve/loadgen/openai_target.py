@@ -72,6 +72,7 @@ class OpenAITarget:
         return About(
             model=self._model,
             kind="openai",
+            num_workers=await self._num_workers() if self._is_ours else None,
             max_model_len=card.get("max_model_len"),
             exact_prompts=not text or self._tokenizer is not None,
         )
@@ -119,15 +120,27 @@ class OpenAITarget:
 
     async def _models(self) -> list[dict[str, Any]]:
         """What /v1/models lists; nothing where there is no such route."""
+        listed = (await self._got("v1/models")).get("data")
+        if not isinstance(listed, list):
+            return []
+        return [one for one in listed if isinstance(one, dict) and "id" in one]
+
+    async def _num_workers(self) -> int | None:
+        """As our gateway shows them on its page."""
+        workers = (await self._got("nodeserve/view")).get("workers")
+        return len(workers) or None if isinstance(workers, list) else None
+
+    async def _got(self, route: str) -> dict[str, Any]:
+        """A JSON object; an empty one where nothing like that is answered."""
         parts: list[bytes] = []
-        status = await self._client.exchange("GET", "v1/models", lambda data, _: parts.append(data))
+        status = await self._client.exchange("GET", route, lambda data, _: parts.append(data))
         if status in (401, 403):
             raise refusal(status, b"".join(parts).decode("utf-8", "replace"))
         try:
-            listed = json.loads(b"".join(parts))["data"]
-            return [one for one in listed if isinstance(one, dict) and "id" in one]
-        except (ValueError, KeyError, TypeError):
-            return []
+            found = json.loads(b"".join(parts))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class _Answer:

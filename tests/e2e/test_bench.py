@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,11 @@ def test_a_gateway_says_what_misses_are_to_blame_on(node_folder: Path) -> None:
     with served(node_folder, **NODE) as socket, gateway(socket) as url:
         told = bench(url, *load, "--goodput", "ttft:150", "--details")
         (run,) = told["runs"]
-        assert told["backend"] == "openai" and run["completed"] == 90
+        assert told["backend"] == "openai" and run["completed"] == 90 and told["num_workers"] == 2
         num_missed = sum(run["missed"].values())
         assert num_missed > 30 and sum(run["blame"].values()) == num_missed
         assert max(run["blame"], key=run["blame"].get) in (BUFFER, DEVICE_WAIT)
+        assert Counter(filter(None, run["blames"])) == run["blame"]
         for ttft_s, timings in zip(run["ttfts"], run["timings"], strict=True):
             assert timings["prefill_worker"] == 0 and timings["decode_worker"] == 1
             assert timings["prefill_s"] > 0.0 and Timings(**timings).ttft_s < ttft_s

@@ -57,7 +57,9 @@ def run(*words: str) -> str:
 
 def test_it_draws_the_finalists(tmp_path: Path) -> None:
     run(*ASKED, "--figure", str(tmp_path / "plan.svg"))
-    assert "chunk" in (tmp_path / "plan.svg").read_text()
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert "<!-- 2m, chunk 1024 -->" in drawn and "<!-- 1p1d, chunk 1024 -->" in drawn
+    assert "goodput, requests a second and GPU, 95% range" in drawn and "in time, %" in drawn
 
 
 def test_it_prints_a_ranking_the_reason_and_the_command() -> None:

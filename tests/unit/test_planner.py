@@ -10,7 +10,7 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_numbers, choose_budget, choose_layout
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape, parse_layout
-from nodeserve.plan.affinity import phase_alone, place
+from nodeserve.plan.affinity import Phase, best_pair, phase_alone, place
 from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
 from nodeserve.plan.candidates import (
     Candidate,
@@ -300,6 +300,32 @@ def test_high_affinity_takes_as_many_of_each_as_the_traffic_asks_for() -> None:
     prefill = next(one for one in found.phases if one.role is Role.PREFILL)
     assert found.layout == f"{-(-20 // prefill.goodput):.0f}p1d"
     assert found.num_gpus == parse_layout(found.layout).num_workers
+
+
+def test_high_affinity_takes_the_best_shapes_that_the_gpus_hold() -> None:
+    def phase(role: Role, tp: int, per_gpu: float) -> Phase:
+        return Phase(role, Shape(tp=tp), tp, tp * per_gpu)
+
+    phases = [
+        *(phase(Role.PREFILL, tp, per_gpu) for tp, per_gpu in ((2, 10.0), (4, 9.0), (1, 4.0))),
+        *(
+            phase(Role.DECODE, tp, per_gpu)
+            for tp, per_gpu in ((8, 9.0), (6, 8.5), (4, 8.0), (1, 0.0))
+        ),
+    ]
+
+    def chosen(num_gpus: int, rate: float | None = None) -> tuple[int, int]:
+        prefill, decode = best_pair(phases, num_gpus, rate)
+        return prefill.shape.tp, decode.shape.tp
+
+    assert chosen(10) == (2, 8) == chosen(8, rate=50.0)  # a rate takes what it needs
+    # With 6 GPUs for decoding two are left, for 20 a second; with 4 twice that, and decodes do 32.
+    assert chosen(8) == chosen(9) == (2, 4)
+    assert chosen(5) == (1, 4)
+    with pytest.raises(ConfigError, match="4 GPUs hold no two shapes"):
+        best_pair(phases, 4, None)
+    with pytest.raises(ConfigError, match="no shape serves both"):
+        best_pair(phases[:3], 8, None)
 
 
 @pytest.mark.slow
