@@ -17,7 +17,7 @@ TRIAL_TOKENS = 2  # a prefill gives one, a decode the other
 
 
 class Suspects:
-    """A line of them, the earliest first: request ids rise with arrival."""
+    """A line of them, by priority and then the earliest first: request ids rise with arrival."""
 
     def __init__(self) -> None:
         self.on_trial: int | None = None  # a request's id
@@ -42,5 +42,6 @@ class Suspects:
         """Who goes on now; None while another one is on trial, or where nobody waits."""
         if self.on_trial is not None or not self._line:
             return None
-        self.on_trial = min(self._line)
-        return self._line.pop(self.on_trial)
+        first = min(self._line.values(), key=lambda one: (-one.priority, one.request_id))
+        self.on_trial = first.request_id
+        return self._line.pop(first.request_id)

@@ -17,8 +17,8 @@ LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p2d": [P, P, D, D]}
 COUNT, TOKENS = 12, 20
 
 
-def waiting(request_id: int) -> Waiting:
-    return Waiting(request_id, 5, 1, 0.0)
+def waiting(request_id: int, priority: int = 0) -> Waiting:
+    return Waiting(request_id, 5, 1, 0.0, priority)
 
 
 def test_the_next_one_goes_on_when_the_last_is_over() -> None:
@@ -35,6 +35,17 @@ def test_the_next_one_goes_on_when_the_last_is_over() -> None:
     suspects.remove(1)
     third = suspects.next()
     assert third is not None and third.request_id == 3 and not len(suspects)
+
+
+def test_the_line_goes_by_priority() -> None:
+    suspects = Suspects()
+    for request_id, priority in ((1, 0), (2, 3), (3, 3)):
+        suspects.add(waiting(request_id, priority))
+    order = []
+    while (one := suspects.next()) is not None:
+        order.append(one.request_id)
+        suspects.remove(one.request_id)
+    assert order == [2, 3, 1]
 
 
 def test_who_is_put_back_on_trial_begins_it_again() -> None:
