@@ -19,7 +19,7 @@ COUNT = re.compile(rb'"completion_tokens":(\d+)')
 END = b"0\r\n\r\n"
 STAMPS = 35  # SO_TIMESTAMPNS, and the kind of message that carries one
 MAX_READ_BYTES = 1 << 16
-WARM_UP = 20  # tokens of a stream before it counts as running
+WARM_UP = 0.25  # of a stream's tokens, before it counts as running
 Address = int | Path  # a port of this machine, or a Unix socket
 
 
@@ -99,6 +99,7 @@ class StreamClient(Client):
         super().__init__(post({**body, "stream": True, "stream_options": usage}))
         self.warm: asyncio.Future[None] = self._loop.create_future()
         self._tail = b""
+        self._num_early = WARM_UP * num_tokens
 
     def received(self, data: bytes, at_s: float) -> None:
         events, _, self._tail = (self._tail + data).rpartition(b"\n\n")
@@ -106,7 +107,7 @@ class StreamClient(Client):
             if (num_new := int(count) - len(self.times)) > 0:  # the last says it once more
                 self.events.append(at_s)
                 self.times += [at_s] * num_new
-        if len(self.times) >= WARM_UP and not self.warm.done():
+        if len(self.times) >= self._num_early and not self.warm.done():
             self.warm.set_result(None)
         if data.endswith(END):
             self.finish()

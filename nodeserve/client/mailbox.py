@@ -16,9 +16,7 @@ class Mailbox(Generic[Item]):
     def __init__(self) -> None:
         self._events: list[Item] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._sink: Callable[[list[Item]], bool] | None = (
-            None  # of the task that waits, if it pours
-        )
+        self._sink: Callable[[list[Item]], bool] | None = None  # of who waits, if it pours
 
     def put(self, event: Item) -> None:
         self.add(event)
@@ -54,11 +52,11 @@ class Mailbox(Generic[Item]):
         which leaves what it was shown here; what it raises is raised here."""
         if not self._offer(sink):
             return
-        self._sink = sink
         try:
-            await self._woken()
+            await self._woken(sink)
         finally:
-            self._sink = None
+            if self._sink is sink:  # one that was cancelled may end after another began
+                self._sink = None
 
     def _offer(self, sink: Callable[[list[Item]], bool]) -> bool:
         if self._events:
@@ -67,9 +65,7 @@ class Mailbox(Generic[Item]):
             self._events = []
         return True
 
-    async def _woken(self) -> None:
+    async def _woken(self, sink: Callable[[list[Item]], bool] | None = None) -> None:
+        self._sink = sink
         self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        await self._waiter

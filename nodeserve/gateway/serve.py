@@ -6,6 +6,7 @@ however it ends, so a gateway never outlives the server that it belongs to.
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import socket
@@ -34,6 +35,8 @@ def serve(listener: socket.socket, settings: GatewaySettings) -> None:
 
 def make_server(settings: GatewaySettings, spans: Spans | None = None) -> uvicorn.Server:
     """`spans` None: as the environment asks for."""
+    # Its warnings are of requests that are none: a line for each would be for strangers to write.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(settings, spans or spans_from(os.environ)),
         http=HttpConnection,

@@ -97,7 +97,7 @@ def frame_of(before: Stats | None, stats: Stats) -> Frame:
     """A frame; `before` is an earlier answer of the same server, or None."""
     change = Change(before, stats)
     health, goodput = stats["health"], stats["goodput"]
-    series = {
+    series: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in known(Series, goodput["series"]).items()
     }

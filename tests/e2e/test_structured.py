@@ -146,8 +146,8 @@ async def test_responses_have_the_form_that_their_text_asks_for(
             else:
                 async with client.responses.stream(**options) as events:
                     done = await events.get_final_response()
-            visit: Visit = done.output_parsed
-            assert done.status == "completed"
+            visit = done.output_parsed
+            assert done.status == "completed" and isinstance(visit, Visit)
             assert json.loads(done.output_text) == visit.model_dump()
             return visit
 

@@ -155,3 +155,27 @@ async def test_what_a_sink_refuses_stays_and_what_it_raises_is_its_tasks() -> No
         await failing
     assert connection.usable
     assert len(await mailboxes[1].take()) == 1
+
+
+@pytest.mark.parametrize("pours", [False, True])
+async def test_who_was_cancelled_takes_nothing_from_the_next(pours: bool) -> None:
+    """Also where its end comes after the next has begun, as when a recording is cut off."""
+    mailbox: Mailbox[int] = Mailbox()
+    stolen: list[int] = []
+
+    def sink(events: list[int]) -> bool:
+        stolen.extend(events)
+        return True
+
+    async def wait() -> None:
+        if pours:
+            await mailbox.pour(sink)
+        else:
+            stolen.extend(await mailbox.take())
+
+    first = asyncio.ensure_future(wait())
+    await asyncio.sleep(0)
+    first.cancel()
+    asyncio.get_running_loop().call_later(0.01, mailbox.put, 5)
+    assert await mailbox.take() == [5]
+    assert first.cancelled() and not stolen
