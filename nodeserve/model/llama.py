@@ -24,6 +24,7 @@ from nodeserve.model import rotary
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import Weight, dense, stacked
+from nodeserve.model.workspace import Workspace
 
 Weights = Callable[[str], Weight]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
 Progress = Callable[[int, int], None]  # parts done, parts in all
@@ -41,51 +42,19 @@ class Buffers(NamedTuple):
     logits: torch.Tensor  # [rows, vocab_size] float32
 
 
-class Workspace:
-    """Buffers for any number of rows, kept between steps and grown until they are reserved."""
-
-    def __init__(self, config: ModelConfig, ops: Ops, with_logits: bool) -> None:
-        heads = config.num_heads * config.head_dim
-        qkv = heads + 2 * config.num_kv_heads * config.head_dim
-        act, f32 = ops.act_dtype, torch.float32
-        self._columns = [
-            (config.hidden_size, f32),
-            (config.hidden_size, act),
-            (qkv, ops.qkv_dtype),
-            (heads, act),
-            (heads, act),
-            (config.intermediate_size, act),
-            (config.vocab_size if with_logits else 0, f32),
-        ]
-        self._device = ops.device
-        self._whole: list[torch.Tensor] = []
-        self._capacity = 0
-        self._fixed = False
-        self._views: dict[int, Buffers] = {}
-
-    def reserve(self, max_rows: int) -> None:
-        """Room for `max_rows`, for good: captured graphs hold these addresses."""
-        if max_rows > self._capacity:
-            self._grow(max_rows)
-        self._fixed = True
-
-    def rows(self, num_rows: int) -> Buffers:
-        views = self._views.get(num_rows)
-        if views is None:
-            if num_rows > self._capacity:
-                self._grow(num_rows)
-            views = Buffers(*(whole[:num_rows] for whole in self._whole))
-            self._views[num_rows] = views
-        return views
-
-    def _grow(self, num_rows: int) -> None:
-        assert not self._fixed, f"{num_rows} rows, reserved are {self._capacity}"
-        self._capacity = max(num_rows, 2 * self._capacity)
-        self._views.clear()
-        self._whole = [
-            torch.zeros(self._capacity, width, dtype=dtype, device=self._device)
-            for width, dtype in self._columns
-        ]
+def workspace(config: ModelConfig, ops: Ops, with_logits: bool) -> Workspace[Buffers]:
+    heads = config.num_heads * config.head_dim
+    act, f32 = ops.act_dtype, torch.float32
+    columns = [
+        (config.hidden_size, f32),
+        (config.hidden_size, act),
+        (heads + 2 * config.num_kv_heads * config.head_dim, ops.qkv_dtype),
+        (heads, act),
+        (heads, act),
+        (config.intermediate_size, act),
+        (config.vocab_size if with_logits else 0, f32),
+    ]
+    return Workspace(Buffers, columns, ops.device)
 
 
 class Layer:
@@ -136,8 +105,8 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> None:
         self.config = config
         self._ops = ops
-        self._work = Workspace(config, ops, with_logits=False)
-        self._tail = Workspace(config, ops, with_logits=True)
+        self._work = workspace(config, ops, with_logits=False)
+        self._tail = workspace(config, ops, with_logits=True)
         tables = rotary.tables(config)
         total = config.num_layers + 1
         table = weights("model.embed_tokens.weight")
