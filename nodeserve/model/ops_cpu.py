@@ -16,7 +16,9 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
+from nodeserve.model.mla_torch import TorchMlaAttention
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
+from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _HUGE_PAGE_BYTES = 2 << 20
@@ -136,6 +138,8 @@ class PackedIntegers:
 
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
+    if config.mla is not None:
+        return None  # attention over latents is torch's, the rest has no conditions
     if config.head_dim % 16 or config.head_dim > 256:
         return f"head_dim {config.head_dim} is not a multiple of 16 up to 256"
     if block_size % 16:
@@ -168,7 +172,9 @@ class CpuOps:
         self._arena = Arena()
         self._plan = _host.CpuPlan()
 
-    def cache(self, layout: KvLayout, pool: Any) -> CpuCache:
+    def cache(self, layout: KvLayout, pool: Any) -> CpuCache | TorchCache:
+        if layout.planes == 1:
+            return cache_over(layout, pool, self.dtype)
         if layout.dtype != self.dtype:
             raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
         buffer: Any = pool.numpy() if isinstance(pool, torch.Tensor) else pool
@@ -186,7 +192,9 @@ class CpuOps:
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         """Nothing: the kernels' scratch is their threads' own."""
 
-    def begin(self, inputs: StepInputs, cache: CpuCache) -> _host.CpuPlan:
+    def begin(self, inputs: StepInputs, cache: CpuCache | TorchCache) -> _host.CpuPlan | TorchStep:
+        if isinstance(cache, TorchCache):
+            return begin_step(inputs, cache, self.device)
         num_seqs, max_blocks = inputs.block_table.shape
         self._plan.prepare(
             self.engine,
@@ -294,3 +302,13 @@ class CpuOps:
             config.norm_eps,
         )
         return CpuAttention(native, layer, *kept)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> TorchMlaAttention:
+        return TorchMlaAttention(config, layer, tables, kv_norm.float(), dense(kv_up).float())

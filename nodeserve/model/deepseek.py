@@ -1,0 +1,185 @@
+"""DeepSeek-V2 (Lite too), V3 and R1: latent attention, then a dense MLP or routed experts.
+
+    hidden = embed(token_ids);  normed = norm(hidden)
+    per layer:  heads = q(normed), or q_b(norm(q_a(normed)));  latent = kv_a(normed)
+                hidden += out_proj(mla(heads, latent));         normed = norm(hidden)
+                hidden += mlp(normed);                          normed = norm(hidden)
+    logits = head(normed)
+
+The first layers have the MLP of a Llama, the others experts: some for every token, others by a
+router's choice. Pages hold latents (see ops.MlaAttention), half layers end with the norm that comes
+next, and shapes and rules are llama.py's. Layers behind `num_layers` in a checkpoint predict more
+than one token; they are never asked for.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from nodeserve.config import ModelConfig
+from nodeserve.model import rotary
+from nodeserve.model.inputs import StepInputs
+from nodeserve.model.llama import Progress, Weights
+from nodeserve.model.mla_torch import mla_of
+from nodeserve.model.ops import Ops
+from nodeserve.model.quantised import Weight, dense
+from nodeserve.model.workspace import Workspace
+
+
+class Buffers(NamedTuple):
+    """A step's activations; every layer writes over the last one's."""
+
+    hidden: torch.Tensor  # [rows, hidden_size] float32
+    normed: torch.Tensor  # [rows, hidden_size] act
+    low: torch.Tensor  # [rows, q_lora_rank] float32; no columns where queries have no rank
+    low_normed: torch.Tensor  # the same in act
+    heads: torch.Tensor  # [rows, num_heads * head_dim] Ops.qkv_dtype
+    latent: torch.Tensor  # [rows, latent_dim] Ops.qkv_dtype
+    query: torch.Tensor  # [rows, num_heads * latent_dim] act
+    attended: torch.Tensor  # [rows, num_heads * v_head_dim] act
+    gated: torch.Tensor  # [rows, intermediate_size] act
+    logits: torch.Tensor  # [rows, vocab_size] float32
+
+
+def workspace(config: ModelConfig, ops: Ops, with_logits: bool) -> Workspace[Buffers]:
+    mla = mla_of(config)
+    act, f32 = ops.act_dtype, torch.float32
+    columns = [
+        (config.hidden_size, f32),
+        (config.hidden_size, act),
+        (mla.q_lora_rank or 0, f32),
+        (mla.q_lora_rank or 0, act),
+        (config.num_heads * config.head_dim, ops.qkv_dtype),
+        (mla.latent_dim, ops.qkv_dtype),
+        (config.num_heads * mla.latent_dim, act),
+        (config.num_heads * mla.v_head_dim, act),
+        (config.intermediate_size, act),
+        (config.vocab_size if with_logits else 0, f32),
+    ]
+    return Workspace(Buffers, columns, ops.device)
+
+
+class Queries:
+    """What a layer asks of its tokens: one product, or two with a norm between them."""
+
+    def __init__(self, config: ModelConfig, get: Weights, ops: Ops) -> None:
+        mla = mla_of(config)
+        self._ranked = mla.q_lora_rank is not None
+        if not self._ranked:
+            self._whole = ops.linear(get("q_proj.weight"))
+            return
+        self._down = ops.linear(get("q_a_proj.weight"))
+        self._norm = ops.rms_norm(dense(get("q_a_layernorm.weight")), mla.norm_eps)
+        self._up = ops.linear(get("q_b_proj.weight"))
+
+    def __call__(self, work: Buffers) -> None:
+        if not self._ranked:
+            self._whole(work.normed, work.heads)
+            return
+        self._down(work.normed, work.low)
+        self._norm(work.low, work.low_normed)
+        self._up(work.low_normed, work.heads)
+
+
+class Layer:
+    """One decoder layer, in two halves: what needs every row, and what a row does alone."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: Weights,
+        ops: Ops,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        next_norm: torch.Tensor,
+    ) -> None:
+        def get(name: str) -> Weight:
+            return weights(f"model.layers.{index}.{name}")
+
+        def of_attention(name: str) -> Weight:
+            return get(f"self_attn.{name}")
+
+        self.queries = Queries(config, of_attention, ops)
+        self.latent = ops.linear(of_attention("kv_a_proj_with_mqa.weight"))
+        kv_norm = dense(of_attention("kv_a_layernorm.weight"))
+        kv_up = of_attention("kv_b_proj.weight")
+        self.attention = ops.mla_attention(config, index, tables, kv_norm, kv_up)
+        middle_norm = dense(get("post_attention_layernorm.weight"))
+        self.out_proj = ops.linear_add_norm(
+            of_attention("o_proj.weight"), middle_norm, config.norm_eps
+        )
+        self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
+        self.down = ops.linear_add_norm(get("mlp.down_proj.weight"), next_norm, config.norm_eps)
+
+    def attend(self, work: Buffers, step: Any) -> None:
+        self.queries(work)
+        self.latent(work.normed, work.latent)
+        self.attention.store(step, work.heads, work.latent, work.query)
+        self.attention.attend(step, work.query, work.attended)
+
+    def finish(self, work: Buffers) -> None:
+        self.out_proj(work.attended, work.hidden, work.normed)
+        self.gated(work.normed, work.gated)
+        self.down(work.gated, work.hidden, work.normed)
+
+
+class Deepseek:
+    """A decoder with its weights bound to `ops`. Made by build()."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> None:
+        self.config = config
+        self._ops = ops
+        self._work = workspace(config, ops, with_logits=False)
+        self._tail = workspace(config, ops, with_logits=True)
+        tables = rotary.tables(config)
+        total = config.num_layers + 1
+        table = weights("model.embed_tokens.weight")
+        self.embed = ops.embedding(table)
+        self.head = ops.linear(table if config.tie_embeddings else weights("lm_head.weight"))
+        norms = [f"model.layers.{index}.input_layernorm" for index in range(config.num_layers)]
+        self.first_norm = ops.rms_norm(dense(weights(f"{norms[0]}.weight")), config.norm_eps)
+        progress(1, total)
+        self.layers = []
+        for index, next_norm in enumerate([*norms[1:], "model.norm"]):
+            next_weight = dense(weights(f"{next_norm}.weight"))
+            self.layers.append(Layer(config, index, weights, ops, tables, next_weight))
+            progress(index + 2, total)
+
+    def reserve(
+        self, max_tokens: int, max_logit_rows: int, max_seqs: int, max_context_len: int
+    ) -> None:
+        """Memory for steps up to these sizes; a larger one is refused from now on."""
+        self._work.reserve(max_tokens)
+        self._tail.reserve(max_logit_rows)
+        self._ops.reserve(max_tokens, max_seqs, max_context_len)
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
+        """Logits [num_logits, vocab_size] float32, in a buffer that the next call overwrites."""
+        step = self._ops.begin(inputs, cache)
+        work = self._work.rows(inputs.token_ids.numel())
+        self.embed(inputs.token_ids, work.hidden)
+        self.first_norm(work.hidden, work.normed)
+        for layer in self.layers[:-1]:
+            layer.attend(work, step)
+            layer.finish(work)
+        self.layers[-1].attend(work, step)
+        return self._logits(work, inputs.logit_rows)
+
+    def _logits(self, work: Buffers, rows: torch.Tensor) -> torch.Tensor:
+        tail = self._tail.rows(rows.numel())
+        if rows.numel() == 0:
+            return tail.logits
+        torch.index_select(work.hidden, 0, rows, out=tail.hidden)
+        torch.index_select(work.attended, 0, rows, out=tail.attended)
+        self.layers[-1].finish(tail)
+        self.head(tail.normed, tail.logits)
+        return tail.logits
+
+
+def build(
+    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress | None = None
+) -> Deepseek:
+    """Bind the weights to `ops`. A tensor is asked for once and may be dropped after the call."""
+    with torch.inference_mode():
+        return Deepseek(config, weights, ops, progress or (lambda done, total: None))
