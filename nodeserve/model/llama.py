@@ -20,14 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from nodeserve.config import ModelConfig
-from nodeserve.errors import ModelError
 from nodeserve.model import rotary
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import Weight, dense, stacked
 from nodeserve.model.workspace import Workspace
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 Weights = Callable[[str], Weight]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
 Progress = Callable[[int, int], None]  # parts done, parts in all
@@ -156,18 +153,43 @@ class Llama:
         return tail.logits
 
 
-def _no_progress(done: int, total: int) -> None:
-    pass
+def build(config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> Llama:
+    """Bind the weights to `ops`."""
+    return Llama(config, weights, ops, progress)
 
 
-def build(
-    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress | None = None
-) -> Llama:
-    """Bind the weights to `ops`. A tensor is asked for once and may be dropped after the call."""
-    if config.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(
-            f"architecture {config.architecture!r} is not supported; supported: {known}"
-        )
-    with torch.inference_mode():
-        return Llama(config, weights, ops, progress or _no_progress)
+def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """The shape of the tensor that the hub calls `name`; None if the model has none."""
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    whole = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_embeddings:
+        whole["lm_head.weight"] = (vocab, hidden)
+    if name in whole:
+        return whole[name]
+    part = part_of_layer(config, name)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (heads, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, heads),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config.attention_bias:
+        rows = {"q": heads, "k": kv, "v": kv}
+        layer |= {f"self_attn.{one}_proj.bias": (rows[one],) for one in rows}
+    if config.qk_norm:
+        layer |= {f"self_attn.{one}_norm.weight": (config.head_dim,) for one in "qk"}
+    return layer.get(part)
+
+
+def part_of_layer(config: ModelConfig, name: str) -> str:
+    """What follows "model.layers.N." for a layer that exists, else nothing."""
+    prefix, _, rest = name.partition("model.layers.")
+    number, _, part = rest.partition(".")
+    known = not prefix and number.isdecimal() and int(number) < config.num_layers
+    return part if known else ""
