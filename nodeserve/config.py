@@ -80,6 +80,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     mla: MlaConfig | None = None  # then num_kv_heads is 1: all heads read the same latents
+    # Of matrices that the files keep in FP8: rows and columns that share a scale.
+    fp8_block: tuple[int, int] | None = None
 
     @property
     def rope_dim(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nodeserve.config import ModelConfig
-from nodeserve.config_readers import llama
+from nodeserve.config_readers import deepseek, llama
 from nodeserve.errors import ModelError
 from nodeserve.model_files import Fields, read_json
 from nodeserve.types import shown
@@ -21,6 +21,8 @@ READERS: dict[str, Reader] = {
     "mistral": llama.read,
     "qwen2": llama.read,
     "qwen3": llama.read,
+    "deepseek_v2": deepseek.read,
+    "deepseek_v3": deepseek.read,
 }
 
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nodeserve.config import ModelConfig
-from nodeserve.model import rotary
+from nodeserve.model import llama, rotary
 from nodeserve.model.inputs import StepInputs
-from nodeserve.model.llama import Progress, Weights
+from nodeserve.model.llama import Progress, Weights, part_of_layer
 from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import Weight, dense
@@ -177,9 +177,32 @@ class Deepseek:
         return tail.logits
 
 
-def build(
-    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress | None = None
-) -> Deepseek:
-    """Bind the weights to `ops`. A tensor is asked for once and may be dropped after the call."""
-    with torch.inference_mode():
-        return Deepseek(config, weights, ops, progress or (lambda done, total: None))
+def build(config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> Deepseek:
+    """Bind the weights to `ops`."""
+    return Deepseek(config, weights, ops, progress)
+
+
+def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """The shape of the tensor that the hub calls `name`; None if the model has none."""
+    hidden = config.hidden_size
+    part = part_of_layer(config, name)
+    if not part.startswith("self_attn."):
+        return llama.shape_of(config, name)
+    mla = mla_of(config)
+    heads = config.num_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "kv_a_proj_with_mqa.weight": (mla.latent_dim, hidden),
+        "kv_a_layernorm.weight": (mla.kv_lora_rank,),
+        "kv_b_proj.weight": (
+            config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+            mla.kv_lora_rank,
+        ),
+        "o_proj.weight": (hidden, config.num_heads * mla.v_head_dim),
+    }
+    if (rank := mla.q_lora_rank) is None:
+        layer["q_proj.weight"] = (heads, hidden)
+    else:
+        layer["q_a_proj.weight"] = (rank, hidden)
+        layer["q_a_layernorm.weight"] = (rank,)
+        layer["q_b_proj.weight"] = (heads, rank)
+    return layer.get(part.removeprefix("self_attn."))

@@ -10,7 +10,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import llama
+from nodeserve.model import deepseek, llama
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.llama import Progress, Weights
 from nodeserve.model.ops import Ops
@@ -39,12 +39,15 @@ class Family(NamedTuple):
 
 
 _LLAMA = Family(llama.build, llama.shape_of)
+_DEEPSEEK = Family(deepseek.build, deepseek.shape_of)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
 }
 
 

@@ -22,9 +22,12 @@ from nodeserve.gguf import GgufFile, TensorInfo
 from nodeserve.model.dequantise import dequantise
 from nodeserve.model.dummy import DummyWeights
 from nodeserve.model.families import shape_of
+from nodeserve.model.fp8 import from_fp8, num_blocks
 from nodeserve.model.quantised import Quantised, Weight, can_stay
 from nodeserve.model_files import open_regular, read_json
 from nodeserve.types import brief
+
+_IN_FLOAT32 = ".e_score_correction_bias"  # experts are chosen by its last digits
 
 
 class Upload(Protocol):
@@ -70,9 +73,33 @@ class Weights(ABC):
         if expected is not None and shape != expected:
             raise ModelError(f"{self.where}: {name} has the shape {shape}, expected {expected}")
 
+    def restored(self, name: str, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The whole tensor called `name` in the model's type, where `move` takes it."""
+        stored = self.as_stored(name)
+        if stored.dtype.itemsize == 1:
+            block, scales = self._scales_of(name, stored)
+            return from_fp8(move(stored), move(scales), block, self.dtype)
+        return move(stored).to(torch.float32 if name.endswith(_IN_FLOAT32) else self.dtype)
+
+    def _scales_of(self, name: str, stored: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
+        """The blocks of a matrix of 8-bit floats, and their scales."""
+        block, of_scales = self._config.fp8_block, f"{name}_scale_inv"
+        if stored.dtype != torch.float8_e4m3fn or block is None or of_scales not in self:
+            raise ModelError(
+                f"{self.where}: {name} is stored as {stored.dtype}; of 8-bit types only"
+                f" float8_e4m3fn can be read, with {of_scales} beside it and a"
+                " quantization_config in config.json"
+            )
+        scales, expected = self.as_stored(of_scales), num_blocks(stored.shape, block)
+        if (shape := tuple(scales.shape)) != expected:
+            raise ModelError(
+                f"{self.where}: {of_scales} has the shape {shape}, expected {expected}"
+            )
+        return block, scales
+
     def __call__(self, name: str) -> torch.Tensor:
         """The whole tensor called `name`, on the CPU."""
-        return self.as_stored(name).to(self.dtype)
+        return self.restored(name, lambda tensor: tensor)
 
 
 class Uploaded:
@@ -86,7 +113,7 @@ class Uploaded:
         return name in self._weights
 
     def __call__(self, name: str) -> torch.Tensor:
-        return self._upload(self._weights.as_stored(name)).to(self._weights.dtype)
+        return self._weights.restored(name, self._upload)
 
 
 def open_weights(
