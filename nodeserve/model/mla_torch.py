@@ -44,6 +44,25 @@ def split_up(config: ModelConfig, kv_up: torch.Tensor) -> tuple[torch.Tensor, to
     return keys.contiguous(), values.transpose(1, 2).contiguous()
 
 
+def latent_attention(
+    rows: torch.Tensor, latents: torch.Tensor, rank: int, scale: float
+) -> torch.Tensor:
+    """Causal attention of one sequence whose queries are the last tokens of its context.
+
+    rows [tokens, num_heads, latent_dim], latents [context, latent_dim], all float32; the result
+    [tokens, num_heads, rank], of the first `rank` numbers of each latent.
+    """
+    tokens, num_heads, _ = rows.shape
+    context = latents.size(0)
+    scores = (rows.flatten(0, 1) @ latents.t()).mul_(scale).view(tokens, num_heads, context)
+    if tokens > 1:
+        row = torch.arange(context - tokens, context, device=rows.device)
+        hidden = row[:, None] < torch.arange(context, device=rows.device)
+        scores.masked_fill_(hidden[:, None], -torch.inf)
+    values = scores.softmax(-1).flatten(0, 1) @ latents[:, :rank]
+    return values.view(tokens, num_heads, rank)
+
+
 class TorchMlaAttention:
     """One layer's attention over latents, in float32 from what the pages hold."""
 
@@ -102,17 +121,6 @@ class TorchMlaAttention:
         for first in range(0, rows.size(0), stride):
             part = rows[first : first + stride]
             end = before + first + part.size(0)
-            seen[first : first + stride] = self._attention(part, latents[:end])
-
-    def _attention(self, rows: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """rows [tokens, num_heads, latent_dim], the last ones of latents [context, latent_dim];
-        result [tokens, num_heads, kv_lora_rank]."""
-        tokens, context = rows.size(0), latents.size(0)
-        scores = (rows.flatten(0, 1) @ latents.t()).mul_(self._mla.softmax_scale)
-        if tokens > 1:
-            row = torch.arange(context - tokens, context, device=rows.device)
-            hidden = row[:, None] < torch.arange(context, device=rows.device)
-            scores.view(tokens, -1, context).masked_fill_(hidden[:, None], -torch.inf)
-        weights = scores.softmax(-1)
-        values = weights @ latents[:, : self._mla.kv_lora_rank]
-        return values.view(tokens, self._num_heads, -1)
+            seen[first : first + stride] = latent_attention(
+                part, latents[:end], self._mla.kv_lora_rank, self._mla.softmax_scale
+            )
