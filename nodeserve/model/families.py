@@ -10,7 +10,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import llama
+from nodeserve.model import llama, moe
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.llama import Progress, Weights
 from nodeserve.model.ops import Ops
@@ -39,12 +39,16 @@ class Family(NamedTuple):
 
 
 _LLAMA = Family(llama.build, llama.shape_of)
+_MOE = Family(moe.build, moe.shape_of)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _MOE,
+    "qwen2_moe": _MOE,
+    "qwen3_moe": _MOE,
 }
 
 
