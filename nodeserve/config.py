@@ -57,10 +57,49 @@ class MlaConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Layers whose MLP is many small ones, the experts, of which a router picks a few a token.
+
+    A token's scores are the softmax or the sigmoid of its router logits. The experts with the
+    `num_active` highest ones compute it; where there are groups, only those of the groups that
+    score best, by their best expert ("max") or the sum of their two best ("top2").
+    """
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int  # of one expert
+    shared_intermediate_size: int = 0  # of what computes every token beside them; 0: nothing
+    shared_gate: bool = False  # what is shared is weighed by the sigmoid of a row of weights
+    scoring: str = "softmax"  # or "sigmoid"
+    normalize: bool = True  # the weights of a token's experts are divided by their sum
+    routed_scale: float = 1.0  # ... and then multiplied by this
+    choice_bias: bool = False  # a bias for each expert, added to scores for the choice alone
+    num_groups: int = 1
+    num_active_groups: int = 1
+    group_score: str = "max"  # or "top2"
+    dense_layers: tuple[int, ...] = ()  # that have one MLP as other models do
+
+    def num_in_layer(self, hidden_size: int, num_experts: int) -> int:
+        """Weights of a sparse layer's MLPs, with so many of its experts."""
+        inner = num_experts * self.intermediate_size + self.shared_intermediate_size
+        return hidden_size * (self.num_experts + 3 * inner)
+
+
+@dataclass(frozen=True, slots=True)
+class OptConfig:
+    """Where OPT differs from one size to the next."""
+
+    embedding_size: int  # of a token's row; not the hidden size where two matrices lie between
+    norm_first: bool = True  # before a half layer; else after it, on the residual stream itself
+    final_norm: bool = True
+    biased: bool = True  # the linears of its layers
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a decoder looks like, whatever file format said so. Read without torch."""
 
-    architecture: str  # config.json's model_type, such as "llama" or "deepseek_v3"
+    architecture: str  # one of config_readers.READERS
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -79,6 +118,8 @@ class ModelConfig:
     first_window_layer: int = 0  # layers before this one see all tokens even with a window
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    moe: MoeConfig | None = None
+    opt: OptConfig | None = None
     mla: MlaConfig | None = None  # then num_kv_heads is 1: all heads read the same latents
     # Of matrices that the files keep in FP8: rows and columns that share a scale.
     fp8_block: tuple[int, int] | None = None
@@ -92,12 +133,36 @@ class ModelConfig:
         """Tokens that a query of this layer sees, itself included; None: all."""
         return self.sliding_window if layer >= self.first_window_layer else None
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer has experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
+
     @property
     def num_weights(self) -> int:
         """Numbers in all its matrices; the rest does not count beside them."""
-        layer = self._attention_weights + 3 * self.hidden_size * self.intermediate_size
-        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        return embeddings + self.num_layers * layer
+        return self._num_weights(self.moe.num_experts if self.moe else 0)
+
+    @property
+    def num_active_weights(self) -> int:
+        """Those of them that one token's pass multiplies with: of the experts only its own."""
+        return self._num_weights(self.moe.num_active if self.moe else 0)
+
+    def _num_weights(self, num_experts: int) -> int:
+        dense = (2 if self.opt else 3) * self.hidden_size * self.intermediate_size
+        layers = self.num_layers * (self._attention_weights + dense)
+        if self.moe is not None:
+            num_sparse = sum(map(self.is_sparse, range(self.num_layers)))
+            sparse = self.moe.num_in_layer(self.hidden_size, num_experts)
+            layers += num_sparse * (sparse - dense)
+        return self._num_embedding_weights() + layers
+
+    def _num_embedding_weights(self) -> int:
+        tables = 1 if self.tie_embeddings else 2
+        if self.opt is None:
+            return tables * self.vocab_size * self.hidden_size
+        width = self.opt.embedding_size
+        between = 2 * width * self.hidden_size if width != self.hidden_size else 0
+        return tables * self.vocab_size * width + self.max_position * self.hidden_size + between
 
     @property
     def _attention_weights(self) -> int:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from nodeserve.config import MlaConfig, ModelConfig
+from nodeserve.config import MlaConfig, ModelConfig, MoeConfig
+from nodeserve.config_readers.moe import MAX_EXPERTS, with_experts
 from nodeserve.config_readers.parts import (
     MAX_LAYERS,
     checked,
@@ -19,7 +20,7 @@ def read(fields: Fields, folder: Path) -> ModelConfig:
     _check_variants(fields)
     mla = _mla(fields)
     rope_theta, rope_scaling = rope(fields)
-    return checked(
+    config = checked(
         fields.where,
         ModelConfig(
             architecture=str(fields.get("model_type")),
@@ -41,6 +42,7 @@ def read(fields: Fields, folder: Path) -> ModelConfig:
             fp8_block=fp8_block(fields),
         ),
     )
+    return with_experts(fields, config, _moe(fields, config))
 
 
 def _check_variants(fields: Fields) -> None:
@@ -48,6 +50,40 @@ def _check_variants(fields: Fields) -> None:
     fields.require("hidden_act", fields.get("hidden_act") or "silu", "silu")
     for name in ("attention_bias", "mlp_bias"):
         fields.require(name, bool(fields.get(name)), False)
+    fields.require("moe_layer_freq", fields.get("moe_layer_freq") or 1, 1)
+    scoring = "sigmoid" if fields.get("model_type") == "deepseek_v3" else "softmax"
+    fields.require("scoring_func", fields.get("scoring_func") or scoring, scoring)
+
+
+def _moe(fields: Fields, config: ModelConfig) -> MoeConfig:
+    """V2 takes the softmax and knows groups by name; V3 takes sigmoids and has a bias for them."""
+    third = config.architecture == "deepseek_v3"
+    grouped = third or _v2_groups(fields)
+    inner = fields.size("moe_intermediate_size")
+    dense = range(min(fields.integer("first_k_dense_replace", 0), config.num_layers))
+    return MoeConfig(
+        num_experts=fields.size("n_routed_experts", most=MAX_EXPERTS),
+        num_active=fields.size("num_experts_per_tok", most=MAX_EXPERTS),
+        intermediate_size=inner,
+        shared_intermediate_size=fields.integer("n_shared_experts", 0) * inner,
+        scoring="sigmoid" if third else "softmax",
+        normalize=third and fields.get("norm_topk_prob") is not False,
+        routed_scale=fields.number("routed_scaling_factor", 1.0),
+        choice_bias=third,
+        num_groups=fields.size("n_group", 1) if grouped else 1,
+        num_active_groups=fields.size("topk_group", 1) if grouped else 1,
+        group_score="top2" if third else "max",
+        dense_layers=tuple(dense),
+    )
+
+
+def _v2_groups(fields: Fields) -> bool:
+    """Whether V2's router chooses groups first."""
+    method = fields.get("topk_method") or "greedy"
+    if method not in ("greedy", "group_limited_greedy"):
+        raise fields.wrong("topk_method", "greedy or group_limited_greedy", method)
+    fields.require("norm_topk_prob", bool(fields.get("norm_topk_prob")), False)
+    return bool(method != "greedy")
 
 
 def _mla(fields: Fields) -> MlaConfig:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nodeserve.config import ModelConfig
-from nodeserve.model import llama, rotary
+from nodeserve.model import moe, rotary
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.llama import Progress, Weights, part_of_layer
 from nodeserve.model.mla_torch import mla_of
@@ -108,8 +108,7 @@ class Layer:
         self.out_proj = ops.linear_add_norm(
             of_attention("o_proj.weight"), middle_norm, config.norm_eps
         )
-        self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
-        self.down = ops.linear_add_norm(get("mlp.down_proj.weight"), next_norm, config.norm_eps)
+        self.mlp = moe.make_mlp(config, index, weights, ops, next_norm)
 
     def attend(self, work: Buffers, step: Any) -> None:
         self.queries(work)
@@ -119,8 +118,7 @@ class Layer:
 
     def finish(self, work: Buffers) -> None:
         self.out_proj(work.attended, work.hidden, work.normed)
-        self.gated(work.normed, work.gated)
-        self.down(work.gated, work.hidden, work.normed)
+        self.mlp(work)
 
 
 class Deepseek:
@@ -187,7 +185,7 @@ def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
     hidden = config.hidden_size
     part = part_of_layer(config, name)
     if not part.startswith("self_attn."):
-        return llama.shape_of(config, name)
+        return moe.shape_of(config, name)
     mla = mla_of(config)
     heads = config.num_heads * config.head_dim
     layer: dict[str, tuple[int, ...]] = {

@@ -10,7 +10,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import deepseek, llama
+from nodeserve.model import deepseek, llama, moe
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.llama import Progress, Weights
 from nodeserve.model.ops import Ops
@@ -39,6 +39,7 @@ class Family(NamedTuple):
 
 
 _LLAMA = Family(llama.build, llama.shape_of)
+_MOE = Family(moe.build, moe.shape_of)
 _DEEPSEEK = Family(deepseek.build, deepseek.shape_of)
 
 FAMILIES: dict[str, Family] = {
@@ -46,6 +47,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _MOE,
+    "qwen2_moe": _MOE,
+    "qwen3_moe": _MOE,
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
 }

@@ -15,7 +15,7 @@ the host, and after `reserve` it allocates nothing: what a CUDA graph asks for.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -57,6 +57,41 @@ def workspace(config: ModelConfig, ops: Ops, with_logits: bool) -> Workspace[Buf
     return Workspace(Buffers, columns, ops.device)
 
 
+class MlpBuffers(Protocol):
+    """What the MLP of any family works on, as in `Buffers`."""
+
+    @property
+    def hidden(self) -> torch.Tensor: ...
+
+    @property
+    def normed(self) -> torch.Tensor: ...
+
+    @property
+    def gated(self) -> torch.Tensor: ...
+
+
+class Mlp:
+    """The MLP of one layer, which every row passes."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, weights: Weights, ops: Ops, next_norm: torch.Tensor
+    ) -> None:
+        def get(name: str) -> Weight:
+            return weights(f"model.layers.{index}.mlp.{name}_proj.weight")
+
+        self.gated = ops.gated(get("gate"), get("up"))
+        self.down = ops.linear_add_norm(get("down"), next_norm, config.norm_eps)
+
+    def __call__(self, work: MlpBuffers) -> None:
+        """hidden += mlp(normed); normed = next_norm(hidden)"""
+        self.gated(work.normed, work.gated)
+        self.down(work.gated, work.hidden, work.normed)
+
+
+# What ends a layer: made as Mlp is, for the families that have something else there.
+MakeMlp = Callable[[ModelConfig, int, Weights, Ops, torch.Tensor], Callable[[MlpBuffers], None]]
+
+
 class Layer:
     """One decoder layer, in two halves: what needs every row, and what a row does alone."""
 
@@ -68,6 +103,7 @@ class Layer:
         ops: Ops,
         tables: tuple[torch.Tensor, torch.Tensor],
         next_norm: torch.Tensor,
+        make_mlp: MakeMlp,
     ) -> None:
         def get(name: str) -> Weight:
             return weights(f"model.layers.{index}.{name}")
@@ -85,8 +121,7 @@ class Layer:
         self.out_proj = ops.linear_add_norm(
             get("self_attn.o_proj.weight"), middle_norm, config.norm_eps
         )
-        self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
-        self.down = ops.linear_add_norm(get("mlp.down_proj.weight"), next_norm, config.norm_eps)
+        self.mlp = make_mlp(config, index, weights, ops, next_norm)
 
     def attend(self, work: Buffers, step: Any) -> None:
         self.qkv(work.normed, work.qkv)
@@ -95,14 +130,20 @@ class Layer:
 
     def finish(self, work: Buffers) -> None:
         self.out_proj(work.attended, work.hidden, work.normed)
-        self.gated(work.normed, work.gated)
-        self.down(work.gated, work.hidden, work.normed)
+        self.mlp(work)
 
 
 class Llama:
     """A decoder with its weights bound to `ops`. Made by build()."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        ops: Ops,
+        progress: Progress,
+        make_mlp: MakeMlp = Mlp,
+    ) -> None:
         self.config = config
         self._ops = ops
         self._work = workspace(config, ops, with_logits=False)
@@ -118,7 +159,7 @@ class Llama:
         self.layers = []
         for index, next_norm in enumerate([*norms[1:], "model.norm"]):
             next_weight = dense(weights(f"{next_norm}.weight"))
-            self.layers.append(Layer(config, index, weights, ops, tables, next_weight))
+            self.layers.append(Layer(config, index, weights, ops, tables, next_weight, make_mlp))
             progress(index + 2, total)
 
     def reserve(

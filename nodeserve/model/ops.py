@@ -10,11 +10,13 @@ Matrices come as tensors or as a file quantised them; a backend that cannot use 
 them `dense`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.quantised import Weight
@@ -24,6 +26,10 @@ class Op(Protocol):
     """A function of rows: reads x [rows, ...], writes out [rows, ...]."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
+# Adds up a tensor over the workers that share a matrix, in place.
+Reduce = Callable[[torch.Tensor], None]
 
 
 class AddNorm(Protocol):
@@ -98,6 +104,40 @@ class Ops(Protocol):
 
     def gated(self, gate: Weight, up: Weight) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""
+
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Op:
+        """x [rows, hidden] float32 -> out [rows, hidden] act or float32, which may be x"""
+
+    def linear_add(
+        self, weight: Weight, bias: torch.Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Op:
+        """weight [n, k]: x [rows, k] act, out [rows, n] float32 += reduce(x weight^T) + bias"""
+
+    def linear_relu(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        """weight [n, k]: x [rows, k] act -> out [rows, n] act = max(x weight^T + bias, 0)"""
+
+    def add_positions(self, table: Weight) -> Op:
+        """table [positions, hidden]: positions [rows] int32, added to out [rows, hidden] float32"""
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+        *,
+        exchange: Exchange | None = None,
+    ) -> Op:
+        """x [rows, hidden] act -> out [rows, hidden] float32, what all experts of a row add up to.
+
+        `expert(i)` is asked, once each and in order, for those that this worker holds: all, or its
+        part of what `exchange` says. With one, all of its ranks call this together.
+        """
+
+    def add_norm(
+        self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
+    ) -> AddNorm:
+        """x [rows, n] float32: hidden += reduce(x); normed = rms_norm(hidden) * norm_weight"""
 
     def attention(
         self,

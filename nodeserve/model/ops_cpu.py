@@ -5,18 +5,22 @@ A call passes two addresses and a row count; everything else was bound when the 
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nodeserve import _host
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.errors import ModelError
+from nodeserve.model import ops, row_ops
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
+from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.mla_torch import TorchMlaAttention
+from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
 
@@ -223,12 +227,46 @@ class CpuOps:
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Bound:
         return self._linear(weight, "store_f32", bias)
 
-    def linear_add(self, weight: Weight) -> Bound:
-        """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
-        return self._linear(weight, "add_f32")
+    float_linear = linear  # sums are float32 here
+
+    def linear_add(
+        self, weight: Weight, bias: torch.Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Op:
+        if reduce is None:
+            return self._linear(weight, "add_f32", bias)
+        offset = None if bias is None else bias.float()
+        return row_ops.add_reduced(self.linear(weight), weight.shape[0], offset, reduce)
 
     def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        return AddNorm(self.linear_add(weight), self.rms_norm(norm_weight, eps))
+        return AddNorm(self._linear(weight, "add_f32"), self.rms_norm(norm_weight, eps))
+
+    def add_norm(
+        self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
+    ) -> ops.AddNorm:
+        return row_ops.add_norm(self.rms_norm(norm_weight, eps), reduce)
+
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Op:
+        return row_ops.layer_norm(weight.float(), bias.float(), eps)
+
+    def add_positions(self, table: Weight) -> Op:
+        return row_ops.add_positions(dense(table).to(self.dtype))
+
+    def linear_relu(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        return row_ops.relu_of(self._linear(weight, "store", bias))
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+        *,
+        exchange: Exchange | None = None,
+    ) -> Experts:
+        return make_experts(self, moe, router, expert, shared, exchange)
+
+    def grouped(self, num_mlps: int, mlp: Callable[[int], Mlp]) -> OneByOne:
+        return one_by_one(self, num_mlps, mlp)
 
     def gated(self, gate: Weight, up: Weight) -> Bound:
         return self._linear(stacked([gate, up]), "silu_mul")

@@ -4,16 +4,20 @@ It is the judge of the native kernels in tests and takes over where they refuse 
 Pages are [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
+from nodeserve.model import row_ops
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
+from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.mla_torch import TorchMlaAttention
-from nodeserve.model.ops import AddNorm, Op
+from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over, rms_norm
 
@@ -144,6 +148,49 @@ class TorchOps:
             out.copy_(hidden * functional.linear(x, ups))
 
         return op
+
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Op:
+        scale, offset = self._own(weight, torch.float32), self._own(bias, torch.float32)
+        return row_ops.layer_norm(scale, offset, eps)
+
+    def linear_add(
+        self, weight: Weight, bias: torch.Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Op:
+        offset = None if bias is None else self._own(bias, torch.float32)
+        return row_ops.add_reduced(self.linear(weight), weight.shape[0], offset, reduce)
+
+    def linear_relu(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        return row_ops.relu_of(self.linear(weight, bias))
+
+    def add_positions(self, table: Weight) -> Op:
+        return row_ops.add_positions(self._own(table, self.dtype))
+
+    def add_norm(
+        self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
+    ) -> AddNorm:
+        return row_ops.add_norm(self.rms_norm(norm_weight, eps), reduce)
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+        *,
+        exchange: Exchange | None = None,
+    ) -> Experts:
+        return make_experts(self, moe, router, expert, shared, exchange)
+
+    def float_linear(self, weight: Weight) -> Op:
+        matrix = self._own(weight, torch.float32)
+
+        def op(x: torch.Tensor, out: torch.Tensor) -> None:
+            torch.mm(x.float(), matrix.t(), out=out)
+
+        return op
+
+    def grouped(self, num_mlps: int, mlp: Callable[[int], Mlp]) -> OneByOne:
+        return one_by_one(self, num_mlps, mlp)
 
     def attention(
         self,

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "num_experts_per_tok": 3,
     "n_routed_experts": 12,
-    "first_k_dense_replace": 3,
+    "first_k_dense_replace": 1,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "attn_implementation": "eager",

@@ -16,7 +16,7 @@ from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.model.ops_torch import TorchOps
 from tests.reference import deepseek
-from tests.reference.steps import Driver
+from tests.reference.driver import Driver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

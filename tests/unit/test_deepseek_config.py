@@ -92,6 +92,12 @@ def test_v3(tmp_path: Path) -> None:
     assert config.mla.softmax_scale == pytest.approx(1.3688879**2 / 192**0.5)
     assert config.rope_scaling.attention_factor == 1.0
     assert config.fp8_block == (128, 128)
+    assert config.moe is not None
+    assert (config.moe.scoring, config.moe.group_score) == ("sigmoid", "top2")
+    assert (config.moe.num_groups, config.moe.num_active_groups) == (8, 4)
+    assert config.moe.dense_layers == (0, 1, 2)
+    assert round(config.num_weights / 1e9) == 671  # as published
+    assert round(config.num_active_weights / 1e9) == 38
     assert config.kv_bytes_per_token(2) == 61 * 576 * 2
     assert config.eos_token_ids == (1,)
 
@@ -101,6 +107,12 @@ def test_v2_lite(tmp_path: Path) -> None:
     assert config.mla is not None and config.mla.q_lora_rank is None
     assert config.mla.softmax_scale == pytest.approx((0.0707 * 3.68887945 + 1) ** 2 / 192**0.5)
     assert config.fp8_block is None
+    assert config.moe is not None
+    assert (config.moe.scoring, config.moe.choice_bias) == ("softmax", False)
+    assert config.moe.num_groups == config.moe.num_active_groups == 1
+    assert config.moe.shared_intermediate_size == 2 * 1408
+    assert round(config.num_weights / 1e9, 1) == 15.7  # as published
+    assert round(config.num_active_weights / 1e9, 1) == 2.7
     assert config.kv_bytes_per_token(2) == 27 * 576 * 2
 
 
@@ -126,6 +138,14 @@ def with_quantisation(**changes: object) -> dict[str, Any]:
         ({**V3, "qk_rope_head_dim": 63}, "qk_rope_head_dim is 63, must be even"),
         ({**V3, "kv_lora_rank": None}, "does not say kv_lora_rank"),
         ({**V3, "rope_theta": 1.0}, "rope_theta is 1.0, must be above 1 for yarn"),
+        ({**V3, "moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
+        ({**V3, "scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+        ({**V3, "n_group": 7}, "256 experts cannot be in 7 groups"),
+        ({**V3, "topk_group": 9}, "8 groups of which 9 are chosen"),
+        ({**V3, "n_group": 256, "topk_group": 16}, "16 groups of 1 cannot be chosen"),
+        ({**V3, "topk_group": 1, "num_experts_per_tok": 33}, "33 experts a token from 1 groups"),
+        ({**V2_LITE, "norm_topk_prob": True}, "norm_topk_prob = True is not supported"),
+        ({**V2_LITE, "topk_method": "noaux_tc"}, "must be greedy or group_limited_greedy"),
         (with_quantisation(quant_method="gptq"), "weights quantised by 'gptq' are not supported"),
         (with_quantisation(fmt="e5m2"), "fmt = 'e5m2' is not supported"),
         (with_quantisation(weight_block_size=None), "does not say weight_block_size"),

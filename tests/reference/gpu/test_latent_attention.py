@@ -28,7 +28,7 @@ from nodeserve.model.gpu.attention.latent_parts import (
 from nodeserve.model.gpu.attention.paged import PagedAttention
 from nodeserve.model.gpu.ops import CudaOps
 from nodeserve.model.ops_torch import TorchOps
-from tests.reference.steps import Driver
+from tests.reference.driver import Driver
 
 RAGGED = [(1, 1), (1, 16), (1, 17), (1, 90), (15, 15), (17, 40), (2, 80)]
 SMALL = LatentHeads(6, 32, 16, 0.2, 16, torch.float32)
