@@ -15,47 +15,13 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
+from nodeserve.model.families import shape_of
+from nodeserve.model.part import Part
 
 CHUNK = 1 << 24  # values made at once: 64 MiB of integers
 _UNIFORM_STD = 1.0 / math.sqrt(3.0)  # of the interval [-1, 1)
 _BIAS_STD = 0.02
-
-
-def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
-    """The shape of the tensor that the hub calls `name`; None if the model has none."""
-    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    whole = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_embeddings:
-        whole["lm_head.weight"] = (vocab, hidden)
-    if name in whole:
-        return whole[name]
-    part = _part_of_layer(config, name)
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (heads, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, heads),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config.attention_bias:
-        rows = {"q": heads, "k": kv, "v": kv}
-        layer |= {f"self_attn.{one}_proj.bias": (rows[one],) for one in rows}
-    if config.qk_norm:
-        layer |= {f"self_attn.{one}_norm.weight": (config.head_dim,) for one in "qk"}
-    return layer.get(part)
-
-
-def _part_of_layer(config: ModelConfig, name: str) -> str:
-    """What follows "model.layers.N." for a layer that exists, else nothing."""
-    prefix, _, rest = name.partition("model.layers.")
-    number, _, part = rest.partition(".")
-    known = not prefix and number.isdecimal() and int(number) < config.num_layers
-    return part if known else ""
+_ALL = Part(0, range)
 
 
 def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | None:
@@ -73,18 +39,29 @@ def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | No
 
 
 def random_tensor(
-    name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device
+    name: str,
+    shape: tuple[int, ...],
+    std: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: range | None = None,
 ) -> torch.Tensor:
-    """Uniform values with mean 0; the same bits for the same name, shape and std everywhere."""
-    values = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    """Uniform values with mean 0; the same bits for the same name, shape and std everywhere.
+
+    With `rows`, only those of the first dimension are made.
+    """
+    rows = range(shape[0]) if rows is None else rows
+    start = rows.start * math.prod(shape[1:])
+    values = torch.empty(len(rows) * math.prod(shape[1:]), dtype=dtype, device=device)
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     seeds = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
     scale = std / _UNIFORM_STD / 2.0**31
     for first in range(0, values.numel(), CHUNK):
         part = values[first : first + CHUNK]
-        places = torch.arange(first, first + part.numel(), dtype=torch.int32, device=device)
+        at = start + first
+        places = torch.arange(at, at + part.numel(), dtype=torch.int32, device=device)
         part.copy_(_mixed(places, seeds).to(torch.float32).mul_(scale))
-    return values.view(shape)
+    return values.view(len(rows), *shape[1:])
 
 
 def _mixed(places: torch.Tensor, seeds: tuple[int, int]) -> torch.Tensor:
@@ -115,12 +92,16 @@ class DummyWeights:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and shape_of(self._config, name) is not None
 
-    def __call__(self, name: str) -> torch.Tensor:
-        """The whole tensor called `name`, on the device."""
+    def __call__(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """The tensor called `name`, on the device."""
         shape = shape_of(self._config, name)
         if shape is None:
             raise ModelError(f"a {self._config.architecture} of this shape has no tensor {name}")
+        rows, *columns = (part or _ALL).within(shape)
         std = std_of(self._config, name, shape)
         if std is None:
-            return torch.ones(shape, dtype=self._dtype, device=self._device)
-        return random_tensor(name, shape, std, self._dtype, self._device)
+            return torch.ones(rows.stop - rows.start, dtype=self._dtype, device=self._device)
+        values = random_tensor(
+            name, shape, std, self._dtype, self._device, range(rows.start, rows.stop)
+        )
+        return values[(slice(None), *columns)].contiguous()

@@ -4,121 +4,30 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
-from nodeserve.config import ModelConfig, RopeScaling
+from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import kv, llama
+from nodeserve.model import families, kv
 from nodeserve.model.backend import make_ops
-from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.model.ops_torch import TorchOps
-
-SMALL = ModelConfig(
-    architecture="llama",
-    vocab_size=211,
-    hidden_size=96,
-    intermediate_size=200,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=64,
-    max_position=1024,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
+from tests.reference.steps import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    PROMPT_LENS,
+    Steps,
+    in_steps,
+    whole_prompts,
 )
-LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-FAMILIES = {
-    "llama": SMALL,
-    "llama-tied": replace(SMALL, tie_embeddings=True, num_kv_heads=6),
-    "llama3-scaled": replace(SMALL, rope_scaling=LLAMA3),
-    "llama-linear-scaled": replace(SMALL, rope_scaling=RopeScaling("linear", 4.0)),
-    "mistral": replace(SMALL, architecture="mistral", sliding_window=40, num_kv_heads=3),
-    "qwen2": replace(SMALL, architecture="qwen2", attention_bias=True, num_kv_heads=1),
-    "qwen3": replace(SMALL, architecture="qwen3", qk_norm=True, head_dim=80),
-}
-CLASSES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-}
-BLOCK_SIZE = 16
-NUM_BLOCKS = 40
-
-
-def _rope_parameters(config: ModelConfig) -> dict[str, float | str | int]:
-    scaling, theta = config.rope_scaling, {"rope_theta": config.rope_theta}
-    if scaling is None:
-        return {"rope_type": "default", **theta}
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor, **theta}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-        **theta,
-    }
-
-
-def _reference(config: ModelConfig) -> transformers.PreTrainedModel:
-    config_class, model_class = CLASSES[config.architecture]
-    settings = config_class(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters=_rope_parameters(config),
-        tie_word_embeddings=config.tie_embeddings,
-        sliding_window=config.sliding_window,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(7)
-    model: transformers.PreTrainedModel = model_class(settings).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # zero biases would hide a missing one
-            spread = 0.3 if name.endswith("bias") else 0.08
-            parameter.copy_(torch.randn_like(parameter) * spread + ("norm" in name))
-    return model
-
-
-def _whole_prompts(prompts: list[list[int]], first_block: int = 0) -> StepInputs:
-    """All tokens of all prompts in one step, logits for every row."""
-    lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0, dtype=torch.int32)])
-    width = -(-int(lens.max()) // BLOCK_SIZE)
-    table = torch.full((len(prompts), width), -1, dtype=torch.int32)
-    at = first_block
-    for row, prompt in enumerate(prompts):
-        count = -(-len(prompt) // BLOCK_SIZE)
-        table[row, :count] = torch.arange(at + count - 1, at - 1, -1)  # not in pool order
-        at += count
-    return StepInputs(
-        token_ids=torch.tensor(sum(prompts, []), dtype=torch.int32),
-        positions=torch.cat([torch.arange(len(p), dtype=torch.int32) for p in prompts]),
-        query_starts=starts,
-        context_lens=lens,
-        block_table=table,
-        logit_rows=torch.arange(int(starts[-1]), dtype=torch.int32),
-        num_decodes=0,
-        max_query_len=int(lens.max()),
-        max_context_len=int(lens.max()),
-    )
+from tests.reference.tiny_models import FAMILIES, SMALL, reference
 
 
 def _logits(config: ModelConfig, state: dict[str, torch.Tensor], ops: Ops) -> torch.Tensor:
     layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
-    model = llama.build(config, state.__getitem__, ops)
-    return model.forward(_whole_prompts(_prompts(config)), cache).clone()
+    model = families.build(config, state.__getitem__, ops)
+    return model.forward(whole_prompts(_prompts(config)), cache).clone()
 
 
 def _prompts(config: ModelConfig) -> list[list[int]]:
@@ -132,7 +41,7 @@ def _prompts(config: ModelConfig) -> list[list[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_logits_equal_transformers(family: str) -> None:
     config = FAMILIES[family]
-    model = _reference(config)
+    model = reference(config)
     ours = _logits(config, model.state_dict(), make_ops(config, torch.float32))
     with torch.no_grad():
         theirs = [model(torch.tensor([prompt])).logits[0] for prompt in _prompts(config)]
@@ -143,49 +52,16 @@ def test_float32_logits_equal_transformers(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_native_agrees_with_torch(family: str, dtype: torch.dtype) -> None:
     config = FAMILIES[family]
-    state = _reference(config).state_dict()
+    state = reference(config).state_dict()
     native = _logits(config, state, CpuOps(config, dtype))
     plain = _logits(config, state, TorchOps(dtype))
     tolerance = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
     assert (native - plain).abs().max() < tolerance * plain.abs().max().clamp(min=1.0)
 
 
-Steps = list[dict[int, tuple[int, int]]]  # per step: prompt -> its tokens [first, last)
-PROMPT_LENS = (61, 7, 130)
-
-
-def _in_steps(
-    config: ModelConfig, ops: Ops, model: llama.Llama, steps: Steps
-) -> list[torch.Tensor]:
-    """Logits of every token of made prompts, run in `steps`."""
-    layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
-    cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
-    whole = _whole_prompts([[(7 * i * i + n) % 211 for i in range(n)] for n in PROMPT_LENS])
-    starts = whole.query_starts.tolist()
-    logits = torch.zeros(starts[-1], config.vocab_size)
-    for spans in steps:
-        rows = torch.cat(
-            [torch.arange(starts[p] + a, starts[p] + b) for p, (a, b) in spans.items()]
-        )
-        counts = torch.tensor([0, *(b - a for a, b in spans.values())], dtype=torch.int32)
-        inputs = StepInputs(
-            token_ids=whole.token_ids[rows],
-            positions=whole.positions[rows],
-            query_starts=counts.cumsum(0, dtype=torch.int32),
-            context_lens=torch.tensor([b for _, b in spans.values()], dtype=torch.int32),
-            block_table=whole.block_table[list(spans)],
-            logit_rows=torch.arange(len(rows), dtype=torch.int32),
-            num_decodes=0,
-            max_query_len=max(b - a for a, b in spans.values()),
-            max_context_len=max(b for _, b in spans.values()),
-        )
-        logits[rows] = model.forward(inputs, cache)
-    return list(torch.split(logits, list(PROMPT_LENS)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: torch.dtype) -> None:
-    state = _reference(SMALL).state_dict()
+    state = reference(SMALL).state_dict()
     whole: Steps = [{p: (0, n) for p, n in enumerate(PROMPT_LENS)}]
     alone: Steps = [{p: (0, n)} for p, n in enumerate(PROMPT_LENS)]
     token_by_token: Steps = [
@@ -195,18 +71,18 @@ def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: tor
     results = []
     for num_threads in (1, 2):
         ops = CpuOps(SMALL, dtype, num_threads)
-        model = llama.build(SMALL, state.__getitem__, ops)
+        model = families.build(SMALL, state.__getitem__, ops)
         for steps in (whole, alone, token_by_token, cut):
-            results.append(torch.cat(_in_steps(SMALL, ops, model, steps)))
+            results.append(torch.cat(in_steps(SMALL, ops, model, steps)))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_only_the_wanted_rows_get_logits() -> None:
-    state, ops = _reference(SMALL).state_dict(), CpuOps(SMALL, torch.float32)
+    state, ops = reference(SMALL).state_dict(), CpuOps(SMALL, torch.float32)
     layout = kv.layout_of(SMALL, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
-    model = llama.build(SMALL, state.__getitem__, ops)
-    inputs = _whole_prompts([[1, 2, 3], [4, 5]])
+    model = families.build(SMALL, state.__getitem__, ops)
+    inputs = whole_prompts([[1, 2, 3], [4, 5]])
     every = model.forward(inputs, cache).clone()
     some = replace(inputs, logit_rows=torch.tensor([4, 2], dtype=torch.int32))
     assert torch.equal(model.forward(some, cache), every[[4, 2]])
@@ -222,4 +98,4 @@ def test_geometry_that_the_kernels_refuse_runs_on_torch() -> None:
 def test_unknown_architecture_names_the_supported_ones() -> None:
     config = replace(SMALL, architecture="gpt_neox")
     with pytest.raises(ModelError, match="gpt_neox.*llama, mistral, qwen2, qwen3"):
-        llama.build(config, dict[str, torch.Tensor]().__getitem__, TorchOps(torch.float32))
+        families.build(config, dict[str, torch.Tensor]().__getitem__, TorchOps(torch.float32))
