@@ -13,14 +13,14 @@ from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.worker.constraints import Constraints
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor import ModelExecutor
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.pages import make_pool, num_blocks_in
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)

@@ -13,7 +13,7 @@ from nodeserve.config import WorkerSpec
 from nodeserve.model import kv, llama
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.blocks import blocks_for
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor_cuda import CudaExecutor
 from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
@@ -26,6 +26,7 @@ from nodeserve.worker.upload import Uploader
 def load(
     spec: WorkerSpec,
     progress: Progress,
+    team: Team,
     runtime: Runtime | None = None,
     parts_of: MakeParts = make_parts,
 ) -> Device:

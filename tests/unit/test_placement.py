@@ -8,7 +8,8 @@ import pytest
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, Simulated
-from nodeserve.coordinator.placement import Plan, choose_layout, resolve, share_cores
+from nodeserve.coordinator.placement import Plan, resolve
+from nodeserve.coordinator.places import Seat, choose_layout, share_cores
 from nodeserve.coordinator.policies import Policies, parse_window, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
@@ -118,19 +119,23 @@ def test_the_policy_gets_what_was_asked_for() -> None:
     )
 
 
+def alone(*roles: Role) -> tuple[Seat, ...]:
+    return tuple(Seat(role, instance, 0) for instance, role in enumerate(roles))
+
+
 def test_two_cores_get_a_prefill_and_a_decode_worker() -> None:
     assert str(choose_layout(None, 2)) == "1p1d"
     assert str(choose_layout(None, 1)) == "1m"
 
 
 def test_cores_are_shared_out_without_overlap() -> None:
-    places, notes = share_cores((P, D, D), (0, 1, 2, 3, 4, 5, 6))
+    places, notes = share_cores(alone(P, D, D), (0, 1, 2, 3, 4, 5, 6))
     assert [place.cpus for place in places] == [(0, 1, 2), (3, 4), (5, 6)]
     assert [place.num_threads for place in places] == [3, 2, 2] and not notes
 
 
 def test_more_workers_than_cores_take_turns_and_say_so() -> None:
-    places, (note,) = share_cores((M, M, M), (4, 6))
+    places, (note,) = share_cores(alone(M, M, M), (4, 6))
     assert [place.cpus for place in places] == [(4,), (6,), (4,)]
     assert all(place.num_threads == 1 for place in places)
     assert "3 workers share 2 cores" in note
@@ -245,11 +250,7 @@ def test_plain_layouts_have_an_instance_for_each_worker() -> None:
 
 
 SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "tp": (
-        {"layout": "1p:tp2.ep4,1d:ep2"},
-        "(tp, pp) are not supported yet; give for example 1p:ep4",
-    ),
-    "pp": ({"layout": "1p,1d:pp2"}, "for example 1p,1d"),
+    "pages cut in unequal ways": ({"layout": "1p,1d:pp2"}, "different tp or pp"),
     "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
     "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
     "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),
