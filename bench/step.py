@@ -34,7 +34,7 @@ from bench.random_weights import dense_weights, quantised_bytes, quantised_weigh
 from bench.report import emit
 from nodeserve import _host
 from nodeserve.config import ModelConfig
-from nodeserve.model import kv, llama, rotary
+from nodeserve.model import families, kv, rotary
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops_cpu import DTYPE_NAMES, Arena, CpuCache, CpuOps
 
@@ -200,7 +200,7 @@ class Bench:
         return found
 
     def steps(self, ceilings: Ceilings) -> list[Step]:
-        model = llama.build(MODEL, partial(dense_weights, MODEL), self.ops)
+        model = families.build(MODEL, partial(dense_weights, MODEL), self.ops)
         cache = make_cache(self.ops, 32 * CONTEXT)
         batches = (1, FEW, 16) if self.smoke else (1, FEW, 8, 16, 32)
         prompts = (128,) if self.smoke else (128, 512, 1024)
@@ -213,7 +213,7 @@ class Bench:
         most = self.ops.engine.quantised_rows(DTYPE_NAMES[self.ops.dtype])
         if most == 0:
             return []
-        model = llama.build(
+        model = families.build(
             MODEL, partial(quantised_weights, MODEL, dtype=self.ops.dtype), self.ops
         )
         cache = make_cache(self.ops, FEW * CONTEXT)
@@ -222,7 +222,7 @@ class Bench:
 
     def step(
         self,
-        model: llama.Llama,
+        model: families.Model,
         cache: CpuCache,
         ceilings: Ceilings,
         weights: str,

@@ -6,7 +6,7 @@ How a worker uses it:
     layout = kv.layout_of(config, block_size=16, dtype=torch.bfloat16)
     pool = ...  # writable buffer of num_blocks * layout.block_bytes, all zero (shared memory)
     cache = ops.cache(layout, pool)
-    model = llama.build(config, weights, ops, progress)  # weights("model.norm.weight") -> Tensor
+    model = families.build(config, weights, ops, progress)  # weights("model.norm.weight") -> Tensor
     logits = model.forward(StepInputs(...), cache)  # [num_logits, vocab_size] float32
 
 The logits live in a buffer that the next forward overwrites. One model and its ops belong to one

@@ -15,47 +15,11 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
+from nodeserve.model.families import shape_of
 
 CHUNK = 1 << 24  # values made at once: 64 MiB of integers
 _UNIFORM_STD = 1.0 / math.sqrt(3.0)  # of the interval [-1, 1)
 _BIAS_STD = 0.02
-
-
-def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
-    """The shape of the tensor that the hub calls `name`; None if the model has none."""
-    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    whole = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_embeddings:
-        whole["lm_head.weight"] = (vocab, hidden)
-    if name in whole:
-        return whole[name]
-    part = _part_of_layer(config, name)
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (heads, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, heads),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config.attention_bias:
-        rows = {"q": heads, "k": kv, "v": kv}
-        layer |= {f"self_attn.{one}_proj.bias": (rows[one],) for one in rows}
-    if config.qk_norm:
-        layer |= {f"self_attn.{one}_norm.weight": (config.head_dim,) for one in "qk"}
-    return layer.get(part)
-
-
-def _part_of_layer(config: ModelConfig, name: str) -> str:
-    """What follows "model.layers.N." for a layer that exists, else nothing."""
-    prefix, _, rest = name.partition("model.layers.")
-    number, _, part = rest.partition(".")
-    known = not prefix and number.isdecimal() and int(number) < config.num_layers
-    return part if known else ""
 
 
 def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | None:

@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from nodeserve.config import ModelConfig
-from nodeserve.errors import ModelError
 from nodeserve.model import rotary
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import Weight, dense, stacked
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+from nodeserve.model.workspace import Workspace
 
 Weights = Callable[[str], Weight]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
 Progress = Callable[[int, int], None]  # parts done, parts in all
@@ -44,51 +42,19 @@ class Buffers(NamedTuple):
     logits: torch.Tensor  # [rows, vocab_size] float32
 
 
-class Workspace:
-    """Buffers for any number of rows, kept between steps and grown until they are reserved."""
-
-    def __init__(self, config: ModelConfig, ops: Ops, with_logits: bool) -> None:
-        heads = config.num_heads * config.head_dim
-        qkv = heads + 2 * config.num_kv_heads * config.head_dim
-        act, f32 = ops.act_dtype, torch.float32
-        self._columns = [
-            (config.hidden_size, f32),
-            (config.hidden_size, act),
-            (qkv, ops.qkv_dtype),
-            (heads, act),
-            (heads, act),
-            (config.intermediate_size, act),
-            (config.vocab_size if with_logits else 0, f32),
-        ]
-        self._device = ops.device
-        self._whole: list[torch.Tensor] = []
-        self._capacity = 0
-        self._fixed = False
-        self._views: dict[int, Buffers] = {}
-
-    def reserve(self, max_rows: int) -> None:
-        """Room for `max_rows`, for good: captured graphs hold these addresses."""
-        if max_rows > self._capacity:
-            self._grow(max_rows)
-        self._fixed = True
-
-    def rows(self, num_rows: int) -> Buffers:
-        views = self._views.get(num_rows)
-        if views is None:
-            if num_rows > self._capacity:
-                self._grow(num_rows)
-            views = Buffers(*(whole[:num_rows] for whole in self._whole))
-            self._views[num_rows] = views
-        return views
-
-    def _grow(self, num_rows: int) -> None:
-        assert not self._fixed, f"{num_rows} rows, reserved are {self._capacity}"
-        self._capacity = max(num_rows, 2 * self._capacity)
-        self._views.clear()
-        self._whole = [
-            torch.zeros(self._capacity, width, dtype=dtype, device=self._device)
-            for width, dtype in self._columns
-        ]
+def workspace(config: ModelConfig, ops: Ops, with_logits: bool) -> Workspace[Buffers]:
+    heads = config.num_heads * config.head_dim
+    act, f32 = ops.act_dtype, torch.float32
+    columns = [
+        (config.hidden_size, f32),
+        (config.hidden_size, act),
+        (heads + 2 * config.num_kv_heads * config.head_dim, ops.qkv_dtype),
+        (heads, act),
+        (heads, act),
+        (config.intermediate_size, act),
+        (config.vocab_size if with_logits else 0, f32),
+    ]
+    return Workspace(Buffers, columns, ops.device)
 
 
 class Layer:
@@ -139,8 +105,8 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> None:
         self.config = config
         self._ops = ops
-        self._work = Workspace(config, ops, with_logits=False)
-        self._tail = Workspace(config, ops, with_logits=True)
+        self._work = workspace(config, ops, with_logits=False)
+        self._tail = workspace(config, ops, with_logits=True)
         tables = rotary.tables(config)
         total = config.num_layers + 1
         table = weights("model.embed_tokens.weight")
@@ -187,18 +153,43 @@ class Llama:
         return tail.logits
 
 
-def _no_progress(done: int, total: int) -> None:
-    pass
+def build(config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> Llama:
+    """Bind the weights to `ops`."""
+    return Llama(config, weights, ops, progress)
 
 
-def build(
-    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress | None = None
-) -> Llama:
-    """Bind the weights to `ops`. A tensor is asked for once and may be dropped after the call."""
-    if config.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(
-            f"architecture {config.architecture!r} is not supported; supported: {known}"
-        )
-    with torch.inference_mode():
-        return Llama(config, weights, ops, progress or _no_progress)
+def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """The shape of the tensor that the hub calls `name`; None if the model has none."""
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    whole = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_embeddings:
+        whole["lm_head.weight"] = (vocab, hidden)
+    if name in whole:
+        return whole[name]
+    part = part_of_layer(config, name)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (heads, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, heads),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config.attention_bias:
+        rows = {"q": heads, "k": kv, "v": kv}
+        layer |= {f"self_attn.{one}_proj.bias": (rows[one],) for one in rows}
+    if config.qk_norm:
+        layer |= {f"self_attn.{one}_norm.weight": (config.head_dim,) for one in "qk"}
+    return layer.get(part)
+
+
+def part_of_layer(config: ModelConfig, name: str) -> str:
+    """What follows "model.layers.N." for a layer that exists, else nothing."""
+    prefix, _, rest = name.partition("model.layers.")
+    number, _, part = rest.partition(".")
+    known = not prefix and number.isdecimal() and int(number) < config.num_layers
+    return part if known else ""

@@ -20,7 +20,8 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile, TensorInfo
 from nodeserve.model.dequantise import dequantise
-from nodeserve.model.dummy import DummyWeights, shape_of
+from nodeserve.model.dummy import DummyWeights
+from nodeserve.model.families import shape_of
 from nodeserve.model.quantised import Quantised, Weight, can_stay
 from nodeserve.model_files import open_regular, read_json
 from nodeserve.types import brief

@@ -7,7 +7,7 @@ import torch
 
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
-from nodeserve.model import backend, kv, llama
+from nodeserve.model import backend, families, kv
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
@@ -42,7 +42,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
     progress("pages", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
-    model = llama.build(found.config, weights, ops, partial(progress, "weights"))
+    model = families.build(found.config, weights, ops, partial(progress, "weights"))
     staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
     constraints = Constraints.of_model(str(found.path), found.config)
     executor = ModelExecutor(model, ops.cache(layout, pool), staging, constraints)

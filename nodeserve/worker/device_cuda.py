@@ -10,7 +10,7 @@ import torch
 
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
-from nodeserve.model import kv, llama
+from nodeserve.model import families, kv
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.worker.contract import Device, Progress, Team
@@ -76,10 +76,10 @@ def _load_model(
     parts: GpuParts,
     runtime: Runtime,
     progress: Progress,
-) -> llama.Llama:
+) -> families.Model:
     upload = Uploader(runtime)
     weights = open_weights(found, kv.dtype_named(spec.dtype), spec.load_format, upload)
-    model = llama.build(found.config, weights, parts.ops, partial(progress, "weights"))
+    model = families.build(found.config, weights, parts.ops, partial(progress, "weights"))
     upload.close()
     model.reserve(
         spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_num_seqs, spec.max_model_len
@@ -88,7 +88,7 @@ def _load_model(
 
 
 def _make_executor(
-    spec: WorkerSpec, model: llama.Llama, parts: GpuParts, runtime: Runtime
+    spec: WorkerSpec, model: families.Model, parts: GpuParts, runtime: Runtime
 ) -> CudaExecutor:
     staging = CudaStaging(
         runtime,

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from nodeserve.model.llama import Llama
+from nodeserve.model.families import Model
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.types import Sampling
 from nodeserve.worker.constraints import Constraints
@@ -19,7 +19,7 @@ class ModelExecutor:
     """A model, its pages, and the staging buffers between the scheduler and both."""
 
     def __init__(
-        self, model: Llama, cache: Any, staging: Staging, constraints: Constraints | None = None
+        self, model: Model, cache: Any, staging: Staging, constraints: Constraints | None = None
     ) -> None:
         self._model = model
         self._cache = cache

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from nodeserve import profile_store
-from nodeserve.checkpoint import Checkpoint, folder_config, gguf_config
+from nodeserve.checkpoint import Checkpoint
 from nodeserve.client.connection import Connection
 from nodeserve.config import ModelConfig, parse_slo
+from nodeserve.config_readers import folder_config
+from nodeserve.config_readers.gguf import gguf_config
 from nodeserve.coordinator.records import message_of
 from nodeserve.errors import (
     ConfigError,

@@ -18,7 +18,7 @@ import torch
 
 from nodeserve.checkpoint import resolve
 from nodeserve.config import WorkerSpec
-from nodeserve.model import backend, kv, llama
+from nodeserve.model import backend, families, kv
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.batching import Limits, Sequence
 from nodeserve.policy.scheduler import Scheduler
@@ -103,7 +103,7 @@ def expected(model: str) -> dict[int, list[int]]:
     layout = kv.layout_of(found.config, 16, torch.float32)
     cache = ops.cache(layout, bytearray(24 * layout.block_bytes))
     judge = ModelExecutor(
-        llama.build(found.config, weights, ops), cache, Staging(CONTEXT, 4, CONTEXT // 16)
+        families.build(found.config, weights, ops), cache, Staging(CONTEXT, 4, CONTEXT // 16)
     )
     streams = {}
     for request_id, prompt in PROMPTS.items():

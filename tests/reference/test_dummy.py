@@ -10,8 +10,9 @@ import torch
 from nodeserve.checkpoint import resolve
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import dummy, kv, llama
-from nodeserve.model.dummy import DummyWeights, random_tensor, shape_of
+from nodeserve.model import dummy, families, kv
+from nodeserve.model.dummy import DummyWeights, random_tensor
+from nodeserve.model.families import shape_of
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
 from nodeserve.model.ops_torch import TorchOps
@@ -33,7 +34,7 @@ def test_every_tensor_that_a_model_asks_for_has_a_shape() -> None:
             asked.add(name)
             return weights(name)
 
-        llama.build(config, get, TorchOps(torch.float32))
+        families.build(config, get, TorchOps(torch.float32))
         assert asked == set(tensor_names(config))
         assert all(name in weights for name in asked)
 
@@ -73,7 +74,7 @@ def test_values_are_spread_as_asked() -> None:
 def test_logits_of_a_deep_model_are_sane_and_differ(tied: bool) -> None:
     config = replace(CONFIG, num_layers=24, tie_embeddings=tied)
     ops = TorchOps(torch.float32)
-    model = llama.build(config, DummyWeights(config, torch.float32), ops)
+    model = families.build(config, DummyWeights(config, torch.float32), ops)
     layout = kv.layout_of(config, 16, torch.float32)
     cache = ops.cache(layout, bytearray(4 * layout.block_bytes))
     count = 40

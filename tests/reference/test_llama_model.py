@@ -8,7 +8,7 @@ import transformers
 
 from nodeserve.config import ModelConfig, RopeScaling
 from nodeserve.errors import ModelError
-from nodeserve.model import kv, llama
+from nodeserve.model import families, kv
 from nodeserve.model.backend import make_ops
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
@@ -117,7 +117,7 @@ def _whole_prompts(prompts: list[list[int]], first_block: int = 0) -> StepInputs
 def _logits(config: ModelConfig, state: dict[str, torch.Tensor], ops: Ops) -> torch.Tensor:
     layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
-    model = llama.build(config, state.__getitem__, ops)
+    model = families.build(config, state.__getitem__, ops)
     return model.forward(_whole_prompts(_prompts(config)), cache).clone()
 
 
@@ -155,7 +155,7 @@ PROMPT_LENS = (61, 7, 130)
 
 
 def _in_steps(
-    config: ModelConfig, ops: Ops, model: llama.Llama, steps: Steps
+    config: ModelConfig, ops: Ops, model: families.Model, steps: Steps
 ) -> list[torch.Tensor]:
     """Logits of every token of made prompts, run in `steps`."""
     layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
@@ -195,7 +195,7 @@ def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: tor
     results = []
     for num_threads in (1, 2):
         ops = CpuOps(SMALL, dtype, num_threads)
-        model = llama.build(SMALL, state.__getitem__, ops)
+        model = families.build(SMALL, state.__getitem__, ops)
         for steps in (whole, alone, token_by_token, cut):
             results.append(torch.cat(_in_steps(SMALL, ops, model, steps)))
     assert all(torch.equal(result, results[0]) for result in results)
@@ -205,7 +205,7 @@ def test_only_the_wanted_rows_get_logits() -> None:
     state, ops = _reference(SMALL).state_dict(), CpuOps(SMALL, torch.float32)
     layout = kv.layout_of(SMALL, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
-    model = llama.build(SMALL, state.__getitem__, ops)
+    model = families.build(SMALL, state.__getitem__, ops)
     inputs = _whole_prompts([[1, 2, 3], [4, 5]])
     every = model.forward(inputs, cache).clone()
     some = replace(inputs, logit_rows=torch.tensor([4, 2], dtype=torch.int32))
@@ -222,4 +222,4 @@ def test_geometry_that_the_kernels_refuse_runs_on_torch() -> None:
 def test_unknown_architecture_names_the_supported_ones() -> None:
     config = replace(SMALL, architecture="gpt_neox")
     with pytest.raises(ModelError, match="gpt_neox.*llama, mistral, qwen2, qwen3"):
-        llama.build(config, dict[str, torch.Tensor]().__getitem__, TorchOps(torch.float32))
+        families.build(config, dict[str, torch.Tensor]().__getitem__, TorchOps(torch.float32))

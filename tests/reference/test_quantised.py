@@ -11,7 +11,7 @@ from nodeserve import _host
 from nodeserve.checkpoint import resolve
 from nodeserve.config import ModelConfig
 from nodeserve.gguf import TensorInfo
-from nodeserve.model import backend, kv, llama
+from nodeserve.model import backend, families, kv
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_stored, open_weights
 from nodeserve.model.ops_cpu import DTYPE_NAMES, CpuOps
@@ -300,7 +300,7 @@ def test_a_model_has_the_same_logits_from_its_file_as_from_dense_weights() -> No
         ops = backend.make_ops(checkpoint.config, dtype, num_threads=2)
         layout = kv.layout_of(checkpoint.config, 16, dtype)
         cache = ops.cache(layout, torch.zeros(20 * layout.block_bytes, dtype=torch.uint8))
-        model = llama.build(checkpoint.config, weights, ops)
+        model = families.build(checkpoint.config, weights, ops)
         seen.append([model.forward(inputs, cache).clone() for inputs in steps])
     assert all(torch.equal(bits(ours), bits(theirs)) for ours, theirs in zip(*seen, strict=True))
     assert all(logits.isfinite().all() for logits in seen[0])

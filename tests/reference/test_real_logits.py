@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nodeserve.checkpoint import Checkpoint, resolve
-from nodeserve.model import backend, kv, llama
+from nodeserve.model import backend, families, kv
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
 from nodeserve.text import Tokenizer
@@ -74,7 +74,7 @@ def ours(checkpoint: Checkpoint, prompt: list[int], dtype: torch.dtype) -> torch
     layout = kv.layout_of(config, BLOCK_SIZE, dtype)
     num_blocks = -(-count // BLOCK_SIZE)
     cache = ops.cache(layout, torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8))
-    model = llama.build(config, open_weights(checkpoint, dtype), ops)
+    model = families.build(config, open_weights(checkpoint, dtype), ops)
     row = torch.arange(count, dtype=torch.int32)
     inputs = StepInputs(
         token_ids=torch.tensor(prompt, dtype=torch.int32),

@@ -16,7 +16,7 @@ import torch
 from nodeserve import _host
 from nodeserve.checkpoint import resolve
 from nodeserve.errors import ConfigError
-from nodeserve.model import backend, kv, llama
+from nodeserve.model import backend, families, kv
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.batching import Limits, Sequence
@@ -34,7 +34,7 @@ BLOCK, CONTEXT, NUM_TOKENS = 16, 256, 10
 class Recorder:
     """A model that remembers the logits it gave."""
 
-    def __init__(self, model: llama.Llama) -> None:
+    def __init__(self, model: families.Model) -> None:
         self.model = model
         self.logits = torch.empty(0)
 
@@ -59,7 +59,7 @@ class Lab:
         found = resolve()
         self.ops = backend.make_ops(found.config, dtype)
         self.layout = kv.layout_of(found.config, BLOCK, dtype)
-        self.model = llama.build(found.config, open_weights(found, dtype), self.ops)
+        self.model = families.build(found.config, open_weights(found, dtype), self.ops)
 
     def worker(self, num_blocks: int, budget: int) -> "Worker":
         return Worker(self, num_blocks, budget)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from nodeserve import checkpoint
-from nodeserve.checkpoint import folder_config, gguf_config, resolve
+from nodeserve.checkpoint import resolve
 from nodeserve.config import ModelConfig, RopeScaling
+from nodeserve.config_readers import folder_config
+from nodeserve.config_readers.gguf import gguf_config
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile
 from tests.fakes.gguf_writer import gpt2_metadata, write_gguf

@@ -207,7 +207,7 @@ def test_a_selftest_that_fails_is_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_tiny_model_is_one_that_can_be_served(tmp_path: Path) -> None:
-    from nodeserve.checkpoint import folder_config
+    from nodeserve.config_readers import folder_config
 
     config = folder_config(write_tiny_model(tmp_path / "tiny"))
     assert (config.architecture, config.vocab_size) == ("llama", TINY_MODEL["vocab_size"])

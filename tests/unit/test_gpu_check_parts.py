@@ -13,7 +13,7 @@ from bench.gpu.measure import busy_and_gaps
 from bench.gpu.plan import SECTIONS, Section
 from bench.gpu.runner import Result
 from bench.gpu.shapes import LLAMA_8B, write_config
-from nodeserve.checkpoint import folder_config
+from nodeserve.config_readers import folder_config
 from nodeserve.gpus import Gpu, Gpus
 
 # ---- floors, by hand for Llama-3.1-8B: a layer has 4096 x (4096 + 1024 + 1024) + 4096 x 4096

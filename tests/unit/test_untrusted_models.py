@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from nodeserve import gguf, model_files
-from nodeserve.checkpoint import folder_config, gguf_config, resolve
+from nodeserve.checkpoint import resolve
+from nodeserve.config_readers import folder_config
+from nodeserve.config_readers.gguf import gguf_config
 from nodeserve.errors import ModelError
 from nodeserve.gguf import GgufFile
 from nodeserve.model_files import read_json, read_text

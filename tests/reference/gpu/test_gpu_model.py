@@ -7,7 +7,7 @@ import torch
 
 from nodeserve.config import ModelConfig, RopeScaling
 from nodeserve.errors import ModelError
-from nodeserve.model import kv, llama
+from nodeserve.model import families, kv
 from nodeserve.model.gpu import norm, pointwise, rope
 from nodeserve.model.gpu.ops import CudaOps
 from nodeserve.model.gpu.step import GpuStep
@@ -53,7 +53,7 @@ class Lab:
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         state = random_state(config)
         self.device = ops.device
-        self.model = llama.build(config, state.__getitem__, ops)
+        self.model = families.build(config, state.__getitem__, ops)
         layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
         size = NUM_BLOCKS * layout.block_bytes
         self.cache = ops.cache(layout, torch.zeros(size, dtype=torch.uint8, device=ops.device))
@@ -192,5 +192,5 @@ def test_tied_weights_are_on_the_device_once(device: torch.device) -> None:
 
     config, ops = FAMILIES["llama3-tied"], Counting(torch.float16, device, PlainAttention())
     state = random_state(config)
-    llama.build(config, state.__getitem__, ops)
+    families.build(config, state.__getitem__, ops)
     assert moved.count(id(state["model.embed_tokens.weight"])) == 1

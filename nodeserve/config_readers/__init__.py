@@ -1,0 +1,36 @@
+"""What a model's files say of its shape: a reader for each family, found by `model_type`.
+
+A reader gets the fields of config.json and the folder that it lies in, and refuses by name what
+the model code does not do. No torch: the coordinator reads this too. The code that computes with
+what was read is in `nodeserve.model.families`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nodeserve.config import ModelConfig
+from nodeserve.config_readers import llama
+from nodeserve.errors import ModelError
+from nodeserve.model_files import Fields, read_json
+from nodeserve.types import shown
+
+Reader = Callable[[Fields, Path], ModelConfig]
+
+READERS: dict[str, Reader] = {
+    "llama": llama.read,
+    "mistral": llama.read,
+    "qwen2": llama.read,
+    "qwen3": llama.read,
+}
+
+
+def folder_config(folder: Path) -> ModelConfig:
+    """The shape in a folder's config.json, with the end tokens of generation_config.json."""
+    path = folder / "config.json"
+    fields = Fields(read_json(path), str(path))
+    name = fields.get("model_type")
+    if not isinstance(name, str) or name not in READERS:
+        raise ModelError(
+            f"{path}: architecture {shown(name)} is not supported, only {', '.join(READERS)}"
+        )
+    return READERS[name](fields, folder)

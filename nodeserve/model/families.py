@@ -1,0 +1,75 @@
+"""Which code computes which architecture: one line for each, and the ways into it.
+
+`nodeserve.config_readers` has the other half, what is read of a model without torch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from nodeserve.config import ModelConfig
+from nodeserve.errors import ModelError
+from nodeserve.model import llama
+from nodeserve.model.inputs import StepInputs
+from nodeserve.model.llama import Progress, Weights
+from nodeserve.model.ops import Ops
+
+
+class Model(Protocol):
+    """A decoder with its weights bound to operations."""
+
+    config: ModelConfig
+
+    def reserve(
+        self, max_tokens: int, max_logit_rows: int, max_seqs: int, max_context_len: int
+    ) -> None:
+        """Memory for steps up to these sizes; a larger one is refused from now on."""
+
+    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
+        """Logits [num_logits, vocab_size] float32, in a buffer that the next call overwrites."""
+
+
+class Family(NamedTuple):
+    """What a family's file gives."""
+
+    build: Callable[[ModelConfig, Weights, Ops, Progress], Model]
+    # The shape of the tensor that the hub calls so; None if such a model has none.
+    shape_of: Callable[[ModelConfig, str], tuple[int, ...] | None]
+
+
+_LLAMA = Family(llama.build, llama.shape_of)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def build(
+    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress | None = None
+) -> Model:
+    """Bind the weights to `ops`. A tensor is asked for once and may be dropped after the call."""
+    family = _family(config)
+    with torch.inference_mode():
+        return family.build(config, weights, ops, progress or _no_progress)
+
+
+def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """The shape of the tensor that the hub calls `name`; None if the model has none."""
+    return _family(config).shape_of(config, name)
+
+
+def _family(config: ModelConfig) -> Family:
+    if config.architecture not in FAMILIES:
+        raise ModelError(
+            f"architecture {config.architecture!r} is not supported; supported: "
+            + ", ".join(FAMILIES)
+        )
+    return FAMILIES[config.architecture]
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
