@@ -6,6 +6,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ConfigError
+from nodeserve.shards import Shard
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -19,13 +20,18 @@ def dtype_named(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """The shape of one block: K and V of `block_size` tokens in all layers, one contiguous run."""
+    """The shape of one block: K and V of `block_size` tokens in all layers, one contiguous run.
+
+    All layers and heads that a worker has, that is: see `nodeserve.shards`.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens
     dtype: torch.dtype
+    first_layer: int = 0  # where ours begin in the whole model
+    first_kv_head: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -33,8 +39,21 @@ class KvLayout:
         return num_values * self.dtype.itemsize
 
 
-def layout_of(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLayout:
-    return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+def layout_of(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, shard: Shard | None = None
+) -> KvLayout:
+    """Of the whole model, or of one worker's part of it."""
+    mine = shard or Shard(config)
+    layers, heads = mine.layers, mine.kv_heads
+    return KvLayout(
+        len(layers),
+        len(heads),
+        config.head_dim,
+        block_size,
+        dtype,
+        first_layer=layers.start,
+        first_kv_head=heads.start,
+    )
 
 
 def pages_over(layout: KvLayout, pool: torch.Tensor) -> torch.Tensor:

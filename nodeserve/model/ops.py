@@ -10,6 +10,7 @@ Matrices come as tensors or as a file quantised them; a backend that cannot use 
 them `dense`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,9 @@ from nodeserve.config import ModelConfig
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.quantised import Weight
+
+Reduce = Callable[[torch.Tensor], None]
+"""x [rows, n] float32 or act -> the sum of all tensor ranks' x, in place, the same bits on each"""
 
 
 class Op(Protocol):
@@ -72,8 +76,16 @@ class Ops(Protocol):
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
         """weight [n, k]: x [rows, k] act -> out [rows, n] float32 or qkv_dtype"""
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        """weight [n, k]: hidden += x weight^T; normed = rms_norm(hidden) * norm_weight"""
+    def head(self, weight: Weight) -> Op:
+        """weight [vocab, k]: x [rows, k] act -> logits [rows, vocab] float32"""
+
+    def linear_add_norm(
+        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
+    ) -> AddNorm:
+        """weight [n, k]: hidden += reduce(x weight^T); normed = rms_norm(hidden) * norm_weight
+
+        `reduce` where ranks hold columns of the weight, each with its part of x.
+        """
 
     def gated(self, gate: Weight, up: Weight) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""

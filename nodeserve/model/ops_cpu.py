@@ -16,7 +16,9 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
+from nodeserve.model.ops import AddNorm, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
+from nodeserve.model.workspace import Scratch
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _HUGE_PAGE_BYTES = 2 << 20
@@ -75,7 +77,7 @@ class Bound:
         self._native(*self._arguments)
 
 
-class AddNorm:
+class FusedAddNorm:
     """Two native functions in a row: into the residual stream, and its norm out of it."""
 
     __slots__ = ("_add", "_norm")
@@ -112,6 +114,25 @@ class CpuAttention:
             self._tensors = (self._tensors[0], query, out)
             self._addresses = (self._addresses[0], query.data_ptr(), out.data_ptr())
         self._native.attend(step, self._layer, self._addresses[1], self._addresses[2])
+
+
+class ReducedAddNorm:
+    """The same where the product is a sum over several workers."""
+
+    __slots__ = ("_linear", "_norm", "_products", "_reduce")
+
+    def __init__(self, linear: Bound, reduce: Reduce, norm: Bound, products: Scratch) -> None:
+        self._linear = linear
+        self._reduce = reduce
+        self._norm = norm
+        self._products = products
+
+    def __call__(self, x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        product = self._products.rows(*hidden.shape)
+        self._linear(x, product)
+        self._reduce(product)
+        hidden.add_(product)
+        self._norm(hidden, normed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +188,7 @@ class CpuOps:
         self._num_heads = config.num_heads
         self._arena = Arena()
         self._plan = _host.CpuPlan()
+        self._products = Scratch(self.device, torch.float32)
 
     def cache(self, layout: KvLayout, pool: Any) -> CpuCache:
         if layout.dtype != self.dtype:
@@ -219,8 +241,16 @@ class CpuOps:
         """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
         return self._linear(weight, "add_f32")
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        return AddNorm(self.linear_add(weight), self.rms_norm(norm_weight, eps))
+    def head(self, weight: Weight) -> Bound:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
+    ) -> AddNorm:
+        norm = self.rms_norm(norm_weight, eps)
+        if reduce is None:
+            return FusedAddNorm(self.linear_add(weight), norm)
+        return ReducedAddNorm(self.linear(weight), reduce, norm, self._products)
 
     def gated(self, gate: Weight, up: Weight) -> Bound:
         return self._linear(stacked([gate, up]), "silu_mul")

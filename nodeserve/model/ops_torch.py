@@ -14,7 +14,7 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
-from nodeserve.model.ops import AddNorm, Op
+from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
 
 
@@ -164,12 +164,21 @@ class TorchOps:
 
         return op
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+    def head(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
+    ) -> AddNorm:
         matrix = self._own(weight, self.dtype)
         norm = self.rms_norm(norm_weight, eps)
 
         def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-            hidden.add_(functional.linear(x, matrix))
+            product = functional.linear(x, matrix)
+            if reduce is not None:
+                product = product.float()
+                reduce(product)
+            hidden.add_(product)
             norm(hidden, normed)
 
         return op

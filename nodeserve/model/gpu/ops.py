@@ -17,8 +17,9 @@ from nodeserve.model.gpu import norm, pointwise, rope
 from nodeserve.model.gpu.step import AttentionBackend, GpuStep
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
-from nodeserve.model.ops import AddNorm, Op
+from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
+from nodeserve.model.workspace import Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -42,34 +43,6 @@ class GpuPass(NamedTuple):
 
     step: GpuStep
     layers: tuple[torch.Tensor, ...]  # GpuCache.layers
-
-
-class Scratch:
-    """One memory for what a linear leaves to the kernel after it, grown until it is reserved."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(0, dtype=dtype, device=device)
-        self._width = 0
-        self._fixed = False
-
-    def need(self, width: int) -> None:
-        """Some operation will ask for rows of this width."""
-        self._width = max(self._width, width)
-
-    def reserve(self, max_rows: int) -> None:
-        self._grow(max_rows * self._width)
-        self._fixed = True
-
-    def rows(self, num_rows: int, width: int) -> torch.Tensor:
-        """[num_rows, width] act, until the next call"""
-        size = num_rows * width
-        self._grow(size)
-        return self._flat[:size].view(num_rows, width)
-
-    def _grow(self, size: int) -> None:
-        if size > self._flat.numel():
-            assert not self._fixed, f"{size} values of scratch, reserved are {self._flat.numel()}"
-            self._flat = self._flat.new_empty(size)
 
 
 class GpuAttention:
@@ -212,7 +185,12 @@ class CudaOps:
 
         return op
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+    def head(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
+    ) -> AddNorm:
         matrix, scale = self._own(weight), self._own(norm_weight, torch.float32)
         width = matrix.size(0)
         self._scratch.need(width)
@@ -220,6 +198,8 @@ class CudaOps:
         def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
             delta = self._scratch.rows(x.size(0), width)
             torch.mm(x, matrix.t(), out=delta)
+            if reduce is not None:
+                reduce(delta)
             norm.add_rms_norm(delta, hidden, scale, normed, eps)
 
         return op
