@@ -11,6 +11,8 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, Simulated
 from nodeserve.coordinator.places import (
     Place,
+    check_shapes,
+    largest_part,
     place_on_cpus,
     place_on_gpus,
     place_simulated,
@@ -87,11 +89,13 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
     max_model_len = choose_context(config.max_model_len, checkpoint.config.max_position)
     budget = choose_budget(config, max_num_seqs, fills_step(layout, on_gpus))
-    token_bytes = checkpoint.config.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    check_shapes(layout, checkpoint.config)
+    parts = [largest_part(checkpoint.config, group.shape) for group in layout.groups]
+    token_bytes = max(part.kv_bytes_per_token(DTYPE_BYTES[dtype]) for part in parts)
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
     check_kv_memory(config.kv_memory, least)
-    weight_bytes = checkpoint.config.num_weights * DTYPE_BYTES[dtype]
+    weight_bytes = max(part.num_weights for part in parts) * DTYPE_BYTES[dtype]
     if on_gpus:
         check_gpus([place.gpus[0] for place in places], gpus.found, weight_bytes + least)
     if checkpoint.kind == "safetensors":

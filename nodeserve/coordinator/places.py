@@ -4,10 +4,12 @@ import os
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from nodeserve.config import EngineConfig
-from nodeserve.errors import ConfigError
+from nodeserve.config import EngineConfig, ModelConfig
+from nodeserve.errors import ConfigError, ModelError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
+from nodeserve.shards import Place as ShardPlace
+from nodeserve.shards import Shard, check_fits
 from nodeserve.types import Role
 
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
@@ -83,7 +85,7 @@ def place_on_cpus(config: EngineConfig, gpus: Gpus) -> Placed:
 def place_simulated(config: EngineConfig) -> Placed:
     """A worker for each rank. They mostly sleep: no core is anybody's own."""
     asked = None if config.gpus is None else len(parse_gpus(config.gpus))
-    layout = choose_layout(config.layout, asked or SIM_DEVICES, simulated=True)
+    layout = choose_layout(config.layout, asked or SIM_DEVICES)
     if asked is not None:
         check_devices(layout, asked)
     places = tuple(
@@ -118,13 +120,11 @@ def seats(layout: Layout) -> tuple[Seat, ...]:
     )
 
 
-def choose_layout(text: str | None, num_devices: int, simulated: bool = False) -> Layout:
-    """The layout asked for, or half the devices for each phase. ConfigError for shapes that cannot
-    run: instances of several workers, unless `simulated`, and pages cut in unequal ways."""
+def choose_layout(text: str | None, num_devices: int) -> Layout:
+    """The layout asked for, or half the devices for each phase. ConfigError for a handoff between
+    pages that are cut in unequal ways."""
     split = f"{num_devices // 2}p{num_devices - num_devices // 2}d" if num_devices > 1 else "1m"
     layout = parse_layout(split if text is None else text)
-    if not simulated:
-        _check_plain(layout)
     cuts = {(group.shape.tp, group.shape.pp) for group in layout.groups}
     if len(cuts) > 1 and Role.PREFILL in layout.roles:
         raise ConfigError(
@@ -134,13 +134,25 @@ def choose_layout(text: str | None, num_devices: int, simulated: bool = False) -
     return layout
 
 
-def _check_plain(layout: Layout) -> None:
-    plain = [replace(group, shape=Shape()) for group in layout.groups]
-    if list(layout.groups) != plain:
-        raise ConfigError(
-            f"layout {layout}: instances of several workers (tp, pp, ep) are not supported yet;"
-            f" give for example {','.join(map(str, plain))}"
-        )
+def check_shapes(layout: Layout, model: ModelConfig) -> None:
+    """ConfigError for shapes that a model does not admit, or that nobody can compute."""
+    for group in layout.groups:
+        try:
+            check_fits(model, group.shape)
+        except ModelError as problem:
+            raise ConfigError(f"layout {layout}: {problem}") from None
+        if group.shape.ep > 1:
+            raise ConfigError(
+                f"layout {layout}: the model has no experts to share: give"
+                f" {replace(group, count=group.count * group.shape.ep, shape=Shape(1, 1))}"
+            )
+
+
+def largest_part(model: ModelConfig, shape: Shape) -> ModelConfig:
+    """What a worker of such an instance has at most of a model: in layers, heads and widths."""
+    shards = [Shard(model, ShardPlace.of(shape, rank)) for rank in range(shape.team_size)]
+    parts = [replace(shard.config, num_layers=len(shard.layers)) for shard in shards]
+    return max(parts, key=lambda part: (part.kv_bytes_per_token(1), part.num_weights))
 
 
 def share_cores(

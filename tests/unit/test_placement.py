@@ -59,8 +59,10 @@ REFUSED = {
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
     "gpus on cpu": (EngineConfig(device="cpu", gpus="0-1"), "contradict"),
     "gpus and layout": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
-    "shape": (EngineConfig(layout="1p:tp2,2d"), "for example 1p,2d"),
-    "shape of ranks": (EngineConfig(layout="1p:ep2,2d"), "for example 1p,2d"),
+    "shapes that differ": (EngineConfig(layout="1p:tp2,2d"), "different tp or pp"),
+    "more ranks than heads": (EngineConfig(layout="1m:tp8"), "use tp4 or less"),
+    "more stages than layers": (EngineConfig(layout="1m:pp3"), "use pp2 or less"),
+    "ranks without experts": (EngineConfig(layout="1p:ep2,2d"), "no experts to share: give 2p"),
     "sim without profile": (EngineConfig(device="sim"), "use one of moe-ep8"),
     "profile without sim": (EngineConfig(profile="moe-ep8"), "is for --device sim"),
     "context": (EngineConfig(max_model_len=5000), "use 2 to 1024"),
@@ -132,6 +134,21 @@ def test_cores_are_shared_out_without_overlap() -> None:
     places, notes = share_cores(alone(P, D, D), (0, 1, 2, 3, 4, 5, 6))
     assert [place.cpus for place in places] == [(0, 1, 2), (3, 4), (5, 6)]
     assert [place.num_threads for place in places] == [3, 2, 2] and not notes
+
+
+def test_each_worker_of_an_instance_has_a_place_and_memory_for_its_part() -> None:
+    plan = resolve(EngineConfig(layout="1p:tp2,1d:tp2"), CHECKPOINT, NONE)
+    assert [(one.role, one.instance, one.rank) for one in plan.places] == [
+        *((P, 0, 0), (P, 0, 1)),
+        *((D, 1, 0), (D, 1, 1)),
+    ]
+    on_gpus = resolve(EngineConfig(layout="1m:tp2.pp2"), CHECKPOINT, gpus(8))
+    assert [place.gpus[0] for place in on_gpus.places] == [0, 1, 2, 3]
+    one_block = MODEL.kv_bytes_per_token(2) * 16
+    asked = EngineConfig(layout="1m:tp2.pp2", kv_memory=65 * one_block // 4)
+    assert resolve(asked, CHECKPOINT, NONE).kv_memory == 65 * one_block // 4
+    with pytest.raises(ConfigError, match="is below"):
+        resolve(replace(asked, layout="1m:tp2"), CHECKPOINT, NONE)
 
 
 def test_more_workers_than_cores_take_turns_and_say_so() -> None:

@@ -355,5 +355,5 @@ def test_only_commands_that_start_takes_are_printed(
         if config.device == "sim":
             config = replace(config, profile="moe-ep8")  # a name that there is
         check_numbers(config)
-        choose_layout(config.layout, 16, simulated=config.device == "sim")
+        choose_layout(config.layout, 16)
         assert choose_budget(config, config.max_num_seqs or 256, 2048) == 64
