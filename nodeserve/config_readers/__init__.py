@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nodeserve.config import ModelConfig
-from nodeserve.config_readers import llama
+from nodeserve.config_readers import deepseek, llama, moe, opt
 from nodeserve.errors import ModelError
 from nodeserve.model_files import Fields, read_json
 from nodeserve.types import shown
@@ -21,6 +21,12 @@ READERS: dict[str, Reader] = {
     "mistral": llama.read,
     "qwen2": llama.read,
     "qwen3": llama.read,
+    "mixtral": moe.read_mixtral,
+    "qwen2_moe": moe.read_qwen,
+    "qwen3_moe": moe.read_qwen,
+    "opt": opt.read,
+    "deepseek_v2": deepseek.read,
+    "deepseek_v3": deepseek.read,
 }
 
 

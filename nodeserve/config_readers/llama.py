@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3, and the parts of their files that larger relatives share."""
+"""Llama, Mistral, Qwen2 and Qwen3; of Mixtral and Qwen's sparse models, all but the experts."""
 
 from pathlib import Path
 
@@ -38,14 +38,20 @@ def read(fields: Fields, folder: Path) -> ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_embeddings=bool(fields.get("tie_word_embeddings")),
-            attention_bias=architecture == "qwen2",
-            qk_norm=architecture == "qwen3",
+            attention_bias=_qkv_bias(fields, architecture),
+            qk_norm=architecture in ("qwen3", "qwen3_moe"),
             sliding_window=window,
             first_window_layer=first_window_layer,
             eos_token_ids=end_tokens(folder, fields),
             bos_token_id=token_id(fields, "bos_token_id"),
         ),
     )
+
+
+def _qkv_bias(fields: Fields, architecture: str) -> bool:
+    if architecture == "qwen2_moe":
+        return fields.get("qkv_bias") is not False
+    return architecture == "qwen2"
 
 
 def _check_variants(fields: Fields) -> None:
@@ -60,15 +66,15 @@ def _check_variants(fields: Fields) -> None:
 def _window(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, int]:
     """The sliding window and the first layer that has it.
 
-    Mistral slides in all layers where a window is given. Qwen has a switch, off by default, and
-    then leaves the first `max_window_layers` layers whole. Llama has none.
+    Mistral and Mixtral slide in all layers where a window is given. Qwen has a switch, off by
+    default, and then leaves the first `max_window_layers` layers whole. Llama has none.
     """
     window = fields.get("sliding_window")
     if architecture.startswith("qwen"):
         if not fields.get("use_sliding_window"):
             return None, 0
         first = fields.integer("max_window_layers", 28)
-    elif architecture == "mistral":
+    elif architecture in ("mistral", "mixtral"):
         first = 0
     else:
         return None, 0

@@ -22,7 +22,7 @@ import torch
 from nodeserve.config import ModelConfig
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Op, Ops
-from nodeserve.model.quantised import Weight
+from nodeserve.model.quantised import Weight, dense
 from nodeserve.model.workspace import Workspace
 
 Weights = Callable[[str], Weight]  # by hub name, e.g. "model.layers.0.mlp.up_proj.weight"
@@ -139,8 +139,11 @@ class Decoder(Generic[B]):
 
     @torch.inference_mode()
     def advance(self, inputs: StepInputs, cache: Any) -> None:
-        """This stage's layers of one micro-batch."""
+        """This stage's layers of one micro-batch, which may be empty."""
         stage, parts = self.stage, self._parts
+        if not inputs.token_ids.numel():
+            self._advance_nothing()
+            return
         step = self._ops.begin(inputs, cache)
         work = parts.work.rows(inputs.token_ids.numel())
         if parts.embed is not None:
@@ -159,6 +162,13 @@ class Decoder(Generic[B]):
             assert stage.pipe is not None
             parts.layers[-1].finish(work)
             stage.pipe.send(work.hidden)
+
+    def _advance_nothing(self) -> None:
+        """Where ranks share experts, the others' rows may need ours."""
+        if self.stage.lockstep:
+            work = self._parts.work.rows(0)
+            for layer in self._parts.layers:
+                layer.finish(work)
 
     def _finish_wanted(self, work: B, rows: torch.Tensor) -> None:
         """The last layer's second half and the model's norm, only where logits are wanted."""
@@ -211,3 +221,26 @@ def norm_names(stage: Stage) -> list[str]:
     behind = stage.layers.stop
     last = "model.norm" if stage.is_last else f"model.layers.{behind}.input_layernorm"
     return [*names, f"{last}.weight"]
+
+
+def assemble(
+    config: ModelConfig,
+    weights: Weights,
+    ops: Ops,
+    progress: Progress,
+    stage: Stage,
+    make_layer: Callable[[int, torch.Tensor], Layer[B]],
+    work: Workspace[B],
+    tail: Workspace[B],
+) -> Decoder[B]:
+    """A decoder of the usual names and RMS norms. `make_layer` gets a number and the next norm."""
+    total = len(stage.layers) + 1
+    embed, head = word_ends(config, weights, ops, stage)
+    first_norm, *norms = (dense(weights(name)) for name in norm_names(stage))
+    progress(1, total)
+    layers = []
+    for done, (index, next_norm) in enumerate(zip(stage.layers, norms, strict=True), 2):
+        layers.append(make_layer(index, next_norm))
+        progress(done, total)
+    norm = ops.rms_norm(first_norm, config.norm_eps)
+    return Decoder(config, ops, stage, Parts(work, tail, embed, norm, layers, head))

@@ -10,7 +10,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import llama
+from nodeserve.model import deepseek, llama, moe
 from nodeserve.model.decoder import Progress, Stage, Weights
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
@@ -50,12 +50,19 @@ class Family(NamedTuple):
 
 
 _LLAMA = Family(llama.build, llama.shape_of, llama.CUTS)
+_MOE = Family(moe.build, moe.shape_of, moe.CUTS)
+_DEEPSEEK = Family(deepseek.build, deepseek.shape_of, deepseek.CUTS)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _MOE,
+    "qwen2_moe": _MOE,
+    "qwen3_moe": _MOE,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
 }
 
 

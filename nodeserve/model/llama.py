@@ -14,21 +14,14 @@ After the last attention only the rows whose logits are wanted go on. A step rea
 the host, and after `reserve` it allocates nothing: what a CUDA graph asks for.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.model import rotary
-from nodeserve.model.decoder import (
-    Decoder,
-    Parts,
-    Progress,
-    Stage,
-    Weights,
-    norm_names,
-    word_ends,
-)
+from nodeserve.model.decoder import Decoder, Progress, Stage, Weights, assemble
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import Weight, dense, stacked
 from nodeserve.model.workspace import Workspace
@@ -74,6 +67,41 @@ def workspace(config: ModelConfig, ops: Ops, num_logits: int) -> Workspace[Buffe
     return Workspace(Buffers, columns, ops.device)
 
 
+class MlpBuffers(Protocol):
+    """What the MLP of any family works on, as in `Buffers`."""
+
+    @property
+    def hidden(self) -> torch.Tensor: ...
+
+    @property
+    def normed(self) -> torch.Tensor: ...
+
+    @property
+    def gated(self) -> torch.Tensor: ...
+
+
+class Mlp:
+    """The MLP of one layer, which every row passes."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, weights: Weights, ops: Ops, next_norm: torch.Tensor
+    ) -> None:
+        def get(name: str) -> Weight:
+            return weights(f"model.layers.{index}.mlp.{name}_proj.weight")
+
+        self.gated = ops.gated(get("gate"), get("up"))
+        self.down = ops.linear_add_norm(get("down"), next_norm, config.norm_eps)
+
+    def __call__(self, work: MlpBuffers) -> None:
+        """hidden += mlp(normed); normed = next_norm(hidden)"""
+        self.gated(work.normed, work.gated)
+        self.down(work.gated, work.hidden, work.normed)
+
+
+# What ends a layer: made as Mlp is, for the families that have something else there.
+MakeMlp = Callable[[ModelConfig, int, Weights, Ops, torch.Tensor], Callable[[MlpBuffers], None]]
+
+
 class Layer:
     """One decoder layer, in two halves: what needs every row, and what a row does alone."""
 
@@ -85,6 +113,7 @@ class Layer:
         ops: Ops,
         tables: tuple[torch.Tensor, torch.Tensor],
         next_norm: torch.Tensor,
+        make_mlp: MakeMlp,
     ) -> None:
         def get(name: str) -> Weight:
             return weights(f"model.layers.{index}.{name}")
@@ -102,8 +131,7 @@ class Layer:
         self.out_proj = ops.linear_add_norm(
             get("self_attn.o_proj.weight"), middle_norm, config.norm_eps
         )
-        self.gated = ops.gated(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
-        self.down = ops.linear_add_norm(get("mlp.down_proj.weight"), next_norm, config.norm_eps)
+        self.mlp = make_mlp(config, index, weights, ops, next_norm)
 
     def attend(self, work: Buffers, step: Any) -> None:
         self.qkv(work.normed, work.qkv)
@@ -112,32 +140,25 @@ class Layer:
 
     def finish(self, work: Buffers) -> None:
         self.out_proj(work.attended, work.hidden, work.normed)
-        self.gated(work.normed, work.gated)
-        self.down(work.gated, work.hidden, work.normed)
+        self.mlp(work)
 
 
 def build(
-    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress, stage: Stage
+    config: ModelConfig,
+    weights: Weights,
+    ops: Ops,
+    progress: Progress,
+    stage: Stage,
+    make_mlp: MakeMlp = Mlp,
 ) -> Decoder[Buffers]:
     """Bind the weights of `stage` to `ops`."""
-    total = len(stage.layers) + 1
     tables = rotary.tables(config)
-    embed, head = word_ends(config, weights, ops, stage)
-    norms = [dense(weights(name)) for name in norm_names(stage)]
-    progress(1, total)
-    layers = []
-    for place, index in enumerate(stage.layers):
-        layers.append(Layer(config, index, weights, ops, tables, norms[place + 1]))
-        progress(place + 2, total)
-    parts = Parts(
-        work=workspace(config, ops, num_logits=0),
-        tail=workspace(config, ops, stage.num_logits),
-        embed=embed,
-        first_norm=ops.rms_norm(norms[0], config.norm_eps),
-        layers=layers,
-        head=head,
-    )
-    return Decoder(config, ops, stage, parts)
+
+    def layer(index: int, next_norm: torch.Tensor) -> Layer:
+        return Layer(config, index, weights, ops, tables, next_norm, make_mlp)
+
+    spaces = workspace(config, ops, num_logits=0), workspace(config, ops, stage.num_logits)
+    return assemble(config, weights, ops, progress, stage, layer, *spaces)
 
 
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ system keeps of them. For another device, tensors go there as they are in the fi
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,13 @@ from nodeserve.gguf import GgufFile, TensorInfo
 from nodeserve.model.dequantise import dequantise
 from nodeserve.model.dummy import DummyWeights
 from nodeserve.model.families import shape_of
+from nodeserve.model.fp8 import from_fp8, num_blocks
 from nodeserve.model.part import Part, blocks_within
 from nodeserve.model.quantised import Quantised, Weight, can_stay
 from nodeserve.model_files import open_regular, read_json
 from nodeserve.types import brief
+
+_IN_FLOAT32 = ".e_score_correction_bias"  # experts are chosen by its last digits
 
 
 class Upload(Protocol):
@@ -63,6 +67,10 @@ class Weights(ABC):
     def __contains__(self, name: object) -> bool: ...
 
     @abstractmethod
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    @abstractmethod
     def _read(self, name: str, part: Part | None) -> torch.Tensor: ...
 
     def as_stored(self, name: str, part: Part | None = None) -> torch.Tensor:
@@ -77,9 +85,39 @@ class Weights(ABC):
         if expected is not None and shape != expected:
             raise ModelError(f"{self.where}: {name} has the shape {shape}, expected {expected}")
 
+    def restored(
+        self, name: str, move: Callable[[torch.Tensor], torch.Tensor], part: Part | None = None
+    ) -> torch.Tensor:
+        """The tensor called `name` in the model's type, where `move` takes it."""
+        stored = self.as_stored(name, part)
+        if stored.dtype.itemsize > 1:
+            return move(stored).to(torch.float32 if name.endswith(_IN_FLOAT32) else self.dtype)
+        whole = self._shape(name)
+        block, scales = self._scales_of(name, whole, stored.dtype)
+        firsts = [place.start for place in part.within(whole)] if part else [0, 0]
+        return from_fp8(move(stored), move(scales), block, self.dtype, *firsts)
+
+    def _scales_of(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[tuple[int, int], torch.Tensor]:
+        """The blocks of a whole matrix of 8-bit floats, and their scales."""
+        block, of_scales = self._config.fp8_block, f"{name}_scale_inv"
+        if dtype != torch.float8_e4m3fn or block is None or of_scales not in self:
+            raise ModelError(
+                f"{self.where}: {name} is stored as {dtype}; of 8-bit types only"
+                f" float8_e4m3fn can be read, with {of_scales} beside it and a"
+                " quantization_config in config.json"
+            )
+        scales, expected = self.as_stored(of_scales), num_blocks(shape, block)
+        if (found := tuple(scales.shape)) != expected:
+            raise ModelError(
+                f"{self.where}: {of_scales} has the shape {found}, expected {expected}"
+            )
+        return block, scales
+
     def __call__(self, name: str, part: Part | None = None) -> torch.Tensor:
         """The tensor called `name`, on the CPU."""
-        return self.as_stored(name, part).to(self.dtype)
+        return self.restored(name, lambda tensor: tensor, part)
 
 
 class Uploaded:
@@ -93,7 +131,7 @@ class Uploaded:
         return name in self._weights
 
     def __call__(self, name: str, part: Part | None = None) -> torch.Tensor:
-        return self._upload(self._weights.as_stored(name, part)).to(self._weights.dtype)
+        return self._weights.restored(name, self._upload, part)
 
 
 def open_weights(
@@ -134,22 +172,20 @@ class SafetensorsWeights(Weights):
     def __contains__(self, name: object) -> bool:
         return name in self._places
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(self._places[name]).get_slice(name).get_shape())
+
     def _read(self, name: str, part: Part | None) -> torch.Tensor:
+        """Of a part, reads what it has and no more."""
         try:
-            file = self._open(self._places[name])
-            if part is not None:
-                return self._read_part(name, file.get_slice(name), part)
-            tensor: torch.Tensor = file.get_tensor(name)
+            file, shape = self._open(self._places[name]), self._shape(name)
+            self._check_shape(name, shape)
+            if part is None:
+                tensor: torch.Tensor = file.get_tensor(name)
+            else:
+                tensor = file.get_slice(name)[part.within(shape)]
         except SafetensorError as error:
             raise ModelError(f"{self._places[name]}: cannot read {name}: {brief(error)}") from None
-        self._check_shape(name, tuple(tensor.shape))
-        return tensor
-
-    def _read_part(self, name: str, stored: Any, part: Part) -> torch.Tensor:
-        """Reads from the file what the part has and no more."""
-        shape = tuple(stored.get_shape())
-        self._check_shape(name, shape)
-        tensor: torch.Tensor = stored[part.within(shape)]
         return tensor
 
     def _open(self, path: Path) -> Any:
@@ -229,6 +265,9 @@ class GgufWeights(Weights):
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and gguf_name(name) in self._file.tensors
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[gguf_name(name)].shape
 
     def _read(self, name: str, part: Part | None) -> torch.Tensor:
         tensor = self._file.tensors[gguf_name(name)]

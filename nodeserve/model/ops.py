@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.quantised import Weight
@@ -28,6 +29,10 @@ class Op(Protocol):
     """A function of rows: reads x [rows, ...], writes out [rows, ...]."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
+# Adds up a tensor over the workers that share a matrix, in place.
+Reduce = Callable[[torch.Tensor], None]
 
 
 class AddNorm(Protocol):
@@ -48,6 +53,27 @@ class Attention(Protocol):
 
     def attend(self, step: Any, query: torch.Tensor, out: torch.Tensor) -> None:
         """query and out [num_tokens, num_heads * head_dim] act"""
+
+
+class MlaAttention(Protocol):
+    """One layer's latent attention: what `Attention` is where pages hold latents (see MlaConfig).
+
+    Scores come from the latents themselves: the matrix that makes keys of them is multiplied into
+    the queries, the one that makes values into what attention gives.
+    """
+
+    def store(
+        self, step: Any, heads: torch.Tensor, latent: torch.Tensor, query: torch.Tensor
+    ) -> None:
+        """Norm and rotate the latents, write them to their pages, make queries for them.
+
+        heads [num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)] of Ops.qkv_dtype
+        latent [num_tokens, kv_lora_rank + qk_rope_head_dim] of Ops.qkv_dtype
+        query [num_tokens, num_heads * (kv_lora_rank + qk_rope_head_dim)] act, written
+        """
+
+    def attend(self, step: Any, query: torch.Tensor, out: torch.Tensor) -> None:
+        """query as `store` left it, out [num_tokens, num_heads * v_head_dim] act"""
 
 
 class Ops(Protocol):
@@ -80,7 +106,12 @@ class Ops(Protocol):
         """weight [vocab, k]: x [rows, k] act -> logits [rows, vocab] float32"""
 
     def linear_add_norm(
-        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
     ) -> AddNorm:
         """weight [n, k]: hidden += reduce(x weight^T); normed = rms_norm(hidden) * norm_weight
 
@@ -90,6 +121,40 @@ class Ops(Protocol):
     def gated(self, gate: Weight, up: Weight) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""
 
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Op:
+        """x [rows, hidden] float32 -> out [rows, hidden] act or float32, which may be x"""
+
+    def linear_add(
+        self, weight: Weight, bias: torch.Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Op:
+        """weight [n, k]: x [rows, k] act, out [rows, n] float32 += reduce(x weight^T) + bias"""
+
+    def linear_relu(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        """weight [n, k]: x [rows, k] act -> out [rows, n] act = max(x weight^T + bias, 0)"""
+
+    def add_positions(self, table: Weight) -> Op:
+        """table [positions, hidden]: positions [rows] int32, added to out [rows, hidden] float32"""
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+        *,
+        exchange: Exchange | None = None,
+    ) -> Op:
+        """x [rows, hidden] act -> out [rows, hidden] float32, what all experts of a row add up to.
+
+        `expert(i)` is asked, once each and in order, for those that this worker holds: all, or its
+        part of what `exchange` says. With one, all of its ranks call this together.
+        """
+
+    def add_norm(
+        self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
+    ) -> AddNorm:
+        """x [rows, n] float32: hidden += reduce(x); normed = rms_norm(hidden) * norm_weight"""
+
     def attention(
         self,
         config: ModelConfig,
@@ -98,3 +163,17 @@ class Ops(Protocol):
         qk_norms: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> Attention:
         """tables: cos and sin [max_position, head_dim / 2] float32; qk_norms: [head_dim] each"""
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> MlaAttention:
+        """tables: cos and sin [max_position, qk_rope_head_dim / 2] float32
+
+        kv_norm [kv_lora_rank]; kv_up [num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank],
+        per head the rows that make its keys of a latent, then those that make its values
+        """

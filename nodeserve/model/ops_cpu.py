@@ -5,19 +5,24 @@ A call passes two addresses and a row count; everything else was bound when the 
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nodeserve import _host
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.errors import ModelError
+from nodeserve.model import ops, row_ops
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
+from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
-from nodeserve.model.ops import AddNorm, Reduce
+from nodeserve.model.mla_torch import TorchMlaAttention
+from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
+from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
 from nodeserve.model.workspace import Scratch
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
@@ -74,7 +79,8 @@ class Bound:
         if x is not self._x or out is not self._out:
             self._x, self._out = x, out
             self._arguments = (x.data_ptr(), out.data_ptr(), x.size(0))
-        self._native(*self._arguments)
+        if self._arguments[2]:  # a tensor without rows has no address
+            self._native(*self._arguments)
 
 
 class FusedAddNorm:
@@ -157,6 +163,8 @@ class PackedIntegers:
 
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
+    if config.mla is not None:
+        return None  # attention over latents is torch's, the rest has no conditions
     if config.head_dim % 16 or config.head_dim > 256:
         return f"head_dim {config.head_dim} is not a multiple of 16 up to 256"
     if block_size % 16:
@@ -190,7 +198,9 @@ class CpuOps:
         self._plan = _host.CpuPlan()
         self._products = Scratch(self.device, torch.float32)
 
-    def cache(self, layout: KvLayout, pool: Any) -> CpuCache:
+    def cache(self, layout: KvLayout, pool: Any) -> CpuCache | TorchCache:
+        if layout.planes == 1:
+            return cache_over(layout, pool, self.dtype)
         if layout.dtype != self.dtype:
             raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
         buffer: Any = pool.numpy() if isinstance(pool, torch.Tensor) else pool
@@ -208,7 +218,9 @@ class CpuOps:
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         """Nothing: the kernels' scratch is their threads' own."""
 
-    def begin(self, inputs: StepInputs, cache: CpuCache) -> _host.CpuPlan:
+    def begin(self, inputs: StepInputs, cache: CpuCache | TorchCache) -> _host.CpuPlan | TorchStep:
+        if isinstance(cache, TorchCache):
+            return begin_step(inputs, cache, self.device)
         num_seqs, max_blocks = inputs.block_table.shape
         self._plan.prepare(
             self.engine,
@@ -237,20 +249,59 @@ class CpuOps:
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Bound:
         return self._linear(weight, "store_f32", bias)
 
-    def linear_add(self, weight: Weight) -> Bound:
-        """weight [n, k]: x [rows, k] act, added to out [rows, n] float32"""
-        return self._linear(weight, "add_f32")
+    float_linear = linear  # sums are float32 here
+
+    def linear_add(
+        self, weight: Weight, bias: torch.Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Op:
+        if reduce is None:
+            return self._linear(weight, "add_f32", bias)
+        offset = None if bias is None else bias.float()
+        return row_ops.add_reduced(self.linear(weight), weight.shape[0], offset, reduce)
 
     def head(self, weight: Weight) -> Bound:
         return self.linear(weight)
 
     def linear_add_norm(
-        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
-    ) -> AddNorm:
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> ops.AddNorm:
         norm = self.rms_norm(norm_weight, eps)
         if reduce is None:
-            return FusedAddNorm(self.linear_add(weight), norm)
+            return FusedAddNorm(self._linear(weight, "add_f32"), norm)
         return ReducedAddNorm(self.linear(weight), reduce, norm, self._products)
+
+    def add_norm(
+        self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
+    ) -> ops.AddNorm:
+        return row_ops.add_norm(self.rms_norm(norm_weight, eps), reduce)
+
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Op:
+        return row_ops.layer_norm(weight.float(), bias.float(), eps)
+
+    def add_positions(self, table: Weight) -> Op:
+        return row_ops.add_positions(dense(table).to(self.dtype))
+
+    def linear_relu(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        return row_ops.relu_of(self._linear(weight, "store", bias))
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+        *,
+        exchange: Exchange | None = None,
+    ) -> Experts:
+        return make_experts(self, moe, router, expert, shared, exchange)
+
+    def grouped(self, num_mlps: int, mlp: Callable[[int], Mlp]) -> OneByOne:
+        return one_by_one(self, num_mlps, mlp)
 
     def gated(self, gate: Weight, up: Weight) -> Bound:
         return self._linear(stacked([gate, up]), "silu_mul")
@@ -324,3 +375,13 @@ class CpuOps:
             config.norm_eps,
         )
         return CpuAttention(native, layer, *kept)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> TorchMlaAttention:
+        return TorchMlaAttention(config, layer, tables, kv_norm.float(), dense(kv_up).float())

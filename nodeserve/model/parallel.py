@@ -11,17 +11,19 @@ ranks' results meet: behind the products that end in the residual stream, behind
 at the leader behind the head.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.model import families
 from nodeserve.model.decoder import Progress, Stage
-from nodeserve.model.group import Group, Groups
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared, evenly
+from nodeserve.model.group import Groups
 from nodeserve.model.loader import StoredSource
-from nodeserve.model.ops import AddNorm, Attention, Op, Ops
+from nodeserve.model.ops import AddNorm, Attention, MlaAttention, Op, Ops
 from nodeserve.model.part import Part
 from nodeserve.model.quantised import Weight, padded
 from nodeserve.model.workspace import Scratch
@@ -51,11 +53,13 @@ class ShardOps:
     All that needs nothing of others is the backend's own.
     """
 
-    def __init__(self, ops: Ops, shard: Shard, group: Group) -> None:
+    def __init__(self, ops: Ops, shard: Shard, groups: Groups) -> None:
         self._ops = ops
         self._shard = shard
-        self._group = group
-        self._reduce = group.all_reduce if group.size > 1 else None
+        self._groups = groups
+        self._group = groups.tp
+        self._first = shard.layers.start
+        self._reduce = groups.tp.all_reduce if groups.tp.size > 1 else None
         self._parts = Scratch(ops.device, torch.float32)
 
     def __getattr__(self, name: str) -> Any:
@@ -104,7 +108,28 @@ class ShardOps:
         return op
 
     def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        return self._ops.linear_add_norm(weight, norm_weight, eps, self._reduce)
+        return self._ops.linear_add_norm(weight, norm_weight, eps, reduce=self._reduce)
+
+    def linear_add(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        return self._ops.linear_add(weight, bias, reduce=self._reduce)
+
+    def add_norm(self, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+        """What experts of which each rank has some columns leave is a sum too."""
+        return self._ops.add_norm(norm_weight, eps, reduce=self._reduce)
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+    ) -> Op:
+        """Whole experts are spread over the ranks that share them."""
+        exchange = None
+        if self._groups.ep.size > 1:
+            held = evenly(moe.num_experts, self._groups.ep.size)
+            exchange = Exchange(self._groups.ep, held)
+        return self._ops.experts(moe, router, expert, shared, exchange=exchange)
 
     def attention(
         self,
@@ -114,9 +139,18 @@ class ShardOps:
         qk_norms: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> Attention:
         """`layer` counts in the whole model; the pages have those of our stage."""
-        first = self._shard.layers.start
-        here = replace(config, first_window_layer=max(0, config.first_window_layer - first))
-        return self._ops.attention(here, layer - first, tables, qk_norms)
+        here = replace(config, first_window_layer=max(0, config.first_window_layer - self._first))
+        return self._ops.attention(here, layer - self._first, tables, qk_norms)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> MlaAttention:
+        return self._ops.mla_attention(config, layer - self._first, tables, kv_norm, kv_up)
 
 
 def stage_of(shard: Shard, groups: Groups) -> Stage:
@@ -137,6 +171,6 @@ def build(
     ModelError for a model of fewer heads or layers than the instance has ranks or stages.
     """
     check_fits(shard.whole, shard.place.shape)
-    shared = cast(Ops, ShardOps(ops, shard, groups.tp))
+    shared = cast(Ops, ShardOps(ops, shard, groups))
     weights = ShardWeights(source, shard)
     return families.build(shard.config, weights, shared, progress, stage_of(shard, groups))

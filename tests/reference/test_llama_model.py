@@ -9,45 +9,25 @@ from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model import families, kv
 from nodeserve.model.backend import make_ops
-from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.model.ops_torch import TorchOps
+from tests.reference.steps import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    PROMPT_LENS,
+    Steps,
+    in_steps,
+    whole_prompts,
+)
 from tests.reference.tiny_models import FAMILIES, SMALL, reference
-
-BLOCK_SIZE = 16
-NUM_BLOCKS = 40
-
-
-def _whole_prompts(prompts: list[list[int]], first_block: int = 0) -> StepInputs:
-    """All tokens of all prompts in one step, logits for every row."""
-    lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0, dtype=torch.int32)])
-    width = -(-int(lens.max()) // BLOCK_SIZE)
-    table = torch.full((len(prompts), width), -1, dtype=torch.int32)
-    at = first_block
-    for row, prompt in enumerate(prompts):
-        count = -(-len(prompt) // BLOCK_SIZE)
-        table[row, :count] = torch.arange(at + count - 1, at - 1, -1)  # not in pool order
-        at += count
-    return StepInputs(
-        token_ids=torch.tensor(sum(prompts, []), dtype=torch.int32),
-        positions=torch.cat([torch.arange(len(p), dtype=torch.int32) for p in prompts]),
-        query_starts=starts,
-        context_lens=lens,
-        block_table=table,
-        logit_rows=torch.arange(int(starts[-1]), dtype=torch.int32),
-        num_decodes=0,
-        max_query_len=int(lens.max()),
-        max_context_len=int(lens.max()),
-    )
 
 
 def _logits(config: ModelConfig, state: dict[str, torch.Tensor], ops: Ops) -> torch.Tensor:
     layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
     model = families.build(config, state.__getitem__, ops)
-    return model.forward(_whole_prompts(_prompts(config)), cache).clone()
+    return model.forward(whole_prompts(_prompts(config)), cache).clone()
 
 
 def _prompts(config: ModelConfig) -> list[list[int]]:
@@ -79,39 +59,6 @@ def test_native_agrees_with_torch(family: str, dtype: torch.dtype) -> None:
     assert (native - plain).abs().max() < tolerance * plain.abs().max().clamp(min=1.0)
 
 
-Steps = list[dict[int, tuple[int, int]]]  # per step: prompt -> its tokens [first, last)
-PROMPT_LENS = (61, 7, 130)
-
-
-def _in_steps(
-    config: ModelConfig, ops: Ops, model: families.Model, steps: Steps
-) -> list[torch.Tensor]:
-    """Logits of every token of made prompts, run in `steps`."""
-    layout = kv.layout_of(config, BLOCK_SIZE, ops.dtype)
-    cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
-    whole = _whole_prompts([[(7 * i * i + n) % 211 for i in range(n)] for n in PROMPT_LENS])
-    starts = whole.query_starts.tolist()
-    logits = torch.zeros(starts[-1], config.vocab_size)
-    for spans in steps:
-        rows = torch.cat(
-            [torch.arange(starts[p] + a, starts[p] + b) for p, (a, b) in spans.items()]
-        )
-        counts = torch.tensor([0, *(b - a for a, b in spans.values())], dtype=torch.int32)
-        inputs = StepInputs(
-            token_ids=whole.token_ids[rows],
-            positions=whole.positions[rows],
-            query_starts=counts.cumsum(0, dtype=torch.int32),
-            context_lens=torch.tensor([b for _, b in spans.values()], dtype=torch.int32),
-            block_table=whole.block_table[list(spans)],
-            logit_rows=torch.arange(len(rows), dtype=torch.int32),
-            num_decodes=0,
-            max_query_len=max(b - a for a, b in spans.values()),
-            max_context_len=max(b for _, b in spans.values()),
-        )
-        logits[rows] = model.forward(inputs, cache)
-    return list(torch.split(logits, list(PROMPT_LENS)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: torch.dtype) -> None:
     state = reference(SMALL).state_dict()
@@ -126,7 +73,7 @@ def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: tor
         ops = CpuOps(SMALL, dtype, num_threads)
         model = families.build(SMALL, state.__getitem__, ops)
         for steps in (whole, alone, token_by_token, cut):
-            results.append(torch.cat(_in_steps(SMALL, ops, model, steps)))
+            results.append(torch.cat(in_steps(SMALL, ops, model, steps)))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -135,7 +82,7 @@ def test_only_the_wanted_rows_get_logits() -> None:
     layout = kv.layout_of(SMALL, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
     model = families.build(SMALL, state.__getitem__, ops)
-    inputs = _whole_prompts([[1, 2, 3], [4, 5]])
+    inputs = whole_prompts([[1, 2, 3], [4, 5]])
     every = model.forward(inputs, cache).clone()
     some = replace(inputs, logit_rows=torch.tensor([4, 2], dtype=torch.int32))
     assert torch.equal(model.forward(some, cache), every[[4, 2]])

@@ -5,16 +5,21 @@ half layer writes to scratch, and one kernel adds that to the residual stream an
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.errors import ModelError
+from nodeserve.model import row_ops
+from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
+from nodeserve.model.experts import Experts, make_experts
 from nodeserve.model.gpu import norm, pointwise, rope
-from nodeserve.model.gpu.step import AttentionBackend, GpuStep
+from nodeserve.model.gpu.experts import GpuGrouped
+from nodeserve.model.gpu.mla import GpuMlaAttention
+from nodeserve.model.gpu.step import AttentionBackend, GpuPass, GpuStep
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
 from nodeserve.model.ops import AddNorm, Op, Reduce
@@ -28,21 +33,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class GpuCache:
     """Pages over a pool that somebody else owns."""
 
-    pages: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] act
-    layers: tuple[
-        torch.Tensor, ...
-    ]  # per layer [num_blocks, 2, num_kv_heads, block_size, head_dim]
+    # [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim] act
+    pages: torch.Tensor
+    # Per layer [num_blocks, planes, num_kv_heads, block_size, head_dim].
+    layers: tuple[torch.Tensor, ...]
 
     @property
     def num_blocks(self) -> int:
         return self.pages.size(0)
-
-
-class GpuPass(NamedTuple):
-    """What `begin` gives to the layers."""
-
-    step: GpuStep
-    layers: tuple[torch.Tensor, ...]  # GpuCache.layers
 
 
 class GpuAttention:
@@ -189,7 +187,12 @@ class CudaOps:
         return self.linear(weight)
 
     def linear_add_norm(
-        self, weight: Weight, norm_weight: torch.Tensor, eps: float, reduce: Reduce | None = None
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
     ) -> AddNorm:
         matrix, scale = self._own(weight), self._own(norm_weight, torch.float32)
         width = matrix.size(0)
@@ -218,6 +221,70 @@ class CudaOps:
 
         return op
 
+    def linear_add(
+        self, weight: Weight, bias: torch.Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Op:
+        matrix = self._own(weight)
+        offset = None if bias is None else self._own(bias, torch.float32)
+        self._scratch.need(matrix.size(0))
+
+        def op(x: torch.Tensor, out: torch.Tensor) -> None:
+            delta = self._scratch.rows(x.size(0), matrix.size(0))
+            torch.mm(x, matrix.t(), out=delta)
+            if reduce is not None:
+                reduce(delta)
+            out.add_(delta)
+            if offset is not None:
+                out.add_(offset)
+
+        return op
+
+    def linear_relu(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
+        return row_ops.relu_of(self.linear(weight, bias))
+
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Op:
+        scale, offset = self._own(weight, torch.float32), self._own(bias, torch.float32)
+        return row_ops.layer_norm(scale, offset, eps)
+
+    def add_positions(self, table: Weight) -> Op:
+        return row_ops.add_positions(self._own(table))
+
+    def add_norm(
+        self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
+    ) -> AddNorm:
+        scale = self._own(norm_weight, torch.float32)
+
+        def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+            if reduce is not None:
+                reduce(x)
+            norm.add_rms_norm(x, hidden, scale, normed, eps)
+
+        return op
+
+    def experts(
+        self,
+        moe: MoeConfig,
+        router: Router,
+        expert: Callable[[int], Mlp],
+        shared: Shared | None = None,
+        *,
+        exchange: Exchange | None = None,
+    ) -> Experts:
+        if router.bias is not None:
+            router = router._replace(bias=self._own(router.bias, torch.float32))
+        return make_experts(self, moe, router, expert, shared, exchange)
+
+    def float_linear(self, weight: Weight) -> Op:
+        matrix = self._own(weight, torch.float32)
+
+        def op(x: torch.Tensor, out: torch.Tensor) -> None:
+            torch.mm(x.float(), matrix.t(), out=out)
+
+        return op
+
+    def grouped(self, num_mlps: int, mlp: Callable[[int], Mlp]) -> GpuGrouped:
+        return GpuGrouped(num_mlps, mlp, self.dtype, self.device)
+
     def attention(
         self,
         config: ModelConfig,
@@ -230,6 +297,18 @@ class CudaOps:
             q, k = (self._own(weight, torch.float32) for weight in qk_norms)
             norms = (q, k)
         return GpuAttention(self._backend, config, layer, self._shared(tables), norms)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> GpuMlaAttention:
+        norm, up = self._own(kv_norm, torch.float32), self._own(kv_up)
+        turn = self._shared(tables)
+        return GpuMlaAttention(self._backend, config, layer, turn, norm, up, self._scratch)
 
     # ---- weights
 

@@ -1,0 +1,65 @@
+"""Tiny random models of every family, as transformers writes them into a folder of the hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from nodeserve.checkpoint import Checkpoint
+from nodeserve.config_readers import folder_config
+
+SHAPE = {
+    "vocab_size": 211,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+    "attn_implementation": "eager",
+}
+_GROUPED = {**SHAPE, "intermediate_size": 120, "num_key_value_heads": 2}
+_QWEN_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 56}
+_OPT = {**SHAPE, "ffn_dim": 200, "word_embed_proj_dim": 96}
+
+SETTINGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_GROUPED, head_dim=32, num_local_experts=5, num_experts_per_tok=2
+    ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **_GROUPED, **_QWEN_EXPERTS, shared_expert_intermediate_size=72, norm_topk_prob=False
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_GROUPED, **_QWEN_EXPERTS, head_dim=32, norm_topk_prob=True, mlp_only_layers=[1]
+    ),
+}
+
+
+def reference(family: str, seed: int = 7) -> transformers.PreTrainedModel:
+    """Random weights, none of them zero or one: a missing bias or norm would show."""
+    model = transformers.AutoModelForCausalLM.from_config(SETTINGS[family]()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if name.endswith("bias") else 0.08
+            is_scale = "norm" in name and name.endswith("weight")
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * spread + is_scale)
+    tested: transformers.PreTrainedModel = model
+    return tested
+
+
+def write(family: str, folder: Path, seed: int = 7) -> transformers.PreTrainedModel:
+    """The model, which lies in `folder` by the hub's names afterwards."""
+    model = reference(family, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def checkpoint_in(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, "safetensors", folder_config(folder), folder.name)
+
+
+def logits_of(model: transformers.PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
+    """transformers' logits of every token of every prompt, one prompt after the other."""
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([prompt])).logits[0] for prompt in prompts])
