@@ -141,17 +141,20 @@ def check_shapes(layout: Layout, model: ModelConfig) -> None:
             check_fits(model, group.shape)
         except ModelError as problem:
             raise ConfigError(f"layout {layout}: {problem}") from None
-        if group.shape.ep > 1:
+        if group.shape.ep > 1 and group.shape.pp > 1:
             raise ConfigError(
-                f"layout {layout}: the model has no experts to share: give"
-                f" {replace(group, count=group.count * group.shape.ep, shape=Shape(1, 1))}"
+                f"layout {layout}: ranks that share experts compute each pass together, without"
+                f" stages: give {replace(group, shape=replace(group.shape, pp=1))}"
             )
 
 
 def largest_part(model: ModelConfig, shape: Shape) -> ModelConfig:
     """What a worker of such an instance has at most of a model: in layers, heads and widths."""
+    moe = model.moe
+    if moe is not None:
+        moe = replace(moe, num_experts=-(-moe.num_experts // shape.ep))
     shards = [Shard(model, ShardPlace.of(shape, rank)) for rank in range(shape.team_size)]
-    parts = [replace(shard.config, num_layers=len(shard.layers)) for shard in shards]
+    parts = [replace(one.config, num_layers=len(one.layers), moe=moe) for one in shards]
     return max(parts, key=lambda part: (part.kv_bytes_per_token(1), part.num_weights))
 
 

@@ -1,5 +1,7 @@
 """The embedded model on instances of several workers gives the tokens of one worker."""
 
+from typing import Any
+
 import pytest
 
 from tests.process.conftest import Connect, Nodes, audit
@@ -15,9 +17,9 @@ PROMPTS = [
 ]
 
 
-async def streams(nodes: Nodes, connect: Connect, layout: str) -> list[list[int]]:
+async def streams(nodes: Nodes, connect: Connect, layout: str, **settings: Any) -> list[list[int]]:
     """Greedy tokens of all prompts at once, from a node that then goes."""
-    node = nodes.start(layout=layout, real=True)
+    node = nodes.start(layout=layout, real=True, **settings)
     client = await connect(node)
     for number, prompt in enumerate(PROMPTS):
         client.submit(number, prompt, max_tokens=NUM_TOKENS)

@@ -62,7 +62,10 @@ REFUSED = {
     "shapes that differ": (EngineConfig(layout="1p:tp2,2d"), "different tp or pp"),
     "more ranks than heads": (EngineConfig(layout="1m:tp8"), "use tp4 or less"),
     "more stages than layers": (EngineConfig(layout="1m:pp3"), "use pp2 or less"),
-    "ranks without experts": (EngineConfig(layout="1p:ep2,2d"), "no experts to share: give 2p"),
+    "ranks without experts": (
+        EngineConfig(layout="1p:ep2,2d"),
+        "experts, of which this model has 0: use tp",
+    ),
     "sim without profile": (EngineConfig(device="sim"), "use one of moe-ep8"),
     "profile without sim": (EngineConfig(profile="moe-ep8"), "is for --device sim"),
     "context": (EngineConfig(max_model_len=5000), "use 2 to 1024"),
