@@ -14,7 +14,10 @@ class RopeScaling:
 
     "linear" divides every frequency by `factor`; "llama3" follows Llama 3.1's rule, from `factor`
     and the three numbers below it; "factors" divides frequency i by `frequency_factors[i]`, of
-    which there are head_dim / 2 (GGUF files carry the result of the rule, not its numbers).
+    which there are rope_dim / 2 (GGUF files carry the result of the rule, not its numbers); "yarn"
+    divides slow frequencies as "linear" does, keeps fast ones and blends those between, by the
+    turns that they make in `original_max_position`, and multiplies cos and sin by
+    `attention_factor`.
     """
 
     kind: str
@@ -23,6 +26,34 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     frequency_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0  # turns from which on a frequency is kept
+    beta_slow: float = 1.0  # turns below which it is divided
+    truncate: bool = True  # the ends of the blend are whole numbers of a frequency
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MlaConfig:
+    """Multi-head latent attention: keys and values of all heads come from one latent of a token.
+
+    A token's page entry is its latent (`kv_lora_rank` numbers, normed) and one rotated key that all
+    heads share (`qk_rope_head_dim`). A head's query and key are `qk_nope_head_dim` numbers without
+    a position, then the rotated ones.
+    """
+
+    kv_lora_rank: int
+    q_lora_rank: int | None  # None: queries come straight from the hidden state
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    softmax_scale: float  # of the scores, YaRN's share in it
+    norm_eps: float = 1e-6  # of the latents' norms: fixed, whatever the layers' is
+    rope_interleaved: bool = True  # pairs (0, 1), (2, 3), ... turn together, not i and i + half
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers that a token takes in a layer's page."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +106,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of queries and keys
     max_position: int
     norm_eps: float
     rope_theta: float
@@ -89,6 +120,14 @@ class ModelConfig:
     bos_token_id: int | None = None
     moe: MoeConfig | None = None
     opt: OptConfig | None = None
+    mla: MlaConfig | None = None  # then num_kv_heads is 1: all heads read the same latents
+    # Of matrices that the files keep in FP8: rows and columns that share a scale.
+    fp8_block: tuple[int, int] | None = None
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None: all."""
@@ -109,9 +148,8 @@ class ModelConfig:
         return self._num_weights(self.moe.num_active if self.moe else 0)
 
     def _num_weights(self, num_experts: int) -> int:
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
         dense = (2 if self.opt else 3) * self.hidden_size * self.intermediate_size
-        layers = self.num_layers * (attention + dense)
+        layers = self.num_layers * (self._attention_weights + dense)
         if self.moe is not None:
             num_sparse = sum(map(self.is_sparse, range(self.num_layers)))
             sparse = self.moe.num_in_layer(self.hidden_size, num_experts)
@@ -126,9 +164,24 @@ class ModelConfig:
         between = 2 * width * self.hidden_size if width != self.hidden_size else 0
         return tables * self.vocab_size * width + self.max_position * self.hidden_size + between
 
+    @property
+    def _attention_weights(self) -> int:
+        """Numbers in the matrices of one layer's attention."""
+        if (mla := self.mla) is None:
+            return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        query = self.num_heads * self.head_dim
+        rank = mla.q_lora_rank
+        queries = self.hidden_size * query if rank is None else rank * (self.hidden_size + query)
+        keys = self.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        latents = self.hidden_size * mla.latent_dim + mla.kv_lora_rank * keys
+        return queries + latents + self.num_heads * mla.v_head_dim * self.hidden_size
+
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Bytes of K and V that one token takes over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+        """Bytes of K and V, or of latents, that one token takes over all layers."""
+        values = 2 * self.num_kv_heads * self.head_dim
+        if self.mla is not None:
+            values = self.mla.latent_dim
+        return self.num_layers * values * dtype_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nodeserve.config import ModelConfig
-from nodeserve.config_readers import llama, moe, opt
+from nodeserve.config_readers import deepseek, llama, moe, opt
 from nodeserve.errors import ModelError
 from nodeserve.model_files import Fields, read_json
 from nodeserve.types import shown
@@ -25,6 +25,8 @@ READERS: dict[str, Reader] = {
     "qwen2_moe": moe.read_qwen,
     "qwen3_moe": moe.read_qwen,
     "opt": opt.read,
+    "deepseek_v2": deepseek.read,
+    "deepseek_v3": deepseek.read,
 }
 
 

@@ -45,6 +45,17 @@ def with_experts(fields: Fields, config: ModelConfig, moe: MoeConfig) -> ModelCo
         raise ModelError(
             f"{fields.where}: {moe.num_active} experts a token, and there are {moe.num_experts}"
         )
+    in_group, left = divmod(moe.num_experts, moe.num_groups)
+    if left or moe.num_active_groups > moe.num_groups:
+        raise ModelError(
+            f"{fields.where}: {moe.num_experts} experts cannot be in {moe.num_groups} groups of"
+            f" which {moe.num_active_groups} are chosen"
+        )
+    if moe.num_active > moe.num_active_groups * in_group or in_group < 2 <= moe.num_groups:
+        raise ModelError(
+            f"{fields.where}: {moe.num_active} experts a token from {moe.num_active_groups} groups"
+            f" of {in_group} cannot be chosen"
+        )
     return replace(config, moe=moe)
 
 

@@ -11,9 +11,12 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.model import llama
+from nodeserve.model.decoder import Decoder, Progress, Stage, Weights
 from nodeserve.model.expert_parts import Mlp, Router, Shared
-from nodeserve.model.llama import Buffers, Llama, Progress, Weights, part_of_layer
+from nodeserve.model.llama import MlpBuffers, part_of_layer
 from nodeserve.model.ops import Ops
+from nodeserve.model.quantised import dense
+from nodeserve.shards import Axis, Cut
 
 
 class Names(NamedTuple):
@@ -21,16 +24,30 @@ class Names(NamedTuple):
 
     router: str
     experts: str
-    mlp: tuple[str, str, str]  # gate, up, down
+    mlp: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str = "mlp.shared_expert"
 
 
-MIXTRAL = Names("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))
-QWEN = Names("mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj"))
-_SHARED, _SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate"
+QWEN = Names("mlp.gate", "mlp.experts")
+DEEPSEEK = QWEN._replace(shared="mlp.shared_experts")
+NAMES = {
+    "mixtral": Names("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+}
+# An expert is cut like an MLP: w1, w3 and w2 are Mixtral's gate, up and down.
+CUTS = {
+    **llama.CUTS,
+    "w1": Cut(0, Axis.INNER),
+    "w3": Cut(0, Axis.INNER),
+    "w2": Cut(1, Axis.INNER),
+}
+_SHARED_GATE = "mlp.shared_expert_gate"
+_CHOICE_BIAS = "mlp.gate.e_score_correction_bias"
 
 
 def names_of(config: ModelConfig) -> Names:
-    return MIXTRAL if config.architecture == "mixtral" else QWEN
+    return NAMES.get(config.architecture, QWEN)
 
 
 class SparseMlp:
@@ -48,12 +65,13 @@ class SparseMlp:
         shared = None
         if config.moe.shared_intermediate_size:
             gate = weights(f"{prefix}{_SHARED_GATE}.weight") if config.moe.shared_gate else None
-            shared = Shared(_mlp(weights, f"{prefix}{_SHARED}.", names), gate)
-        router = Router(weights(f"{prefix}{names.router}.weight"), None)
+            shared = Shared(_mlp(weights, f"{prefix}{names.shared}.", names), gate)
+        bias = dense(weights(f"{prefix}{_CHOICE_BIAS}")) if config.moe.choice_bias else None
+        router = Router(weights(f"{prefix}{names.router}.weight"), bias)
         self.experts = ops.experts(config.moe, router, expert, shared)
         self.add_norm = ops.add_norm(next_norm, config.norm_eps)
 
-    def __call__(self, work: Buffers) -> None:
+    def __call__(self, work: MlpBuffers) -> None:
         """hidden += experts(normed); normed = next_norm(hidden)"""
         delta = torch.empty_like(work.hidden)
         self.experts(work.normed, delta)
@@ -67,14 +85,16 @@ def _mlp(weights: Weights, prefix: str, names: Names) -> Mlp:
 
 def make_mlp(
     config: ModelConfig, index: int, weights: Weights, ops: Ops, next_norm: torch.Tensor
-) -> Callable[[Buffers], None]:
+) -> Callable[[MlpBuffers], None]:
     kind = SparseMlp if config.is_sparse(index) else llama.Mlp
     return kind(config, index, weights, ops, next_norm)
 
 
-def build(config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> Llama:
-    """Bind the weights to `ops`."""
-    return Llama(config, weights, ops, progress, make_mlp)
+def build(
+    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress, stage: Stage
+) -> Decoder[llama.Buffers]:
+    """Bind the weights of `stage` to `ops`."""
+    return llama.build(config, weights, ops, progress, stage, make_mlp)
 
 
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
@@ -95,12 +115,14 @@ def _sparse_shape(config: ModelConfig, part: str) -> tuple[int, ...] | None:
     assert moe is not None, "a dense model"
     if part == names.router:
         return moe.num_experts, hidden
+    if part == _CHOICE_BIAS and moe.choice_bias:
+        return (moe.num_experts,)
     if part == _SHARED_GATE and moe.shared_gate:
         return 1, hidden
     owner, _, matrix = part.rpartition(".")
     experts, _, number = owner.rpartition(".")
     inner = 0
-    if owner == _SHARED:
+    if owner == names.shared:
         inner = moe.shared_intermediate_size
     elif experts == names.experts and number.isdecimal() and int(number) < moe.num_experts:
         inner = moe.intermediate_size

@@ -21,6 +21,9 @@ from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.quantised import Weight
 
+Reduce = Callable[[torch.Tensor], None]
+"""x [rows, n] float32 or act -> the sum of all tensor ranks' x, in place, the same bits on each"""
+
 
 class Op(Protocol):
     """A function of rows: reads x [rows, ...], writes out [rows, ...]."""
@@ -52,6 +55,27 @@ class Attention(Protocol):
         """query and out [num_tokens, num_heads * head_dim] act"""
 
 
+class MlaAttention(Protocol):
+    """One layer's latent attention: what `Attention` is where pages hold latents (see MlaConfig).
+
+    Scores come from the latents themselves: the matrix that makes keys of them is multiplied into
+    the queries, the one that makes values into what attention gives.
+    """
+
+    def store(
+        self, step: Any, heads: torch.Tensor, latent: torch.Tensor, query: torch.Tensor
+    ) -> None:
+        """Norm and rotate the latents, write them to their pages, make queries for them.
+
+        heads [num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)] of Ops.qkv_dtype
+        latent [num_tokens, kv_lora_rank + qk_rope_head_dim] of Ops.qkv_dtype
+        query [num_tokens, num_heads * (kv_lora_rank + qk_rope_head_dim)] act, written
+        """
+
+    def attend(self, step: Any, query: torch.Tensor, out: torch.Tensor) -> None:
+        """query as `store` left it, out [num_tokens, num_heads * v_head_dim] act"""
+
+
 class Ops(Protocol):
     """A backend: device, types, and the operations bound to their weights."""
 
@@ -78,8 +102,21 @@ class Ops(Protocol):
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
         """weight [n, k]: x [rows, k] act -> out [rows, n] float32 or qkv_dtype"""
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        """weight [n, k]: hidden += x weight^T; normed = rms_norm(hidden) * norm_weight"""
+    def head(self, weight: Weight) -> Op:
+        """weight [vocab, k]: x [rows, k] act -> logits [rows, vocab] float32"""
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> AddNorm:
+        """weight [n, k]: hidden += reduce(x weight^T); normed = rms_norm(hidden) * norm_weight
+
+        `reduce` where ranks hold columns of the weight, each with its part of x.
+        """
 
     def gated(self, gate: Weight, up: Weight) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""
@@ -126,3 +163,17 @@ class Ops(Protocol):
         qk_norms: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> Attention:
         """tables: cos and sin [max_position, head_dim / 2] float32; qk_norms: [head_dim] each"""
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> MlaAttention:
+        """tables: cos and sin [max_position, qk_rope_head_dim / 2] float32
+
+        kv_norm [kv_lora_rank]; kv_up [num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank],
+        per head the rows that make its keys of a latent, then those that make its values
+        """

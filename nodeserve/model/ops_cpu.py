@@ -19,8 +19,11 @@ from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
+from nodeserve.model.mla_torch import TorchMlaAttention
 from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
+from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
+from nodeserve.model.workspace import Scratch
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _HUGE_PAGE_BYTES = 2 << 20
@@ -79,7 +82,7 @@ class Bound:
         self._native(*self._arguments)
 
 
-class AddNorm:
+class FusedAddNorm:
     """Two native functions in a row: into the residual stream, and its norm out of it."""
 
     __slots__ = ("_add", "_norm")
@@ -118,6 +121,25 @@ class CpuAttention:
         self._native.attend(step, self._layer, self._addresses[1], self._addresses[2])
 
 
+class ReducedAddNorm:
+    """The same where the product is a sum over several workers."""
+
+    __slots__ = ("_linear", "_norm", "_products", "_reduce")
+
+    def __init__(self, linear: Bound, reduce: Reduce, norm: Bound, products: Scratch) -> None:
+        self._linear = linear
+        self._reduce = reduce
+        self._norm = norm
+        self._products = products
+
+    def __call__(self, x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        product = self._products.rows(*hidden.shape)
+        self._linear(x, product)
+        self._reduce(product)
+        hidden.add_(product)
+        self._norm(hidden, normed)
+
+
 @dataclass(frozen=True, slots=True)
 class CpuCache:
     """Pages over a pool that somebody else owns."""
@@ -140,6 +162,8 @@ class PackedIntegers:
 
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
+    if config.mla is not None:
+        return None  # attention over latents is torch's, the rest has no conditions
     if config.head_dim % 16 or config.head_dim > 256:
         return f"head_dim {config.head_dim} is not a multiple of 16 up to 256"
     if block_size % 16:
@@ -171,8 +195,11 @@ class CpuOps:
         self._num_heads = config.num_heads
         self._arena = Arena()
         self._plan = _host.CpuPlan()
+        self._products = Scratch(self.device, torch.float32)
 
-    def cache(self, layout: KvLayout, pool: Any) -> CpuCache:
+    def cache(self, layout: KvLayout, pool: Any) -> CpuCache | TorchCache:
+        if layout.planes == 1:
+            return cache_over(layout, pool, self.dtype)
         if layout.dtype != self.dtype:
             raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
         buffer: Any = pool.numpy() if isinstance(pool, torch.Tensor) else pool
@@ -190,7 +217,9 @@ class CpuOps:
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         """Nothing: the kernels' scratch is their threads' own."""
 
-    def begin(self, inputs: StepInputs, cache: CpuCache) -> _host.CpuPlan:
+    def begin(self, inputs: StepInputs, cache: CpuCache | TorchCache) -> _host.CpuPlan | TorchStep:
+        if isinstance(cache, TorchCache):
+            return begin_step(inputs, cache, self.device)
         num_seqs, max_blocks = inputs.block_table.shape
         self._plan.prepare(
             self.engine,
@@ -229,8 +258,21 @@ class CpuOps:
         offset = None if bias is None else bias.float()
         return row_ops.add_reduced(self.linear(weight), weight.shape[0], offset, reduce)
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        return AddNorm(self._linear(weight, "add_f32"), self.rms_norm(norm_weight, eps))
+    def head(self, weight: Weight) -> Bound:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> ops.AddNorm:
+        norm = self.rms_norm(norm_weight, eps)
+        if reduce is None:
+            return FusedAddNorm(self._linear(weight, "add_f32"), norm)
+        return ReducedAddNorm(self.linear(weight), reduce, norm, self._products)
 
     def add_norm(
         self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None
@@ -332,3 +374,13 @@ class CpuOps:
             config.norm_eps,
         )
         return CpuAttention(native, layer, *kept)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> TorchMlaAttention:
+        return TorchMlaAttention(config, layer, tables, kv_norm.float(), dense(kv_up).float())

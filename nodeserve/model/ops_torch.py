@@ -1,52 +1,25 @@
 """The plain torch backend: any dtype, device and geometry; slow and obvious.
 
 It is the judge of the native kernels in tests and takes over where they refuse a model's shape.
-Pages are [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+Pages are [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim].
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from nodeserve.config import ModelConfig, MoeConfig
-from nodeserve.errors import ModelError
 from nodeserve.model import row_ops
 from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
-from nodeserve.model.kv import KvLayout, pages_over
+from nodeserve.model.kv import KvLayout
+from nodeserve.model.mla_torch import TorchMlaAttention
 from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
-
-
-@dataclass(frozen=True, slots=True)
-class TorchCache:
-    """Pages over a pool that somebody else owns."""
-
-    pages: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.pages.size(0)
-
-
-@dataclass(frozen=True, slots=True)
-class TorchStep:
-    """One step's geometry on the device."""
-
-    pages: torch.Tensor
-    positions: torch.Tensor  # [num_tokens] int64
-    blocks: torch.Tensor  # [num_tokens] int64: block of each token
-    slots: torch.Tensor  # [num_tokens] int64: place inside it
-    spans: list[tuple[int, int, int]]  # per sequence: first row, end row, context length
-    block_table: torch.Tensor  # [num_seqs, max_blocks] int64
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over, rms_norm
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -76,8 +49,8 @@ class TorchAttention:
         counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         q, k, v = torch.split(heads, counts, dim=1)
         if self._qk_norms is not None:
-            q = _rms_norm(q, self._qk_norms[0], config.norm_eps)
-            k = _rms_norm(k, self._qk_norms[1], config.norm_eps)
+            q = rms_norm(q, self._qk_norms[0], config.norm_eps)
+            k = rms_norm(k, self._qk_norms[1], config.norm_eps)
         cos, sin = self._cos[step.positions, None], self._sin[step.positions, None]
         query.copy_(_rotate(q, cos, sin).flatten(1))
         pages = step.pages[:, self._layer]
@@ -119,24 +92,13 @@ class TorchOps:
         self.device = torch.device(device)
 
     def cache(self, layout: KvLayout, pool: Any) -> TorchCache:
-        if layout.dtype != self.dtype:
-            raise ModelError(f"the pages are {layout.dtype}, the model is {self.dtype}")
-        raw = pool if isinstance(pool, torch.Tensor) else torch.frombuffer(pool, dtype=torch.uint8)
-        return TorchCache(pages_over(layout, raw))
+        return cache_over(layout, pool, self.dtype)
 
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
         """Nothing: every operation here makes what it needs."""
 
     def begin(self, inputs: StepInputs, cache: TorchCache) -> TorchStep:
-        starts, contexts = inputs.query_starts.tolist(), inputs.context_lens.tolist()
-        spans = list(zip(starts, starts[1:], contexts, strict=False))
-        positions = inputs.positions.to(self.device, torch.int64)
-        table = inputs.block_table.to(self.device, torch.int64)
-        counts = inputs.query_starts.diff().to(self.device, torch.int64)
-        seqs = torch.repeat_interleave(torch.arange(len(spans), device=self.device), counts)
-        block_size = cache.pages.size(4)
-        blocks = table[seqs, positions // block_size]
-        return TorchStep(cache.pages, positions, blocks, positions % block_size, spans, table)
+        return begin_step(inputs, cache, self.device)
 
     def _own(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         return dense(weight).to(self.device, dtype)
@@ -153,7 +115,7 @@ class TorchOps:
         scale = self._own(weight, torch.float32)
 
         def op(x: torch.Tensor, out: torch.Tensor) -> None:
-            out.copy_(_rms_norm(x, scale, eps))
+            out.copy_(rms_norm(x, scale, eps))
 
         return op
 
@@ -168,12 +130,26 @@ class TorchOps:
 
         return op
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+    def head(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> AddNorm:
         matrix = self._own(weight, self.dtype)
         norm = self.rms_norm(norm_weight, eps)
 
         def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-            hidden.add_(functional.linear(x, matrix))
+            product = functional.linear(x, matrix)
+            if reduce is not None:
+                product = product.float()
+                reduce(product)
+            hidden.add_(product)
             norm(hidden, normed)
 
         return op
@@ -243,3 +219,15 @@ class TorchOps:
             q, k = (self._own(norm, torch.float32) for norm in qk_norms)
             norms = (q, k)
         return TorchAttention(config, layer, on_device, norms)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> TorchMlaAttention:
+        on_device = (tables[0].to(self.device), tables[1].to(self.device))
+        norm, up = (self._own(weight, torch.float32) for weight in (kv_norm, kv_up))
+        return TorchMlaAttention(config, layer, on_device, norm, up)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from nodeserve.config import ModelConfig, WorkerSpec
+from nodeserve.model.gpu.attention.latent_choice import make_latent_attention
+from nodeserve.model.gpu.attention.latent_parts import latent_heads_of
+from nodeserve.model.gpu.attention.paged import PagedAttention
 from nodeserve.model.gpu.attention.probe import heads_of, make_attention, windows_of
 from nodeserve.model.gpu.ops import CudaOps
 from nodeserve.model.gpu.pointwise import feed_tokens
@@ -34,8 +37,7 @@ def make_parts(
     spec: WorkerSpec, config: ModelConfig, dtype: torch.dtype, runtime: Runtime
 ) -> GpuParts:
     """ConfigError where --attention-backend asks for what cannot be used here."""
-    heads = heads_of(config, spec.block_size, dtype)
-    attention = make_attention(heads, windows_of(config), runtime.device, spec.attention_backend)
+    attention = _attention(spec, config, dtype, runtime.device)
     return GpuParts(
         ops=CudaOps(dtype, runtime.device, attention),
         sampler=GpuSampler(
@@ -46,3 +48,14 @@ def make_parts(
         capturable=attention.capturable or runtime.device.type == "cpu",
         description=attention.name,
     )
+
+
+def _attention(
+    spec: WorkerSpec, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> PagedAttention:
+    wish = spec.attention_backend
+    if config.mla is not None:
+        latents = latent_heads_of(config, spec.block_size, dtype)
+        return make_latent_attention(latents, device, wish)
+    heads = heads_of(config, spec.block_size, dtype)
+    return make_attention(heads, windows_of(config), device, wish)

@@ -7,7 +7,6 @@ half layer writes to scratch, and one kernel adds that to the residual stream an
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,11 +18,13 @@ from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, make_experts
 from nodeserve.model.gpu import norm, pointwise, rope
 from nodeserve.model.gpu.experts import GpuGrouped
-from nodeserve.model.gpu.step import AttentionBackend, GpuStep
+from nodeserve.model.gpu.mla import GpuMlaAttention
+from nodeserve.model.gpu.step import AttentionBackend, GpuPass, GpuStep
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
 from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
+from nodeserve.model.workspace import Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,49 +33,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class GpuCache:
     """Pages over a pool that somebody else owns."""
 
-    pages: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] act
-    layers: tuple[
-        torch.Tensor, ...
-    ]  # per layer [num_blocks, 2, num_kv_heads, block_size, head_dim]
+    # [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim] act
+    pages: torch.Tensor
+    # Per layer [num_blocks, planes, num_kv_heads, block_size, head_dim].
+    layers: tuple[torch.Tensor, ...]
 
     @property
     def num_blocks(self) -> int:
         return self.pages.size(0)
-
-
-class GpuPass(NamedTuple):
-    """What `begin` gives to the layers."""
-
-    step: GpuStep
-    layers: tuple[torch.Tensor, ...]  # GpuCache.layers
-
-
-class Scratch:
-    """One memory for what a linear leaves to the kernel after it, grown until it is reserved."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(0, dtype=dtype, device=device)
-        self._width = 0
-        self._fixed = False
-
-    def need(self, width: int) -> None:
-        """Some operation will ask for rows of this width."""
-        self._width = max(self._width, width)
-
-    def reserve(self, max_rows: int) -> None:
-        self._grow(max_rows * self._width)
-        self._fixed = True
-
-    def rows(self, num_rows: int, width: int) -> torch.Tensor:
-        """[num_rows, width] act, until the next call"""
-        size = num_rows * width
-        self._grow(size)
-        return self._flat[:size].view(num_rows, width)
-
-    def _grow(self, size: int) -> None:
-        if size > self._flat.numel():
-            assert not self._fixed, f"{size} values of scratch, reserved are {self._flat.numel()}"
-            self._flat = self._flat.new_empty(size)
 
 
 class GpuAttention:
@@ -217,7 +183,17 @@ class CudaOps:
 
         return op
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+    def head(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> AddNorm:
         matrix, scale = self._own(weight), self._own(norm_weight, torch.float32)
         width = matrix.size(0)
         self._scratch.need(width)
@@ -225,6 +201,8 @@ class CudaOps:
         def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
             delta = self._scratch.rows(x.size(0), width)
             torch.mm(x, matrix.t(), out=delta)
+            if reduce is not None:
+                reduce(delta)
             norm.add_rms_norm(delta, hidden, scale, normed, eps)
 
         return op
@@ -319,6 +297,18 @@ class CudaOps:
             q, k = (self._own(weight, torch.float32) for weight in qk_norms)
             norms = (q, k)
         return GpuAttention(self._backend, config, layer, self._shared(tables), norms)
+
+    def mla_attention(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kv_norm: torch.Tensor,
+        kv_up: Weight,
+    ) -> GpuMlaAttention:
+        norm, up = self._own(kv_norm, torch.float32), self._own(kv_up)
+        turn = self._shared(tables)
+        return GpuMlaAttention(self._backend, config, layer, turn, norm, up, self._scratch)
 
     # ---- weights
 

@@ -7,7 +7,7 @@ of 1, in a block that belongs to nobody. So no kernel asks how many rows are rea
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -39,10 +39,19 @@ class GpuStep:
         return self.context_lens.numel()
 
 
+class GpuPass(NamedTuple):
+    """What `begin` gives to the layers."""
+
+    step: GpuStep
+    layers: tuple[torch.Tensor, ...]  # each layer's pages, GpuCache.layers
+
+
 class AttentionBackend(Protocol):
     """Attention over the pages, one instance for all layers of a model.
 
     Scores are scaled by head_dim ** -0.5. Query head h reads K/V head h // (heads // kv_heads).
+    Over latents (MLA) a query is [num_heads, latent_dim], what comes out [num_heads, kv_lora_rank],
+    and the model says the scale; pages have one plane and one head.
     """
 
     name: str  # for logs: "flash-attn", "triton", ...
