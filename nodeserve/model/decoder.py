@@ -139,8 +139,11 @@ class Decoder(Generic[B]):
 
     @torch.inference_mode()
     def advance(self, inputs: StepInputs, cache: Any) -> None:
-        """This stage's layers of one micro-batch."""
+        """This stage's layers of one micro-batch, which may be empty."""
         stage, parts = self.stage, self._parts
+        if not inputs.token_ids.numel():
+            self._advance_nothing()
+            return
         step = self._ops.begin(inputs, cache)
         work = parts.work.rows(inputs.token_ids.numel())
         if parts.embed is not None:
@@ -159,6 +162,13 @@ class Decoder(Generic[B]):
             assert stage.pipe is not None
             parts.layers[-1].finish(work)
             stage.pipe.send(work.hidden)
+
+    def _advance_nothing(self) -> None:
+        """Where ranks share experts, the others' rows may need ours."""
+        if self.stage.lockstep:
+            work = self._parts.work.rows(0)
+            for layer in self._parts.layers:
+                layer.finish(work)
 
     def _finish_wanted(self, work: B, rows: torch.Tensor) -> None:
         """The last layer's second half and the model's norm, only where logits are wanted."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nodeserve.layout import Shape
-from tests.reference import ranks
+from tests.reference import hub, ranks
 from tests.reference.parallel_steps import Case, alone, prompts, together
 from tests.reference.tiny_models import FAMILIES, SMALL, reference, written
 
@@ -22,6 +22,7 @@ MODELS = {
     # Windows that begin in the second stage; heads that do not divide, as SmolLM2's.
     "windowed": replace(FAMILIES["mistral"], first_window_layer=2, num_heads=9),
 }
+OTHERS = ("mixtral", "qwen2-moe", "qwen3-moe", "opt", "opt-post-norm", "opt-bare")
 SHAPES = [
     Shape(tp=2),
     Shape(tp=4),
@@ -38,6 +39,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, lis
     for name, config in MODELS.items():
         checkpoint = written(reference(config), config, folder / name)
         case = Case(checkpoint, torch.float32, prompts(config))
+        found[name] = (case, alone(case))
+    for name in OTHERS:
+        hub.write(name, folder / name)
+        checkpoint = hub.checkpoint_in(folder / name)
+        case = Case(checkpoint, torch.float32, prompts(checkpoint.config))
         found[name] = (case, alone(case))
     llama = found["llama"][0].checkpoint
     half = Case(llama, torch.bfloat16, prompts(SMALL))

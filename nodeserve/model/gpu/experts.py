@@ -103,7 +103,7 @@ def grouped_linear(
 
 def rows_of_a_tile(num_rows: int, num_groups: int) -> int:
     """About what a group has: few rows are the memory's, more than a tile's would be read twice."""
-    each = triton.next_power_of_2(max(1, num_rows // num_groups))
+    each: int = triton.next_power_of_2(max(1, num_rows // num_groups))
     return min(max(each, MIN_TILE), MAX_TILE)
 
 

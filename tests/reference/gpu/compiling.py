@@ -97,7 +97,13 @@ def cases() -> list[Case]:
 
 def _grouped(act: str, rows: int) -> Case:
     types = {"x": f"*{act}", "weight": f"*{act}", "counts": "*i64", "out": f"*{act}"}
-    values = {"WIDTH": 1536, "DEPTH": 2048, "GROUPS": 128, "ROWS": rows, "COLUMNS": 128}
+    values: dict[str, Any] = {
+        "WIDTH": 1536,
+        "DEPTH": 2048,
+        "GROUPS": 128,
+        "ROWS": rows,
+        "COLUMNS": 128,
+    }
     values |= {"STEP": 32 if act == "fp32" else 64, "PRECISION": "ieee"}
     types |= {"num_groups": "i32"}
     return Case(experts.grouped_kernel, types, values, 8 if rows > 64 else 4)
