@@ -81,7 +81,8 @@ class Bound:
                 return
             self._x, self._out = x, out
             self._arguments = (x.data_ptr(), out.data_ptr(), x.size(0))
-        self._native(*self._arguments)
+        if self._arguments[2]:  # a tensor without rows has no address
+            self._native(*self._arguments)
 
 
 class FusedAddNorm:

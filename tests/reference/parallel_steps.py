@@ -68,6 +68,19 @@ def _inputs(
     )
 
 
+EMPTY = StepInputs(
+    **{
+        name: torch.zeros(0, dtype=torch.int32)
+        for name in ("token_ids", "positions", "context_lens", "logit_rows")
+    },
+    query_starts=torch.zeros(1, dtype=torch.int32),
+    block_table=torch.zeros(0, MAX_BLOCKS, dtype=torch.int32),
+    num_decodes=0,
+    max_query_len=0,
+    max_context_len=0,
+)
+
+
 def prompts(config: ModelConfig) -> list[list[int]]:
     return [[(k * i * i + i) % config.vocab_size for i in range(n)] for n, k in PROMPTS]
 
@@ -97,14 +110,25 @@ def alone(case: Case) -> list[torch.Tensor]:
 
 
 def together(place: Place, groups: Groups, cases: list[Case]) -> list[list[torch.Tensor]]:
-    """The logits that this worker gives, of each case and step."""
-    return [_in_flight(*run_model(place, groups, one.checkpoint, one.dtype), one) for one in cases]
+    """The logits that this worker gives, of each case and step.
+
+    Ranks that share experts have a step less than their neighbour behind them, so none is where
+    another is, and the first and last ones have nothing to do at one of the ends.
+    """
+    found = []
+    for case in cases:
+        model, cache = run_model(place, groups, case.checkpoint, case.dtype)
+        steps = [inputs for inputs, _ in steps_of(case.tokens)]
+        before, after = [EMPTY] * place.ep_rank, [EMPTY] * (place.ep - 1 - place.ep_rank)
+        logits = _in_flight(model, cache, [*before, *steps, *after])
+        found.append(logits[place.ep_rank :][: len(steps)])
+    return found
 
 
-def _in_flight(model: Any, cache: Any, case: Case) -> list[torch.Tensor]:
+def _in_flight(model: Any, cache: Any, steps: list[StepInputs]) -> list[torch.Tensor]:
     """Each step's logits are asked for when the next one is on its way."""
     found, waiting = [], []
-    for inputs, _ in steps_of(case.tokens):
+    for inputs in steps:
         if model.stage.pipe is None:
             found.append(model.forward(inputs, cache).clone())
             continue
