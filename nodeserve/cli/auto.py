@@ -11,7 +11,7 @@ from nodeserve import profile_store
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.cli.plan import check_requests, progress, slo_of, within
 from nodeserve.config import EngineConfig
-from nodeserve.coordinator.placement import SIM_DEVICES
+from nodeserve.coordinator.places import SIM_DEVICES
 from nodeserve.coordinator.policies import policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus

@@ -71,7 +71,7 @@ class Auditor:
         self._tellers, self._waiting = self._waiting, []
         self._number += 1
         for link in self._coordinator.links:
-            if link.alive:
+            if link.alive and link.leads:  # followers book nothing
                 link.send(Count(self._number))
                 link.tail = []
                 self._asked[link] = Asked(link.num_sent, link.account.num_sent)

@@ -63,7 +63,7 @@ class Dispatch:
         self.allocator = DecodeAllocator(
             policies.decode_allocation, policies.dispatch.max_num_seqs, limits.block_size
         )
-        self._decoders = [self._units[link.index] for link in links if link.pulls]
+        self._decoders = [self._units[link.index] for link in links if link.pulls and link.leads]
         self.foresight = Foresight(self.dispatcher, self.allocator)
         self.num_departures = 0  # with somebody on board
         self._departures = 0
@@ -210,7 +210,7 @@ class Dispatch:
         """A lost instance is back: new links, empty."""
         instance = ranks[0].instance
         self._lost.remove(instance)
-        self.instances[instance] = list(ranks)
+        ranks = self.instances[instance] = [link for link in ranks if link.leads]
         for link in ranks:
             self._units[link.index].account = link.account
         if instance in self._seen:
@@ -327,10 +327,11 @@ def objective(slo: Mapping[str, float]) -> Slo:
 
 
 def by_instance(links: Sequence[WorkerLink]) -> dict[int, list[WorkerLink]]:
-    """The ranks of each instance."""
+    """The DP ranks of each instance: the leaders, one of which may be all of it."""
     instances: dict[int, list[WorkerLink]] = {}
     for link in links:
-        instances.setdefault(link.instance, []).append(link)
+        if link.leads:
+            instances.setdefault(link.instance, []).append(link)
     return instances
 
 

@@ -97,7 +97,7 @@ class BulkScheduler(Scheduler):
         if len(growing) > self.blocks.num_free:
             self._end_bulk()
             batch = Batch()
-            self._plan_decodes(batch)
+            self._plan_decodes(batch, num_decodes)
             return batch
         for sequence in growing:
             sequence.block_ids.extend(self.blocks.allocate(1))

@@ -5,7 +5,8 @@ names. The worker with this index takes the file away when it is next in that ph
 once:
 
 prefill, decode: it is about to run a pass with prompts, or with decodes; handoff: peers may read
-pages of it, or it reads theirs; now: whenever its loop turns.
+pages of it, or it reads theirs; follow: it is about to take its part in a step of its leader; now:
+whenever its loop turns.
 
 A file `poison` stays: a worker that is about to run a pass with a request whose first token is
 POISON fails so.
@@ -29,10 +30,12 @@ from nodeserve.worker.contract import (
     Device,
     Executor,
     Flight,
+    Following,
     Load,
     Moved,
     Progress,
     Sampled,
+    Team,
     Ticket,
     Transfer,
 )
@@ -135,6 +138,17 @@ class FaultyExecutor:
         return NeverDone(flight) if self._fault.spins else flight
 
 
+class FaultyFollowing:
+    def __init__(self, inner: Following, fault: Fault) -> None:
+        self._inner = inner
+        self._fault = fault
+        self.choose = inner.choose
+
+    def follow(self, plan: bytes) -> bool:
+        self._fault.meet("follow")
+        return self._inner.follow(plan)
+
+
 class FaultyTransfer:
     def __init__(self, inner: Transfer, fault: Fault) -> None:
         self._inner = inner
@@ -175,15 +189,17 @@ class FaultyTransfer:
 def faulty(load: Load) -> Load:
     """The same device, with faults to order where the environment names a folder for them."""
 
-    def loaded(spec: WorkerSpec, progress: Progress) -> Device:
-        device = load(spec, progress)
+    def loaded(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
+        device = load(spec, progress, team)
         if FOLDER not in os.environ:
             return device
         fault = Fault(spec)
+        following = device.following
         return replace(
             device,
             executor=FaultyExecutor(device.executor, fault),
             transfer=FaultyTransfer(device.transfer, fault),
+            following=None if following is None else FaultyFollowing(following, fault),
         )
 
     return loaded

@@ -7,7 +7,8 @@ import pytest
 
 from nodeserve.cli.launch import start
 from nodeserve.config import EngineConfig
-from nodeserve.coordinator.placement import check_numbers, choose_budget, choose_layout
+from nodeserve.coordinator.placement import check_numbers, choose_budget
+from nodeserve.coordinator.places import choose_layout
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape, parse_layout
 from nodeserve.plan.affinity import Phase, best_pair, phase_alone, place
@@ -394,5 +395,5 @@ def test_only_commands_that_start_takes_are_printed(
         if config.device == "sim":
             config = replace(config, profile="moe-ep8")  # a name that there is
         check_numbers(config)
-        choose_layout(config.layout, 16, ranks=config.device == "sim")
+        choose_layout(config.layout, 16)
         assert choose_budget(config, config.max_num_seqs or 256, 2048) == 64
