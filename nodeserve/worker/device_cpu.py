@@ -43,6 +43,8 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
     progress("pages", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
     model = families.build(found.config, weights, ops, partial(progress, "weights"))
+    if found.config.mla is not None:
+        torch.set_num_threads(1)  # model/mla_cpu.py says why
     staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
     constraints = Constraints.of_model(str(found.path), found.config)
     executor = ModelExecutor(model, ops.cache(layout, pool), staging, constraints)
