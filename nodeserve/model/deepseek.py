@@ -18,12 +18,20 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.model import moe, rotary
-from nodeserve.model.inputs import StepInputs
-from nodeserve.model.llama import Progress, Weights, part_of_layer
+from nodeserve.model.decoder import Decoder, Progress, Stage, Weights, assemble
+from nodeserve.model.llama import part_of_layer
 from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import Weight, dense
 from nodeserve.model.workspace import Workspace
+from nodeserve.shards import Axis, Cut
+
+# Heads have several sizes here; the latents that all heads share are whole on every rank.
+CUTS = {
+    **moe.CUTS,
+    "q_b_proj": Cut(0, Axis.HEADS),
+    "kv_b_proj": Cut(0, Axis.HEADS),
+}
 
 
 class Buffers(NamedTuple):
@@ -38,10 +46,10 @@ class Buffers(NamedTuple):
     query: torch.Tensor  # [rows, num_heads * latent_dim] act
     attended: torch.Tensor  # [rows, num_heads * v_head_dim] act
     gated: torch.Tensor  # [rows, intermediate_size] act
-    logits: torch.Tensor  # [rows, vocab_size] float32
+    logits: torch.Tensor  # [rows, Stage.num_logits] float32
 
 
-def workspace(config: ModelConfig, ops: Ops, with_logits: bool) -> Workspace[Buffers]:
+def workspace(config: ModelConfig, ops: Ops, num_logits: int) -> Workspace[Buffers]:
     mla = mla_of(config)
     act, f32 = ops.act_dtype, torch.float32
     columns = [
@@ -54,7 +62,7 @@ def workspace(config: ModelConfig, ops: Ops, with_logits: bool) -> Workspace[Buf
         (config.num_heads * mla.latent_dim, act),
         (config.num_heads * mla.v_head_dim, act),
         (config.intermediate_size, act),
-        (config.vocab_size if with_logits else 0, f32),
+        (num_logits, f32),
     ]
     return Workspace(Buffers, columns, ops.device)
 
@@ -121,63 +129,17 @@ class Layer:
         self.mlp(work)
 
 
-class Deepseek:
-    """A decoder with its weights bound to `ops`. Made by build()."""
+def build(
+    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress, stage: Stage
+) -> Decoder[Buffers]:
+    """Bind the weights of `stage` to `ops`."""
+    tables = rotary.tables(config)
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> None:
-        self.config = config
-        self._ops = ops
-        self._work = workspace(config, ops, with_logits=False)
-        self._tail = workspace(config, ops, with_logits=True)
-        tables = rotary.tables(config)
-        total = config.num_layers + 1
-        table = weights("model.embed_tokens.weight")
-        self.embed = ops.embedding(table)
-        self.head = ops.linear(table if config.tie_embeddings else weights("lm_head.weight"))
-        norms = [f"model.layers.{index}.input_layernorm" for index in range(config.num_layers)]
-        self.first_norm = ops.rms_norm(dense(weights(f"{norms[0]}.weight")), config.norm_eps)
-        progress(1, total)
-        self.layers = []
-        for index, next_norm in enumerate([*norms[1:], "model.norm"]):
-            next_weight = dense(weights(f"{next_norm}.weight"))
-            self.layers.append(Layer(config, index, weights, ops, tables, next_weight))
-            progress(index + 2, total)
+    def layer(index: int, next_norm: torch.Tensor) -> Layer:
+        return Layer(config, index, weights, ops, tables, next_norm)
 
-    def reserve(
-        self, max_tokens: int, max_logit_rows: int, max_seqs: int, max_context_len: int
-    ) -> None:
-        """Memory for steps up to these sizes; a larger one is refused from now on."""
-        self._work.reserve(max_tokens)
-        self._tail.reserve(max_logit_rows)
-        self._ops.reserve(max_tokens, max_seqs, max_context_len)
-
-    @torch.inference_mode()
-    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
-        """Logits [num_logits, vocab_size] float32, in a buffer that the next call overwrites."""
-        step = self._ops.begin(inputs, cache)
-        work = self._work.rows(inputs.token_ids.numel())
-        self.embed(inputs.token_ids, work.hidden)
-        self.first_norm(work.hidden, work.normed)
-        for layer in self.layers[:-1]:
-            layer.attend(work, step)
-            layer.finish(work)
-        self.layers[-1].attend(work, step)
-        return self._logits(work, inputs.logit_rows)
-
-    def _logits(self, work: Buffers, rows: torch.Tensor) -> torch.Tensor:
-        tail = self._tail.rows(rows.numel())
-        if rows.numel() == 0:
-            return tail.logits
-        torch.index_select(work.hidden, 0, rows, out=tail.hidden)
-        torch.index_select(work.attended, 0, rows, out=tail.attended)
-        self.layers[-1].finish(tail)
-        self.head(tail.normed, tail.logits)
-        return tail.logits
-
-
-def build(config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> Deepseek:
-    """Bind the weights to `ops`."""
-    return Deepseek(config, weights, ops, progress)
+    spaces = workspace(config, ops, num_logits=0), workspace(config, ops, stage.num_logits)
+    return assemble(config, weights, ops, progress, stage, layer, *spaces)
 
 
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:

@@ -16,10 +16,12 @@ import torch
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.families import shape_of
+from nodeserve.model.part import Part
 
 CHUNK = 1 << 24  # values made at once: 64 MiB of integers
 _UNIFORM_STD = 1.0 / math.sqrt(3.0)  # of the interval [-1, 1)
 _BIAS_STD = 0.02
+_ALL = Part(0, range)
 
 
 def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | None:
@@ -37,18 +39,29 @@ def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | No
 
 
 def random_tensor(
-    name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device
+    name: str,
+    shape: tuple[int, ...],
+    std: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: range | None = None,
 ) -> torch.Tensor:
-    """Uniform values with mean 0; the same bits for the same name, shape and std everywhere."""
-    values = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    """Uniform values with mean 0; the same bits for the same name, shape and std everywhere.
+
+    With `rows`, only those of the first dimension are made.
+    """
+    rows = range(shape[0]) if rows is None else rows
+    start = rows.start * math.prod(shape[1:])
+    values = torch.empty(len(rows) * math.prod(shape[1:]), dtype=dtype, device=device)
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     seeds = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
     scale = std / _UNIFORM_STD / 2.0**31
     for first in range(0, values.numel(), CHUNK):
         part = values[first : first + CHUNK]
-        places = torch.arange(first, first + part.numel(), dtype=torch.int32, device=device)
+        at = start + first
+        places = torch.arange(at, at + part.numel(), dtype=torch.int32, device=device)
         part.copy_(_mixed(places, seeds).to(torch.float32).mul_(scale))
-    return values.view(shape)
+    return values.view(len(rows), *shape[1:])
 
 
 def _mixed(places: torch.Tensor, seeds: tuple[int, int]) -> torch.Tensor:
@@ -79,12 +92,16 @@ class DummyWeights:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and shape_of(self._config, name) is not None
 
-    def __call__(self, name: str) -> torch.Tensor:
-        """The whole tensor called `name`, on the device."""
+    def __call__(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """The tensor called `name`, on the device."""
         shape = shape_of(self._config, name)
         if shape is None:
             raise ModelError(f"a {self._config.architecture} of this shape has no tensor {name}")
+        rows, *columns = (part or _ALL).within(shape)
         std = std_of(self._config, name, shape)
         if std is None:
-            return torch.ones(shape, dtype=self._dtype, device=self._device)
-        return random_tensor(name, shape, std, self._dtype, self._device)
+            return torch.ones(rows.stop - rows.start, dtype=self._dtype, device=self._device)
+        values = random_tensor(
+            name, shape, std, self._dtype, self._device, range(rows.start, rows.stop)
+        )
+        return values[(slice(None), *columns)].contiguous()

@@ -6,6 +6,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ConfigError
+from nodeserve.shards import Shard
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -21,8 +22,9 @@ def dtype_named(name: str) -> torch.dtype:
 class KvLayout:
     """The shape of one block: what `block_size` tokens keep in all layers, one contiguous run.
 
-    That is K and V, two planes, or one plane of latents (MLA). Latents are like the K of a single
-    head that all query heads share: every worker of a tensor-parallel instance keeps all of them.
+    All layers and heads that a worker has, that is: see `nodeserve.shards`. A layer keeps K and V,
+    two planes, or one plane of latents (MLA). Latents are like the K of a single head that all
+    query heads share: every worker of a tensor-parallel instance keeps all of them.
     """
 
     num_layers: int
@@ -31,6 +33,8 @@ class KvLayout:
     block_size: int  # tokens
     dtype: torch.dtype
     planes: int = 2  # K and V; 1: latents
+    first_layer: int = 0  # where ours begin in the whole model
+    first_kv_head: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -38,10 +42,23 @@ class KvLayout:
         return num_values * self.block_size * self.head_dim * self.dtype.itemsize
 
 
-def layout_of(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KvLayout:
-    if config.mla is not None:
-        return KvLayout(config.num_layers, 1, config.mla.latent_dim, block_size, dtype, planes=1)
-    return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+def layout_of(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, shard: Shard | None = None
+) -> KvLayout:
+    """Of the whole model, or of one worker's part of it."""
+    mine = shard or Shard(config)
+    layers, heads = mine.layers, mine.kv_heads
+    planes, head_dim = (2, config.head_dim) if config.mla is None else (1, config.mla.latent_dim)
+    return KvLayout(
+        len(layers),
+        len(heads),
+        head_dim,
+        block_size,
+        dtype,
+        planes,
+        first_layer=layers.start,
+        first_kv_head=heads.start,
+    )
 
 
 def pages_over(layout: KvLayout, pool: torch.Tensor) -> torch.Tensor:

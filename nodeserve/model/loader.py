@@ -1,6 +1,7 @@
 """Reads a checkpoint's weights by the names that the hub gives them, whatever the file format.
 
-`open_weights(checkpoint, dtype)` reads nothing yet; each `weights(name)` reads one tensor. Files
+`open_weights(checkpoint, dtype)` reads nothing yet; each `weights(name)` reads one tensor, and
+`weights(name, part)` only the rows or columns of it that a tensor rank has. Files
 stay mapped, so what is never asked for is never read; workers of one node share the pages that the
 system keeps of them. For another device, tensors go there as they are in the file and become
 `dtype` there.
@@ -23,6 +24,7 @@ from nodeserve.model.dequantise import dequantise
 from nodeserve.model.dummy import DummyWeights
 from nodeserve.model.families import shape_of
 from nodeserve.model.fp8 import from_fp8, num_blocks
+from nodeserve.model.part import Part, blocks_within
 from nodeserve.model.quantised import Quantised, Weight, can_stay
 from nodeserve.model_files import open_regular, read_json
 from nodeserve.types import brief
@@ -44,7 +46,13 @@ class Source(Protocol):
 
     def __contains__(self, name: object) -> bool: ...
 
-    def __call__(self, name: str) -> torch.Tensor: ...
+    def __call__(self, name: str, part: Part | None = None) -> torch.Tensor: ...
+
+
+class StoredSource(Protocol):
+    """The same, where matrices may be as a file quantises them."""
+
+    def __call__(self, name: str, part: Part | None = None) -> Weight: ...
 
 
 class Weights(ABC):
@@ -59,13 +67,17 @@ class Weights(ABC):
     def __contains__(self, name: object) -> bool: ...
 
     @abstractmethod
-    def _read(self, name: str) -> torch.Tensor: ...
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
 
-    def as_stored(self, name: str) -> torch.Tensor:
-        """The whole tensor called `name`, on the CPU, in the file's own type if torch has it."""
+    @abstractmethod
+    def _read(self, name: str, part: Part | None) -> torch.Tensor: ...
+
+    def as_stored(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """The tensor called `name`, on the CPU, in the file's own type if torch has it."""
         if name not in self:
             raise ModelError(f"{self.where} has no tensor {name}")
-        return self._read(name)
+        return self._read(name, part)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Kernels trust the shapes that the configuration gives: a file must have the same."""
@@ -73,33 +85,39 @@ class Weights(ABC):
         if expected is not None and shape != expected:
             raise ModelError(f"{self.where}: {name} has the shape {shape}, expected {expected}")
 
-    def restored(self, name: str, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The whole tensor called `name` in the model's type, where `move` takes it."""
-        stored = self.as_stored(name)
-        if stored.dtype.itemsize == 1:
-            block, scales = self._scales_of(name, stored)
-            return from_fp8(move(stored), move(scales), block, self.dtype)
-        return move(stored).to(torch.float32 if name.endswith(_IN_FLOAT32) else self.dtype)
+    def restored(
+        self, name: str, move: Callable[[torch.Tensor], torch.Tensor], part: Part | None = None
+    ) -> torch.Tensor:
+        """The tensor called `name` in the model's type, where `move` takes it."""
+        stored = self.as_stored(name, part)
+        if stored.dtype.itemsize > 1:
+            return move(stored).to(torch.float32 if name.endswith(_IN_FLOAT32) else self.dtype)
+        whole = self._shape(name)
+        block, scales = self._scales_of(name, whole, stored.dtype)
+        firsts = [place.start for place in part.within(whole)] if part else [0, 0]
+        return from_fp8(move(stored), move(scales), block, self.dtype, *firsts)
 
-    def _scales_of(self, name: str, stored: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
-        """The blocks of a matrix of 8-bit floats, and their scales."""
+    def _scales_of(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[tuple[int, int], torch.Tensor]:
+        """The blocks of a whole matrix of 8-bit floats, and their scales."""
         block, of_scales = self._config.fp8_block, f"{name}_scale_inv"
-        if stored.dtype != torch.float8_e4m3fn or block is None or of_scales not in self:
+        if dtype != torch.float8_e4m3fn or block is None or of_scales not in self:
             raise ModelError(
-                f"{self.where}: {name} is stored as {stored.dtype}; of 8-bit types only"
+                f"{self.where}: {name} is stored as {dtype}; of 8-bit types only"
                 f" float8_e4m3fn can be read, with {of_scales} beside it and a"
                 " quantization_config in config.json"
             )
-        scales, expected = self.as_stored(of_scales), num_blocks(stored.shape, block)
-        if (shape := tuple(scales.shape)) != expected:
+        scales, expected = self.as_stored(of_scales), num_blocks(shape, block)
+        if (found := tuple(scales.shape)) != expected:
             raise ModelError(
-                f"{self.where}: {of_scales} has the shape {shape}, expected {expected}"
+                f"{self.where}: {of_scales} has the shape {found}, expected {expected}"
             )
         return block, scales
 
-    def __call__(self, name: str) -> torch.Tensor:
-        """The whole tensor called `name`, on the CPU."""
-        return self.restored(name, lambda tensor: tensor)
+    def __call__(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """The tensor called `name`, on the CPU."""
+        return self.restored(name, lambda tensor: tensor, part)
 
 
 class Uploaded:
@@ -112,8 +130,8 @@ class Uploaded:
     def __contains__(self, name: object) -> bool:
         return name in self._weights
 
-    def __call__(self, name: str) -> torch.Tensor:
-        return self._weights.restored(name, self._upload)
+    def __call__(self, name: str, part: Part | None = None) -> torch.Tensor:
+        return self._weights.restored(name, self._upload, part)
 
 
 def open_weights(
@@ -136,7 +154,7 @@ def open_weights(
 
 def open_stored(
     checkpoint: Checkpoint, dtype: torch.dtype, load_format: str = "auto"
-) -> Callable[[str], Weight]:
+) -> StoredSource:
     """Weights on the CPU by hub name; matrices that a file quantises stay so where they can."""
     weights = open_weights(checkpoint, dtype, load_format)
     return weights.as_quantised if isinstance(weights, GgufWeights) else weights
@@ -154,12 +172,20 @@ class SafetensorsWeights(Weights):
     def __contains__(self, name: object) -> bool:
         return name in self._places
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(self._places[name]).get_slice(name).get_shape())
+
+    def _read(self, name: str, part: Part | None) -> torch.Tensor:
+        """Of a part, reads what it has and no more."""
         try:
-            tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
+            file, shape = self._open(self._places[name]), self._shape(name)
+            self._check_shape(name, shape)
+            if part is None:
+                tensor: torch.Tensor = file.get_tensor(name)
+            else:
+                tensor = file.get_slice(name)[part.within(shape)]
         except SafetensorError as error:
             raise ModelError(f"{self._places[name]}: cannot read {name}: {brief(error)}") from None
-        self._check_shape(name, tuple(tensor.shape))
         return tensor
 
     def _open(self, path: Path) -> Any:
@@ -233,28 +259,39 @@ class GgufWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__(str(checkpoint.path), checkpoint.config, dtype)
         self._file = GgufFile(checkpoint.path)
-        self._heads: dict[str, int] = {}
-        if checkpoint.config.architecture == "llama":  # only there the converter reorders rows
-            self._heads = {
-                "attn_q": checkpoint.config.num_heads,
-                "attn_k": checkpoint.config.num_kv_heads,
-            }
+        self._head_dim = checkpoint.config.head_dim
+        # Only there the converter reorders rows.
+        self._paired = ("attn_q", "attn_k") if checkpoint.config.architecture == "llama" else ()
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and gguf_name(name) in self._file.tensors
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[gguf_name(name)].shape
+
+    def _read(self, name: str, part: Part | None) -> torch.Tensor:
         tensor = self._file.tensors[gguf_name(name)]
         self._check_shape(name, tensor.shape)
-        return self._in_order(dequantise(self._bytes_of(tensor), tensor, self.dtype), tensor)
+        data = self._bytes_of(tensor)
+        if part is not None:
+            if (inside := blocks_within(data, tensor, part)) is None:
+                whole = self._in_order(dequantise(data, tensor, self.dtype), tensor)
+                return whole[part.within(tensor.shape)].clone()
+            data, tensor = inside
+        return self._in_order(dequantise(data, tensor, self.dtype), tensor)
 
-    def as_quantised(self, name: str) -> Weight:
+    def as_quantised(self, name: str, part: Part | None = None) -> Weight:
         """The tensor called `name`, its blocks as they are where that can be."""
         tensor = self._file.tensors.get(gguf_name(name))
         if tensor is None or not can_stay(tensor):
-            return self(name)
+            return self(name, part)
         self._check_shape(name, tensor.shape)
-        blocks = self._bytes_of(tensor).view(tensor.shape[0], -1)
+        data = self._bytes_of(tensor)
+        if part is not None:
+            if (inside := blocks_within(data, tensor, part)) is None:
+                return self(name, part)
+            data, tensor = inside
+        blocks = data.view(tensor.shape[0], -1)
         return Quantised(self._in_order(blocks, tensor), tensor.type, self.dtype)
 
     def _bytes_of(self, tensor: TensorInfo) -> torch.Tensor:
@@ -263,8 +300,10 @@ class GgufWeights(Weights):
         )
 
     def _in_order(self, rows: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
-        part = tensor.name.split(".")[-2]
-        return halves_from_pairs(rows, self._heads[part]) if part in self._heads else rows
+        """Of all rows of a tensor, or those of some heads: the converter keeps heads together."""
+        if tensor.name.split(".")[-2] not in self._paired:
+            return rows
+        return halves_from_pairs(rows, len(rows) // self._head_dim)
 
 
 def halves_from_pairs(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

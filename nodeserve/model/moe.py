@@ -11,10 +11,12 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.model import llama
+from nodeserve.model.decoder import Decoder, Progress, Stage, Weights
 from nodeserve.model.expert_parts import Mlp, Router, Shared
-from nodeserve.model.llama import Llama, MlpBuffers, Progress, Weights, part_of_layer
+from nodeserve.model.llama import MlpBuffers, part_of_layer
 from nodeserve.model.ops import Ops
 from nodeserve.model.quantised import dense
+from nodeserve.shards import Axis, Cut
 
 
 class Names(NamedTuple):
@@ -32,6 +34,13 @@ NAMES = {
     "mixtral": Names("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2")),
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
+}
+# An expert is cut like an MLP: w1, w3 and w2 are Mixtral's gate, up and down.
+CUTS = {
+    **llama.CUTS,
+    "w1": Cut(0, Axis.INNER),
+    "w3": Cut(0, Axis.INNER),
+    "w2": Cut(1, Axis.INNER),
 }
 _SHARED_GATE = "mlp.shared_expert_gate"
 _CHOICE_BIAS = "mlp.gate.e_score_correction_bias"
@@ -81,9 +90,11 @@ def make_mlp(
     return kind(config, index, weights, ops, next_norm)
 
 
-def build(config: ModelConfig, weights: Weights, ops: Ops, progress: Progress) -> Llama:
-    """Bind the weights to `ops`."""
-    return Llama(config, weights, ops, progress, make_mlp)
+def build(
+    config: ModelConfig, weights: Weights, ops: Ops, progress: Progress, stage: Stage
+) -> Decoder[llama.Buffers]:
+    """Bind the weights of `stage` to `ops`."""
+    return llama.build(config, weights, ops, progress, stage, make_mlp)
 
 
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:

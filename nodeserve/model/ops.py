@@ -21,6 +21,9 @@ from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
 from nodeserve.model.quantised import Weight
 
+Reduce = Callable[[torch.Tensor], None]
+"""x [rows, n] float32 or act -> the sum of all tensor ranks' x, in place, the same bits on each"""
+
 
 class Op(Protocol):
     """A function of rows: reads x [rows, ...], writes out [rows, ...]."""
@@ -99,8 +102,21 @@ class Ops(Protocol):
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Op:
         """weight [n, k]: x [rows, k] act -> out [rows, n] float32 or qkv_dtype"""
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        """weight [n, k]: hidden += x weight^T; normed = rms_norm(hidden) * norm_weight"""
+    def head(self, weight: Weight) -> Op:
+        """weight [vocab, k]: x [rows, k] act -> logits [rows, vocab] float32"""
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> AddNorm:
+        """weight [n, k]: hidden += reduce(x weight^T); normed = rms_norm(hidden) * norm_weight
+
+        `reduce` where ranks hold columns of the weight, each with its part of x.
+        """
 
     def gated(self, gate: Weight, up: Weight) -> Op:
         """gate, up [n, k]: x [rows, k] act -> out [rows, n] act = silu(x gate) * (x up)"""

@@ -24,6 +24,7 @@ from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
+from nodeserve.model.workspace import Scratch
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 _HUGE_PAGE_BYTES = 2 << 20
@@ -79,10 +80,11 @@ class Bound:
         if x is not self._x or out is not self._out:
             self._x, self._out = x, out
             self._arguments = (x.data_ptr(), out.data_ptr(), x.size(0))
-        self._native(*self._arguments)
+        if self._arguments[2]:  # a tensor without rows has no address
+            self._native(*self._arguments)
 
 
-class AddNorm:
+class FusedAddNorm:
     """Two native functions in a row: into the residual stream, and its norm out of it."""
 
     __slots__ = ("_add", "_norm")
@@ -119,6 +121,25 @@ class CpuAttention:
             self._tensors = (self._tensors[0], query, out)
             self._addresses = (self._addresses[0], query.data_ptr(), out.data_ptr())
         self._native.attend(step, self._layer, self._addresses[1], self._addresses[2])
+
+
+class ReducedAddNorm:
+    """The same where the product is a sum over several workers."""
+
+    __slots__ = ("_linear", "_norm", "_products", "_reduce")
+
+    def __init__(self, linear: Bound, reduce: Reduce, norm: Bound, products: Scratch) -> None:
+        self._linear = linear
+        self._reduce = reduce
+        self._norm = norm
+        self._products = products
+
+    def __call__(self, x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        product = self._products.rows(*hidden.shape)
+        self._linear(x, product)
+        self._reduce(product)
+        hidden.add_(product)
+        self._norm(hidden, normed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +197,7 @@ class CpuOps:
         self._num_heads = config.num_heads
         self._arena = Arena()
         self._plan = _host.CpuPlan()
+        self._products = Scratch(self.device, torch.float32)
 
     def cache(self, layout: KvLayout, pool: Any) -> CpuCache | TorchCache:
         if layout.planes == 1:
@@ -238,8 +260,21 @@ class CpuOps:
         offset = None if bias is None else bias.float()
         return row_ops.add_reduced(self.linear(weight), weight.shape[0], offset, reduce)
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
-        return AddNorm(self._linear(weight, "add_f32"), self.rms_norm(norm_weight, eps))
+    def head(self, weight: Weight) -> Bound:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> ops.AddNorm:
+        norm = self.rms_norm(norm_weight, eps)
+        if reduce is None:
+            return FusedAddNorm(self._linear(weight, "add_f32"), norm)
+        return ReducedAddNorm(self.linear(weight), reduce, norm, self._products)
 
     def add_norm(
         self, norm_weight: torch.Tensor, eps: float, *, reduce: Reduce | None = None

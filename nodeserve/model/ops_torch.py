@@ -130,12 +130,26 @@ class TorchOps:
 
         return op
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+    def head(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> AddNorm:
         matrix = self._own(weight, self.dtype)
         norm = self.rms_norm(norm_weight, eps)
 
         def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-            hidden.add_(functional.linear(x, matrix))
+            product = functional.linear(x, matrix)
+            if reduce is not None:
+                product = product.float()
+                reduce(product)
+            hidden.add_(product)
             norm(hidden, normed)
 
         return op

@@ -121,6 +121,20 @@ def dense(weight: Weight) -> torch.Tensor:
     return weight.dense() if isinstance(weight, Quantised) else weight
 
 
+def padded(weight: Weight, num_rows: int) -> Weight:
+    """The same with rows of zeros below it, if it has fewer than `num_rows`."""
+    missing = num_rows - weight.shape[0]
+    if missing == 0:
+        return weight
+    if isinstance(weight, Quantised):
+        return replace(weight, blocks=_with_zeros(weight.blocks, missing))
+    return _with_zeros(weight, missing)
+
+
+def _with_zeros(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(count, *rows.shape[1:])])
+
+
 def stacked(weights: Sequence[Weight]) -> Weight:
     """The rows of all, one after the other; quantised if all are, and in the same way."""
     first = weights[0]

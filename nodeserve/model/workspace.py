@@ -1,4 +1,4 @@
-"""A step's activations: one memory for each kind, for any number of rows."""
+"""A step's activations and scratch: memory that grows with the rows until it is reserved."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -22,7 +22,7 @@ class Workspace(Generic[B]):
         self._columns = columns
         self._device = device
         self._whole: list[torch.Tensor] = []
-        self._capacity = 0
+        self._capacity = -1  # no rows need tensors too
         self._fixed = False
         self._views: dict[int, B] = {}
 
@@ -49,3 +49,37 @@ class Workspace(Generic[B]):
             torch.zeros(self._capacity, width, dtype=dtype, device=self._device)
             for width, dtype in self._columns
         ]
+
+
+class Scratch:
+    """One memory for what an operation leaves to the next, grown until it is reserved."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=device)
+        self._width = 0
+        self._fixed = False
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
+
+    def need(self, width: int) -> None:
+        """Some operation will ask for rows of this width."""
+        self._width = max(self._width, width)
+
+    def reserve(self, max_rows: int) -> None:
+        self._grow(max_rows * self._width)
+        self._fixed = True
+
+    def rows(self, num_rows: int, width: int) -> torch.Tensor:
+        """[num_rows, width], until the next call"""
+        view = self._views.get((num_rows, width))
+        if view is None:
+            size = num_rows * width
+            self._grow(size)
+            view = self._flat[:size].view(num_rows, width)
+            self._views[num_rows, width] = view
+        return view
+
+    def _grow(self, size: int) -> None:
+        if size > self._flat.numel():
+            assert not self._fixed, f"{size} values of scratch, reserved are {self._flat.numel()}"
+            self._views.clear()
+            self._flat = self._flat.new_empty(size)

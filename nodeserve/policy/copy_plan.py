@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nodeserve.errors import ConfigError
+from nodeserve.shards import kv_head_range, share
 
 Cell = tuple[int, int]  # layer, KV head
 
@@ -83,34 +84,13 @@ class Pull:
     runs: tuple[CopyRun, ...]
 
 
-def head_range(num_kv_heads: int, rank: int, tp: int) -> range:
-    """The KV heads of a tensor rank. Above `num_kv_heads` ranks, neighbours hold the same head."""
-    if not 0 <= rank < tp:
-        raise ConfigError(f"tensor rank {rank} is outside 0 to {tp - 1}")
-    if num_kv_heads % tp and tp % num_kv_heads:
-        raise ConfigError(
-            f"{num_kv_heads} KV heads cannot be shared by tp{tp}: one must divide the other"
-        )
-    first = rank * num_kv_heads // tp
-    return range(first, first + max(1, num_kv_heads // tp))
-
-
-def layer_range(num_layers: int, stage: int, pp: int) -> range:
-    """The layers of a pipeline stage; where they do not divide, the first stages have one more."""
-    if not (0 <= stage < pp <= num_layers):
-        raise ConfigError(f"pipeline stage {stage} of pp{pp} does not fit {num_layers} layers")
-    each, more = divmod(num_layers, pp)
-    first = stage * each + min(stage, more)
-    return range(first, first + each + (stage < more))
-
-
 def shards(geometry: PageGeometry, tp: int = 1, pp: int = 1) -> tuple[PageShard, ...]:
     """All shards of an instance, in the order of its workers: the ranks of stage 0, then of 1."""
     return tuple(
         PageShard(
             geometry,
-            layer_range(geometry.num_layers, stage, pp),
-            head_range(geometry.num_kv_heads, rank, tp),
+            share(geometry.num_layers, pp, stage),
+            kv_head_range(geometry.num_kv_heads, rank, tp),
         )
         for stage in range(pp)
         for rank in range(tp)

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
-from nodeserve.config import ModelConfig, RopeScaling
+from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model import families, kv
 from nodeserve.model.backend import make_ops
@@ -21,78 +20,7 @@ from tests.reference.steps import (
     in_steps,
     whole_prompts,
 )
-
-SMALL = ModelConfig(
-    architecture="llama",
-    vocab_size=211,
-    hidden_size=96,
-    intermediate_size=200,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=64,
-    max_position=1024,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-)
-LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-FAMILIES = {
-    "llama": SMALL,
-    "llama-tied": replace(SMALL, tie_embeddings=True, num_kv_heads=6),
-    "llama3-scaled": replace(SMALL, rope_scaling=LLAMA3),
-    "llama-linear-scaled": replace(SMALL, rope_scaling=RopeScaling("linear", 4.0)),
-    "mistral": replace(SMALL, architecture="mistral", sliding_window=40, num_kv_heads=3),
-    "qwen2": replace(SMALL, architecture="qwen2", attention_bias=True, num_kv_heads=1),
-    "qwen3": replace(SMALL, architecture="qwen3", qk_norm=True, head_dim=80),
-}
-CLASSES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-}
-
-
-def _rope_parameters(config: ModelConfig) -> dict[str, float | str | int]:
-    scaling, theta = config.rope_scaling, {"rope_theta": config.rope_theta}
-    if scaling is None:
-        return {"rope_type": "default", **theta}
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor, **theta}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-        **theta,
-    }
-
-
-def _reference(config: ModelConfig) -> transformers.PreTrainedModel:
-    config_class, model_class = CLASSES[config.architecture]
-    settings = config_class(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters=_rope_parameters(config),
-        tie_word_embeddings=config.tie_embeddings,
-        sliding_window=config.sliding_window,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(7)
-    model: transformers.PreTrainedModel = model_class(settings).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # zero biases would hide a missing one
-            spread = 0.3 if name.endswith("bias") else 0.08
-            parameter.copy_(torch.randn_like(parameter) * spread + ("norm" in name))
-    return model
+from tests.reference.tiny_models import FAMILIES, SMALL, reference
 
 
 def _logits(config: ModelConfig, state: dict[str, torch.Tensor], ops: Ops) -> torch.Tensor:
@@ -113,7 +41,7 @@ def _prompts(config: ModelConfig) -> list[list[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_logits_equal_transformers(family: str) -> None:
     config = FAMILIES[family]
-    model = _reference(config)
+    model = reference(config)
     ours = _logits(config, model.state_dict(), make_ops(config, torch.float32))
     with torch.no_grad():
         theirs = [model(torch.tensor([prompt])).logits[0] for prompt in _prompts(config)]
@@ -124,7 +52,7 @@ def test_float32_logits_equal_transformers(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_native_agrees_with_torch(family: str, dtype: torch.dtype) -> None:
     config = FAMILIES[family]
-    state = _reference(config).state_dict()
+    state = reference(config).state_dict()
     native = _logits(config, state, CpuOps(config, dtype))
     plain = _logits(config, state, TorchOps(dtype))
     tolerance = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
@@ -133,7 +61,7 @@ def test_native_agrees_with_torch(family: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: torch.dtype) -> None:
-    state = _reference(SMALL).state_dict()
+    state = reference(SMALL).state_dict()
     whole: Steps = [{p: (0, n) for p, n in enumerate(PROMPT_LENS)}]
     alone: Steps = [{p: (0, n)} for p, n in enumerate(PROMPT_LENS)]
     token_by_token: Steps = [
@@ -150,7 +78,7 @@ def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(dtype: tor
 
 
 def test_only_the_wanted_rows_get_logits() -> None:
-    state, ops = _reference(SMALL).state_dict(), CpuOps(SMALL, torch.float32)
+    state, ops = reference(SMALL).state_dict(), CpuOps(SMALL, torch.float32)
     layout = kv.layout_of(SMALL, BLOCK_SIZE, ops.dtype)
     cache = ops.cache(layout, torch.zeros(NUM_BLOCKS * layout.block_bytes, dtype=torch.uint8))
     model = families.build(SMALL, state.__getitem__, ops)

@@ -4,9 +4,9 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.model.gpu.latent import latent_store
-from nodeserve.model.gpu.scratch import Scratch
 from nodeserve.model.gpu.step import AttentionBackend, GpuPass
 from nodeserve.model.mla_torch import mla_of, split_up
+from nodeserve.model.workspace import Scratch
 
 
 class GpuMlaAttention:

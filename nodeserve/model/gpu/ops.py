@@ -19,12 +19,12 @@ from nodeserve.model.experts import Experts, make_experts
 from nodeserve.model.gpu import norm, pointwise, rope
 from nodeserve.model.gpu.experts import GpuGrouped
 from nodeserve.model.gpu.mla import GpuMlaAttention
-from nodeserve.model.gpu.scratch import Scratch
 from nodeserve.model.gpu.step import AttentionBackend, GpuPass, GpuStep
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout, pages_over
 from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
+from nodeserve.model.workspace import Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -183,7 +183,17 @@ class CudaOps:
 
         return op
 
-    def linear_add_norm(self, weight: Weight, norm_weight: torch.Tensor, eps: float) -> AddNorm:
+    def head(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def linear_add_norm(
+        self,
+        weight: Weight,
+        norm_weight: torch.Tensor,
+        eps: float,
+        *,
+        reduce: Reduce | None = None,
+    ) -> AddNorm:
         matrix, scale = self._own(weight), self._own(norm_weight, torch.float32)
         width = matrix.size(0)
         self._scratch.need(width)
@@ -191,6 +201,8 @@ class CudaOps:
         def op(x: torch.Tensor, hidden: torch.Tensor, normed: torch.Tensor) -> None:
             delta = self._scratch.rows(x.size(0), width)
             torch.mm(x, matrix.t(), out=delta)
+            if reduce is not None:
+                reduce(delta)
             norm.add_rms_norm(delta, hidden, scale, normed, eps)
 
         return op
