@@ -3,6 +3,7 @@
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
+from nodeserve.policy.deepseek import GPUS, deepseek_family
 from nodeserve.policy.kernel_fits import FITS, kernel_family
 from nodeserve.policy.opt_a100 import opt_family
 from nodeserve.policy.profile import Family, Profile
@@ -13,6 +14,7 @@ FAMILIES = {
         *(opt_family(model) for model in ("opt-13b", "opt-66b", "opt-175b")),
         *(opt_family(model, "vllm") for model in ("opt-13b", "opt-66b", "opt-175b")),
         *map(kernel_family, FITS),
+        *map(deepseek_family, GPUS),
     )
 }
 

@@ -52,6 +52,8 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     progress("instance", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
     model = parallel.build(shard, weights, ops, groups, partial(progress, "weights"))
+    if found.config.mla is not None:
+        torch.set_num_threads(1)  # model/mla_cpu.py says why
     cache = ops.cache(layout, pool)
     executor = ModelExecutor(
         model,
