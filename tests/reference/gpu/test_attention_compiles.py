@@ -24,6 +24,7 @@ PROGRAMS = {  # of a decode on a multiprocessor
 }
 
 
+@pytest.mark.timeout(600)  # a compiler, many times
 @pytest.mark.parametrize("arch", LIMITS)
 def test_kernels_compile_and_fit(arch: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
