@@ -31,10 +31,6 @@ class Op(Protocol):
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
 
 
-# Adds up a tensor over the workers that share a matrix, in place.
-Reduce = Callable[[torch.Tensor], None]
-
-
 class AddNorm(Protocol):
     """Reads x [rows, k] act, adds to hidden [rows, n] float32, writes normed [rows, n] act."""
 

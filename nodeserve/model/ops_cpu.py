@@ -78,6 +78,8 @@ class Bound:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         if x is not self._x or out is not self._out:
+            if not x.size(0):  # tensors without rows have no address
+                return
             self._x, self._out = x, out
             self._arguments = (x.data_ptr(), out.data_ptr(), x.size(0))
         if self._arguments[2]:  # a tensor without rows has no address
