@@ -16,9 +16,8 @@ from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.plan import planner
-from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.candidates import all_candidates, variations
-from nodeserve.plan.efforts import Effort
+from nodeserve.plan.efforts import EFFORTS, Effort
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import Planner

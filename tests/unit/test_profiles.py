@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from nodeserve.layout import Shape
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.profiles import FAMILIES, PROFILES, profile_named
