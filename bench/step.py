@@ -13,11 +13,13 @@ Decode is quoted against the bytes, prefill against the compute; the larger of b
 limit. Times are the best of several repeats (the machine is shared), per thread count and dtype.
 Python's share is the time of a step outside native calls.
 
-The same decodes and a prefill on two tensor ranks follow, with what their collectives take alone.
+Some steps are measured again on two tensor ranks (bench/tensor_ranks.py).
 
 Decodes of few rows are also measured with the weights of a GGUF file, 4 bits in the layers (Q4_1)
 and 8 in the head (Q8_0): the bytes are those that a step really reads, and `to_dense` is its time
 over that of the same step from dense weights.
+
+Last, what a step costs more when two workers compute it: its plan and its collectives.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from bench import tensor_ranks
+from bench import team_step, tensor_ranks
 from bench.floors import causal_pairs, linear_shapes, step_bytes, step_flops
 from bench.random_weights import dense_weights, quantised_bytes, quantised_weights
 from bench.report import emit
@@ -313,7 +315,7 @@ def to_dense(steps: list[Step]) -> dict[str, float]:
 
 
 def on_tensor_ranks(steps: list[Step], repeats: int) -> list[dict[str, object]]:
-    """The same steps on two ranks of one core each."""
+    """Some of the steps again on two ranks of one core each."""
     one_worker = {
         step.name: step.ms
         for step in steps
@@ -327,6 +329,23 @@ def on_tensor_ranks(steps: list[Step], repeats: int) -> list[dict[str, object]]:
         )
     ]
     return tensor_ranks.measure(MODEL, kinds, BLOCK_SIZE, repeats)
+
+
+def in_two(repeats: int) -> list[dict[str, object]]:
+    """What two workers say to each other for a step that both compute (bench/team_step.py)."""
+    steps = {
+        "decode 1": inputs_of(1, 1, CONTEXT),
+        "decode 16": inputs_of(16, 1, CONTEXT),
+        "prefill 128": inputs_of(1, 128, 128),
+    }
+    measured = team_step.measure(MODEL, steps, repeats)
+    for one in measured:
+        print(
+            f"{one.name} in two: its plan ({one.plan_bytes} bytes) takes the leader"
+            f" {one.plan_us:.0f} us and is read after {one.arrival_us:.0f} us;"
+            f" collectives {one.collectives_us:.0f} us, the plan adds {one.to_collectives:.1%}"
+        )
+    return [asdict(one) for one in measured]
 
 
 def main() -> None:
@@ -355,6 +374,7 @@ def main() -> None:
         {"dtype": bench.dtype, "num_threads": bench.ops.engine.num_threads, **asdict(limits)}
         for bench, limits in pairs
     ]
+    teams = in_two(3 if smoke else 200)
     emit(
         {
             "bench": "step",
@@ -364,6 +384,7 @@ def main() -> None:
             "to_dense": to_dense(steps),
             "attention_16x256": attention,
             "tensor_ranks": on_tensor_ranks(steps, repeats),
+            "in_two": teams,
         }
     )
 

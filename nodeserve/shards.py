@@ -186,3 +186,9 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
             raise ModelError(
                 f"{name}{degree} does not fit a model of {limit} {what}: use {name}{limit} or less"
             )
+    num_experts = config.moe.num_experts if config.moe else 0
+    if 1 < shape.ep > num_experts:
+        raise ModelError(
+            f"ep{shape.ep} shares a layer's experts, of which this model has {num_experts}: use "
+            + (f"ep{num_experts} or less" if num_experts else "tp, or instances of one worker")
+        )

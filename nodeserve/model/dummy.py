@@ -21,6 +21,7 @@ from nodeserve.model.part import Part
 CHUNK = 1 << 24  # values made at once: 64 MiB of integers
 _UNIFORM_STD = 1.0 / math.sqrt(3.0)  # of the interval [-1, 1)
 _BIAS_STD = 0.02
+_INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "w2.weight", "out_proj.weight", "fc2.weight")
 _ALL = Part(0, range)
 
 
@@ -33,7 +34,7 @@ def std_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float | No
     if name == "model.embed_tokens.weight" and not config.tie_embeddings:
         return 1.0
     std = 1.0 / math.sqrt(shape[1])
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if name.endswith(_INTO_RESIDUAL):
         std /= math.sqrt(2 * config.num_layers)
     return std
 

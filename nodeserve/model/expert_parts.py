@@ -1,12 +1,13 @@
 """What a sparse layer is made of, and who holds which of its experts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
+from nodeserve.model.group import Group
 from nodeserve.model.quantised import Weight
+from nodeserve.shards import share
 
 
 class Mlp(NamedTuple):
@@ -31,25 +32,6 @@ class Shared(NamedTuple):
     gate: Weight | None  # [1, hidden]: its part is weighed by the sigmoid of this product
 
 
-class Group(Protocol):
-    """The ranks that share a layer's experts."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def all_to_all(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        out_counts: Sequence[int],
-        in_counts: Sequence[int],
-    ) -> None:
-        """Rows of x to each rank, `in_counts` of them, and of out from each, `out_counts`."""
-
-
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """Who holds which experts; an expert may be held by several ranks."""
@@ -63,7 +45,5 @@ class Exchange:
 
 
 def evenly(num_experts: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive experts for each rank, one more for the first ones where it does not come out."""
-    each, more = divmod(num_experts, num_ranks)
-    starts = [rank * each + min(rank, more) for rank in range(num_ranks + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False))
+    """Consecutive experts for each rank, as many as can be the same."""
+    return tuple(tuple(share(num_experts, num_ranks, rank)) for rank in range(num_ranks))

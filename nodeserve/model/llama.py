@@ -190,9 +190,9 @@ def shape_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
     return layer.get(part)
 
 
-def part_of_layer(config: ModelConfig, name: str) -> str:
+def part_of_layer(config: ModelConfig, name: str, where: str = "model.layers.") -> str:
     """What follows "model.layers.N." for a layer that exists, else nothing."""
-    prefix, _, rest = name.partition("model.layers.")
+    prefix, _, rest = name.partition(where)
     number, _, part = rest.partition(".")
     known = not prefix and number.isdecimal() and int(number) < config.num_layers
     return part if known else ""

@@ -19,7 +19,8 @@ from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
-from nodeserve.model.mla_torch import TorchMlaAttention
+from nodeserve.model.mla_cpu import CpuMlaAttention
+from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
@@ -77,6 +78,8 @@ class Bound:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         if x is not self._x or out is not self._out:
+            if not x.size(0):  # tensors without rows have no address
+                return
             self._x, self._out = x, out
             self._arguments = (x.data_ptr(), out.data_ptr(), x.size(0))
         if self._arguments[2]:  # a tensor without rows has no address
@@ -383,5 +386,14 @@ class CpuOps:
         tables: tuple[torch.Tensor, torch.Tensor],
         kv_norm: torch.Tensor,
         kv_up: Weight,
-    ) -> TorchMlaAttention:
-        return TorchMlaAttention(config, layer, tables, kv_norm.float(), dense(kv_up).float())
+    ) -> CpuMlaAttention:
+        mla = mla_of(config)
+        return CpuMlaAttention(
+            config,
+            layer,
+            tables,
+            self.rms_norm(kv_norm, mla.norm_eps),
+            dense(kv_up),
+            self.linear,
+            self.act_dtype,
+        )

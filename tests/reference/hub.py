@@ -1,7 +1,7 @@
 """Tiny random models of every family, as transformers writes them into a folder of the hub."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -9,7 +9,7 @@ import transformers
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config_readers import folder_config
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 96,
     "num_hidden_layers": 3,
@@ -17,26 +17,52 @@ SHAPE = {
     "max_position_embeddings": 512,
     "attn_implementation": "eager",
 }
-_GROUPED = {**SHAPE, "intermediate_size": 120, "num_key_value_heads": 2}
+_GROUPED: dict[str, Any] = {**SHAPE, "intermediate_size": 120, "num_key_value_heads": 2}
 _QWEN_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 56}
-_OPT = {**SHAPE, "ffn_dim": 200, "word_embed_proj_dim": 96}
+_OPT = {**SHAPE, "ffn_dim": 200}
 
-SETTINGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
-    "mixtral": lambda: transformers.MixtralConfig(
-        **_GROUPED, head_dim=32, num_local_experts=5, num_experts_per_tok=2
+SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {  # transformers' class, and what it is told
+    "mixtral": (
+        transformers.MixtralConfig,
+        {**_GROUPED, "head_dim": 32, "num_local_experts": 5, "num_experts_per_tok": 2},
     ),
-    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
-        **_GROUPED, **_QWEN_EXPERTS, shared_expert_intermediate_size=72, norm_topk_prob=False
+    "qwen2-moe": (
+        transformers.Qwen2MoeConfig,
+        {**_GROUPED, **_QWEN_EXPERTS, "shared_expert_intermediate_size": 72},
     ),
-    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-        **_GROUPED, **_QWEN_EXPERTS, head_dim=32, norm_topk_prob=True, mlp_only_layers=[1]
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **_GROUPED,
+            **_QWEN_EXPERTS,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "opt": (transformers.OPTConfig, {**_OPT, "word_embed_proj_dim": 96}),
+    "opt-post-norm": (
+        transformers.OPTConfig,
+        {**_OPT, "word_embed_proj_dim": 40, "do_layer_norm_before": False},
+    ),
+    "opt-bare": (
+        transformers.OPTConfig,
+        {
+            **_OPT,
+            "word_embed_proj_dim": 96,
+            "enable_bias": False,
+            "_remove_final_layer_norm": True,
+            "tie_word_embeddings": False,
+        },
     ),
 }
 
 
 def reference(family: str, seed: int = 7) -> transformers.PreTrainedModel:
     """Random weights, none of them zero or one: a missing bias or norm would show."""
-    model = transformers.AutoModelForCausalLM.from_config(SETTINGS[family]()).eval()
+    kind, settings = SETTINGS[family]
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    model: transformers.PreTrainedModel = make(kind(**settings)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -44,8 +70,7 @@ def reference(family: str, seed: int = 7) -> transformers.PreTrainedModel:
             is_scale = "norm" in name and name.endswith("weight")
             values = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(values * spread + is_scale)
-    tested: transformers.PreTrainedModel = model
-    return tested
+    return model
 
 
 def write(family: str, folder: Path, seed: int = 7) -> transformers.PreTrainedModel:

@@ -23,6 +23,7 @@ MODELS = {
     # Windows that begin in the second stage; heads that do not divide, as SmolLM2's.
     "windowed": replace(FAMILIES["mistral"], first_window_layer=2, num_heads=9),
 }
+OPTS = ("opt", "opt-post-norm", "opt-bare")
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
 LATENTS = ("v2-lite", "v2", "v3")
 SHAPES = [
@@ -43,7 +44,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     checkpoints = {
         name: written(reference(config), config, folder / name) for name, config in MODELS.items()
     }
-    for name in EXPERTS:
+    for name in (*EXPERTS, *OPTS):
         hub.write(name, folder / name)
         checkpoints[name] = hub.checkpoint_in(folder / name)
     for name in LATENTS:

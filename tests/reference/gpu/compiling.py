@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nodeserve.model.gpu import norm, pointwise, rope, sampling
+from nodeserve.model.gpu import experts, norm, pointwise, rope, sampling
 
 ARCHITECTURES = (80, 90, 100)
 ACTS = ("bf16", "fp16", "fp32")
@@ -86,11 +86,27 @@ def cases() -> list[Case]:
     types = {"query_starts": "*i32", "positions": "*i32", "block_table": "*i32", "slots": "*i32"}
     values = {"BLOCK_SIZE": 16, "TILE": 512}
     found.append(Case(rope.slots_kernel, types | {"width": "i32"}, values))
+    found += [_grouped("bf16", rows) for rows in (16, 32, 64, 128)]
+    found += [_grouped(act, rows) for act in ("fp16", "fp32") for rows in (16, 128)]
     for draw in (False, True):
         types = {"logits": "*fp32", "parameters": "*fp64" if draw else "*i32", "tokens": "*i32"}
         values = {"VOCAB": 128256, "TILE": 8192, "NUM_TILES": 16, "DRAW": draw, "PARAMETERS": 5}
         found.append(Case(sampling.choose_kernel, types, values, 16))
     return found
+
+
+def _grouped(act: str, rows: int) -> Case:
+    types = {"x": f"*{act}", "weight": f"*{act}", "counts": "*i64", "out": f"*{act}"}
+    values: dict[str, Any] = {
+        "WIDTH": 1536,
+        "DEPTH": 2048,
+        "GROUPS": 128,
+        "ROWS": rows,
+        "COLUMNS": 128,
+    }
+    values |= {"STEP": 32 if act == "fp32" else 64, "PRECISION": "ieee"}
+    types |= {"num_groups": "i32"}
+    return Case(experts.grouped_kernel, types, values, 8 if rows > 64 else 4)
 
 
 def _rope_store(act: str, head_dim: int, qk_norm: bool) -> Case:

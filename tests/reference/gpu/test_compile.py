@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nodeserve.model.gpu import norm, pointwise, rope, sampling
+from nodeserve.model.gpu import experts, norm, pointwise, rope, sampling
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = {80, 90, 100}
@@ -23,7 +23,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    modules = (norm, pointwise, rope, sampling)
+    modules = (experts, norm, pointwise, rope, sampling)
     kernels = {name for one in modules for name in vars(one) if name.endswith("_kernel")}
     assert {(one["kernel"], one["arch"]) for one in made} == {
         (kernel, arch) for kernel in kernels for arch in ARCHITECTURES
