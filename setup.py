@@ -1,6 +1,6 @@
 """Builds the C++ and CUDA extensions. Everything else about the package stands in pyproject.toml.
 
-`nodeserve._host` (rings, collectives, CPU kernels) needs a C++20 compiler, pybind11 and no torch.
+`nodeserve._host` (rings, collectives, CPU kernels) needs a C++20 compiler and pybind11, no torch.
 `nodeserve._cuda` (page pools, events, copies) needs nvcc 12.8 or newer besides, and no GPU. It is
 left out where there is none; nodeserve/_cuda_build.json says so to `nodeserve.cuda_build`.
 

@@ -17,7 +17,7 @@ from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.plan import planner
 from nodeserve.plan.candidates import all_candidates, variations
-from nodeserve.plan.efforts import Effort
+from nodeserve.plan.efforts import EFFORTS, Effort
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.planner import Planner
@@ -44,7 +44,7 @@ ASKED = (*OF_ANY, "--workload", "synthetic(500,4)")
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODESERVE_PROFILES", str(tmp_path))
-    monkeypatch.setitem(planner.EFFORTS, "quick", TINY)
+    monkeypatch.setitem(EFFORTS, "quick", TINY)
     monkeypatch.setattr(auto, "EFFORT", TINY)
     profile_store.write(MINE, {"threads": 1})
 
