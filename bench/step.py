@@ -13,6 +13,8 @@ Decode is quoted against the bytes, prefill against the compute; the larger of b
 limit. Times are the best of several repeats (the machine is shared), per thread count and dtype.
 Python's share is the time of a step outside native calls.
 
+Some steps are measured again on two tensor ranks (bench/tensor_ranks.py).
+
 Decodes of few rows are also measured with the weights of a GGUF file, 4 bits in the layers (Q4_1)
 and 8 in the head (Q8_0): the bytes are those that a step really reads, and `to_dense` is its time
 over that of the same step from dense weights.
@@ -31,7 +33,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from bench import team_step
+from bench import team_step, tensor_ranks
 from bench.floors import causal_pairs, linear_shapes, step_bytes, step_flops
 from bench.random_weights import dense_weights, quantised_bytes, quantised_weights
 from bench.report import emit
@@ -315,6 +317,23 @@ def to_dense(steps: list[Step]) -> dict[str, float]:
     return ratios
 
 
+def on_tensor_ranks(steps: list[Step], repeats: int) -> list[dict[str, object]]:
+    """Some of the steps again on two ranks of one core each."""
+    one_worker = {
+        step.name: step.ms
+        for step in steps
+        if (step.dtype, step.weights, step.num_threads) == ("bfloat16", "dense", 1)
+    }
+    shapes = [(1, 1, CONTEXT), (16, 1, CONTEXT), (1, 128, 128)]
+    kinds = [
+        (name, inputs_of(*shape), one_worker[name])
+        for name, shape in zip(
+            (f"decode 1 x {CONTEXT}", f"decode 16 x {CONTEXT}", "prefill 128"), shapes, strict=True
+        )
+    ]
+    return tensor_ranks.measure(MODEL, kinds, BLOCK_SIZE, repeats)
+
+
 def in_two(repeats: int) -> list[dict[str, object]]:
     """What two workers say to each other for a step that both compute (bench/team_step.py)."""
     steps = {
@@ -367,6 +386,7 @@ def main() -> None:
             "steps": [asdict(step) for step in steps],
             "to_dense": to_dense(steps),
             "attention_16x256": attention,
+            "tensor_ranks": on_tensor_ranks(steps, repeats),
             "in_two": teams,
         }
     )

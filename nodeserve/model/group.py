@@ -21,8 +21,6 @@ from nodeserve.errors import ConfigError, WorkerLost
 from nodeserve.model.group_memory import MemoryGroup
 from nodeserve.shards import Place
 
-MAX_UNSENT = 8  # hidden states on their way to a slower stage
-
 
 class Group(Protocol):
     """Some workers of an instance, who all make the same calls in the same order.
@@ -102,6 +100,8 @@ class TorchPipe:
     """What decoder.Pipe asks for; a communicator for each direction.
 
     With one for both, a send that waits for its receiver would stand before what it waits for.
+    Nobody waits to send, for that could be in a circle: of unsent tensors there are no more than
+    micro-batches under way.
     """
 
     def __init__(self, down: Any, back: Any) -> None:
@@ -126,9 +126,7 @@ class TorchPipe:
     def _send(self, communicator: Any, x: torch.Tensor, receiver: int) -> None:
         if not x.numel():
             return
-        while self._unsent and (
-            len(self._unsent) >= MAX_UNSENT or self._unsent[0][0].is_completed()
-        ):
+        while self._unsent and self._unsent[0][0].is_completed():
             _finish(self._unsent.popleft()[0])
         copy = x.clone()  # kept until it is gone
         self._unsent.append((_begin(communicator.send, [copy], receiver, 0), copy))
@@ -159,7 +157,7 @@ def connect(place: Place, store: Store, device: torch.device, timeout_s: float) 
 
     def meet(name: str, rank: int, size: int) -> Any:
         named = PrefixStore(name, store)
-        return _begin(_communicator, named, rank, size, device, timeout_s)
+        return _begin(communicator, named, rank, size, device, timeout_s)
 
     def group(name: str, rank: int, size: int) -> Group:
         if device.type == "cpu":
@@ -180,9 +178,7 @@ def connect(place: Place, store: Store, device: torch.device, timeout_s: float) 
     return Groups(tp, ep, pipe)
 
 
-def _communicator(
-    store: Store, rank: int, size: int, device: torch.device, timeout_s: float
-) -> Any:
+def communicator(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
     timeout = datetime.timedelta(seconds=timeout_s)
     if device.type == "cpu":
         gloo: Any = distributed.ProcessGroupGloo

@@ -29,20 +29,21 @@ class Case:
     checkpoint: Checkpoint
     dtype: torch.dtype
     tokens: list[list[int]]  # of each prompt, and behind it what is decoded
+    chunks: tuple[dict[int, int], ...] = CHUNKS
 
 
-def steps_of(tokens: list[list[int]]) -> Iterator[tuple[StepInputs, list[int]]]:
+def steps_of(case: Case) -> Iterator[tuple[StepInputs, list[int]]]:
     """Inputs of each step, and the prompts whose logits it gives; tokens behind a prompt's own are
     read when its step begins."""
     done = [0] * len(PROMPTS)
     decodes: tuple[dict[int, int], ...] = ({0: 1, 1: 1, 2: 1},) * NUM_DECODES
-    for chunks in (*CHUNKS, *decodes):
+    for chunks in (*case.chunks, *decodes):
         order = sorted(chunks, key=lambda prompt: chunks[prompt] != 1 or done[prompt] == 0)
         spans = {p: (done[p], done[p] + chunks[p]) for p in order}
         for prompt, (_, end) in spans.items():
             done[prompt] = end
         wanted = [p for p in order if done[p] >= PROMPTS[p][0]]
-        yield _inputs(tokens, spans, wanted), wanted
+        yield _inputs(case.tokens, spans, wanted), wanted
 
 
 def _inputs(
@@ -101,7 +102,7 @@ def alone(case: Case) -> list[torch.Tensor]:
     """Logits of every step on one worker; `case.tokens` grows by the likeliest ones."""
     model, cache = run_model(Place(), Groups.alone(), case.checkpoint, case.dtype)
     found = []
-    for inputs, wanted in steps_of(case.tokens):
+    for inputs, wanted in steps_of(case):
         logits = model.forward(inputs, cache).clone()
         found.append(logits)
         for prompt, row in zip(wanted, logits, strict=True):
@@ -118,7 +119,7 @@ def together(place: Place, groups: Groups, cases: list[Case]) -> list[list[torch
     found = []
     for case in cases:
         model, cache = run_model(place, groups, case.checkpoint, case.dtype)
-        steps = [inputs for inputs, _ in steps_of(case.tokens)]
+        steps = [inputs for inputs, _ in steps_of(case)]
         before, after = [EMPTY] * place.ep_rank, [EMPTY] * (place.ep - 1 - place.ep_rank)
         logits = _in_flight(model, cache, [*before, *steps, *after])
         found.append(logits[place.ep_rank :][: len(steps)])

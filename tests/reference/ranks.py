@@ -17,26 +17,37 @@ from nodeserve.layout import Shape
 from nodeserve.model.group import Groups, connect
 from nodeserve.shards import Place
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 100.0
 
 Task = Callable[..., Any]  # (place, groups, *arguments); importable by name
 
 
-def run(shape: Shape, folder: Path, task: Task, *arguments: Any) -> list[Any]:
-    """What `task` returned on each worker, in rank order; AssertionError with its traceback."""
+def run(
+    shape: Shape,
+    folder: Path,
+    task: Task,
+    *arguments: Any,
+    num_results: int | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
+    """What `task` returned on each worker, in rank order; AssertionError with its traceback.
+
+    With `num_results`, of the first workers only. `timeout_s` is how long they wait for each other.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, task.__module__])
     members = []
     for rank in range(shape.num_workers):
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_member, args=(theirs, Place.of(shape, rank), str(folder), task, arguments)
+            target=_member,
+            args=(theirs, Place.of(shape, rank), str(folder), timeout_s, task, arguments),
         )
         process.start()
         theirs.close()
         members.append((process, ours))
     try:
-        return [_result(connection) for _, connection in members]
+        return [_result(connection) for _, connection in members[:num_results]]
     finally:
         for process, connection in members:
             connection.close()
@@ -53,7 +64,12 @@ def _result(connection: Connection) -> Any:
 
 
 def _member(
-    connection: Connection, place: Place, folder: str, task: Task, arguments: tuple[Any, ...]
+    connection: Connection,
+    place: Place,
+    folder: str,
+    timeout_s: float,
+    task: Task,
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
@@ -61,7 +77,7 @@ def _member(
         if place.shape.num_workers > 1:
             make: Any = distributed.FileStore  # type: ignore[attr-defined]
             store = make(f"{folder}/meeting", place.shape.num_workers)
-            groups = connect(place, store, torch.device("cpu"), TIMEOUT_S)
+            groups = connect(place, store, torch.device("cpu"), timeout_s)
         connection.send(("result", task(place, groups, *arguments)))
     except BaseException:
         connection.send(("failed", f"rank {place.rank} of {place.shape}: {traceback.format_exc()}"))

@@ -13,7 +13,7 @@ import torch
 from nodeserve.layout import Shape
 from nodeserve.shards import Place
 from tests.reference import deepseek, hub, ranks
-from tests.reference.parallel_steps import Case, alone, prompts, together
+from tests.reference.parallel_steps import NUM_DECODES, Case, alone, prompts, together
 from tests.reference.tiny_models import FAMILIES, SMALL, reference, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,11 +51,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
         checkpoints[name] = deepseek.saved(deepseek.reference(name), folder / name)
     found = [Case(one, torch.float32, prompts(one.config)) for one in checkpoints.values()]
     found.append(Case(checkpoints["llama"], torch.bfloat16, prompts(SMALL)))
-    names = [*checkpoints, "llama in bfloat16"]
+    # Other steps before the same decodes.
+    found.append(replace(found[0], tokens=prompts(SMALL), chunks=({1: 7, 2: 90}, {0: 61})))
+    names = [*checkpoints, "llama in bfloat16", "llama at once"]
     return {name: (case, alone(case)) for name, case in zip(names, found, strict=True)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_and_tokens_are_those_of_one_worker(
     shape: Shape, cases: Cases, tmp_path: Path
@@ -68,6 +69,9 @@ def test_logits_and_tokens_are_those_of_one_worker(
                 check(logits, name, shape, *cases[name])
             else:
                 assert not any(one.numel() for one in logits)
+    if "llama" in run:
+        chunked, at_once = (every[0][run.index(name)] for name in ("llama", "llama at once"))
+        assert all(map(torch.equal, chunked[-NUM_DECODES:], at_once[-NUM_DECODES:]))
 
 
 def is_sparse(case: Case) -> bool:

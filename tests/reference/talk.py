@@ -1,0 +1,75 @@
+"""What members of a group say to each other, for test_group."""
+
+import os
+from typing import Any
+
+import torch
+from torch import distributed
+
+from nodeserve.errors import WorkerLost
+from nodeserve.model.group import Group, Groups, TorchGroup, communicator
+from nodeserve.shards import Place
+
+NUM_SENT = 20
+
+
+def group_of(kind: str, place: Place, groups: Groups, folder: str) -> Group:
+    """The one that CPU workers use, or torch's, which GPUs use, here over gloo."""
+    if kind == "memory":
+        return groups.tp
+    make: Any = distributed.FileStore  # type: ignore[attr-defined]
+    store = make(f"{folder}/torch", place.tp)
+    return TorchGroup(communicator(store, place.tp_rank, place.tp, torch.device("cpu"), 30.0))
+
+
+def collectives(place: Place, groups: Groups, kind: str, folder: str) -> dict[str, Any]:
+    group, rank = group_of(kind, place, groups, folder), place.tp_rank
+    x = torch.arange(6.0).view(2, 3) * (rank + 1)
+    group.all_reduce(x)
+    group.all_reduce(torch.zeros(0, 3))  # nobody waits for nothing
+    out = torch.zeros(group.size, 2) if rank == 0 else None
+    group.gather(torch.tensor([rank, 10.0 * rank]), out)
+    # Rank r gives s + r rows to each s, of the value 100 r + s.
+    counts = [taker + rank for taker in range(group.size)]
+    given = torch.cat([torch.full((n, 2), 100.0 * rank + s) for s, n in enumerate(counts)])
+    taken_counts = [rank + giver for giver in range(group.size)]
+    taken = torch.zeros(sum(taken_counts), 2)
+    group.all_to_all(taken, given, taken_counts, counts)
+    gathered = [] if out is None else out.tolist()
+    return {"sum": x.tolist(), "gathered": gathered, "taken": taken[:, 0].tolist()}
+
+
+def stages(place: Place, groups: Groups) -> list[float]:
+    """The first sends all before it takes any, the others pass it on, the last sends it back."""
+    assert groups.pipe is not None
+    got, found = torch.zeros(50, 100), []
+    for number in range(NUM_SENT if not place.is_first else 0):
+        groups.pipe.receive(got)
+        if place.is_last:
+            groups.pipe.send_back(got[:2] + number)
+        else:
+            groups.pipe.send(got)
+    if place.is_first:
+        for number in range(NUM_SENT):
+            mine = torch.full((50, 100), float(number))
+            groups.pipe.send(mine)
+            mine.fill_(-1.0)  # it is ours again at once
+        for _ in range(NUM_SENT):
+            groups.pipe.receive_back(got[:2])
+            found.append(float(got[1, 99]))
+        groups.pipe.send(got[:0])  # nothing
+    return found
+
+
+def left_alone(place: Place, groups: Groups) -> str:
+    """The last worker ends without a word; what the others are told."""
+    if place.rank == place.shape.num_workers - 1:
+        os._exit(0)
+    try:
+        if groups.pipe is not None:
+            groups.pipe.receive_back(torch.zeros(3))
+        else:
+            groups.tp.all_reduce(torch.zeros(3))
+    except WorkerLost as error:
+        return str(error)
+    return "nothing"
