@@ -175,7 +175,9 @@ def make_cache(ops: CpuOps, num_tokens: int) -> CpuCache:
     layout = kv.layout_of(MODEL, BLOCK_SIZE, ops.dtype)
     pool = mmap.mmap(-1, num_tokens // BLOCK_SIZE * layout.block_bytes)
     torch.frombuffer(pool, dtype=ops.dtype).normal_()
-    return ops.cache(layout, pool)
+    cache = ops.cache(layout, pool)
+    assert isinstance(cache, CpuCache)
+    return cache
 
 
 class Bench:
@@ -278,6 +280,7 @@ class Bench:
         layers = [self.ops.attention(MODEL, n, tables, None) for n in range(MODEL.num_layers)]
         query = torch.randn(num_seqs, MODEL.num_heads * MODEL.head_dim).to(self.ops.act_dtype)
         out, step = torch.empty_like(query), self.ops.begin(inputs_of(num_seqs, 1, CONTEXT), cache)
+        assert isinstance(step, _host.CpuPlan)
 
         def run() -> None:
             for layer in layers:

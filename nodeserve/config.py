@@ -147,6 +147,13 @@ class ModelConfig:
         """Those of them that one token's pass multiplies with: of the experts only its own."""
         return self._num_weights(self.moe.num_active if self.moe else 0)
 
+    @property
+    def num_routed_weights(self) -> int:
+        """Those of all experts that a router chooses from."""
+        if self.moe is None:
+            return 0
+        return self.num_weights - self._num_weights(0)
+
     def _num_weights(self, num_experts: int) -> int:
         dense = (2 if self.opt else 3) * self.hidden_size * self.intermediate_size
         layers = self.num_layers * (self._attention_weights + dense)

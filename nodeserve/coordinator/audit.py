@@ -223,7 +223,7 @@ def own_problems(coordinator: Coordinator) -> Iterator[str]:
     num_open = len(requests) - phases[Phase.DRAINING]
     totals = coordinator.totals
     for what, count, expected in (
-        ("requests in the buffer", len(dispatch.dispatcher), phases[Phase.WAITING]),
+        ("requests in the buffer", dispatch.num_queued, phases[Phase.WAITING]),
         ("parked requests", len(dispatch.parked), phases[Phase.PARKED]),
         (
             "requests that were accepted",

@@ -99,7 +99,7 @@ def how_they_run(links: Sequence[WorkerLink]) -> list[str]:
 
 def request_stats(coordinator: Coordinator) -> dict[str, int]:
     """How many requests are where, and how the others ended."""
-    totals, queued = coordinator.totals, len(coordinator.dispatch.dispatcher)
+    totals, queued = coordinator.totals, coordinator.dispatch.num_queued
     return {
         "queued": queued,
         "running": len(coordinator.requests) - queued,

@@ -19,7 +19,8 @@ from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
-from nodeserve.model.mla_torch import TorchMlaAttention
+from nodeserve.model.mla_cpu import CpuMlaAttention
+from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
@@ -385,5 +386,14 @@ class CpuOps:
         tables: tuple[torch.Tensor, torch.Tensor],
         kv_norm: torch.Tensor,
         kv_up: Weight,
-    ) -> TorchMlaAttention:
-        return TorchMlaAttention(config, layer, tables, kv_norm.float(), dense(kv_up).float())
+    ) -> CpuMlaAttention:
+        mla = mla_of(config)
+        return CpuMlaAttention(
+            config,
+            layer,
+            tables,
+            self.rms_norm(kv_norm, mla.norm_eps),
+            dense(kv_up),
+            self.linear,
+            self.act_dtype,
+        )

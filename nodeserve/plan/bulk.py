@@ -22,6 +22,11 @@ class BulkBatch(Batch):
     kv_tokens: int = 0
     ends: list[Sequence] = field(default_factory=list)
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing comes of it but tokens, the last one of nobody."""
+        return not (self.work or self.ends)
+
 
 def chunks_of(batch: Batch) -> list[Work]:
     """The work on prompts."""
@@ -71,6 +76,10 @@ class BulkScheduler(Scheduler):
         outcome.request_ids[:0] = [sequence.request_id for sequence in ends]
         outcome.finish[:0] = [LENGTH] * len(ends)
         return outcome
+
+    def commit_quietly(self, batch: BulkBatch) -> None:
+        """The same of one in which nothing happens."""
+        assert self._launched.popleft() is batch, "batches end in the order of their launches"
 
     def num_tokens(self, sequence: Sequence) -> int:
         """That it has by now."""

@@ -26,6 +26,7 @@ from nodeserve.worker.ranks import ranks_of
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format)
+    constraints = Constraints.of_model(str(found.path), found.config)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
@@ -51,12 +52,14 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     progress("instance", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
     model = parallel.build(shard, weights, ops, groups, partial(progress, "weights"))
+    if found.config.mla is not None:
+        torch.set_num_threads(1)  # model/mla_cpu.py says why
     cache = ops.cache(layout, pool)
     executor = ModelExecutor(
         model,
         cache,
         Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks),
-        Constraints.of_model(str(found.path), found.config),
+        constraints,
         team,
         spec.pp,
         ranks_of(spec),

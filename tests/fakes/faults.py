@@ -7,8 +7,12 @@ once:
 prefill, decode: it is about to run a pass with prompts, or with decodes; handoff: peers may read
 pages of it, or it reads theirs; follow: it is about to take its part in a step of its leader; now:
 whenever its loop turns.
+
+A file `poison` stays: a worker that is about to run a pass with a request whose first token is
+POISON fails so.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -37,6 +41,7 @@ from nodeserve.worker.contract import (
 )
 
 FOLDER = "NODESERVE_TEST_FAULTS"
+POISON = 96
 TIMEOUT_S = 0.6  # --step-timeout of nodes with faults
 SLOW_S = TIMEOUT_S / 3  # what a slow worker stands still
 
@@ -58,6 +63,12 @@ class Fault:
         except FileNotFoundError:
             return
         FAULTS[name](self)
+
+    def taste(self, batch: Batch) -> None:
+        """Fail at a poisoned request if that was ordered."""
+        if any(work.sequence.token_ids[0] == POISON for work in batch.work):
+            with contextlib.suppress(FileNotFoundError):
+                FAULTS[(self._folder / "poison").read_text()](self)
 
     def kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -118,6 +129,7 @@ class FaultyExecutor:
         return self._inner.overlaps
 
     def launch(self, batch: Batch) -> Flight:
+        self._fault.taste(batch)
         if batch.num_prefill_tokens:
             self._fault.meet("prefill")
         if batch.num_decodes:
