@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
 .PHONY: bench-window bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
-.PHONY: bench-constraints
+.PHONY: bench-constraints bench-moe
 .PHONY: peers bench-peers soak
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
 	@echo "             bench-gateway (OpenAI's HTTP API over simulated workers)"
 	@echo "             bench-constraints (schemas and grammars in a worker's sampler, 20 seconds)"
+	@echo "             bench-moe (expert-parallel ranks in lockstep, DeepSeek-V3's size, simulated, minutes)"
 	@echo "             bench-goodput (plan and reality on this machine, half an hour)"
 	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
 	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
@@ -95,7 +96,7 @@ model:
 	csrc/ring/model.sh
 
 bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
-  bench-goodput bench-constraints: bench-%: venv
+  bench-goodput bench-constraints bench-moe: bench-%: venv
 	$(BIN)/python -m bench.$*
 
 # OpenAI's HTTP API over simulated workers: two cores and nothing else on them.
@@ -129,7 +130,7 @@ bench-peers: venv
 	$(BIN)/python -m bench.peers $(ARGS)
 
 bench: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window
-bench: bench-constraints
+bench: bench-constraints bench-moe
 bench: bench-window-live bench-distserve bench-goodput bench-gateway bench-overload
 
 # Everything a GPU must show. `make gpu-check VENV=none PYTHON=python3` runs with a given Python as it
@@ -142,7 +143,7 @@ gpu-wheels: venv
 	PYTHON=$(BIN)/python bench/gpu/bring_along.sh $(or $(FOR),3.12) $(BIN)/pip
 
 bench-smoke: venv
-	for name in ring handoff step coordinator policy window distserve gateway overload constraints; do \
+	for name in ring handoff step coordinator policy window distserve gateway overload constraints moe; do \
 	  timeout --foreground 300 $(BIN)/python -m bench.$$name --smoke | tail -n 1 | $(BIN)/python -m json.tool > /dev/null \
 	  || exit 1; done
 

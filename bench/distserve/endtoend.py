@@ -1,7 +1,7 @@
 """The end-to-end table: rate and SLO scale of each system in each case."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST, Arm, Case
@@ -84,25 +84,22 @@ def _ask(case: Case, arm: Arm, plan: Plan, protocol: Protocol | None = None) -> 
 
 def _search(results: Sequence[Result], plan: Plan, pool: Pool) -> None:
     """The disaggregated system in its best shape; each baseline in its, with its own kernels and
-    with the same: what is left then is disaggregation alone. Shapes are raced with one seed."""
+    with the same: what is left then is disaggregation alone. Shapes are raced with all seeds: with
+    so few requests as one has, chance would choose."""
     searched = [(SAME, DISAGGREGATED), *product(KERNELS, SEARCHED)]
     groups = [(result, *one) for result in results for one in searched]
-    quick = replace(plan, seeds=plan.seeds[:1])
     races = [
-        [_ask(result.case, arm, quick) for arm in candidates(result.case, way, KERNELS[kernels])]
+        [_ask(result.case, arm, plan) for arm in candidates(result.case, way, KERNELS[kernels])]
         for result, kernels, way in groups
     ]
-    won = pool.each(race, races, "every shape")
-    asks = [
-        _ask(result.case, best.arm, plan) for (result, _, _), best in zip(groups, won, strict=True)
-    ]
-    found = pool.each(seek, asks, "the best of them")
+    won = list(pool.each(race, races, "every shape"))
     asked = [
-        (ask, result.case.scale_rate) for ask, (result, _, _) in zip(asks, groups, strict=True)
+        (_ask(result.case, best.arm, plan), result.case.scale_rate)
+        for (result, _, _), best in zip(groups, won, strict=True)
     ]
-    scales = pool.each(scale_at, asked, "their scales")
-    for result, kernels, way in groups:
-        result.searched[kernels, way] = next(found)
+    scales = pool.each(scale_at, asked, "the scales of the best")
+    for (result, kernels, way), best in zip(groups, won, strict=True):
+        result.searched[kernels, way] = best
         result.searched_scales[kernels, way] = next(scales)
 
 

@@ -145,11 +145,11 @@ def units(family: str, num_gpus: int) -> list[Arm]:
 
 def candidates(case: Case, way: str, kernels: str) -> list[Arm]:
     """Every shape of at most so many GPUs that holds the model; chunked, with every chunk.
-    `kernels` ends the name of a family."""
+    Disaggregated ones may have as many GPUs as the paper's. `kernels` ends the name of a family."""
     family = f"{case.model.name}-a100{kernels}"
-    if way == DISAGGREGATED:
-        return units(family, case.model.most_gpus)
     arm = replace(case.arm(way), family=family)
+    if way == DISAGGREGATED:
+        return units(family, max(case.model.most_gpus, arm.num_gpus))
     budgets = CHUNKS if way == CHUNKED else (arm.budget,)
     return [
         replace(arm, layout=f"1m:tp{tp}.pp{pp}", budget=budget)

@@ -61,7 +61,18 @@ class Keeper:
 
     def _keep(self) -> None:
         delay_s = FIRST_DELAY_S
-        while (process := self._spawn()) is not None:
+        while not self._stopping.is_set():
+            try:
+                process = self._spawn()
+            except OSError as problem:  # too many processes or descriptors: that may pass
+                extra = about("gateway_not_started", gateway=self.number)
+                words = "gateway %d cannot be started, again in %g s: %s"
+                logger.error(words, self.number, delay_s, problem.strerror, extra=extra)
+                self._stopping.wait(delay_s)
+                delay_s = min(2 * delay_s, MAX_DELAY_S)
+                continue
+            if process is None:
+                return
             began_s = time.monotonic()
             code = process.wait()
             assert process.stdin is not None

@@ -45,10 +45,11 @@ class Kind(NamedTuple):
 def kinds_of(
     model: Profile | Family, num_gpus: int, eps: Sequence[int] = (1,), plain: bool = False
 ) -> list[Kind]:
-    """Shapes that fit so many GPUs, small ones first. `eps` are the expert parallel degrees to try;
-    `plain` leaves out tensor and pipeline parallel ones. ConfigError if there is none."""
+    """Shapes that fit so many GPUs, small ones first. `eps` are the expert parallel degrees to try,
+    where the model does not say its own; `plain` leaves out shapes of several GPUs. ConfigError if
+    there is none."""
     if isinstance(model, Family):
-        ranks = {Shape(tp, pp): profile for (tp, pp), profile in model.shapes.items()}
+        ranks = model.ranks
         if plain:
             ranks = {shape: profile for shape, profile in ranks.items() if shape == Shape()}
     else:
@@ -56,11 +57,15 @@ def kinds_of(
     kinds = [
         Kind(replace(shape, ep=ep), profile, profile.num_gpus * ep)
         for shape, profile in ranks.items()
-        for ep in eps
+        for ep in (eps if shape.ep == 1 else (shape.ep,))
         if profile.num_gpus * ep <= num_gpus
     ]
     if not kinds:
-        least = min((one.num_gpus for one in ranks.values()), default=0) * min(eps)
+        sizes = [
+            profile.num_gpus * (min(eps) if shape.ep == 1 else shape.ep)
+            for shape, profile in ranks.items()
+        ]
+        least = min(sizes, default=0)
         if not least:
             raise ConfigError(
                 f"{model.name} has no shape of one GPU, and nodeserve start takes no others yet"

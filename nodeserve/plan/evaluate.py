@@ -65,7 +65,7 @@ class Question:
     def any_profile(self) -> Profile:
         """For what does not depend on the shape."""
         model = self.model
-        return next(iter(model.shapes.values())) if isinstance(model, Family) else model
+        return next(iter(model.ranks.values())) if isinstance(model, Family) else model
 
     @property
     def num_seqs(self) -> int:

@@ -43,6 +43,12 @@ class Family:
     # experts leave of a rank's memory, what their exchange takes.
     spread: Mapping[int, Profile] = field(default_factory=dict)
 
+    @property
+    def ranks(self) -> dict[Shape, Profile]:
+        """The profiles by shape; of spread ones the number of ranks is part of it."""
+        plain = {Shape(tp, pp): profile for (tp, pp), profile in self.shapes.items()}
+        return plain | {Shape(ep=ep): profile for ep, profile in self.spread.items()}
+
     def of(self, shape: Shape) -> Profile:
         """ConfigError names the shapes there are; others do not hold the model, or nobody measured
         them. The ranks of an expert parallel instance are such shapes each, unless the family
@@ -61,7 +67,8 @@ class Family:
         if (shape.tp, shape.pp) == (1, 1) and shape.ep in self.spread:
             return self.spread[shape.ep]
         known = ", ".join(f"ep{ep}" for ep in self.spread)
-        raise ConfigError(f"profile {self.name} has no {shape}: use one of {known}")
+        stated = str(shape) or "shape of one rank"
+        raise ConfigError(f"profile {self.name} has no {stated}: use one of {known}")
 
 
 LEAST_FACTOR = 0.5

@@ -25,6 +25,7 @@ from tests.fakes.server import FakeServer
 PROTOCOLS = ("socket", "completions", "chat")
 CLOSE_S = 0.002
 CLOSE = 0.02  # of a goodput
+TRIES = 3  # of a run that others on the machine disturb
 LIMITS = parse_limits(["ttft:60", "tpot:12"])
 
 
@@ -58,10 +59,17 @@ def uneven(place: int, num: int) -> list[float]:
 async def test_times_and_goodput_are_those_that_the_server_sent(
     protocol: str, tmp_path: Path
 ) -> None:
-    """Compared with when it really sent, so that a busy machine blames neither."""
+    """Compared with when it really sent, so that a busy machine blames neither; of a run that its
+    own client calls late, nothing is promised."""
     async with known(protocol, tmp_path, uneven) as (options, told), Fleet(options) as fleet:
         bench = Bench(fleet, requests(), BenchOptions(LIMITS, num_warm_ups=0))
-        result = await bench.run(60.0, 240)
+        for _ in range(TRIES):
+            told.clear()
+            result = await bench.run(60.0, 240)
+            if result.report.punctuality.valid:
+                break
+        else:
+            pytest.skip(f"the machine is busy: {'; '.join(result.report.punctuality.reasons)}")
     pairs = list(zip(sorted(result.samples, key=lambda one: one.sent_s), told, strict=True))
     report = result.report
     for name, close_s in (("ttft", CLOSE_S), ("tpot", CLOSE_S / 7)):  # of eight tokens

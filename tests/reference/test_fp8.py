@@ -12,6 +12,7 @@ from nodeserve.config_readers import folder_config
 from nodeserve.errors import ModelError
 from nodeserve.model.fp8 import from_fp8, num_blocks
 from nodeserve.model.loader import Uploaded, open_weights
+from nodeserve.model.part import Part
 from tests.reference import deepseek
 
 BLOCK = (32, 48)
@@ -91,6 +92,16 @@ def test_parts_are_restored_by_the_scales_of_their_place() -> None:
     whole = from_fp8(weight, scales, (16, 32), torch.float32)
     part = from_fp8(weight[37:90, 50:129], scales, (16, 32), torch.float32, 37, 50)
     assert torch.equal(part, whole[37:90, 50:129])
+
+
+@pytest.mark.parametrize(
+    "part", [Part(0, lambda n: range(37, n - 5)), Part(1, lambda n: range(50, n))]
+)
+def test_a_part_of_a_matrix_is_that_of_the_whole(folder: Path, part: Part) -> None:
+    """As a tensor-parallel rank reads it, wherever the cut is within a block."""
+    weights = open_weights(checkpoint(folder), torch.float32)
+    whole = weights(NAME)
+    assert torch.equal(weights(NAME, part), whole[part.within(whole.shape)])
 
 
 def changed(folder: Path, **tensors: torch.Tensor | None) -> None:

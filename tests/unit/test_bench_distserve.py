@@ -122,7 +122,10 @@ def test_a_baselines_shapes_hold_the_model_and_have_the_papers_among_them(
     layouts = {str(parse_layout(arm.layout)) for arm in arms if arm.budget == theirs.budget}
     assert str(parse_layout(theirs.layout)) in layouts
     units = tasks.candidates(case, DISAGGREGATED, kernels)
-    assert units and max(unit.num_gpus for unit in units) <= case.model.most_gpus
+    ours = case.arm(DISAGGREGATED)
+    assert max(unit.num_gpus for unit in units) <= max(case.model.most_gpus, ours.num_gpus)
+    if kernels == "":
+        assert str(parse_layout(ours.layout)) in {str(parse_layout(one.layout)) for one in units}
 
 
 def test_arrivals_have_their_rate_exactly_and_agree_across_rates() -> None:

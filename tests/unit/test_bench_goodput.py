@@ -19,12 +19,16 @@ from bench.goodput.bracket import (
     clumping,
     surely_best,
 )
+from bench.goodput.live import SETTLE_S, good_of
 from bench.goodput.tables import aims, judged, picture, values
+from nodeserve.loadgen.bench import Result
+from nodeserve.loadgen.measure import measure
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.goodput import Slo, Tally
 from nodeserve.plan.planner import Estimate
 from nodeserve.plan.search import Probe
 from nodeserve.plan.verdict import Verdict
+from tests.unit.test_loadgen_measure import sample
 
 NUM = 200
 
@@ -140,6 +144,17 @@ def test_a_winner_is_ahead_by_more_than_the_errors() -> None:
     assert surely_best({"a": at(10.0), "b": at(9.9)}) is None
     never = climbed(8.0, lambda rate: 0.0)
     assert surely_best({"a": never, "b": at(2.0)}) == "b" and surely_best({"a": never}) is None
+
+
+def test_the_requests_that_were_good_are_those_of_the_report() -> None:
+    slo = Slo(0.2, 0.05)
+    samples = [sample(place, 0.1 if place % 3 else 0.3) for place in range(20)]
+    report = measure(samples, lambda arrival: slo, 0.9, settle_s=SETTLE_S)
+    assert report is not None
+    result = Result(1.0, [one.job.arrival for one in samples], report, samples)
+    good = good_of(result, slo)
+    assert good == [place % 3 != 0 for place in range(5, 20)]
+    assert Tally(len(good), sum(good)) == report.tally
 
 
 def arm(kind: str, planned: float, live: float) -> Arm:

@@ -7,6 +7,7 @@ import pytest
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape
+from nodeserve.plan.candidates import kinds_of
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.deepseek import V3
 from nodeserve.policy.profile import Family, Profile
@@ -61,6 +62,15 @@ def test_eight_h100_do_not_hold_the_model_and_eight_h200_do() -> None:
     assert h100(72).num_kv_tokens > h100(16).num_kv_tokens
     with pytest.raises(ConfigError, match="use one of"):
         family_of("h200").of(Shape(tp=2))
+
+
+def test_a_planner_tries_the_ranks_that_the_family_knows() -> None:
+    kinds = kinds_of(family_of("h100"), 64, eps=(1, 2))
+    assert [(kind.shape.ep, kind.num_gpus) for kind in kinds] == [(16, 16), (32, 32), (64, 64)]
+    with pytest.raises(ConfigError, match="needs 16 GPUs or more, 8 given"):
+        kinds_of(family_of("h100"), 8)
+    with pytest.raises(ConfigError, match="has no shape of one GPU"):
+        kinds_of(family_of("h100"), 64, plain=True)
 
 
 def test_latents_are_on_every_tensor_rank_and_heads_are_split() -> None:
