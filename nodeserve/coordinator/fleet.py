@@ -44,6 +44,7 @@ from nodeserve.wire.messages import (
 
 LOOKS = 8  # at every worker in the time that makes one hung
 LONGEST_LOOK_S = 1.0
+CAUSE_S = 0.5  # for the reason of an end that another worker has noticed
 Start = Callable[["asyncio._CoroutineLike[None]", str], asyncio.Task[None]]
 
 
@@ -188,7 +189,12 @@ class Fleet:
             self._on_starting(link, message)
 
     def _on_failed(self, link: WorkerLink, message: Failed) -> None:
-        """It says itself that it cannot go on, and is not asked how long its end may take."""
+        """It says itself that it cannot go on, and is not asked how long its end may take. If it
+        tells of the end of another one, that one's own reason should come first."""
+        if message.code == WorkerLost.code:
+            words = f"failed: {message.message}"
+            asyncio.get_running_loop().call_later(CAUSE_S, link.give_up, words)
+            return
         if not link.alive:  # a start that fails says what a person has to change
             link.end(from_code(message.code, message.message))
         link.give_up(f"failed: {message.message}")

@@ -121,6 +121,7 @@ class Limits:
     max_num_batched_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     num_stages: int = 1  # batches, of different sequences, that may be under way at once
+    attention_weight: float = 0.0  # of a pair of tokens, in tokens; above 0: see chunks.py
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -31,6 +31,7 @@ from operator import attrgetter
 
 from nodeserve.policy.batching import Batch, Limits, Outcome, Sequence, Stage, Work
 from nodeserve.policy.blocks import BlockAllocator, blocks_for, watermark
+from nodeserve.policy.chunks import chunk_cost, longest_chunk
 from nodeserve.policy.decode_plans import decodes_ahead, decodes_beside, share
 
 BY_ARRIVAL = attrgetter("arrival")
@@ -224,7 +225,8 @@ class Scheduler:
     def _plan_prefills(self, batch: Batch, num_decoding: int) -> None:
         limits, work = self.limits, batch.work
         num_seqs = batch.num_decodes
-        budget = limits.max_num_batched_tokens - num_seqs
+        budget, weight = limits.max_num_batched_tokens - num_seqs, limits.attention_weight
+        cost = chunk_cost(limits.max_num_batched_tokens, 0, weight) - num_seqs
         num_slots = limits.max_num_seqs - num_decoding - self._num_pulling
         for sequence in self._waiting:
             if budget <= 0 or num_seqs >= limits.max_num_seqs:
@@ -236,12 +238,15 @@ class Scheduler:
             missing = len(sequence.token_ids) - sequence.num_computed
             if not missing:
                 continue  # the last of it is at another stage
-            if not sequence.block_ids and not self._start(sequence, batch):
+            context = sequence.num_computed
+            least = not batch.num_prefill_tokens  # however much a token costs, prompts get on
+            count = min(budget, missing, max(longest_chunk(cost, context, weight), least))
+            if not count or not (sequence.block_ids or self._start(sequence, batch)):
                 break
-            count = min(budget, missing)
-            work.append(Work(sequence, sequence.num_computed, count, count == missing))
+            work.append(Work(sequence, context, count, count == missing))
             batch.num_prefill_tokens += count
             budget -= count
+            cost -= chunk_cost(count, context, weight)
             num_seqs += 1
 
     def _start(self, sequence: Sequence, batch: Batch) -> bool:

@@ -247,6 +247,7 @@ class Device:
     eos_token_ids: frozenset[int]
     following: Following | None = None  # of a follower, whose executor launches nothing
     num_stages: int = 1  # steps, of different sequences, that can be under way at once
+    attention_weight: float = 0.0  # where they should take equally long: see policy.batching.Limits
 
 
 Load = Callable[[WorkerSpec, Progress, Team], Device]

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from nodeserve import checkpoint
-from nodeserve.config import WorkerSpec
+from nodeserve.config import ModelConfig, WorkerSpec
 from nodeserve.model import backend, kv, parallel
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
@@ -86,7 +86,14 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         if spec.leads
         else ModelFollower(model, cache, spec.pp, place.is_last and place.tp_rank == 0),
         num_stages=spec.pp,
+        attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
     )
+
+
+def attention_weight(config: ModelConfig) -> float:
+    """Multiplications for a pair of tokens in attention, over those for a token anywhere else."""
+    pair = 2 * config.num_layers * config.num_heads * config.head_dim
+    return pair / config.num_active_weights
 
 
 def describe(ops: Ops) -> str:

@@ -133,6 +133,7 @@ def limits(spec: WorkerSpec, device: Device) -> Limits:
         max_num_batched_tokens=spec.max_num_batched_tokens,
         eos_token_ids=device.eos_token_ids,
         num_stages=device.num_stages,
+        attention_weight=device.attention_weight,
     )
 
 

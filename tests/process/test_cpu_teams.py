@@ -72,3 +72,5 @@ async def test_a_follower_lost_in_a_step_costs_no_token(
     assert not order.exists()
     workers = (await all_ready(client, restarts=2))["workers"]
     assert [one["restarts"] for one in workers] == [1, 1]
+    if fault == "kill":
+        assert "worker 1 was killed by SIGKILL" in workers[0]["reason"]

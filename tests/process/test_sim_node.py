@@ -42,8 +42,11 @@ def workers_by_instance(stats: dict[str, Any]) -> dict[int, list[dict[str, Any]]
 async def same_steps(client: RawClient) -> None:
     """Returns once all ranks of each instance have told of the same number of passes."""
     while True:
-        instances = workers_by_instance(await client.stats())
-        if all(len({worker["steps"] for worker in ranks}) == 1 for ranks in instances.values()):
+        instances = workers_by_instance(await client.stats()).values()
+        told = [
+            {one["steps"] for one in ranks if one["leader"] == one["index"]} for ranks in instances
+        ]
+        if all(len(steps) == 1 for steps in told):
             return
 
 
