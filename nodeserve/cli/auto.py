@@ -73,7 +73,7 @@ def measured_name(config: EngineConfig, gpus: Gpus) -> str:
     """The name under which `nodeserve profile` stores this model on this machine."""
     if config.device == "sim":
         raise ConfigError("--device sim needs a --profile, also with --layout auto")
-    model = resolve_checkpoint(config.model, config.load_format).served_name
+    model = resolve_checkpoint(config.model, config.load_format, config.model_impl).served_name
     kind = gpus.found[0].name if config.device != "cpu" and gpus.usable else "cpu"
     name = profile_store.name_for(model, kind)
     if name not in profile_store.stored_names():

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig, Simulated
+from nodeserve.config import EngineConfig, ModelConfig, Simulated
+from nodeserve.config_readers import MODEL_IMPLS
 from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.room import (
     check_gpus,
@@ -41,6 +42,7 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu", "sim"),
     "dtype": ("auto", *DTYPE_BYTES),
     "load_format": ("auto", "dummy"),
+    "model_impl": MODEL_IMPLS,
     "attention_backend": ("auto", "flash-attn", "torch", "triton", "reference"),
     "handoff": ("auto", "ipc", "host"),
     "admission": ADMISSIONS,
@@ -52,7 +54,7 @@ COUNTS = (
     *("max_connections", "max_connection_reqs"),
 )
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
-REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
+REAL_SETTINGS = ("dtype", "load_format", "model_impl", *GPU_SETTINGS)
 SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
 
 
@@ -100,6 +102,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     if config.device == "sim":
         return resolve_simulated(config, checkpoint)
     on_gpus = config.device != "cpu" and gpus.usable
+    foreign = foreign_notes(checkpoint.config, on_gpus)
     layout, places, notes = place_on_gpus(config, gpus) if on_gpus else place_on_cpus(config, gpus)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
@@ -134,7 +137,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
         startup_timeout_s=config.startup_timeout or default_timeout_s(weight_bytes),
         policies=policies_of(config, max_num_seqs, budget),
         simulated=None,
-        notes=notes,
+        notes=(*notes, *foreign),
     )
 
 
@@ -208,6 +211,21 @@ def check_names(config: EngineConfig) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {value}: use {', '.join(rest)} or {last}"
             )
+
+
+def foreign_notes(model: ModelConfig, on_gpus: bool) -> tuple[str, ...]:
+    """What to know of a model that transformers' code computes; ConfigError where it cannot."""
+    if model.foreign is None:
+        return ()
+    if on_gpus:
+        raise ConfigError(
+            f"{model.foreign.model_type} runs as transformers' code, on CPUs only so far:"
+            " give --device cpu"
+        )
+    return (
+        f"{model.foreign.model_type} runs as transformers' own code: slower than nodeserve's"
+        " families (docs/models.md)",
+    )
 
 
 def check_device(config: EngineConfig, gpus: Gpus) -> None:

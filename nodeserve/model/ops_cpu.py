@@ -165,6 +165,8 @@ class PackedIntegers:
 
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
+    if config.foreign is not None:
+        return "transformers computes it"
     if config.mla is not None:
         return None  # attention over latents is torch's, the rest has no conditions
     if config.head_dim % 16 or config.head_dim > 256:

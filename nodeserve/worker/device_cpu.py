@@ -22,7 +22,7 @@ from nodeserve.worker.pages import make_pool, num_blocks_in
 
 def load(spec: WorkerSpec, progress: Progress) -> Device:
     dtype = kv.dtype_named(spec.dtype)
-    found = checkpoint.resolve(spec.model, spec.load_format)
+    found = checkpoint.resolve(spec.model, spec.load_format, spec.model_impl)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
