@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -172,7 +173,9 @@ def make_cache(ops: CpuOps, num_tokens: int) -> CpuCache:
     layout = kv.layout_of(MODEL, BLOCK_SIZE, ops.dtype)
     pool = mmap.mmap(-1, num_tokens // BLOCK_SIZE * layout.block_bytes)
     torch.frombuffer(pool, dtype=ops.dtype).normal_()
-    return ops.cache(layout, pool)
+    cache = ops.cache(layout, pool)
+    assert isinstance(cache, CpuCache), "a model of keys and values"
+    return cache
 
 
 class Bench:
@@ -274,7 +277,8 @@ class Bench:
         tables, cache = rotary.tables(MODEL), make_cache(self.ops, num_seqs * CONTEXT)
         layers = [self.ops.attention(MODEL, n, tables, None) for n in range(MODEL.num_layers)]
         query = torch.randn(num_seqs, MODEL.num_heads * MODEL.head_dim).to(self.ops.act_dtype)
-        out, step = torch.empty_like(query), self.ops.begin(inputs_of(num_seqs, 1, CONTEXT), cache)
+        out = torch.empty_like(query)
+        step: Any = self.ops.begin(inputs_of(num_seqs, 1, CONTEXT), cache)
 
         def run() -> None:
             for layer in layers:
