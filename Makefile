@@ -25,7 +25,7 @@ help:
 	@echo "             bench-distserve (the DistServe paper again, simulated; needs its published data)"
 	@echo "             bench-gateway (OpenAI's HTTP API over simulated workers)"
 	@echo "             bench-constraints (schemas and grammars in a worker's sampler, 20 seconds)"
-	@echo "             bench-goodput (plan and reality on this machine, a quarter of an hour)"
+	@echo "             bench-goodput (plan and reality on this machine, half an hour)"
 	@echo "             bench-overload (20 times what a node can serve, 5 minutes, sleeps mostly)"
 	@echo "make soak    everything at once with workers that are killed, SOAK_MINUTES=20; not part of bench"
 	@echo "make bench-peers beside vLLM, llama.cpp, transformers and OpenVINO on this CPU (30 minutes);"
@@ -95,8 +95,12 @@ model:
 	csrc/ring/model.sh
 
 bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-window bench-distserve \
-  bench-goodput bench-gateway bench-constraints: bench-%: venv
+  bench-goodput bench-constraints: bench-%: venv
 	$(BIN)/python -m bench.$*
+
+# OpenAI's HTTP API over simulated workers: two cores and nothing else on them.
+bench-gateway: venv
+	$(BIN)/python -m bench.gateway --out bench/results/gateway.json $(ARGS)
 
 # The window's arms against real processes in real time, each for some seconds.
 bench-window-live: venv

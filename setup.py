@@ -1,6 +1,6 @@
 """Builds the C++ and CUDA extensions. Everything else about the package stands in pyproject.toml.
 
-`nodeserve._host` (rings, CPU kernels) needs a C++20 compiler and pybind11, never torch.
+`nodeserve._host` (rings, collectives, CPU kernels) needs a C++20 compiler and pybind11, no torch.
 `nodeserve._cuda` (page pools, events, copies) needs nvcc 12.8 or newer besides, and no GPU. It is
 left out where there is none; nodeserve/_cuda_build.json says so to `nodeserve.cuda_build`.
 
@@ -37,7 +37,7 @@ CPU_SOURCES = [
     "csrc/cpu/level_avx2.cpp",
     "csrc/cpu/level_generic.cpp",
 ]
-HOST_SOURCES = ["csrc/api_host.cpp", "csrc/ring/bind.cpp", *CPU_SOURCES]
+HOST_SOURCES = ["csrc/api_host.cpp", "csrc/ring/bind.cpp", "csrc/group/bind.cpp", *CPU_SOURCES]
 
 
 def flag(name: str) -> bool:
@@ -56,7 +56,7 @@ def host_extension() -> Pybind11Extension:
         # Products and sums fuse where a kernel says so and nowhere else: same bits in any tile.
         extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-ffp-contract=off"],
         extra_link_args=["-pthread"],
-        depends=[str(path) for path in headers("csrc/ring", "csrc/cpu")],
+        depends=[str(path) for path in headers("csrc/ring", "csrc/group", "csrc/cpu")],
     )
 
 

@@ -16,6 +16,8 @@ Python's share is the time of a step outside native calls.
 Decodes of few rows are also measured with the weights of a GGUF file, 4 bits in the layers (Q4_1)
 and 8 in the head (Q8_0): the bytes are those that a step really reads, and `to_dense` is its time
 over that of the same step from dense weights.
+
+Last, what a step costs more when two workers compute it: its plan and its collectives.
 """
 
 import argparse
@@ -25,11 +27,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn import functional
 
+from bench import team_step
 from bench.floors import causal_pairs, linear_shapes, step_bytes, step_flops
 from bench.random_weights import dense_weights, quantised_bytes, quantised_weights
 from bench.report import emit
@@ -174,7 +176,7 @@ def make_cache(ops: CpuOps, num_tokens: int) -> CpuCache:
     pool = mmap.mmap(-1, num_tokens // BLOCK_SIZE * layout.block_bytes)
     torch.frombuffer(pool, dtype=ops.dtype).normal_()
     cache = ops.cache(layout, pool)
-    assert isinstance(cache, CpuCache), "a model of keys and values"
+    assert isinstance(cache, CpuCache)
     return cache
 
 
@@ -277,8 +279,8 @@ class Bench:
         tables, cache = rotary.tables(MODEL), make_cache(self.ops, num_seqs * CONTEXT)
         layers = [self.ops.attention(MODEL, n, tables, None) for n in range(MODEL.num_layers)]
         query = torch.randn(num_seqs, MODEL.num_heads * MODEL.head_dim).to(self.ops.act_dtype)
-        out = torch.empty_like(query)
-        step: Any = self.ops.begin(inputs_of(num_seqs, 1, CONTEXT), cache)
+        out, step = torch.empty_like(query), self.ops.begin(inputs_of(num_seqs, 1, CONTEXT), cache)
+        assert isinstance(step, _host.CpuPlan)
 
         def run() -> None:
             for layer in layers:
@@ -313,6 +315,23 @@ def to_dense(steps: list[Step]) -> dict[str, float]:
     return ratios
 
 
+def in_two(repeats: int) -> list[dict[str, object]]:
+    """What two workers say to each other for a step that both compute (bench/team_step.py)."""
+    steps = {
+        "decode 1": inputs_of(1, 1, CONTEXT),
+        "decode 16": inputs_of(16, 1, CONTEXT),
+        "prefill 128": inputs_of(1, 128, 128),
+    }
+    measured = team_step.measure(MODEL, steps, repeats)
+    for one in measured:
+        print(
+            f"{one.name} in two: its plan ({one.plan_bytes} bytes) takes the leader"
+            f" {one.plan_us:.0f} us and is read after {one.arrival_us:.0f} us;"
+            f" collectives {one.collectives_us:.0f} us, the plan adds {one.to_collectives:.1%}"
+        )
+    return [asdict(one) for one in measured]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--smoke", action="store_true", help="few, short measurements")
@@ -339,6 +358,7 @@ def main() -> None:
         {"dtype": bench.dtype, "num_threads": bench.ops.engine.num_threads, **asdict(limits)}
         for bench, limits in pairs
     ]
+    teams = in_two(3 if smoke else 200)
     emit(
         {
             "bench": "step",
@@ -347,6 +367,7 @@ def main() -> None:
             "steps": [asdict(step) for step in steps],
             "to_dense": to_dense(steps),
             "attention_16x256": attention,
+            "in_two": teams,
         }
     )
 

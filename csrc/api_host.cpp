@@ -3,9 +3,11 @@
 
 void bind_ring(pybind11::module_& module);
 void bind_cpu(pybind11::module_& module);
+void bind_group(pybind11::module_& module);
 
 PYBIND11_MODULE(_host, module) {
-    module.doc() = "Shared-memory rings and CPU kernels of nodeserve.";
+    module.doc() = "Shared-memory rings, collectives and CPU kernels of nodeserve.";
     bind_ring(module);
     bind_cpu(module);
+    bind_group(module);
 }

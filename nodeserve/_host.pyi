@@ -1,4 +1,4 @@
-"""The C++ host extension: shared-memory rings and CPU kernels. No CUDA, no torch."""
+"""The C++ host extension: shared-memory rings, collectives and CPU kernels. No CUDA, no torch."""
 
 from collections.abc import Sequence
 from typing import final
@@ -51,6 +51,29 @@ class Ring:
     def arm_consumer(self) -> bool:
         """Announce sleep. False: there are records already, do not sleep."""
     def disarm_consumer(self) -> None: ...
+
+# ---- group (csrc/group)
+
+def meeting_bytes(size: int, slot_bytes: int) -> int:
+    """What `Meeting` needs for `size` members and parts of `slot_bytes`, a multiple of 64."""
+
+class Meeting:
+    """Collectives of processes that map the same memory; csrc/group/meeting.h has the protocol.
+
+    All members make the same calls in the same order. Addresses are of contiguous memory.
+    RuntimeError when a member does not come within `timeout_s`. Calls release the GIL.
+    """
+
+    def __init__(self, memory: Buffer, rank: int, size: int, timeout_s: float) -> None:
+        """`memory` is zero before the first member opens it."""
+    def all_reduce(self, x: int, count: int) -> None:
+        """`count` float32 at x become the sum of everybody's, added in the order of ranks."""
+    def gather(self, x: int, num_bytes: int, out: int) -> None:
+        """Everybody's bytes at x, one behind the other, to `out`; 0 but on rank 0."""
+    def all_to_all(self, x: int, given: Sequence[int], out: int, taken: Sequence[int]) -> None:
+        """The next given[r] bytes of x to each r; of out the next taken[r] from each.
+
+        ValueError where a member gives another number than is taken."""
 
 # ---- cpu (csrc/cpu)
 #

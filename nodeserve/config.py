@@ -156,6 +156,13 @@ class ModelConfig:
         """Those of them that one token's pass multiplies with: of the experts only its own."""
         return self._num_weights(self.moe.num_active if self.moe else 0)
 
+    @property
+    def num_routed_weights(self) -> int:
+        """Those of all experts that a router chooses from."""
+        if self.moe is None:
+            return 0
+        return self.num_weights - self._num_weights(0)
+
     def _num_weights(self, num_experts: int) -> int:
         dense = (2 if self.opt else 3) * self.hidden_size * self.intermediate_size
         layers = self.num_layers * (self._attention_weights + dense)
@@ -290,10 +297,27 @@ class WorkerSpec:
     enforce_eager: bool
     instance: int = 0  # number of the instance that this worker is part of
     rank: int = 0  # its place there
+    tp: int = 1  # the instance's shape: tensor, pipeline and expert degrees
+    pp: int = 1
+    ep: int = 1
+    # The rings (what wire.channel's TeamEnd takes) of a leader to each of its followers, or of a
+    # follower to its leader.
+    team: tuple[dict[str, int | str], ...] = ()
+    rendezvous_fd: int = -1  # inherited descriptor of memory in which the instance's workers meet
     board_fd: int = -1  # inherited descriptor of the memory that the instance's ranks share
-    bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its ranks, in their order
-    simulated: Simulated | None = None  # with device "sim"; only it needs a board and bells
+    bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its workers, in their order
+    simulated: Simulated | None = None  # with device "sim"
     model_impl: str = "auto"  # "auto", "nodeserve" or "transformers"
+
+    @property
+    def team_size(self) -> int:
+        """Workers that compute a DP rank's steps together; the first of them leads."""
+        return self.tp * self.pp
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one has a queue of its own. Else it does what its leader does."""
+        return self.rank % self.team_size == 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -301,7 +325,7 @@ class WorkerSpec:
     @staticmethod
     def from_json(text: str) -> "WorkerSpec":
         values = json.loads(text)
-        for name in ("cpus", "gpus", "bell_fds"):
+        for name in ("cpus", "gpus", "team", "bell_fds"):
             values[name] = tuple(values[name])
         if (simulated := values["simulated"]) is not None:
             eos_token_ids = tuple(simulated["eos_token_ids"])

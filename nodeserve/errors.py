@@ -107,6 +107,12 @@ class RecordTooLarge(RingError):
     code = "record_too_large"
 
 
+class TeamError(NodeServeError):
+    """Workers of one instance do not agree on what they compute; the instance starts again."""
+
+    code = "team"
+
+
 class OutOfBlocks(NodeServeError):
     """Fewer free KV blocks than asked for; nothing was taken."""
 

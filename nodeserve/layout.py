@@ -33,6 +33,11 @@ class Shape:
     def num_workers(self) -> int:
         return self.tp * self.pp * self.ep
 
+    @property
+    def team_size(self) -> int:
+        """Workers that compute a DP rank's steps together; the first of them leads."""
+        return self.tp * self.pp
+
     def __str__(self) -> str:
         degrees = (("tp", self.tp), ("pp", self.pp), ("ep", self.ep))
         return ".".join(f"{name}{degree}" for name, degree in degrees if degree > 1)

@@ -2,7 +2,8 @@
 
 Low affinity: prefill and decode share a node of eight GPUs, so shapes are tried jointly. High: each
 phase takes its own best shape and as many instances as balance the two on 32 GPUs. Limits 0.4 s and
-0.1 s, 25 requests a GPU, as in the authors' script.
+0.1 s, 25 requests a GPU, as in the authors' script. Panel a has what is attained against the rate,
+panel b against a factor on both limits, at one rate and with the same layouts.
 """
 
 import sys
@@ -19,17 +20,23 @@ from bench.distserve.cases import (
 )
 from bench.distserve.phases import phase_rate
 from bench.distserve.runs import Load, Protocol
-from bench.distserve.tasks import Ask, Pool, Sought, race, share_at, units
+from bench.distserve.tasks import Ask, Pool, Sought, race, scaled_at, share_at, units
 from nodeserve.layout import Group, Layout, Shape
-from nodeserve.plan.goodput import Slo
+from nodeserve.plan.goodput import Slo, crossing
 from nodeserve.policy.profiles import FAMILIES
 from nodeserve.types import Role
 
 RATES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-# Percent attained at RATES, of the saved points of the authors' script (commit 33c3d3b).
+SCALES, SCALED_RATE = (1.2, 1.0, 0.8, 0.6, 0.4), 0.25
+# Percent attained at RATES and, at SCALED_RATE, at SCALES: the saved points of the authors' script
+# (commit 326c481). Its vLLM is another shape in each panel, hence two numbers for one point.
 PAPER = {
     "DistServe": (99.3, 99.3, 95.3, 88.0, 81.3, 77.3, 63.3),
     "vLLM": (62.0, 62.0, 58.0, 56.0, 48.0, 32.0, 28.0),
+}
+PAPER_SCALED = {
+    "DistServe": (98.0, 95.3, 88.7, 74.0, 46.7),
+    "vLLM": (79.0, 70.0, 58.0, 42.0, 7.0),
 }
 LIMITS = Slo(0.4, 0.1)
 CLUSTER, NODE = 32, 8
@@ -41,10 +48,13 @@ SEARCH_LIMITS = Slo(0.25, 0.1)
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Of each way the layout found and what is attained at RATES."""
+    """Of each way the layout found, what is attained at RATES and at SCALES, and the smallest scale
+    that attains the goal."""
 
     layouts: dict[str, str]
     shares: dict[str, list[float]]
+    scaled: dict[str, list[float]]
+    smallest: dict[str, float | None]
 
 
 def run(protocol: Protocol, pool: Pool) -> Curves:
@@ -54,16 +64,25 @@ def run(protocol: Protocol, pool: Pool) -> Curves:
         "DistServe-Low": low_affinity("opt-66b-a100", NODE, LIMITS, protocol, 0.3, pool).arm,
         "DistServe-High": _high_affinity(protocol, pool),
     }
-    asked = [
-        (Ask(Load(arm, "sharegpt", protocol), LIMITS, 0.0), rate)
-        for arm in arms.values()
-        for rate in RATES
-    ]
+    asks = {name: Ask(Load(arm, "sharegpt", protocol), LIMITS, 0.0) for name, arm in arms.items()}
+    asked = [(ask, rate) for ask in asks.values() for rate in RATES]
     shares = pool.each(share_at, asked, "Figure 11")
+    scaled = pool.each(scaled_at, [(ask, SCALED_RATE, SCALES) for ask in asks.values()])
+    by_name = dict(zip(arms, scaled, strict=True))
     return Curves(
         {name: arm.layout for name, arm in arms.items()},
         {name: [next(shares) for _ in RATES] for name in arms},
+        {name: one.shares for name, one in by_name.items()},
+        {name: one.smallest for name, one in by_name.items()},
     )
+
+
+def paper_smallest(name: str) -> float | None:
+    """The scale at which the paper's line attains the goal, straight between its points; None:
+    at none of them."""
+    shares = [percent / 100 for percent in PAPER_SCALED[name]]
+    tightest = crossing([(-scale, share) for scale, share in zip(SCALES, shares, strict=True)])
+    return None if tightest is None else -tightest
 
 
 def low_affinity(

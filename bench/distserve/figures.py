@@ -1,6 +1,6 @@
 """The figures: attainment against rate of every case, Figure 1 and Figure 11."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.distserve import ablation
 from bench.distserve.cases import CHUNKED, DISAGGREGATED, PREFILL_FIRST
@@ -24,6 +24,7 @@ ABLATION_TITLES = {
     "B": "the paper: vLLM",
 }
 HIGHEST = 100.0  # percent
+RATE = "requests a second and GPU"
 
 
 def curves(results: Sequence[Result]) -> str:
@@ -46,23 +47,40 @@ def curves(results: Sequence[Result]) -> str:
 
 
 def eleven(found: ablation.Curves) -> str:
-    """As SVG: Figure 11 and the points that the authors saved."""
-    widest = max(ablation.RATES)
+    """As SVG: Figure 11, both panels, and the points that the authors saved."""
+    title = "66B ShareGPT, 0.4 s and 0.1 s"
+    panels = [
+        _panel(title, ablation.RATES, found.shares, ablation.PAPER, RATE),
+        _panel(
+            f"a factor on both, {ablation.SCALED_RATE:g} requests a second and GPU",
+            ablation.SCALES,
+            found.scaled,
+            ablation.PAPER_SCALED,
+            "SLO scale",
+        ),
+    ]
+    return draw("Figure 11: what the searches find", ABLATION_TITLES, panels, "attained, %")
+
+
+def _panel(
+    title: str,
+    xs: Sequence[float],
+    ours: Mapping[str, Sequence[float]],
+    paper: Mapping[str, Sequence[float]],
+    label: str,
+) -> Panel:
+    """Our shares by way and the paper's percents by system, against `xs`."""
+    widest = max(xs)
+    across = [x / widest for x in xs]
     letters = {title: letter for letter, title in ABLATION_TITLES.items()}
     lines = {
-        letters[name]: [
-            (rate / widest, 100 * share) for rate, share in zip(ablation.RATES, shares, strict=True)
-        ]
-        for name, shares in found.shares.items()
+        letters[name]: list(zip(across, [100 * share for share in shares], strict=True))
+        for name, shares in ours.items()
     }
-    for letter, name in ("A", "DistServe"), ("B", "vLLM"):
-        lines[letter] = [
-            (rate / widest, share)
-            for rate, share in zip(ablation.RATES, ablation.PAPER[name], strict=True)
-        ]
-    panel = Panel("66B ShareGPT, 0.4 s and 0.1 s", lines, HIGHEST, _axis(widest))
-    return draw("Figure 11: what the searches find", ABLATION_TITLES, [panel], "attained, %")
+    for name, percents in paper.items():
+        lines[letters[f"the paper: {name}"]] = list(zip(across, percents, strict=True))
+    return Panel(title, lines, HIGHEST, _axis(widest, label))
 
 
-def _axis(widest: float) -> Axis:
-    return Axis("requests a second and GPU", widest, "")
+def _axis(widest: float, label: str = RATE) -> Axis:
+    return Axis(label, widest, "")

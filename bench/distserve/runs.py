@@ -6,7 +6,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from bench.distserve.cases import DISAGGREGATED, PREFILL_FIRST, Arm
+from bench.distserve.cases import PREFILL_FIRST, Arm
 from bench.distserve.data import pairs_of
 from nodeserve.plan.goodput import GOAL, Slo, Tally, needed_scale, smallest_scale
 from nodeserve.plan.records import Arrival, Engine, Scenario, Served
@@ -77,7 +77,7 @@ def _scenario(arm: Arm, family: Family | None) -> Scenario:
         arm.layout,
         family or FAMILIES[arm.family],
         DispatchOptions(DISPATCH, budget=arm.budget, max_num_seqs=MOST_SEQS),
-        decode_allocation=ALLOCATION if arm.way == DISAGGREGATED else "cost",
+        decode_allocation=ALLOCATION,
         noise=0.0,
         engine=Engine(prefill_first=arm.way == PREFILL_FIRST),
     )
@@ -120,22 +120,25 @@ def counted(load: Load, gpu_rate: float) -> list[Times]:
 
 
 def at_most(load: Load, gpu_rate: float, limits: Slo) -> Tally:
-    """What is attained at a rate, if that is the goal; else that much or less: as soon as too many
-    have missed, nothing more is run."""
+    """Whether a rate attains the goal, told by a share that is on the same side of it as what is
+    attained: as soon as too many have missed, or so many have not that the rest does not matter,
+    nothing more is run."""
     runs = load.runs(gpu_rate)
     num_offered = sum(load.counts(one) for requests in runs for one in requests)
     most_missed = math.floor((1.0 - GOAL) * num_offered + 1e-9)
-    num_missed = 0
+    num_missed = num_met = 0
 
     def note(served: Served) -> None:
-        nonlocal num_missed
-        num_missed += load.counts(served.arrival) and not limits.met(*times_of(served))
+        nonlocal num_missed, num_met
+        if load.counts(served.arrival):
+            met = limits.met(*times_of(served))
+            num_met, num_missed = num_met + met, num_missed + (not met)
 
     for requests in runs:
         run = Simulation(_scenario(load.arm, load.family), requests)
         run.ended = note
         run.start()
-        while run.num_open and num_missed <= most_missed:
+        while run.num_open and num_missed <= most_missed < num_offered - num_met:
             run.turn()
     return Tally(num_offered, num_offered - num_missed)
 

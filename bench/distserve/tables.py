@@ -136,21 +136,25 @@ def searched_lines(results: Sequence[Result]) -> list[str]:
 
 
 def ablation_rows(curves: ablation.Curves) -> list[Row]:
-    paper = {
-        "vLLM": ablation.PAPER["vLLM"],
-        "vLLM++": ablation.PAPER["vLLM"],
-        "DistServe-Low": ablation.PAPER["DistServe"],
-        "DistServe-High": ablation.PAPER["DistServe"],
-    }
-    return [
-        Row(
-            f"Figure 11: {name} ({curves.layouts[name]}) at {rate:g}/s/GPU, % attained",
-            theirs,
-            100 * ours,
+    """Both panels of Figure 11; the paper has one line for each pair of ways."""
+    rows = []
+    for name, layout in curves.layouts.items():
+        system, way = name.rstrip("+").partition("-")[0], f"{name} ({layout})"
+        panel = zip(ablation.RATES, ablation.PAPER[system], curves.shares[name], strict=True)
+        rows += [
+            Row(f"Figure 11: {way} at {rate:g}/s/GPU, % attained", theirs, 100 * ours)
+            for rate, theirs, ours in panel
+        ]
+        panel = zip(
+            ablation.SCALES, ablation.PAPER_SCALED[system], curves.scaled[name], strict=True
         )
-        for name, shares in curves.shares.items()
-        for rate, theirs, ours in zip(ablation.RATES, paper[name], shares, strict=True)
-    ]
+        rows += [
+            Row(f"Figure 11b: {way} at SLO scale {scale:g}, % attained", theirs, 100 * ours)
+            for scale, theirs, ours in panel
+        ]
+        least = ablation.paper_smallest(system), curves.smallest[name]
+        rows.append(Row(f"Figure 11b: {way}, smallest SLO scale", *least))
+    return rows
 
 
 def search_rows(seconds: Mapping[int, float]) -> list[Row]:

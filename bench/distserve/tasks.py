@@ -51,6 +51,13 @@ class Sought(NamedTuple):
     rate: float  # requests a second and GPU
 
 
+class Scaled(NamedTuple):
+    """What is attained with limits of several scales; `smallest`: as in `scale_at`."""
+
+    shares: list[float]
+    smallest: float | None
+
+
 class Pool(ExitStack):
     """`jobs` processes; with one, this one does the work."""
 
@@ -86,6 +93,14 @@ def scale_at(asked: tuple[Ask, float]) -> float | None:
     """The smallest scale of the limits at one rate."""
     ask, rate = asked
     return smallest(counted(ask.load, rate), ask.limits)
+
+
+def scaled_at(asked: tuple[Ask, float, Sequence[float]]) -> Scaled:
+    """One run at one rate, judged by the limits times each of these."""
+    ask, rate, scales = asked
+    times = counted(ask.load, rate)
+    shares = [tally(times, ask.limits.scaled(scale)).share for scale in scales]
+    return Scaled(shares, smallest(times, ask.limits))
 
 
 def race(asks: Sequence[Ask], pool: Pool | None = None) -> Sought:

@@ -13,20 +13,20 @@ import signal
 import subprocess
 import sys
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gateway.load import Address, RequestClient, StreamClient
+from bench.gateway.load import Address, RequestClient, StreamClient, clock_of_day
 from bench.gateway.tap import Tap
 from bench.report import percentile
 
 CORES = sorted(os.sched_getaffinity(0))
 FIRST_PROMPT = 100  # token ids from here on number the streams
-WARM_UP = 20  # tokens of each stream that are not measured
 FULL = 0.95  # of a core: nothing more goes
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 
 
 @contextlib.contextmanager
@@ -61,11 +61,8 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_s(pids: Sequence[int]) -> float:
-    ticks = 0
-    for pid in pids:
-        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(values[11]) + int(values[12])
-    return ticks / TICKS_PER_S
+    """Of all their threads, by the clocks that the kernel keeps of processes."""
+    return sum(time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED) for pid in pids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,36 +111,45 @@ class Bed:
         return Spent(cpu_s(self.gateways), cpu_s(self.node), here_s, time.perf_counter())
 
     async def streams(self, count: int, num_tokens: int) -> dict[str, Any]:
-        """`count` at once; times are those of the tokens after the first few."""
-        before = self.spent()
+        """`count` at once: what they have and cost from when all run until the first ends."""
+        day_s = clock_of_day()
         clients = [StreamClient(FIRST_PROMPT + number, num_tokens) for number in range(count)]
         for client in clients:
-            await client.start(self.address)
+            await client.start(self.address, day_s)
+        await asyncio.gather(*(client.warm for client in clients))
+        before = self.spent()
+        await asyncio.wait([client.done for client in clients], return_when=FIRST_COMPLETED)
+        spent = (after := self.spent()).since(before)
         await asyncio.gather(*(client.done for client in clients))
-        spent = self.spent().since(before)
-        added = self.added_s(clients)
+        num_events = sum(before.wall_s <= at_s < after.wall_s for c in clients for at_s in c.events)
+        added = self.added_s(clients, before.wall_s, after.wall_s)
+        if spent.wall_s <= 0 or not added:
+            raise RuntimeError(f"{num_tokens} tokens are over before all {count} streams run")
         return {
             "streams": count,
-            "tokens_per_s": count * num_tokens / spent.wall_s,
-            "events_per_s": sum(client.num_events for client in clients) / spent.wall_s,
-            **spent.per(count * num_tokens, "token"),
+            "measured_s": spent.wall_s,
+            "tokens_per_s": len(added) / spent.wall_s,
+            "events_per_s": num_events / spent.wall_s,
+            **spent.per(len(added), "token"),
             "p50_added_ms": 1e3 * percentile(added, 0.5),
+            "p90_added_ms": 1e3 * percentile(added, 0.9),
             "p99_added_ms": 1e3 * percentile(added, 0.99),
         }
 
-    def added_s(self, clients: list[StreamClient]) -> list[float]:
-        """Of each token after the first few of a stream."""
-        added: list[float] = []
-        for client in clients:
-            pairs = zip(client.times, self.tap.times[client.number], strict=True)
-            added += [read_s - passed_s for read_s, passed_s in list(pairs)[WARM_UP:]]
-        return added
+    def added_s(self, clients: list[StreamClient], begin_s: float, end_s: float) -> list[float]:
+        """Of each token that was read in this time."""
+        return [
+            read_s - passed_s
+            for client in clients
+            for read_s, passed_s in zip(client.times, self.tap.times[client.number], strict=True)
+            if begin_s <= read_s < end_s
+        ]
 
     async def requests(self, connections: int, each: int) -> dict[str, Any]:
-        before = self.spent()
+        before, day_s = self.spent(), clock_of_day()
         clients = [RequestClient(each) for _ in range(connections)]
         for client in clients:
-            await client.start(self.address)
+            await client.start(self.address, day_s)
         await asyncio.gather(*(client.done for client in clients))
         spent = self.spent().since(before)
         return {

@@ -19,6 +19,7 @@ COUNT = re.compile(rb'"completion_tokens":(\d+)')
 END = b"0\r\n\r\n"
 STAMPS = 35  # SO_TIMESTAMPNS, and the kind of message that carries one
 MAX_READ_BYTES = 1 << 16
+WARM_UP = 0.25  # of a stream's tokens, before it counts as running
 Address = int | Path  # a port of this machine, or a Unix socket
 
 
@@ -29,6 +30,16 @@ def post(body: dict[str, Any]) -> bytes:
     return head.encode() + data
 
 
+def clock_of_day() -> float:
+    """By how much the kernel's stamps, which are the day's, are ahead of perf_counter: microseconds
+    a minute more or less. Of several looks the one that nothing interrupted."""
+    looks = []
+    for _ in range(20):
+        before_s, day_s, after_s = time.perf_counter(), time.time(), time.perf_counter()
+        looks.append((after_s - before_s, day_s - (before_s + after_s) / 2))
+    return min(looks)[1]
+
+
 class Client(ABC):
     """One connection."""
 
@@ -37,14 +48,13 @@ class Client(ABC):
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = self._loop.create_future()
 
-    async def start(self, address: Address) -> None:
-        """Connect and ask."""
+    async def start(self, address: Address, day_s: float) -> None:
+        """Connect and ask. `day_s`: see `clock_of_day`."""
+        self._day_s = day_s
         is_path = isinstance(address, Path)
         self._socket = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, STAMPS, 1)
-        # The kernel's clock is that of the day; it moves against ours by microseconds a minute.
-        self._behind_s = time.time() - time.perf_counter()
         await self._loop.sock_connect(
             self._socket, str(address) if is_path else ("127.0.0.1", address)
         )
@@ -61,7 +71,7 @@ class Client(ABC):
         for _, kind, stamp in stamps:
             if kind == STAMPS:
                 whole_s, nanoseconds = struct.unpack("qq", stamp)
-                at_s = whole_s + 1e-9 * nanoseconds - self._behind_s
+                at_s = whole_s + 1e-9 * nanoseconds - self._day_s
         self.received(data, at_s)
 
     @abstractmethod
@@ -83,18 +93,22 @@ class StreamClient(Client):
     def __init__(self, number: int, num_tokens: int) -> None:
         self.number = number
         self.times: list[float] = []  # of each token
-        self.num_events = 0
+        self.events: list[float] = []
         usage = {"include_usage": True, "continuous_usage_stats": True}
         body = {"prompt": [number, 5, 6], "max_tokens": num_tokens, "ignore_eos": True}
         super().__init__(post({**body, "stream": True, "stream_options": usage}))
+        self.warm: asyncio.Future[None] = self._loop.create_future()
         self._tail = b""
+        self._num_early = WARM_UP * num_tokens
 
     def received(self, data: bytes, at_s: float) -> None:
         events, _, self._tail = (self._tail + data).rpartition(b"\n\n")
         for count in COUNT.findall(events):
             if (num_new := int(count) - len(self.times)) > 0:  # the last says it once more
-                self.num_events += 1
+                self.events.append(at_s)
                 self.times += [at_s] * num_new
+        if len(self.times) >= self._num_early and not self.warm.done():
+            self.warm.set_result(None)
         if data.endswith(END):
             self.finish()
 

@@ -70,11 +70,16 @@ class _FromGateway(asyncio.Protocol):
 class _FromServer(asyncio.Protocol):
     def __init__(self, gateway: _FromGateway) -> None:
         self._gateway = gateway
+        self._loop = asyncio.get_running_loop()
         self._reader = FrameReader(MAX_FRAME_BYTES)
 
     def data_received(self, data: bytes) -> None:
         at_s = time.perf_counter()
         self._gateway.transport.write(data)
+        # The loop writes when this has returned: what is noted must not make the gateway wait.
+        self._loop.call_soon(self._note, data, at_s)
+
+    def _note(self, data: bytes, at_s: float) -> None:
         times, numbers = self._gateway.tap.times, self._gateway.numbers
         for payload in self._reader.feed(data):
             message = TO_CLIENT.decode(payload)

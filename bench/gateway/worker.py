@@ -1,4 +1,7 @@
-"""python -m bench.gateway.worker --spec JSON: the simulated worker, with passes that never vary.
+"""python -m bench.gateway.worker --spec JSON: the simulated worker, with passes of one length.
+
+Real ones vary by some percent, so that workers that began together soon step apart; workers whose
+passes never vary stay in step, and all their tokens come at once.
 
 The profiles are added to the known ones when this is imported, so import it in the coordinator's
 process as well.
@@ -13,15 +16,15 @@ from nodeserve.worker.device import load
 from nodeserve.worker.process import main
 
 WORKER = (sys.executable, "-m", "bench.gateway.worker")
-STEPS_S = {"steady": 0.025, "swift": 0.005}
+PASSES = {"apart": (0.025, 0.03), "in step": (0.025, 0.0), "swift": (0.005, 0.0)}
 
 
-def profile(name: str, step_s: float) -> Profile:
+def profile(name: str, step_s: float, noise: float) -> Profile:
     return Profile(
         name,
-        "a fixed time for each pass",
+        "the same time for each pass, but for noise",
         StepCost(step_s, step_s, 0.0, 0.0, 0.0, 0.0),
-        noise=0.0,
+        noise=noise,
         num_kv_tokens=1 << 20,
         kv_bytes_per_token=1000,
         handoff_bytes_per_s=1e11,
@@ -31,7 +34,7 @@ def profile(name: str, step_s: float) -> Profile:
     )
 
 
-PROFILES.update({name: profile(name, step_s) for name, step_s in STEPS_S.items()})
+PROFILES.update({name: profile(name, *passes) for name, passes in PASSES.items()})
 
 if __name__ == "__main__":
     sys.exit(main(load))

@@ -6,8 +6,8 @@ Measures a profile of the demo model on this machine's cores (`nodeserve profile
 plan` for the best mixed and the best split layout under each of three SLOs, and starts both as the
 plan's command would. One trace for all: `chat` with lengths divided so that a prompt takes a
 fraction of a second here. Attainment is measured at rates around the planned goodput, one layout
-after the other, until it is known where it falls below 90 %. Nothing else should run meanwhile.
-The last line is JSON.
+after the other, until it is known closely enough where it falls below 90 %. Nothing else should run
+meanwhile. The last line is JSON.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def compared(profile: Profile, slo: Slo, num_workers: int, args: argparse.Namesp
     while waiting := [arm for arm in duel.arms if arm.bracket.next_rate() is not None]:
         # Forth and back, so that a machine that slows down slows both.
         for arm in waiting if turn % 2 == 0 else waiting[::-1]:
-            source = Source("chat", divisor=args.divisor, seed=arm.bracket.num_runs)
+            source = Source("chat", divisor=args.divisor, seed=len(arm.bracket.runs))
             result = live.run(duel, arm, source, args.model)
             tally = result.report.tally
             print(

@@ -7,9 +7,10 @@ from bench.goodput.bracket import Bracket
 from nodeserve.config import EngineConfig
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
+from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import EFFORTS, Estimate, plan
+from nodeserve.plan.planner import Estimate, plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Verdict, settings_of, verdict

@@ -1,56 +1,91 @@
-"""Which rate to run next, so that few runs tell where attainment crosses the goal. Pure."""
+"""Which rate to run next, so that few runs tell where attainment crosses the goal, and how closely
+that is known by then. Pure."""
 
-from collections.abc import Mapping
+import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from nodeserve.plan.goodput import GOAL, Tally, crossing
+from nodeserve.plan.goodput import CONFIDENCE, GOAL, Tally, crossing, falling
 
 STEP = 1.15  # from a rate to the next while all attain, or none
 LEAST_RUNS = 4
-MOST_RUNS = 9
+MOST_RUNS = 8
+CLOSE = 0.2  # of the goodput: so wide may its interval be when enough is known
+NUM_DRAWS = 500
+BATCHES = 10  # that a run is cut into, to see how much its requests share
+
+
+class Run(NamedTuple):
+    """Which requests were good at a rate, in the order in which they were due."""
+
+    rate: float
+    good: tuple[bool, ...]
+
+
+class Known(NamedTuple):
+    """A goodput in requests a second and where it lies with CONFIDENCE. `low` 0: perhaps below
+    every rate that was run; `high` infinite: perhaps above."""
+
+    goodput: float
+    low: float
+    high: float
+
+    @property
+    def is_close(self) -> bool:
+        return self.low > 0.0 and self.high - self.low <= CLOSE * self.goodput
 
 
 @dataclass(slots=True)
 class Bracket:
     """Begins at `guess`, in requests a second; goes up or down until one rate attains the goal and
-    one does not, and then asks once more where the line between them crosses it."""
+    one does not, and then asks for what is least known, until all is."""
 
     guess: float
-    tallies: dict[float, Tally] = field(default_factory=dict)
-    num_runs: int = 0
+    runs: list[Run] = field(default_factory=list)
 
     def next_rate(self) -> float | None:
         """None: enough is known, or this leads nowhere."""
-        if not self.tallies:
+        if not self.runs:
             return self.guess
-        if self.num_runs >= MOST_RUNS:
+        num_runs = len(self.runs)
+        if num_runs >= MOST_RUNS:
             return None
-        curve = self.curve
-        if all(share >= GOAL for _, share in curve):
-            return curve[-1][0] * STEP
-        if all(share < GOAL for _, share in curve):
-            return curve[0][0] / STEP
-        if self.num_runs >= LEAST_RUNS:
+        curve, known = self.curve, self.known
+        if num_runs >= LEAST_RUNS and known.is_close:
             return None
-        return round(self.goodput, 3)
+        lowest, highest = curve[0][0], curve[-1][0]
+        if known.goodput == 0.0 or (self.bracketed and known.low == 0.0):
+            return lowest / STEP
+        if not self.bracketed or known.high == math.inf:
+            return highest * STEP
+        return round(known.goodput, 3)
 
-    def add(self, rate: float, tally: Tally) -> None:
+    def add(self, rate: float, good: Sequence[bool]) -> None:
         """A run; runs at one rate count together."""
-        known = self.tallies.get(rate, Tally(0, 0))
-        self.tallies[rate] = Tally(
-            known.num_offered + tally.num_offered, known.num_good + tally.num_good
-        )
-        self.num_runs += 1
+        self.runs.append(Run(rate, tuple(good)))
+
+    @property
+    def tallies(self) -> list[tuple[float, Tally]]:
+        """What was counted at each rate, by rate."""
+        rates = sorted({run.rate for run in self.runs})
+        goods = [
+            [good for run in self.runs if run.rate == rate for good in run.good] for rate in rates
+        ]
+        return [
+            (rate, Tally(len(good), sum(good))) for rate, good in zip(rates, goods, strict=True)
+        ]
 
     @property
     def curve(self) -> list[tuple[float, float]]:
         """(Rate, attainment), by rate."""
-        return [(rate, tally.share) for rate, tally in sorted(self.tallies.items())]
+        return [(rate, tally.share) for rate, tally in self.tallies]
 
     @property
     def goodput(self) -> float:
-        """Requests a second; 0 where no rate attains the goal."""
-        return crossing(self.curve) or 0.0
+        """Requests a second; 0 where no rate attains the goal, the highest rate where all do."""
+        return crossing(falling(self.tallies)) or 0.0
 
     @property
     def bracketed(self) -> bool:
@@ -58,9 +93,59 @@ class Bracket:
         attained = [share >= GOAL for _, share in self.curve]
         return any(attained) and not all(attained)
 
+    @property
+    def known(self) -> Known:
+        found = sorted(self.draws())
+        cut = round((1.0 - CONFIDENCE) / 2 * len(found))
+        lowest, highest = self.curve[0][0], self.curve[-1][0]
+        return Known(self.goodput, min(found[cut], highest), max(found[-1 - cut], lowest))
 
-def clear_winner(goodputs: Mapping[str, float], apart: float) -> str | None:
-    """The one ahead of all others by the share `apart` at least; None if there is none."""
-    best = max(goodputs, key=lambda name: goodputs[name])
-    others = [rate for name, rate in goodputs.items() if name != best]
-    return best if all(goodputs[best] >= (1.0 + apart) * rate for rate in others) else None
+    def draws(self, seed: int = 0) -> list[float]:
+        """Goodputs that the runs allow, each as likely as the next: at every rate a share is drawn
+        by Jeffreys' rule, of as many requests as would say as much if they were independent, and
+        the line through the shares is asked where it crosses the goal."""
+        rng, alike = random.Random(seed), clumping(self.runs)
+        counted = [(rate, one.num_offered / alike, one.share) for rate, one in self.tallies]
+        return [_drawn(rng, counted) for _ in range(NUM_DRAWS)]
+
+
+def _drawn(rng: random.Random, counted: Sequence[tuple[float, float, float]]) -> float:
+    shares = []
+    for rate, num, share in counted:
+        drawn = rng.betavariate(num * share + 0.5, num * (1.0 - share) + 0.5)
+        weight = round(1000 * num)  # in parts of a request, so that any share can be counted
+        shares.append((rate, Tally(weight, round(weight * drawn))))
+    line = falling(shares)
+    return math.inf if line[-1][1] >= GOAL else crossing(line) or 0.0
+
+
+def clumping(runs: Sequence[Run]) -> float:
+    """How many requests say as much as one independent one, 1 at least: requests of a run share its
+    queues, so misses come together. By how much more the shares of a run's tenths differ than they
+    would by chance, over all runs."""
+    seen = by_chance = 0.0
+    for run in runs:
+        size = len(run.good) // BATCHES
+        if size == 0:
+            continue
+        parts = [run.good[place * size : (place + 1) * size] for place in range(BATCHES)]
+        shares = [sum(part) / size for part in parts]
+        mean = sum(shares) / BATCHES
+        seen += size * sum((share - mean) ** 2 for share in shares)
+        by_chance += (BATCHES - 1) * mean * (1.0 - mean)
+    return max(1.0, seen / by_chance) if by_chance else 1.0
+
+
+def surely_best(brackets: Mapping[str, Bracket]) -> str | None:
+    """The one whose goodput is above all others with CONFIDENCE; None: the runs do not tell."""
+    drawn = {name: one.draws(seed) for seed, (name, one) in enumerate(brackets.items())}
+    best = max(brackets, key=lambda name: brackets[name].goodput)
+    others = [draws for name, draws in drawn.items() if name != best]
+    if brackets[best].goodput <= 0.0 or not all(_above(drawn[best], other) for other in others):
+        return None
+    return best
+
+
+def _above(first: Sequence[float], second: Sequence[float]) -> bool:
+    num = sum(one > other for one, other in zip(first, second, strict=True))
+    return num >= (0.5 + CONFIDENCE / 2) * len(first)

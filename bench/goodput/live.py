@@ -5,9 +5,12 @@ import asyncio
 from bench.goodput.arms import Arm, Duel
 from bench.nodes import running
 from nodeserve.loadgen.bench import Bench, BenchOptions, Result
+from nodeserve.loadgen.blame import missed_by
 from nodeserve.loadgen.fleet import Fleet
 from nodeserve.loadgen.limits import limits_of
+from nodeserve.loadgen.measure import counts
 from nodeserve.loadgen.targets import TargetOptions
+from nodeserve.plan.goodput import Slo
 from nodeserve.plan.requests import Requests, Source
 
 SECONDS = 30.0  # of arrivals that count
@@ -27,9 +30,15 @@ def run(duel: Duel, arm: Arm, source: Source, model: str | None) -> Result:
     assert rate is not None
     with running(duel.config(arm, model)) as socket:
         result = asyncio.run(_drive(str(socket), source, duel, rate))
-    arm.bracket.add(rate, result.report.tally)
+    arm.bracket.add(rate, good_of(result, duel.slo))
     arm.reports[rate] = result.report
     return result
+
+
+def good_of(result: Result, slo: Slo) -> list[bool]:
+    """Which of the requests that count were good, in the order in which they were due."""
+    counted = [one for one in result.samples if counts(one, SETTLE_S)]
+    return [not missed_by(one, slo) for one in counted]
 
 
 async def _drive(socket: str, source: Source, duel: Duel, rate: float) -> Result:

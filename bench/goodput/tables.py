@@ -1,14 +1,15 @@
 """What is printed and drawn, and the verdicts."""
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.goodput.arms import Arm, Duel
-from bench.goodput.bracket import clear_winner
-from bench.window.picture import Axis, Panel, draw
-from nodeserve.plan.goodput import GOAL
+from bench.goodput.bracket import CLOSE, surely_best
+from bench.window.picture import Axis, Panel, ceiling_for, draw
+from nodeserve.plan.goodput import GOAL, Tally
 
-APART = 0.05  # goodputs that differ by less are no win
 AIM = 0.15  # of a predicted goodput
 TITLES = {
     ("split", True): ("G", "phases apart, live"),
@@ -19,22 +20,24 @@ TITLES = {
 
 
 class Judged(NamedTuple):
-    """One SLO: who won, planned and live; None: nobody clearly."""
+    """One SLO: who won, by what the plan said and live; None: nobody surely."""
 
     planned: str | None
     live: str | None
 
     @property
-    def agree(self) -> bool:
-        """Where nobody won clearly, there was nothing to know."""
-        return self.live is None or self.planned == self.live
+    def outcome(self) -> str:
+        """`right`, `wrong`, or `open` where the plan named one and these runs do not tell."""
+        if self.planned == self.live:
+            return "right"
+        return "open" if self.live is None else "wrong"
 
 
 def judged(duel: Duel) -> Judged:
-    """By the goodputs of both arms: 0 where no rate attains, the highest rate where all do."""
-    planned = clear_winner({arm.kind: arm.predicted.goodput for arm in duel.arms}, APART)
-    live = clear_winner({arm.kind: arm.bracket.goodput for arm in duel.arms}, APART)
-    return Judged(planned, live)
+    """The plan's verdict beside that of the runs."""
+    winners = {True: "split", False: "mixed", None: None}
+    live = surely_best({arm.kind: arm.bracket for arm in duel.arms})
+    return Judged(winners[duel.verdict.disaggregate], live)
 
 
 def lines(duel: Duel) -> list[str]:
@@ -52,13 +55,21 @@ def _row(arm: Arm) -> str:
     ]
     return (
         f"  {arm.kind:6}{arm.predicted.candidate.layout:>6}, {chunk:>4} tokens a step"
-        f"{arm.predicted.goodput:9.2f}{arm.bracket.goodput:9.2f}{100 * arm.error:+8.0f} %"
+        f"{arm.predicted.goodput:9.2f}{_live(arm):>24}{100 * arm.error:+8.0f} %"
         f"    {times[0]}    {times[1]}"
     )
 
 
+def _live(arm: Arm) -> str:
+    """The goodput, and from where to where it lies with 95 % confidence."""
+    known = arm.bracket.known
+    low = f"{known.low:.2f}" if known.low > 0.0 else "?"
+    high = f"{known.high:.2f}" if math.isfinite(known.high) else "?"
+    return f"{known.goodput:.2f} ({low} to {high})"
+
+
 HEAD = (
-    f"{'':34}{'planned':>9}{'live':>9}{'error':>10}"
+    f"{'':34}{'planned':>9}{'live (95 %)':>24}{'error':>10}"
     "    TTFT p50 p90  TPOT p50 p90, ms, at the highest rate that attains"
 )
 
@@ -74,45 +85,69 @@ def aims(duels: Sequence[Duel]) -> list[tuple[str, bool]]:
     found = [judged(duel) for duel in duels]
     arms = [arm for duel in duels for arm in duel.arms]
     worst = max(arms, key=lambda arm: abs(arm.error))
-    unbracketed = sum(not arm.bracket.bracketed for arm in arms)
+    num_close = sum(arm.bracket.known.is_close for arm in arms)
+    outcomes = Counter(one.outcome for one in found)
     return [
         (
-            f"the winner under every SLO: {sum(one.agree for one in found)} of {len(found)},"
-            f" {sum(one.live is not None for one in found)} of them clear",
-            all(one.agree for one in found),
+            f"the winner under every SLO: {outcomes['right']} of {len(found)} right,"
+            f" {outcomes['wrong']} wrong, {outcomes['open']} that these runs do not tell",
+            outcomes["right"] == len(found),
         ),
         (
-            f"goodput within {AIM:.0%}: at most {worst.error:+.0%} ({worst.kind})",
+            f"goodput within {AIM:.0%}: at most {worst.error:+.0%} ({worst.kind},"
+            f" {_errors(worst)} by the error of the live one)",
             abs(worst.error) <= AIM,
         ),
-        (f"a rate below and one above each goodput: {unbracketed} without", not unbracketed),
+        (
+            f"each live goodput known to {CLOSE:.0%}: {num_close} of {len(arms)}",
+            num_close == len(arms),
+        ),
     ]
 
 
+def _errors(arm: Arm) -> str:
+    """Those that the error of the live goodput allows."""
+    known, planned = arm.bracket.known, arm.predicted.goodput
+    low = f"{planned / known.high - 1.0:+.0%}" if math.isfinite(known.high) else "any less"
+    high = f"{planned / known.low - 1.0:+.0%}" if known.low > 0.0 else "any more"
+    return f"{low} to {high}"
+
+
 def values(duel: Duel) -> dict[str, object]:
-    """For the JSON line: rates in requests a second."""
+    """For the JSON line: rates in requests a second; null beyond those that were run."""
     found = judged(duel)
     return {
         "slo": duel.title,
         "planned_winner": found.planned,
         "live_winner": found.live,
+        "outcome": found.outcome,
         "reason": duel.verdict.reason,
-        "arms": [
-            {
-                "kind": arm.kind,
-                **arm.settings,
-                "planned": round(arm.predicted.goodput, 3),
-                "planned_low": round(arm.predicted.low, 3),
-                "planned_high": arm.predicted.high and round(arm.predicted.high, 3),
-                "live": round(arm.bracket.goodput, 3),
-                "curve": [
-                    [round(rate, 3), tally.num_good, tally.num_offered]
-                    for rate, tally in sorted(arm.bracket.tallies.items())
-                ],
-            }
-            for arm in duel.arms
-        ],
+        "arms": [_arm_values(arm) for arm in duel.arms],
     }
+
+
+def _arm_values(arm: Arm) -> dict[str, object]:
+    predicted, known = arm.predicted, arm.bracket.known
+    return {
+        "kind": arm.kind,
+        **arm.settings,
+        "planned": round(predicted.goodput, 3),
+        "planned_low": round(predicted.low, 3),
+        "planned_high": predicted.high and round(predicted.high, 3),
+        "planned_curve": _curve((one.rate, one.tally) for one in predicted.probes),
+        "live": round(known.goodput, 3),
+        "live_low": round(known.low, 3) or None,
+        "live_high": round(known.high, 3) if math.isfinite(known.high) else None,
+        "curve": _curve(arm.bracket.tallies),
+    }
+
+
+def _curve(tallies: Iterable[tuple[float, Tally]]) -> list[list[float]]:
+    """[Rate, good, offered], by rate."""
+    return [
+        [round(rate, 3), tally.num_good, tally.num_offered]
+        for rate, tally in sorted(tallies, key=lambda one: one[0])
+    ]
 
 
 def picture(duels: Sequence[Duel]) -> str:
@@ -124,7 +159,7 @@ def picture(duels: Sequence[Duel]) -> str:
             probes = [(one.rate, one.tally.share) for one in arm.predicted.probes]
             curves[TITLES[arm.kind, False][0]] = probes
             curves[TITLES[arm.kind, True][0]] = arm.bracket.curve
-        widest = 1.05 * max(rate for arm in duel.arms for rate, _ in arm.bracket.curve)
+        widest = ceiling_for([rate for arm in duel.arms for rate, _ in arm.bracket.curve])
         scaled = {
             letter: [(rate / widest, 100 * share) for rate, share in curve if rate <= widest]
             for letter, curve in curves.items()

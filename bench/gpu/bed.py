@@ -14,7 +14,7 @@ import torch
 from bench.gpu.lines import Sheet
 from bench.gpu.shapes import LLAMA_8B, SMALL, TINY
 from nodeserve.config import ModelConfig, WorkerSpec
-from nodeserve.worker.contract import Device
+from nodeserve.worker.contract import ALONE, Device
 from tests.fakes.harness import default_spec
 
 WORKER = (sys.executable, "-m", "nodeserve.worker")
@@ -105,4 +105,4 @@ class Bed:
             from tests.fakes.cuda_worker import load
         else:
             from nodeserve.worker.device import load
-        return load(spec, lambda phase, done, total: None)
+        return load(spec, lambda phase, done, total: None, ALONE)

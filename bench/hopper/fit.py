@@ -2,11 +2,12 @@
 
     python -m bench.hopper.fit
 
-prints the terms that nodeserve/policy/hopper.py has. The engine's numbers come from measured runs
-of vLLM with Llama 3.1 70B on H100 (aic_measured_ttft_tpot.csv); runs on H200 are never used.
+prints the terms that nodeserve/policy/kernel_fits.py has for both. The engine's numbers come from
+measured runs of vLLM with Llama 3.1 70B on H100 (aic_measured_ttft_tpot.csv); runs on H200 are
+never used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from statistics import fmean, median
 from typing import NamedTuple
@@ -21,23 +22,58 @@ from bench.hopper.kernels import (
     prefill_ms,
     rows,
 )
+from nodeserve.policy.kernel_fits import LARGE_SEQS
 
 DEGREES = (1, 2, 4, 8)
-PROMPTS = (256, 512, 1024, 2048, 4096, 8192)
-BATCHES = (1, 4, 16, 32, 64, 128, 256)
-CONTEXTS = (256, 1024, 4096, 16384)
 MOST_CONTEXT = 600_000  # tokens of all sequences
 NOTHING = Engine(dict.fromkeys(DEGREES, 0.0), 1.0)
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8"}
 
 
-class Terms(NamedTuple):
-    """Milliseconds: prefill = a + b * tokens + c * tokens^2; decode = a + b * context tokens + c *
-    sequences. `error`: the largest relative one, of either."""
+Features = tuple[float, float, float]
+Sample = tuple[Features, float]
+PrefillMs = Callable[[int], float]  # of a prompt of so many tokens
+DecodeMs = Callable[[int, int], float]  # of a step of so many sequences, so much context each
 
-    prefill: tuple[float, float, float]
-    decode: tuple[float, float, float]
+
+class Grid(NamedTuple):
+    """Sizes of the passes that terms are fitted to, or judged by."""
+
+    prompts: tuple[int, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+GRID = Grid(
+    (256, 512, 1024, 2048, 4096, 8192), (1, 4, 8, 16, 32, 64, 128, 256), (256, 1024, 4096, 16384)
+)
+
+
+class Decode(NamedTuple):
+    """Milliseconds = a + b * context tokens + c * sequences, below LARGE_SEQS of these and from
+    there on."""
+
+    small: Features
+    large: Features
+
+    def of(self, num_seqs: int) -> Features:
+        return self.large if num_seqs >= LARGE_SEQS else self.small
+
+
+class Terms(NamedTuple):
+    """Milliseconds: prefill = a + b * tokens + c * tokens^2. `error`: the largest relative one, of
+    either."""
+
+    prefill: Features
+    decode: Decode
     error: float
+
+    @property
+    def line(self) -> str:
+        """As nodeserve/policy has them."""
+        parts = (self.prefill, *self.decode)
+        numbers = (f"({', '.join(f'{term:.4g}' for term in part)})" for part in parts)
+        return f"Fit({', '.join(numbers)})"
 
 
 class Point(NamedTuple):
@@ -110,28 +146,52 @@ def front_ms() -> float:
 def fit(system: str, precision: str, model: Model, tp: int) -> Terms:
     """Of one shape; `precision` is that of the weights."""
     dtype, adds = PRECISIONS[precision], engine()
+    return fitted(
+        GRID,
+        lambda length: prefill_ms(system, dtype, model, tp, length, adds),
+        lambda num_seqs, context: decode_ms(system, dtype, model, tp, num_seqs, context, adds),
+    )
+
+
+def fitted(grid: Grid, prefill: PrefillMs, decode: DecodeMs) -> Terms:
+    """Terms that come nearest to these times."""
+    prefills, decodes = points_of(grid, prefill, decode)
+    terms = _nearest(prefills)
+    small = [one for one in decodes if one[0][2] < LARGE_SEQS]
+    steps = Decode(_nearest(small), _nearest(decodes[len(small) :]))
+    errors = errors_of(terms, prefills) + decode_errors(steps, decodes)
+    return Terms(terms, steps, max(errors))
+
+
+def _nearest(points: Sequence[Sample]) -> Features:
+    first, second, third = nonnegative_fit([one for one, _ in points], [ms for _, ms in points])
+    return first, second, third
+
+
+def points_of(
+    grid: Grid, prefill: PrefillMs, decode: DecodeMs
+) -> tuple[list[Sample], list[Sample]]:
+    """What the terms are multiplied by, and the milliseconds: of prefills, and of decodes."""
     prefills = [
-        (
-            (1.0, float(length), float(length) ** 2),
-            prefill_ms(system, dtype, model, tp, length, adds),
-        )
-        for length in PROMPTS
+        ((1.0, float(length), float(length) ** 2), prefill(length)) for length in grid.prompts
     ]
     decodes = [
-        (
-            (1.0, float(num_seqs * context), float(num_seqs)),
-            decode_ms(system, dtype, model, tp, num_seqs, context, adds),
-        )
-        for num_seqs in BATCHES
-        for context in CONTEXTS
+        ((1.0, float(num_seqs * context), float(num_seqs)), decode(num_seqs, context))
+        for num_seqs in grid.batches
+        for context in grid.contexts
         if num_seqs * context <= MOST_CONTEXT
     ]
-    terms, errors = [], []
-    for points in (prefills, decodes):
-        found = nonnegative_fit([one for one, _ in points], [ms for _, ms in points])
-        terms.append((found[0], found[1], found[2]))
-        errors += [abs(sum(map(float.__mul__, found, one)) / ms - 1) for one, ms in points]
-    return Terms(terms[0], terms[1], max(errors))
+    return prefills, decodes
+
+
+def errors_of(terms: Features, points: Sequence[Sample]) -> list[float]:
+    """Relative ones, without their signs."""
+    return [abs(sum(map(float.__mul__, terms, one)) / ms - 1) for one, ms in points]
+
+
+def decode_errors(terms: Decode, points: Sequence[Sample]) -> list[float]:
+    """The same, of decodes."""
+    return [error for one in points for error in errors_of(terms.of(round(one[0][2])), [one])]
 
 
 def _expected_tpot_ms(model: Model, point: Point) -> float:
@@ -160,8 +220,7 @@ def main() -> None:
         return
     print(f"{engine()}, first tokens {front_ms():.1f} ms later than their passes")
     for name, tp, terms in _all():
-        numbers = [f"({', '.join(f'{term:.4g}' for term in part)})" for part in terms[:2]]
-        print(f'    ("{name}", {tp}): ({", ".join(numbers)}),  # {terms.error:.0%}')
+        print(f"{name:24} {tp}: {terms.line},  # {terms.error:.0%}")
 
 
 if __name__ == "__main__":

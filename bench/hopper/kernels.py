@@ -51,21 +51,21 @@ class Engine(NamedTuple):
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with _path(name).open(newline="") as lines:
+    with table_path(name).open(newline="") as lines:
         return list(csv.DictReader(lines))
 
 
 def missing() -> Path | None:
     """The first table that is needed and not here."""
     names = ("aic_gemm_h100_h200", "aic_attention_h100_h200", "aic_collectives_h100_h200")
-    return next((path for path in map(_path, names) if not path.exists()), None)
+    return next((path for path in map(table_path, names) if not path.exists()), None)
 
 
 def prefill_ms(
     system: str, precision: str, model: Model, tp: int, num_tokens: int, engine: Engine
 ) -> float:
     """One prompt of so many tokens in one pass."""
-    attention = _attention_us(system, "prefill", model, tp, 1, num_tokens)
+    attention = attention_us(system, "prefill", model, tp, 1, num_tokens)
     us = _pass_us(system, precision, model, tp, num_tokens, 1, attention)
     return (engine.prefill_factor * us + model.layers * engine.other_us[tp]) / 1e3
 
@@ -74,12 +74,12 @@ def decode_ms(
     system: str, precision: str, model: Model, tp: int, num_seqs: int, context: int, engine: Engine
 ) -> float:
     """A step of so many sequences with so much context each."""
-    attention = _attention_us(system, "decode", model, tp, num_seqs, context)
+    attention = attention_us(system, "decode", model, tp, num_seqs, context)
     us = _pass_us(system, precision, model, tp, num_seqs, num_seqs, attention)
     return (us + model.layers * engine.other_us[tp]) / 1e3
 
 
-def _path(name: str) -> Path:
+def table_path(name: str) -> Path:
     return DATA / "profiles" / f"{name}.csv"
 
 
@@ -99,9 +99,9 @@ def _pass_us(
         (2 * model.inner // tp, model.hidden),
         (model.hidden, model.inner // tp),
     )
-    layer = sum(_linear_us(system, precision, num_tokens, n, k) for n, k in linears)
-    layer += 2 * _all_reduce_us(system, tp, num_tokens * model.hidden) + attention
-    head = _linear_us(system, "bfloat16", num_heads, model.vocabulary // tp, model.hidden)
+    layer = sum(linear_us(system, precision, num_tokens, n, k) for n, k in linears)
+    layer += 2 * all_reduce_us(system, tp, num_tokens * model.hidden) + attention
+    head = linear_us(system, "bfloat16", num_heads, model.vocabulary // tp, model.hidden)
     return model.layers * layer + head
 
 
@@ -119,7 +119,7 @@ def _linears(system: str, precision: str) -> dict[int, list[tuple[int, float]]]:
     }
 
 
-def _linear_us(system: str, precision: str, num_tokens: int, n: int, k: int) -> float:
+def linear_us(system: str, precision: str, num_tokens: int, n: int, k: int) -> float:
     table = _linears(system, precision)
     sizes = sorted(table)
     times = [_by_weights(table[size], n * k) for size in sizes]
@@ -152,7 +152,7 @@ def _reductions(system: str, num_gpus: int) -> dict[str, list[tuple[float, float
     return {name: sorted(pairs) for name, pairs in found.items() if "eager" not in name}
 
 
-def _all_reduce_us(system: str, num_gpus: int, elements: int) -> float:
+def all_reduce_us(system: str, num_gpus: int, elements: int) -> float:
     """By the faster implementation of those measured at this size."""
     if num_gpus == 1:
         return 0.0
@@ -184,7 +184,7 @@ def _attention_work(phase: str, num_seqs: int, num_tokens: int) -> tuple[float, 
     return 1.0, num_seqs * num_tokens**2, num_seqs * num_tokens
 
 
-def _attention_us(
+def attention_us(
     system: str, phase: str, model: Model, tp: int, num_seqs: int, num_tokens: int
 ) -> float:
     work = _attention_work(phase, num_seqs, num_tokens)

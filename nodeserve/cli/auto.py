@@ -9,18 +9,20 @@ import click
 
 from nodeserve import profile_store
 from nodeserve.checkpoint import resolve as resolve_checkpoint
-from nodeserve.cli.plan import check_requests, progress, slo_of
+from nodeserve.cli.plan import check_requests, progress, slo_of, within
 from nodeserve.config import EngineConfig
-from nodeserve.coordinator.placement import SIM_DEVICES
+from nodeserve.coordinator.places import SIM_DEVICES
 from nodeserve.coordinator.policies import policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import parse_gpus
+from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.evaluate import Question
-from nodeserve.plan.planner import EFFORTS, plan
+from nodeserve.plan.planner import plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
-from nodeserve.plan.verdict import settings_of, verdict
+from nodeserve.plan.verdict import context_of, settings_of, verdict
+from nodeserve.policy.profile import Family, Profile
 
 WORKLOAD = "chat"
 EFFORT = EFFORTS["quick"]
@@ -39,7 +41,8 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
     model = profile_store.one_profile(name) if simulated else profile_store.profile_or_family(name)
     # How many in a pass is the question's; how they leave the buffer is as it was asked for.
     policies = policies_of(config, config.max_num_seqs or 1, config.max_num_batched_tokens or 1)
-    question = Question(
+    own = own_context(config, model)
+    asked = Question(
         model,
         source,
         slo_of(config.slo, source),
@@ -52,6 +55,7 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
         dispatch=policies.dispatch,
         decode_allocation=policies.decode_allocation,
     )
+    question = within(asked, own)
     check_requests(question)
     click.echo(f"planning for {source.workload} on {num_devices} devices, profile {name}", err=True)
     with searching() as run, progress(quiet=False) as tell:
@@ -66,7 +70,18 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
         err=True,
     )
     on_devices = config if config.device == "sim" else replace(config, profile=None)
+    settings["max_model_len"] = context_of(question, own)
     return replace(on_devices, workload=None, **settings)
+
+
+def own_context(config: EngineConfig, model: Profile | Family) -> int:
+    """The tokens that the devices would take if nothing were said."""
+    if config.device == "sim":
+        assert isinstance(model, Profile)
+        return model.max_model_len
+    return resolve_checkpoint(
+        config.model, config.load_format, config.model_impl
+    ).config.max_position
 
 
 def measured_name(config: EngineConfig, gpus: Gpus) -> str:

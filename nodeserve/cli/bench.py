@@ -38,7 +38,7 @@ REASONS = {
     "found": "between a rate that passed and one that did not",
     "low": "no rate passed",
     "high": "the highest rate allowed passed",
-    "invalid": "the clients could not send faster on time: use --processes",
+    "invalid": "the clients could not send that fast: use --processes, and leave them cores",
     "probes": "too many probes; the range is wider than --tolerance",
 }
 
@@ -174,7 +174,8 @@ class Session:
             run = result_json(result, self.settings.confidence, workers)
             run["requests"] = described(self.source, requests, result.arrivals, result.rate)
             if self.options["details"]:
-                run.update(details_json(result))
+                settings = self.settings
+                run.update(details_json(result, bench.slo_of, settings.settle_s, settings.forced))
             runs.append(run)
         return {
             "backend": about.kind,
@@ -330,6 +331,8 @@ def _ms(times: "Times | None") -> tuple[str, str]:
 
 def verdict(found: "Found", workers: int | None) -> str:
     """The goodput in a line."""
+    if found.reason == "invalid" and not found.rate:
+        return f"goodput unknown ({REASONS[found.reason]})"
     words = f"goodput {found.rate:.3g} requests/s"
     if workers:
         words += f", {found.rate / workers:.3g} a worker"

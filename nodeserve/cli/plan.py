@@ -5,27 +5,31 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.cli.bench import prepare_places
+from nodeserve.cli.plan_figure import check_drawing, draw
 from nodeserve.cli.show import show_table
 from nodeserve.cli.simulate import plain_table
 from nodeserve.cli.sources import dropped_words, source_of, source_options, source_words
 from nodeserve.config import parse_slo
-from nodeserve.errors import ConfigError
+from nodeserve.coordinator.placement import choose_context
+from nodeserve.errors import ConfigError, ModelError
 from nodeserve.plan.affinity import Placement, place
+from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.evaluate import Question, requests_of
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.named import workload_named
-from nodeserve.plan.planner import EFFORTS, Estimate, Report, Tell
+from nodeserve.plan.planner import Estimate, Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source, described
-from nodeserve.plan.verdict import Verdict, start_command, verdict
+from nodeserve.plan.verdict import Named, Verdict, start_command, verdict
 from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
@@ -66,9 +70,11 @@ def plan(
     """Find the layout with the most goodput for a workload and its limits.
 
     Layouts are simulated with the policy of the real engine; nothing is started. MODEL only goes
-    into the command that is printed.
+    into the command that is printed; where it lies here, requests are those that its context holds.
     """
-    question = question_of(options)
+    named = Named(model, options["profile"], readable_context(model))
+    # The default model stands for any: it only makes the command shorter.
+    question = within(question_of(options), named.own_context if model else None)
     check_together(options, figure)
     check_requests(question)
     prepare_places(figure, None)
@@ -77,7 +83,7 @@ def plan(
         if options["algorithm"] != "search":
             placement = place(question, options["algorithm"], options["rate"], effort, run, tell)
             seconds = time.monotonic() - began_s
-            show_placement(placement, question, model, options["profile"], as_json, seconds)
+            show_placement(placement, question, named, as_json, seconds)
             return
         report = search_plan(question, effort, run, tell)
         said = verdict(report)
@@ -85,9 +91,9 @@ def plan(
     if figure is not None:
         draw(report, figure, heading(question, options["profile"]))
     if as_json:
-        click.echo(json.dumps(as_numbers(report, said, model, options["profile"], seconds)))
+        click.echo(json.dumps(as_numbers(report, said, named, seconds)))
         return
-    show_report(report, said, model, options["profile"], seconds)
+    show_report(report, said, named, seconds)
 
 
 # ---- what was asked for
@@ -120,6 +126,24 @@ def question_of(options: dict[str, Any]) -> Question:
         max_num_seqs=num_seqs,
         max_model_len=options["max_model_len"],
     )
+
+
+def readable_context(model: str | None) -> int | None:
+    """The tokens that a model takes, if it lies here: nothing is fetched for a plan."""
+    if model is not None and not Path(model).expanduser().exists():
+        return None
+    try:
+        return resolve_checkpoint(model, "dummy").config.max_position
+    except ModelError:
+        return None
+
+
+def within(question: Question, own: int | None) -> Question:
+    """For requests that a model of this context takes; ConfigError where it was asked for more."""
+    if own is None or own >= question.context:
+        return question
+    choose_context(question.max_model_len, own)
+    return replace(question, max_model_len=own)
 
 
 def check_requests(question: Question) -> None:
@@ -184,20 +208,19 @@ def progress(quiet: bool) -> Iterator[Tell]:
 # ---- what came of it
 
 
-def show_report(
-    report: Report, said: Verdict, model: str | None, profile: str, seconds: float
-) -> None:
+def show_report(report: Report, said: Verdict, named: Named, seconds: float) -> None:
     question = report.question
-    click.echo(heading(question, profile))
+    click.echo(heading(question, named.profile))
     show_table(ranking(report))
     click.echo(f"{said.reason}.")
     click.echo(
         f"{report.num_candidates} layouts: {report.num_impossible} can serve nobody in time,"
-        f" {report.num_bounded} cannot win on paper, {report.num_behind} were behind;"
+        f" {report.num_bounded} cannot win on paper or by what others showed, {report.num_behind}"
+        " were behind;"
         f" {report.num_requests} requests simulated in {seconds:.0f} s"
     )
     if report.best is not None:
-        show_command(report.best, question, model, profile)
+        show_command(report.best, question, named)
 
 
 def heading(question: Question, profile: str) -> str:
@@ -238,8 +261,8 @@ def cells(one: Estimate, question: Question) -> list[str]:
     ]
 
 
-def show_command(one: Estimate, question: Question, model: str | None, profile: str) -> None:
-    command = start_command(one.candidate, question, model, profile)
+def show_command(one: Estimate, question: Question, named: Named) -> None:
+    command = start_command(one.candidate, question, named)
     if command is None:
         click.echo(
             "nodeserve start runs no instances of several GPUs yet: --startable plans without them"
@@ -250,16 +273,14 @@ def show_command(one: Estimate, question: Question, model: str | None, profile: 
     click.echo(command)
 
 
-def as_numbers(
-    report: Report, said: Verdict, model: str | None, profile: str, seconds: float
-) -> dict[str, Any]:
+def as_numbers(report: Report, said: Verdict, named: Named, seconds: float) -> dict[str, Any]:
     """Everything, for a program."""
     question, best = report.question, report.best
     source = question.traffic
     assert isinstance(source, Source)
     requests = requests_of(source, question.context)
     return {
-        "profile": profile,
+        "profile": named.profile,
         "workload": "trace" if source.trace else source.workload,
         "requests": described(source, requests, requests.first(LOOK, 1.0), 1.0),
         "slo": asdict(question.slo),
@@ -268,7 +289,7 @@ def as_numbers(
         "confidence": question.confidence,
         "seed": question.seed,
         "best": best and best.candidate.layout,
-        "command": best and start_command(best.candidate, question, model, profile),
+        "command": best and start_command(best.candidate, question, named),
         "verdict": asdict(said),
         "ranked": [as_row(one, question.num_gpus) for one in report.ranked],
         "num_candidates": report.num_candidates,
@@ -301,8 +322,7 @@ def as_row(one: Estimate, num_gpus: int) -> dict[str, Any]:
 def show_placement(
     placement: Placement,
     question: Question,
-    model: str | None,
-    profile: str,
+    named: Named,
     as_json: bool,
     seconds: float,
 ) -> None:
@@ -323,7 +343,7 @@ def show_placement(
         }
         click.echo(json.dumps(numbers))
         return
-    click.echo(heading(question, profile))
+    click.echo(heading(question, named.profile))
     table = plain_table("one of", "GPUs", "goodput/s", "a GPU")
     for phase in placement.phases:
         name = f"{phase.role.value} {phase.shape}".strip()
@@ -336,39 +356,4 @@ def show_placement(
         f"{placement.layout} on {placement.num_gpus} GPUs: {whole.goodput:.3g} requests/s in time,"
         f" {whole.goodput / placement.num_gpus:.3g} a GPU, simulated as a whole; {seconds:.0f} s"
     )
-    show_command(whole, question, model, profile)
-
-
-# ---- the figure
-
-
-def check_drawing(path: Path) -> None:
-    """Before anything takes long."""
-    if path.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--figure {path}: use a name that ends in .png or .svg")
-    from nodeserve.loadgen.figures import check_matplotlib
-
-    check_matplotlib("--figure")
-
-
-def draw(report: Report, path: Path, title: str) -> None:
-    """Attainment against the rate of each finalist, and the goal."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for one in report.ranked:
-        rates = [probe.rate / report.question.num_gpus for probe in one.probes]
-        shares = [100 * probe.tally.share for probe in one.probes]
-        label = f"{one.candidate.layout}, chunk {one.candidate.max_num_batched_tokens}"
-        axes.plot(rates, shares, marker="o", label=label)
-    axes.axhline(100 * report.question.goal, color="grey", linestyle=":")
-    axes.set_xlabel("requests a second and GPU")
-    axes.set_ylabel("in time, %")
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 102)
-    axes.set_title(title, fontsize="medium")
-    axes.legend()
-    figure.savefig(path)
+    show_command(whole, question, named)

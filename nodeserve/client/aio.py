@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from nodeserve.client.answer import Answer, merge
-from nodeserve.client.connection import Arrival, Connection, Event, Mailbox, connect
+from nodeserve.client.connection import Arrival, Connection, Event, connect
+from nodeserve.client.mailbox import Mailbox
 from nodeserve.client.results import Audit, Chunk, Completion, Health, join
 from nodeserve.errors import Cancelled, ConnectionLost, InvalidRequest, NodeServeError
 from nodeserve.socket_path import socket_path as find_socket
@@ -71,6 +72,22 @@ class Call:
                 raise
             self._failure = error  # after the tokens that came before it
             return chunk
+
+    async def pour(self, sink: Callable[[Chunk], None], ready: Callable[[], bool]) -> None:
+        """Give `sink` what comes in the turn of the loop that brings it, with no task between, as
+        long as `ready`. What follows is for chunk(): always the last one, and every one of an
+        answer with stop strings."""
+        if self._ended or self._failure is not None or self._answer.may_stop:
+            return
+        add = self._answer.add
+
+        def offer(events: list[Event]) -> bool:
+            if type(events[-1]) is not Arrival or not ready():
+                return False
+            sink(add(events))  # type: ignore[arg-type]  # an end is the last
+            return True
+
+        await self._mailbox.pour(offer)
 
     def abort(self) -> None:
         """Leave the request; the server frees all it holds. Harmless after the end."""

@@ -34,6 +34,11 @@ class Answer:
         self._first_s: float | None = None
         self._last_s: float | None = None
 
+    @property
+    def may_stop(self) -> bool:
+        """There are stop strings, which end it before its end comes."""
+        return self._stops is not None
+
     def add(self, arrivals: list[Arrival]) -> Chunk:
         """The part that these arrivals make; what follows a stop string is left out."""
         if len(arrivals) == 1 and not self._wants_logprobs:  # as nearly all are

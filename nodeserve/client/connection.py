@@ -10,8 +10,9 @@ import asyncio
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
+from nodeserve.client.mailbox import Mailbox
 from nodeserve.errors import (
     ConnectionLost,
     FrameTooLarge,
@@ -66,40 +67,7 @@ class Arrival(NamedTuple):
 
 Event = Arrival | End | NodeServeError
 TraceEvent = Traced | NodeServeError
-Item = TypeVar("Item")
 Answer = asyncio.Future[dict[str, Any]]
-
-
-class Mailbox(Generic[Item]):
-    """What came for one request and was not taken yet. One task at a time may take.
-
-    A future of its own costs half of what asyncio.Event does, and every token passes here.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[Item] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: Item) -> None:
-        self.add(event)
-        self.wake()
-
-    def add(self, event: Item) -> None:
-        """Whoever waits is to be woken."""
-        self._events.append(event)
-
-    def wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():  # done: its task was cancelled
-            waiter.set_result(None)
-
-    async def take(self) -> list[Item]:
-        """Everything that is there, at least one."""
-        while not self._events:  # it may be woken for what it took already
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        return events
 
 
 class Connection(asyncio.Protocol):

@@ -71,7 +71,7 @@ class Auditor:
         self._tellers, self._waiting = self._waiting, []
         self._number += 1
         for link in self._coordinator.links:
-            if link.alive:
+            if link.alive and link.leads:  # followers book nothing
                 link.send(Count(self._number))
                 link.tail = []
                 self._asked[link] = Asked(link.num_sent, link.account.num_sent)
@@ -223,7 +223,7 @@ def own_problems(coordinator: Coordinator) -> Iterator[str]:
     num_open = len(requests) - phases[Phase.DRAINING]
     totals = coordinator.totals
     for what, count, expected in (
-        ("requests in the buffer", len(dispatch.dispatcher), phases[Phase.WAITING]),
+        ("requests in the buffer", dispatch.num_queued, phases[Phase.WAITING]),
         ("parked requests", len(dispatch.parked), phases[Phase.PARKED]),
         (
             "requests that were accepted",

@@ -180,7 +180,7 @@ class Coordinator:
     def handle(self, link: WorkerLink, message: FromWorker) -> None:
         """One record of a running worker. ProtocolError, before any of it is carried out, if it
         cannot be so."""
-        check_holder(message, link.index, link.account.num_sent, self.requests)
+        check_holder(message, link, self.requests)
         match message:
             case StepDone():
                 self._on_step(link, message)

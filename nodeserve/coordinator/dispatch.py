@@ -3,8 +3,9 @@
 The policy (policy/dispatcher.py, decode_allocation.py, flow.py) knows units, tokens and times. Here
 it is told what happened, and what it decides is carried out, once for each turn of the loop.
 
-Always true: a request that waits is in the dispatcher's buffer, one that is parked in `parked`, and
-no other is; what a worker's account has booked leaves for that worker in the same order.
+Always true: a request that waits is in the dispatcher's buffer, or in `suspects` until its trial;
+one that is parked is in `parked`, and no other is; what a worker's account has booked leaves for
+that worker in the same order.
 """
 
 from collections import Counter
@@ -26,6 +27,7 @@ from nodeserve.policy.flow import NO_OBJECTIVE, Buffered, Verdict, judge
 from nodeserve.policy.foresight import Forecast, Foresight
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.parked import ParkedQueue
+from nodeserve.policy.suspects import Suspects
 from nodeserve.policy.units import Departure, PassDone, Unit
 from nodeserve.types import Role, Slo
 from nodeserve.wire.messages import Probe, Prompt, StepDone
@@ -45,6 +47,7 @@ class Dispatch:
         self.instances = by_instance(links)  # the ranks of each, in their present lives
         self.policies = policies
         self.parked = ParkedQueue()  # prefilled, pages pinned, no decode room yet
+        self.suspects = Suspects()
         self._links = links
         self._requests = requests
         self._limits = limits
@@ -60,7 +63,7 @@ class Dispatch:
         self.allocator = DecodeAllocator(
             policies.decode_allocation, policies.dispatch.max_num_seqs, limits.block_size
         )
-        self._decoders = [self._units[link.index] for link in links if link.pulls]
+        self._decoders = [self._units[link.index] for link in links if link.pulls and link.leads]
         self.foresight = Foresight(self.dispatcher, self.allocator)
         self.num_departures = 0  # with somebody on board
         self._departures = 0
@@ -109,14 +112,18 @@ class Dispatch:
         self.dispatcher.push(request.waiting, now_s)
 
     def put_back(self, request: Request, now_s: float) -> None:
-        """It waits for prefill again: since its first arrival, with the tokens it has by now."""
+        """It waits for prefill again, a suspect for its trial before that: since its first arrival,
+        with the tokens it has by now."""
         request.forecast = None
         num_blocks = request.num_blocks(self._limits.block_size)
         request.waiting = replace(
             request.waiting, num_tokens=len(request.tokens), num_blocks=num_blocks
         )
         self.allocator.forget(request.request_id)
-        self.dispatcher.push(request.waiting, now_s)
+        if request.is_suspect:
+            self.suspects.add(request.waiting)
+        else:
+            self.dispatcher.push(request.waiting, now_s)
 
     def park(self, request: Request) -> None:
         """Its pages wait for room on the decode side, perhaps again."""
@@ -144,8 +151,14 @@ class Dispatch:
     def remove(self, request: Request) -> None:
         """It waits for nothing any more and is nowhere, wherever it stood or was."""
         self.dispatcher.remove(request.request_id)
+        self.suspects.remove(request.request_id)
         self.parked.remove(request.request_id)
         self.allocator.forget(request.request_id)
+
+    @property
+    def num_queued(self) -> int:
+        """Those that wait for prefill."""
+        return len(self.dispatcher) + len(self.suspects)
 
     def queue(self) -> list[dict[str, Any]]:
         """How many wait for prefill, by class, first the one that goes first. O(requests)."""
@@ -197,7 +210,7 @@ class Dispatch:
         """A lost instance is back: new links, empty."""
         instance = ranks[0].instance
         self._lost.remove(instance)
-        self.instances[instance] = list(ranks)
+        ranks = self.instances[instance] = [link for link in ranks if link.leads]
         for link in ranks:
             self._units[link.index].account = link.account
         if instance in self._seen:
@@ -237,6 +250,7 @@ class Dispatch:
     def turn(self, now_s: float) -> float | None:
         """Hand out what can start now; returns when to look again if nothing comes before."""
         self._learn()
+        self._try_suspect(now_s)
         self._start_pulls(now_s)
         decision = self.dispatcher.decide(now_s)
         for departure in decision.departures:
@@ -253,6 +267,14 @@ class Dispatch:
                     seconds = max(step.step_s for step in ranks)
                     self.allocator.observe([work_of(step) for step in ranks], seconds)
                 steps.clear()
+
+    def _try_suspect(self, now_s: float) -> None:
+        """The next one, when it has shown whether the last one is why workers ended."""
+        suspects = self.suspects
+        if suspects.on_trial is not None and not self._requests[suspects.on_trial].is_suspect:
+            suspects.remove(suspects.on_trial)
+        if (waiting := suspects.next()) is not None:
+            self.dispatcher.push(waiting, now_s)
 
     def _start_pulls(self, now_s: float) -> None:
         for request_id, index in self.parked.place(self.allocator, self._decoders):
@@ -305,10 +327,11 @@ def objective(slo: Mapping[str, float]) -> Slo:
 
 
 def by_instance(links: Sequence[WorkerLink]) -> dict[int, list[WorkerLink]]:
-    """The ranks of each instance."""
+    """The DP ranks of each instance: the leaders, one of which may be all of it."""
     instances: dict[int, list[WorkerLink]] = {}
     for link in links:
-        instances.setdefault(link.instance, []).append(link)
+        if link.leads:
+            instances.setdefault(link.instance, []).append(link)
     return instances
 
 

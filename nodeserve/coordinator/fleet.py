@@ -201,7 +201,8 @@ class Fleet:
                 return
             case StepDone():
                 num_tokens = message.num_prefill_tokens + message.num_decodes
-                link.watchdog.stepped(num_tokens, message.step_s)
+                for member in self._team(link):  # how long a step may take holds for all of them
+                    member.watchdog.stepped(num_tokens, message.step_s)
             case KvPulled() | KvReady():
                 link.watchdog.progressed()
         self._handle(link, message)
@@ -209,7 +210,10 @@ class Fleet:
     def _on_starting(self, link: WorkerLink, message: FromWorker) -> None:
         match message:
             case Mapped():
-                link.channel.unlink_names()
+                link.mapped = True
+                if all(member.mapped for member in self._team(link)):
+                    for member in self._team(link):
+                        member.channel.unlink_names()
                 self._moved(link, "import", 0, 1)
             case Loading(phase, done, total):
                 self._moved(link, phase, done, total)
@@ -349,6 +353,10 @@ class Fleet:
             link.give_up(words)
         elif link.watchdog.silent_s > 2 * elapsed_s:
             link.channel.nudge()
+
+    def _team(self, link: WorkerLink) -> list[WorkerLink]:
+        """Those that compute together with it, itself among them; they open its doorbell too."""
+        return self.links[link.leader : link.leader + link.shape.team_size]
 
     def _ranks(self, instance: int) -> list[WorkerLink]:
         return [link for link in self.links if link.instance == instance]

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from nodeserve.errors import NodeServeError, RingError, WorkerLost
+from nodeserve.layout import Shape
 from nodeserve.metrics import Rate
 from nodeserve.policy.account import Account
 from nodeserve.policy.startup import Start
@@ -77,6 +78,8 @@ class WorkerLink:
         self.gpu: int | None = None  # its number, for people
         self.instance = index  # number of its instance; the ranks of one share it
         self.rank = 0  # its place in the instance
+        self.shape = Shape()  # of the instance
+        self.mapped = False  # it has opened its rings, and with them other workers' doorbells
         self.stands_in = False  # for the phase that is not its own, since nobody else is there
         self.state = STARTING
         self.joining = False  # it gets no requests yet: peers are about to map pages
@@ -101,6 +104,22 @@ class WorkerLink:
     @property
     def alive(self) -> bool:
         return self.state == READY
+
+    @property
+    def leader(self) -> int:
+        """The worker that has the queue and the scheduler of its team: itself, if it has them."""
+        return self.index - self.rank % self.shape.team_size
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are given to it. A follower does what its leader tells it."""
+        return self.leader == self.index
+
+    @property
+    def place(self) -> list[int]:
+        """Which part of every block it holds, as AttachPages has it."""
+        pp_rank, tp_rank = divmod(self.rank % self.shape.team_size, self.shape.tp)
+        return [tp_rank, self.shape.tp, pp_rank, self.shape.pp]
 
     @property
     def gone(self) -> bool:
@@ -140,8 +159,8 @@ class WorkerLink:
     def attach(self, owner: "WorkerLink") -> "asyncio.Future[None]":
         """Let it map the pages of a ready one; done when it has, or when it has ended."""
         assert owner.info is not None
-        info = owner.info
-        self.send(AttachPages(owner.index, owner.pages_fd, info.pages_bytes, info.pages_handle))
+        pages = owner.pages_fd, owner.info.pages_bytes, owner.info.pages_handle
+        self.send(AttachPages(owner.index, *pages, owner.leader, owner.place))
         loop = asyncio.get_running_loop()
         return self.attaching.setdefault(owner.index, loop.create_future())
 

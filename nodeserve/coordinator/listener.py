@@ -56,7 +56,7 @@ class ConnectionLimits:
     quota: Quota
     access: Access
     backlog: Backlog
-    incoming: Backlog  # for frames that are not complete
+    incoming: Backlog  # for frames that are not complete, and messages that wait for their turn
 
 
 @contextlib.contextmanager
@@ -171,6 +171,7 @@ class Connection(asyncio.Protocol):
         self._intake = intake
         self._reader = FrameReader(limits.max_frame_bytes)
         self._payloads: deque[bytes] = deque()  # not taken yet
+        self._waiting_bytes = 0  # of those
         self._reading = True
         self._incoming_bytes = 0  # as counted in `limits.incoming`
         self._look: asyncio.TimerHandle | None = None  # at a frame that is not complete
@@ -216,7 +217,10 @@ class Connection(asyncio.Protocol):
         try:
             payloads = self._reader.feed(data)
             self._payloads.extend(payloads)
-            self._count_incoming(self._reader.num_held_bytes)
+            self._waiting_bytes += sum(map(len, payloads))
+            self._count_incoming()
+            if self._incoming_bytes > self._limits.incoming.left_bytes:
+                raise Overloaded("too much has come of messages that wait or are not complete")
         except NodeServeError as error:
             self._drop(error)
         else:
@@ -227,13 +231,11 @@ class Connection(asyncio.Protocol):
         if self._payloads and not waits:
             self._intake.offer(self)
 
-    def _count_incoming(self, num_bytes: int) -> None:
-        """It holds so much of a frame now. Overloaded: that is more than all others leave."""
-        incoming = self._limits.incoming
-        incoming.left_bytes -= num_bytes - self._incoming_bytes
+    def _count_incoming(self) -> None:
+        """What it holds has changed."""
+        num_bytes = self._reader.num_held_bytes + self._waiting_bytes
+        self._limits.incoming.left_bytes -= num_bytes - self._incoming_bytes
         self._incoming_bytes = num_bytes
-        if num_bytes > incoming.left_bytes:
-            raise Overloaded("too much has come of messages that are not complete")
 
     def _look_later(self) -> None:
         self._look = asyncio.get_running_loop().call_later(LOOK_S, self._look_at_frame)
@@ -256,7 +258,9 @@ class Connection(asyncio.Protocol):
 
     def _let_go(self) -> None:
         self._reader = FrameReader(self._limits.max_frame_bytes)
-        self._count_incoming(0)
+        self._payloads.clear()
+        self._waiting_bytes = 0
+        self._count_incoming()
         if self._look is not None:
             self._look.cancel()
             self._look = None
@@ -266,16 +270,19 @@ class Connection(asyncio.Protocol):
         num_taken = 0
         while num_taken < most and self._payloads and not self.stream.closed:
             num_taken += 1
+            payload = self._payloads.popleft()
+            self._waiting_bytes -= len(payload)
             try:
-                self._on_message(TO_SERVER.decode(self._payloads.popleft()))
+                self._on_message(TO_SERVER.decode(payload))
             except NodeServeError as error:
                 self._drop(error)
+        self._count_incoming()
         return num_taken
 
     def drained(self) -> bool:
         """No message waits: then the socket is read, and else not."""
         if self.stream.closed:
-            self._payloads.clear()
+            self._let_go()
         if self._payloads and self._reading:
             self._transport.pause_reading()
         elif not self._payloads and not self._reading and not self.stream.closed:

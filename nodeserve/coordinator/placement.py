@@ -5,13 +5,19 @@ with nothing to clean up.
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, Simulated
 from nodeserve.config_readers import MODEL_IMPLS
+from nodeserve.coordinator.places import (
+    Place,
+    check_shapes,
+    largest_part,
+    place_on_cpus,
+    place_on_gpus,
+    place_simulated,
+)
 from nodeserve.coordinator.policies import Policies, policies_of
 from nodeserve.coordinator.room import (
     check_gpus,
@@ -21,7 +27,7 @@ from nodeserve.coordinator.room import (
 )
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
-from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
+from nodeserve.layout import Layout
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.policy.startup import default_timeout_s
@@ -53,28 +59,6 @@ COUNTS = (
     *("max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens"),
     *("max_connections", "max_connection_reqs"),
 )
-GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
-REAL_SETTINGS = ("dtype", "load_format", "model_impl", *GPU_SETTINGS)
-SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one worker runs."""
-
-    role: Role
-    cpus: tuple[int, ...]
-    num_threads: int
-    gpus: tuple[int, ...] = ()  # its own, then those it may read from; none: a CPU worker
-    gpu_share: int = 1  # workers on its own GPU
-    instance: int = 0  # number of its instance, in the layout's order
-    rank: int = 0  # its place in the instance
-
-
-class Placed(NamedTuple):
-    layout: Layout
-    places: tuple[Place, ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +92,13 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
     max_model_len = choose_context(config.max_model_len, checkpoint.config.max_position)
     budget = choose_budget(config, max_num_seqs, fills_step(layout, on_gpus))
-    token_bytes = checkpoint.config.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    check_shapes(layout, checkpoint.config)
+    parts = [largest_part(checkpoint.config, group.shape) for group in layout.groups]
+    token_bytes = max(part.kv_bytes_per_token(DTYPE_BYTES[dtype]) for part in parts)
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
     check_kv_memory(config.kv_memory, least)
-    weight_bytes = checkpoint.config.num_weights * DTYPE_BYTES[dtype]
+    weight_bytes = max(part.num_weights for part in parts) * DTYPE_BYTES[dtype]
     if on_gpus:
         check_gpus([place.gpus[0] for place in places], gpus.found, weight_bytes + least)
     if checkpoint.kind == "safetensors":
@@ -239,113 +225,6 @@ def check_device(config: EngineConfig, gpus: Gpus) -> None:
         raise ConfigError("--workload is what --layout auto plans for: give both or neither")
     if config.device != "sim" and config.profile is not None:
         raise ConfigError("--profile is for --device sim or --layout auto: leave it out otherwise")
-
-
-def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:
-    """A worker on each GPU asked for, or on as many as the layout needs."""
-    here = tuple(gpu.index for gpu in gpus.found)
-    asked = here if config.gpus is None else parse_gpus(config.gpus)
-    if unknown := sorted(set(asked) - set(here)):
-        limit = "" if gpus.visible is None else f" (CUDA_VISIBLE_DEVICES is {gpus.visible!r})"
-        raise ConfigError(
-            f"--gpus {config.gpus}: no GPU {unknown[0]} here, there are"
-            f" {', '.join(map(str, here))}{limit}"
-        )
-    layout = choose_layout(config.layout, len(asked))
-    if config.gpus is None:
-        asked = asked[: layout.num_workers]
-    check_devices(layout, len(asked))
-    num_threads = max(1, len(os.sched_getaffinity(0)) // len(asked))
-    others = tuple(dict.fromkeys(asked))
-    places = tuple(
-        Place(
-            role,
-            cpus=(),
-            num_threads=num_threads,
-            gpus=(own, *(gpu for gpu in others if gpu != own)),
-            gpu_share=asked.count(own),
-            instance=index,
-        )
-        for index, (role, own) in enumerate(zip(layout.roles, asked, strict=True))
-    )
-    return Placed(layout, places, ())
-
-
-def place_on_cpus(config: EngineConfig, gpus: Gpus) -> Placed:
-    """A worker on each share of the cores; says so where somebody may expect GPUs."""
-    cpus = tuple(sorted(os.sched_getaffinity(0)))
-    layout = choose_layout(config.layout, min(2, len(cpus)))
-    notes = []
-    if config.gpus is not None:
-        check_devices(layout, len(parse_gpus(config.gpus)))
-        notes.append(f"CPU workers stand in for --gpus {config.gpus}: {gpus.obstacle}")
-    elif gpus.found and config.device == "auto":
-        notes.append(f"GPUs are here but not used: {gpus.obstacle}")
-    notes += without_effect(config, GPU_SETTINGS, "CPU")
-    places, more = share_cores(layout.roles, cpus)
-    return Placed(layout, places, (*notes, *more))
-
-
-def place_simulated(config: EngineConfig) -> Placed:
-    """A worker for each rank. They mostly sleep: no core is anybody's own."""
-    asked = None if config.gpus is None else len(parse_gpus(config.gpus))
-    layout = choose_layout(config.layout, asked or SIM_DEVICES, ranks=True)
-    if asked is not None:
-        check_devices(layout, asked)
-    places = tuple(
-        Place(group.role, cpus=(), num_threads=1, instance=index, rank=rank)
-        for index, group in enumerate(layout.instances)
-        for rank in range(group.shape.num_workers)
-    )
-    return Placed(layout, places, tuple(without_effect(config, REAL_SETTINGS, "simulated")))
-
-
-def without_effect(config: EngineConfig, names: tuple[str, ...], kind: str) -> list[str]:
-    """A note on those of these settings that were changed and that such workers do not heed."""
-    default = EngineConfig()
-    changed = [name for name in names if getattr(config, name) != getattr(default, name)]
-    options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-    return [f"no effect on {kind} workers: {options}"] if changed else []
-
-
-def choose_layout(text: str | None, num_devices: int, ranks: bool = False) -> Layout:
-    """The layout asked for, or half the devices for each phase; instances of several workers only
-    where they may be `ranks` that share the experts."""
-    split = f"{num_devices // 2}p{num_devices - num_devices // 2}d" if num_devices > 1 else "1m"
-    layout = parse_layout(split if text is None else text)
-    groups = layout.groups
-    kept = [Shape(ep=group.shape.ep) if ranks else Shape() for group in groups]
-    if [group.shape for group in groups] != kept:
-        pairs = zip(groups, kept, strict=True)
-        plain = ",".join(str(replace(group, shape=shape)) for group, shape in pairs)
-        words = "tp, pp" if ranks else "tp, pp, ep"
-        raise ConfigError(
-            f"layout {layout}: instances of several workers ({words}) are not supported yet;"
-            f" give for example {plain}"
-        )
-    return layout
-
-
-def share_cores(
-    roles: tuple[Role, ...], cpus: tuple[int, ...]
-) -> tuple[tuple[Place, ...], tuple[str, ...]]:
-    """Disjoint cores for each worker while they last, one thread for each core."""
-    count = len(roles)
-    if count > len(cpus):
-        note = (
-            f"{count} workers share {len(cpus)} cores: steps will take turns,"
-            " expect uneven times per token"
-        )
-        shared = tuple(
-            Place(role, (cpus[i % len(cpus)],), 1, instance=i) for i, role in enumerate(roles)
-        )
-        return shared, (note,)
-    places, first = [], 0
-    for index, role in enumerate(roles):
-        share = len(cpus) // count + (index < len(cpus) % count)
-        places.append(Place(role, cpus[first : first + share], share, instance=index))
-        first += share
-    return tuple(places), ()
 
 
 def choose_context(asked: int | None, trained: int) -> int:

@@ -8,6 +8,7 @@ then no request may be half changed, and none changed that another worker has.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.request import Request
 from nodeserve.errors import ProtocolError
 from nodeserve.policy.lifecycle import Phase
@@ -48,11 +49,11 @@ def message_of(record: bytes) -> FromWorker:
     return message
 
 
-def check_holder(
-    message: FromWorker, index: int, num_sent: int, requests: Mapping[int, Request]
-) -> None:
-    """ProtocolError if worker `index`, which was sent `num_sent` prompts and pulls, counts more of
-    them, or speaks of what it does with an open request that it does not have, or not so."""
+def check_holder(message: FromWorker, link: WorkerLink, requests: Mapping[int, Request]) -> None:
+    """ProtocolError if this worker counts more prompts and pulls than it was sent, or speaks of
+    what it does with an open request that it does not have, or not so; or if it only follows."""
+    index, num_sent = link.index, link.account.num_sent
+    _require(link.leads, "a follower's word about requests")
     load = getattr(message, "load", None)
     _require(load is None or Load._make(load).num_received <= num_sent, "requests received")
     match message:

@@ -117,7 +117,9 @@ class Request:
     handoff_s: float = 0.0
     handoff_bytes: int = 0
     num_preemptions: int = 0
-    num_losses: int = 0  # workers that ended while they computed it
+    num_losses: int = 0  # workers that ended while they had it
+    suspect_until: int = 0  # until it has so many tokens it may be why they did
+    num_failed_handoffs: int = 0
 
     def on(self, event: Event) -> None:
         """The one place where a phase changes."""
@@ -126,6 +128,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        """It goes on alone among those that may be why workers ended (policy/suspects.py)."""
+        return len(self.tokens) < self.suspect_until
 
     def num_blocks(self, block_size: int) -> int:
         """Blocks for all its tokens and the one that comes next."""

@@ -13,9 +13,10 @@ from nodeserve.coordinator.request import Request
 from nodeserve.coordinator.tracer import Tracer
 from nodeserve.errors import HandoffFailed, NodeServeError, WorkerLost
 from nodeserve.policy.lifecycle import Event, Phase
+from nodeserve.policy.suspects import MAX_LOSSES, SUSPECT_LOSSES, TRIAL_TOKENS
 from nodeserve.wire.messages import ReleaseKv
 
-MAX_LOSSES = 2  # workers that may end, or handoffs that may fail, under one request before it ends
+MAX_FAILED_HANDOFFS = 2  # of one request before it ends
 
 
 class Setbacks:
@@ -65,8 +66,8 @@ class Setbacks:
     def redo(self, request: Request, words: str) -> None:
         """Its pages did not arrive. If that is their source's end, they are gone; if not, nobody
         can say what is wrong with them. Compute them again, but not for ever."""
-        request.num_losses += request.source >= 0
-        if request.num_losses > MAX_LOSSES:
+        request.num_failed_handoffs += request.source >= 0
+        if request.num_failed_handoffs > MAX_FAILED_HANDOFFS:
             self._fail(request, HandoffFailed(words))
         else:
             request.on(Event.KV_REFUSED)
@@ -76,10 +77,7 @@ class Setbacks:
         """A worker that may have something of it is gone."""
         if request.source == link.index and request.holder != link.index:
             request.source = -1  # its holder says whether the pages had arrived by then
-        if request.holder == link.index and request.phase is Phase.MOVING:
-            request.on(Event.KV_REFUSED)
-            self.park_again(request)
-        elif request.holder == link.index and request.phase is not Phase.DRAINING:
+        if request.holder == link.index and request.phase is not Phase.DRAINING:
             self._lose_holder(request)
         elif request.phase is Phase.PARKED and not self._dispatch.anyone_pulls:
             self._start_over(request)
@@ -91,14 +89,28 @@ class Setbacks:
             self._links[source].send(ReleaseKv(request.request_id))
 
     def _lose_holder(self, request: Request) -> None:
-        """Again from the window; but whoever saw several workers die may be why they did."""
-        request.num_losses += request.phase is not Phase.PARKED
-        if request.num_losses > MAX_LOSSES:
+        """Again from the window, or from its source; but not if it is why its worker ended."""
+        if request.phase is not Phase.PARKED and self._is_to_blame(request):
             words = f"{request.num_losses} workers ended while they computed this request"
             self._fail(request, WorkerLost(words))
-        else:
+        elif request.phase is not Phase.MOVING:
             request.source = -1
             self._start_over(request)
+        else:
+            request.on(Event.KV_REFUSED)
+            if request.is_suspect:
+                self._start_over(request)
+            else:
+                self.park_again(request)
+
+    def _is_to_blame(self, request: Request) -> bool:
+        """A worker ended that had it to compute. One that had it on trial ended for it, as far as
+        can be told."""
+        was_tried = request.is_suspect
+        request.num_losses += 1
+        if request.num_losses >= SUSPECT_LOSSES:
+            request.suspect_until = len(request.tokens) + TRIAL_TOKENS
+        return was_tried or request.num_losses > MAX_LOSSES
 
     def _start_over(self, request: Request) -> None:
         self._dispatch.remove(request)

@@ -27,6 +27,7 @@ def worker_stats(link: WorkerLink, num_pinned_blocks: int, now_s: float) -> dict
         "acting": link.acting.value,
         "instance": link.instance,
         "rank": link.rank,
+        "leader": link.leader,
         "pid": link.process.pid if link.process else 0,
         "state": STARTING if link.alive and link.joining else link.state,
         "restarts": link.num_restarts,
@@ -35,8 +36,8 @@ def worker_stats(link: WorkerLink, num_pinned_blocks: int, now_s: float) -> dict
         "running": load.num_running,
         "waiting": load.num_waiting,
         "pinned": load.num_pinned,
-        "free_blocks": load.num_free_blocks,
-        "num_blocks": info.num_blocks if info else 0,
+        "free_blocks": load.num_free_blocks if link.leads else 0,
+        "num_blocks": info.num_blocks if info and link.leads else 0,
         "pinned_blocks": num_pinned_blocks,
         "waiting_tokens": load.waiting_tokens,
         "steps": counters.steps,
@@ -98,7 +99,7 @@ def how_they_run(links: Sequence[WorkerLink]) -> list[str]:
 
 def request_stats(coordinator: Coordinator) -> dict[str, int]:
     """How many requests are where, and how the others ended."""
-    totals, queued = coordinator.totals, len(coordinator.dispatch.dispatcher)
+    totals, queued = coordinator.totals, coordinator.dispatch.num_queued
     return {
         "queued": queued,
         "running": len(coordinator.requests) - queued,

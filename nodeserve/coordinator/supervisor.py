@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
 import posix_ipc
 
 from nodeserve.config import WorkerSpec
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.placement import Place, Plan
+from nodeserve.coordinator.placement import Plan
+from nodeserve.coordinator.places import Place
+from nodeserve.coordinator.shared import Shared
 from nodeserve.errors import ConfigError, RingError
 from nodeserve.log import about, logger
 from nodeserve.policy.startup import Start
@@ -60,39 +61,6 @@ def make_pages_fd(node_id: str, index: int) -> int:
     return int(segment.fd)
 
 
-class LockstepFds(NamedTuple):
-    """What the ranks of one instance share: memory of size 0, which the first of them sizes, and a
-    bell for each."""
-
-    board: int
-    bells: tuple[int, ...]
-
-    @property
-    def inherited(self) -> tuple[int, ...]:
-        return (self.board, *self.bells) if self.bells else ()
-
-    def close(self) -> None:
-        for fd in self.inherited:
-            os.close(fd)
-
-
-NO_LOCKSTEP = LockstepFds(-1, ())
-
-
-def make_lockstep(num_ranks: int) -> LockstepFds:
-    """Nameless; to be closed when every rank has inherited them."""
-    with contextlib.ExitStack() as opened:
-        board = os.memfd_create("nodeserve-lockstep")
-        opened.callback(os.close, board)
-        os.fchmod(board, 0o600)
-        bells: list[int] = []
-        for _ in range(num_ranks):
-            bells.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-            opened.callback(os.close, bells[-1])
-        opened.pop_all()
-    return LockstepFds(board, tuple(bells))
-
-
 class Supervisor:
     """Owns every child process and all that they inherit."""
 
@@ -103,7 +71,7 @@ class Supervisor:
         self._node_id = node_id
         self._command = command
         self._pages_fds: list[int] = []  # one for all lives: peers have inherited it
-        self._lockstep: dict[int, LockstepFds] = {}  # by instance, where ranks need it
+        self._shared: dict[int, Shared] = {}  # by instance, where it has several workers
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Supervisor":
@@ -120,8 +88,8 @@ class Supervisor:
     def _close(self) -> None:
         for link in self.links:
             link.channel.close()
-        for lockstep in self._lockstep.values():
-            lockstep.close()
+        for shared in self._shared.values():
+            shared.close()
         self._stack.close()
 
     def _make_links(self) -> None:
@@ -130,9 +98,8 @@ class Supervisor:
             self._stack.callback(os.close, pages_fd)
             self._pages_fds.append(pages_fd)
             self.links.append(self._make_link(index, 0))
-        if self._plan.simulated is not None:
-            for instance in range(len(self._plan.layout.instances)):
-                self._renew_lockstep(instance)
+        for instance in range(len(self._plan.layout.instances)):
+            self._renew_shared(instance)
 
     def _make_link(self, index: int, life: int) -> WorkerLink:
         place = self._plan.places[index]
@@ -140,6 +107,7 @@ class Supervisor:
         link = WorkerLink(index, place.role, channel, self._pages_fds[index])
         link.gpu = place.gpus[0] if place.gpus else None
         link.instance, link.rank, link.num_restarts = place.instance, place.rank, life
+        link.shape = self._plan.layout.instances[place.instance].shape
         link.watchdog = Watchdog(self._plan.policies.step_timeout_s)
         return link
 
@@ -147,22 +115,29 @@ class Supervisor:
         """Links for the next life of its ranks, in the place of the last ones, whose processes have
         ended and whose channels are closed by this. ConfigError if the machine has no room."""
         try:
-            if self._plan.simulated is not None:
-                self._renew_lockstep(instance)
-            for link in [link for link in self.links if link.instance == instance]:
+            for link in self._ranks(instance):
                 link.channel.close()
                 fresh = self._make_link(link.index, link.num_restarts + 1)
                 fresh.reason, fresh.joining = link.reason, True
                 self.links[link.index] = fresh
+            self._renew_shared(instance)
         except (OSError, RingError, posix_ipc.Error) as problem:
             raise self._does_not_fit(problem) from None
+        return self._ranks(instance)
+
+    def _ranks(self, instance: int) -> list[WorkerLink]:
         return [link for link in self.links if link.instance == instance]
 
-    def _renew_lockstep(self, instance: int) -> None:
-        if old := self._lockstep.pop(instance, None):
+    def _renew_shared(self, instance: int) -> None:
+        """What its workers share in the life to come, whose links are made."""
+        if old := self._shared.pop(instance, None):
             old.close()
-        num_ranks = self._plan.layout.instances[instance].shape.num_workers
-        self._lockstep[instance] = make_lockstep(num_ranks)
+        ranks = self._ranks(instance)
+        if len(ranks) > 1 or self._plan.simulated is not None:
+            label = f"i{instance}.{ranks[0].num_restarts}"
+            channels = [link.channel.spec for link in ranks]
+            shape = self._plan.layout.instances[instance].shape
+            self._shared[instance] = Shared(self._node_id, label, channels, shape.team_size)
 
     async def spawn(self, links: Sequence[WorkerLink]) -> None:
         """Start these; returns when the processes exist, not when they are ready."""
@@ -179,13 +154,14 @@ class Supervisor:
 
     async def _spawn(self, links: Sequence[WorkerLink]) -> None:
         for link in links:
-            lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
+            shared = self._shared.get(link.instance)
+            more = () if shared is None else shared.inherited_by(link.rank)
             link.start = Start(self._plan.startup_timeout_s, time.monotonic())
             link.process = await asyncio.create_subprocess_exec(
                 *self._command,
                 "--spec",
                 self._spec(link).to_json(),
-                pass_fds=(*link.channel.inherited_fds, *self._pages_fds, *lockstep.inherited),
+                pass_fds=(*link.channel.inherited_fds, *self._pages_fds, *more),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
@@ -210,7 +186,8 @@ class Supervisor:
         """Ask, then kill, at once where nobody would listen: in a worker that loads, or when
         `hurried`. Returns when no child is left."""
         for link in self.links:
-            link.send(Shutdown())
+            if link.leads:  # followers leave with their leader
+                link.send(Shutdown())
             if link.info is None:
                 link.kill()
         gone = asyncio.create_task(self._gone())
@@ -232,7 +209,7 @@ class Supervisor:
 
     def _spec(self, link: WorkerLink) -> WorkerSpec:
         config, place = self._plan.config, self._plan.places[link.index]
-        lockstep = self._lockstep.get(link.instance, NO_LOCKSTEP)
+        shared = self._shared.get(link.instance)
         return WorkerSpec(
             index=link.index,
             role=link.role.value,
@@ -261,8 +238,13 @@ class Supervisor:
             enforce_eager=config.enforce_eager,
             instance=link.instance,
             rank=link.rank,
-            board_fd=lockstep.board,
-            bell_fds=lockstep.bells,
+            tp=link.shape.tp,
+            pp=link.shape.pp,
+            ep=link.shape.ep,
+            team=() if shared is None else shared.team_of(link.rank),
+            rendezvous_fd=-1 if shared is None else shared.rendezvous,
+            board_fd=-1 if shared is None else shared.lockstep.board,
+            bell_fds=() if shared is None else shared.lockstep.bells,
             simulated=self._plan.simulated,
         )
 

@@ -97,6 +97,7 @@ class Tracer:
         workers = [
             [link.index, link.instance, link.rank, link.role.value, link.gpu]
             for link in self._links
+            if link.leads
         ]
         tap.add(EVENTS.parts(Began(self._now(), workers)))
         self._wake()
@@ -210,7 +211,7 @@ class Tracer:
             )
 
     def worker(self, link: WorkerLink) -> None:
-        """It is lost, or back."""
-        if self._taps:
+        """It is lost, or back. A follower is part of what its leader does."""
+        if self._taps and link.leads:
             why = "" if link.alive else link.reason
             self._tell(Worker(self._now(), link.index, link.state, why))

@@ -3,8 +3,13 @@
 Objects have these members and no others, so that tests find what is not described.
 """
 
+from dataclasses import fields
+from typing import Any
+
 from nodeserve.gateway.kinds import Schema
 from nodeserve.gateway.responses import NOT_HERE
+from nodeserve.gateway.tables import TEXT_FORMAT
+from nodeserve.types import Timings
 
 TEXT: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -54,6 +59,10 @@ CALL_PART = record(
     function=record(("name",), name=TEXT, arguments=TEXT),
 )
 PIECE = {"token": TEXT, "logprob": NUMBER, "bytes": IDS}
+SPENT: dict[Any, Schema] = {  # a worker that nobody was has the number -1
+    float: NUMBER,
+    int: {"type": "integer", "minimum": -1},
+}
 ABOUT = {"id": TEXT, "created": COUNT, "model": TEXT}
 
 RESPONSE, MESSAGE, PART = named("Response"), named("OutputMessage"), named("OutputText")
@@ -82,6 +91,7 @@ SCHEMAS: dict[str, Schema] = {
         )
     ),
     "Usage": record(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT),
+    "Timings": record(**{one.name: SPENT[one.type] for one in fields(Timings)}),
     "CompletionLogprobs": record(
         tokens=listed(TEXT),
         token_logprobs=listed(NUMBER),
@@ -96,12 +106,13 @@ SCHEMAS: dict[str, Schema] = {
         object=known("text_completion"),
         choices=listed(
             record(
-                ("token_ids", "prompt_token_ids"),
+                ("token_ids", "prompt_token_ids", "timings"),
                 index=COUNT,
                 text=TEXT,
                 logprobs=maybe(named("CompletionLogprobs")),
                 finish_reason=FINISH,
                 token_ids=IDS,
+                timings=named("Timings"),
                 prompt_token_ids=IDS,
             )
         ),
@@ -113,7 +124,7 @@ SCHEMAS: dict[str, Schema] = {
         object=known("chat.completion"),
         choices=listed(
             record(
-                ("token_ids",),
+                ("token_ids", "timings"),
                 index=COUNT,
                 message=record(
                     ("tool_calls",),
@@ -125,6 +136,7 @@ SCHEMAS: dict[str, Schema] = {
                 logprobs=maybe(named("ChatLogprobs")),
                 finish_reason=CHAT_FINISH,
                 token_ids=IDS,
+                timings=named("Timings"),
             )
         ),
         usage=named("Usage"),
@@ -136,12 +148,13 @@ SCHEMAS: dict[str, Schema] = {
         object=known("text_completion"),
         choices=listed(
             record(
-                ("token_ids", "prompt_token_ids"),
+                ("token_ids", "prompt_token_ids", "timings"),
                 index=COUNT,
                 text=TEXT,
                 logprobs=maybe(named("CompletionLogprobs")),
                 finish_reason=maybe(FINISH),
                 token_ids=IDS,
+                timings=named("Timings"),
                 prompt_token_ids=IDS,
             )
         ),
@@ -153,7 +166,7 @@ SCHEMAS: dict[str, Schema] = {
         object=known("chat.completion.chunk"),
         choices=listed(
             record(
-                ("token_ids",),
+                ("token_ids", "timings"),
                 index=COUNT,
                 delta=record(
                     ("role", "content", "tool_calls"),
@@ -164,6 +177,7 @@ SCHEMAS: dict[str, Schema] = {
                 logprobs=maybe(named("ChatLogprobs")),
                 finish_reason=maybe(CHAT_FINISH),
                 token_ids=IDS,
+                timings=named("Timings"),
             )
         ),
         usage=maybe(named("Usage")),
@@ -199,6 +213,7 @@ SCHEMAS: dict[str, Schema] = {
         instructions=maybe(TEXT),
         max_output_tokens=maybe(COUNT),
         metadata={"type": "object", "additionalProperties": TEXT},
+        text=record(format=TEXT_FORMAT),
         temperature=NUMBER,
         top_p=NUMBER,
         **{name: known(value) for name, value in NOT_HERE.items()},

@@ -7,7 +7,7 @@ token is a response of its own with its own status; one after it is the stream's
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -17,6 +17,7 @@ from nodeserve.client import Chunk, Completion
 from nodeserve.client.results import join
 from nodeserve.errors import Cancelled, NodeServeError
 from nodeserve.gateway.asked import Asked
+from nodeserve.gateway.connection import OUTLET, Outlet
 from nodeserve.gateway.engine import Engine, Prompt
 from nodeserve.gateway.logprobs import TokenTexts
 from nodeserve.gateway.meters import Meters, Reading
@@ -29,9 +30,6 @@ EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies that would collect events
 ]
-# In a scope: the server's own send. What middleware wraps around it looks only at the start of a
-# response, and takes as long for each event as writing it.
-OWN_SEND = "nodeserve.send"
 JSON_TYPE = (b"content-type", b"application/json")
 Result = TypeVar("Result")
 
@@ -54,7 +52,7 @@ class Answers(Response):
         try:
             await self._start()
             if self._asked.stream:
-                await self._stream(EventStream(send, scope[OWN_SEND]))
+                await self._stream(EventStream(send, scope[OUTLET]))
             else:
                 await self._whole(send)
         except NodeServeError:
@@ -139,25 +137,31 @@ class Answers(Response):
 
     async def _pump(self, choice: Choice, out: "EventStream") -> int:
         """Write one answer's events; returns how many tokens it had."""
-        next_chunk, events, write = choice.call.chunk, self._shape.events, out.write
-        count = choice.reading.chunk
+        call, events, count, put = choice.call, self._shape.events, choice.reading.chunk, out.put
         num_tokens = 0
-        while (chunk := await next_chunk()) is not None:
+
+        def sink(chunk: Chunk) -> None:
+            count(chunk)
+            put(events(choice, chunk))
+
+        while (chunk := await call.chunk()) is not None:
             if chunk.usage is not None:
                 num_tokens = chunk.usage.completion_tokens
             count(chunk)
-            if not out.begun:
-                await out.begin()
-            await write(events(choice, chunk))
+            await out.begin()
+            await out.write(events(choice, chunk))
+            await call.pour(sink, out.is_ready)
         return num_tokens
 
 
 class EventStream:
     """The body of a stream. Its status is sent with its first event."""
 
-    def __init__(self, send: Send, own_send: Send) -> None:
+    def __init__(self, send: Send, outlet: Outlet) -> None:
         self._send = send
-        self._own_send = own_send
+        self.is_ready = outlet.is_ready
+        self.put = outlet.put  # once it has begun
+        self.write = outlet.write  # likewise; waits while the client reads too slowly
         self.begun = False
 
     async def begin(self) -> None:
@@ -166,14 +170,9 @@ class EventStream:
             start = {"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS}
             await self._send(start)
 
-    def write(self, data: bytes) -> Awaitable[None]:
-        """Once it has begun. Waits while the client reads more slowly than this is written."""
-        return self._own_send({"type": "http.response.body", "body": data, "more_body": True})
-
     async def end(self, data: bytes) -> None:
         await self.begin()
-        await self.write(data)
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
 
 async def each(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -10,11 +10,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from nodeserve.client import AsyncClient
 from nodeserve.errors import NodeServeError
-from nodeserve.gateway.answers import OWN_SEND
 from nodeserve.gateway.engine import Engine
 from nodeserve.gateway.gate import REQUEST_ID, Gate
 from nodeserve.gateway.meters import Meters
@@ -55,11 +54,7 @@ def make_app(settings: GatewaySettings, spans: Spans | None = None) -> ASGIApp:
     )
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
 
-    async def with_own_send(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[OWN_SEND] = send
-        await app(scope, receive, send)
-
-    return with_own_send
+    return app
 
 
 def cors(settings: GatewaySettings) -> list[Middleware]:

@@ -64,6 +64,7 @@ class Asked:
     continuous_usage: bool = False
     skip_special: bool = True
     token_ids: bool = False  # also in numbers
+    timings: bool = False  # where its time went, too
     ids_as_tokens: bool = False  # "token_id:5" instead of a token's text in logprobs
     priority: int = 0  # as the server has it: the higher, the earlier
     slo: dict[str, float] | None = None
@@ -129,6 +130,7 @@ def common_of(fields: Fields, headers: Mapping[str, str]) -> dict[str, Any]:
         "include_usage": options.read("include_usage"),
         "continuous_usage": options.read("continuous_usage_stats"),
         "token_ids": fields.read("return_token_ids"),
+        "timings": fields.read("return_timings"),
         "ids_as_tokens": fields.read("return_tokens_as_token_ids"),
     }
 

@@ -44,6 +44,14 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def knows(self, name: str) -> bool:
+        """Whether the table has it."""
+        return name in self._table
+
+    def path(self, name: str) -> str:
+        """As errors name it: from the outermost object."""
+        return self._where + name
+
     def read(self, name: str) -> Any:
         """What the table's kind of this field makes of it."""
         return self._table[name].read(self, name)
@@ -53,7 +61,7 @@ class Fields:
         return self._values.get(name)
 
     def error(self, name: str, words: str) -> BadField:
-        return BadField(self._where + name, words)
+        return BadField(self.path(name), words)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self._values.get(name)
@@ -95,7 +103,7 @@ class Fields:
         value = self._values.get(name)
         if value is not None and not isinstance(value, dict):
             raise self.error(name, f"must be an object, got {shown(value)}")
-        return Fields(value or {}, table, f"{self._where}{name}.")
+        return Fields(value or {}, table, f"{self.path(name)}.")
 
     def only(self, harmless: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuse, by name, those fields whose value would change the answer and cannot."""

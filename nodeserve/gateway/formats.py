@@ -1,8 +1,8 @@
-"""Fields that say what an answer's text must be: OpenAI's response_format, and vLLM's."""
+"""Fields that say what an answer's text must be: OpenAI's response_format and text, and vLLM's."""
 
 from nodeserve.errors import InvalidRequest
 from nodeserve.gateway.fields import Fields
-from nodeserve.gateway.tables import EXPRESSIONS, NOT_STRUCTURED
+from nodeserve.gateway.tables import EXPRESSIONS, NOT_IN_TEXT, NOT_STRUCTURED
 from nodeserve.text import constraints
 from nodeserve.types import Constraint, shown
 
@@ -20,7 +20,7 @@ def constraint_of(fields: Fields) -> tuple[str, Constraint | None]:
 
 
 def _all(fields: Fields) -> list[tuple[str, Constraint | None]]:
-    found = [_response_format(fields)]
+    found = [_response_format(fields), _text_format(fields)]
     inner = fields.read("structured_outputs")
     inner.only(NOT_STRUCTURED)
     if inner.read("json_object"):
@@ -41,18 +41,31 @@ def _made(fields: Fields, field: str, name: str) -> Constraint:
 
 
 def _response_format(fields: Fields) -> tuple[str, Constraint | None]:
-    asked = fields.inner("response_format")
+    return _format(fields, "response_format", "json_schema")
+
+
+def _text_format(fields: Fields) -> tuple[str, Constraint | None]:
+    """Responses have another place for the same."""
+    if not fields.knows("text"):
+        return "", None
+    text = fields.read("text")
+    text.only(NOT_IN_TEXT)
+    return _format(text, "format", None)
+
+
+def _format(fields: Fields, name: str, place: str | None) -> tuple[str, Constraint | None]:
+    """`place`: of what describes the schema, None if the format does itself."""
+    asked = fields.inner(name)
     kind = asked.text("type")
-    if "response_format" not in fields or kind == "text":
-        return "response_format", None
+    if name not in fields or kind == "text":
+        return "", None
     if kind == "json_object":
-        return "response_format", constraints.constraint_of(ANY)
+        return fields.path(name), constraints.constraint_of(ANY)
     if kind != "json_schema":
         words = f"must be text, json_object or json_schema, got {shown(kind)}"
         raise asked.error("type", words)
-    described = asked.inner("json_schema")
+    described = asked if place is None else asked.inner(place)
     schema = described.given("schema")
-    where = "response_format.json_schema.schema"
     if not isinstance(schema, dict | bool):
         raise described.error("schema", f"must be a JSON schema, got {shown(schema)}")
-    return where, constraints.constraint_of({"json_schema": schema})
+    return described.path("schema"), constraints.constraint_of({"json_schema": schema})

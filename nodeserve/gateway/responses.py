@@ -10,7 +10,6 @@ from nodeserve.gateway.asked import Asked
 from nodeserve.gateway.problems import status_of
 from nodeserve.gateway.shapes import Choice, Shape, compact
 
-TEXT_FORMAT = {"format": {"type": "text"}}
 INCOMPLETE = {"length": "max_output_tokens"}  # by the reason that an answer ended
 NOT_HERE: dict[
     str, Any
@@ -21,7 +20,6 @@ NOT_HERE: dict[
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",
     "store": False,
-    "text": TEXT_FORMAT,
     "tool_choice": "auto",
     "tools": [],
     "truncation": "disabled",

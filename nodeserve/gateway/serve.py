@@ -5,6 +5,8 @@ however it ends, so a gateway never outlives the server that it belongs to.
 """
 
 import asyncio
+import gc
+import logging
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import uvicorn
 import uvloop
 
 from nodeserve.gateway.app import make_app
+from nodeserve.gateway.connection import HttpConnection
 from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.gateway.spans import Spans, spans_from
 from nodeserve.log import about, logger
@@ -32,9 +35,11 @@ def serve(listener: socket.socket, settings: GatewaySettings) -> None:
 
 def make_server(settings: GatewaySettings, spans: Spans | None = None) -> uvicorn.Server:
     """`spans` None: as the environment asks for."""
+    # Its warnings are of requests that are none: a line for each would be for strangers to write.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(settings, spans or spans_from(os.environ)),
-        http="httptools",
+        http=HttpConnection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -58,5 +63,7 @@ async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
             server.should_exit = True
 
     loop.add_reader(keeper, on_input)
+    gc.collect()
+    gc.freeze()  # all that is imported: no collection, for which streams would wait, looks again
     await server.serve(sockets=[listener])
     loop.remove_reader(keeper)

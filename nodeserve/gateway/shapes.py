@@ -8,7 +8,7 @@ JSON parser.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from json.encoder import encode_basestring_ascii as quoted  # no line ends that a client splits at
 from typing import Any
 
@@ -26,9 +26,12 @@ from nodeserve.types import TokenLogprobs
 DONE = b"data: [DONE]\n\n"
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one each time
+
+
 def compact(value: Any) -> str:
     """JSON without spaces."""
-    return json.dumps(value, separators=(",", ":"))
+    return _encode(value)
 
 
 @dataclass(slots=True)
@@ -87,8 +90,7 @@ class ChoiceShape(Shape):
         head = compact({**self._about, "object": self.event_object})[:-1]
         self._head = f'data: {head},"choices":['
         self._tail = '],"usage":null}\n\n' if asked.include_usage else "]}\n\n"
-        self._plain = f'{self.delta[1]},"logprobs":null,"finish_reason":null}}{self._tail}'
-        self._is_plain = not (asked.token_ids or asked.continuous_usage)
+        self._plain = f'{self.delta[1]},"logprobs":null,"finish_reason":null}}'
 
     # ---- streams
 
@@ -97,8 +99,8 @@ class ChoiceShape(Shape):
         choice.begun = True
         choice.num_tokens += len(chunk.token_ids)
         text = f'{self._head}{{"index":{choice.index},{self.delta[0]}{quoted(chunk.text)}'
-        if self._is_plain and chunk.logprobs is None and chunk.finish_reason is None:
-            return f"{first}{text}{self._plain}".encode()
+        if chunk.logprobs is None and chunk.finish_reason is None and not self.asked.token_ids:
+            return f"{first}{text}{self._plain}{self._end(choice)}".encode()  # as nearly all are
         return f"{first}{text}{self.delta[1]}{self._rest(choice, chunk)}".encode()
 
     def _rest(self, choice: Choice, chunk: Chunk) -> str:
@@ -106,17 +108,23 @@ class ChoiceShape(Shape):
         logprobs = None if chunk.logprobs is None else self._logprobs(choice, chunk)
         ends = "null" if chunk.finish_reason is None else quoted(chunk.finish_reason)
         ids = f',"token_ids":{compact(chunk.token_ids)}' if self.asked.token_ids else ""
-        words = f',"logprobs":{compact(logprobs)},"finish_reason":{ends}{ids}}}'
+        spent = ""
+        if self.asked.timings and chunk.timings is not None:
+            spent = f',"timings":{compact(asdict(chunk.timings))}'
+        words = f',"logprobs":{compact(logprobs)},"finish_reason":{ends}{ids}{spent}}}'
+        return words + self._end(choice)
+
+    def _end(self, choice: Choice) -> str:
+        """From behind the choice."""
         if not self.asked.continuous_usage:
-            return words + self._tail
-        usage = Usage(len(choice.prompt.ids), choice.num_tokens)
-        return f'{words}],"usage":{usage_json(usage)}}}\n\n'
+            return self._tail
+        return f'],"usage":{usage_json(len(choice.prompt.ids), choice.num_tokens)}}}\n\n'
 
     def ended(self, choices: Sequence[Choice], num_tokens: int) -> bytes:
         if not self.asked.include_usage:
             return DONE
-        usage = Usage(num_prompt_tokens(choices), num_tokens)
-        return f'{self._head}],"usage":{usage_json(usage)}}}\n\n'.encode() + DONE
+        usage = usage_json(num_prompt_tokens(choices), num_tokens)
+        return f'{self._head}],"usage":{usage}}}\n\n'.encode() + DONE
 
     def failed(self, error: NodeServeError) -> bytes:
         return f"data: {compact(error_object(error))}\n\n".encode() + DONE
@@ -145,7 +153,11 @@ class ChoiceShape(Shape):
             "logprobs": None if done.logprobs is None else self._logprobs(choice, part),
             "finish_reason": done.finish_reason,
         }
-        return {**shown, "token_ids": done.token_ids} if self.asked.token_ids else shown
+        if self.asked.token_ids:
+            shown["token_ids"] = done.token_ids
+        if self.asked.timings:
+            shown["timings"] = asdict(done.timings)
+        return shown
 
     @abstractmethod
     def content(self, choice: Choice, text: str) -> dict[str, Any]:
@@ -224,9 +236,8 @@ class ChatShape(ChoiceShape):
         return chat_logprobs(texts, ids, entries)
 
 
-def usage_json(usage: Usage) -> str:
+def usage_json(prompt: int, done: int) -> str:
     """As usage_object, for events: it may be in each."""
-    prompt, done = usage.prompt_tokens, usage.completion_tokens
     sums = f'"completion_tokens":{done},"total_tokens":{prompt + done}'
     return f'{{"prompt_tokens":{prompt},{sums}}}'
 

@@ -93,24 +93,36 @@ VARIABLES: Schema = {
     "properties": {name: False for name in ("self", "messages", "add_generation_prompt", "tools")},
 }
 
+PLAIN_FORMAT: Schema = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text", "json_object"]}},
+    "required": ["type"],
+}
+JSON_SCHEMA: Schema = {"type": ["object", "boolean"]}
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
-        {
-            "type": "object",
-            "properties": {"type": {"enum": ["text", "json_object"]}},
-            "required": ["type"],
-        },
+        PLAIN_FORMAT,
         {
             "type": "object",
             "properties": {
                 "type": {"const": "json_schema"},
                 "json_schema": {
                     "type": "object",
-                    "properties": {"schema": {"type": ["object", "boolean"]}},
+                    "properties": {"schema": JSON_SCHEMA},
                     "required": ["schema"],
                 },
             },
             "required": ["type", "json_schema"],
+        },
+    ]
+}
+TEXT_FORMAT: Schema = {
+    "anyOf": [
+        PLAIN_FORMAT,
+        {
+            "type": "object",
+            "properties": {"type": {"const": "json_schema"}, "schema": JSON_SCHEMA},
+            "required": ["type", "schema"],
         },
     ]
 }
@@ -200,6 +212,11 @@ TOOLING: Table = {
     "tool_choice": Given(CHOICE_OF_TOOLS, "Others than none and auto need tools."),
     "tools": Given(TOOLS, "Functions that the model may call, of different names."),
 }
+NOT_IN_TEXT: Refused = {"verbosity": ("medium",)}
+TEXT: Table = {
+    **{name: Only(harmless) for name, harmless in NOT_IN_TEXT.items()},
+    "format": Given(TEXT_FORMAT, "What the answer must be."),
+}
 STREAM_OPTIONS: Table = {
     "continuous_usage_stats": Flag("Each event has the usage so far."),
     "include_usage": Flag("The last event has the usage."),
@@ -216,6 +233,7 @@ SHARED: Table = {  # of everything that answers
 CHOICES: Table = {
     **SHARED,
     "n": Whole(1, MAX_N, 1, "Answers to each prompt."),
+    "return_timings": Flag("Each answer says where its time went."),
     "return_token_ids": Flag("Prompt and answer also in numbers."),
     "return_tokens_as_token_ids": Flag('Logprobs name tokens "token_id:5".'),
     "stream_options": Inner(STREAM_OPTIONS, "Only with stream: true."),
@@ -246,6 +264,7 @@ RESPONSE: Table = {
     "instructions": Text("What stands in front of the input, as the system says it."),
     "max_output_tokens": Whole(1, MAX_TOKENS, 1, "What is left of the context."),
     "metadata": Given(METADATA, "Comes back as it is."),
+    "text": Inner(TEXT, "The place that OpenAI has for an answer's format."),
 }
 TOKENIZE: Table = {
     **TEMPLATE,

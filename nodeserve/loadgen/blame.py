@@ -6,7 +6,7 @@ does not see is the way between it and the client.
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nodeserve.blame import DECODE, Spent, culprit, expected, stages_of
 from nodeserve.loadgen.records import Sample
@@ -29,21 +29,32 @@ def missed_by(sample: Sample, slo: Slo, forced: bool = True) -> tuple[str, ...]:
 
 
 def blame(samples: Sequence[Sample], slos: Sequence[Slo], forced: bool = True) -> dict[str, int]:
-    """Stages by how many misses they explain, most first. A request that failed has its error's
-    code instead of a stage, one that ended too soon "short"."""
+    """Stages by how many misses they explain, most first."""
+    found = Counter(one for one in culprits(samples, slos, forced) if one)
+    return dict(found.most_common())
+
+
+def culprits(samples: Sequence[Sample], slos: Sequence[Slo], forced: bool = True) -> list[str]:
+    """What each miss is blamed on, "" for a good request: a stage; for a request that failed its
+    error's code, for one that ended too soon "short"."""
     misses = [missed_by(one, slo, forced) for one, slo in zip(samples, slos, strict=True)]
     usual = typical([one for one, missed in zip(samples, misses, strict=True) if not missed])
-    found: Counter[str] = Counter()
-    for sample, slo, missed in zip(samples, slos, misses, strict=True):
-        if sample.error is not None:
-            found[sample.error] += 1
-        elif SHORT in missed:
-            found[SHORT] += 1
-        elif missed:
-            spent = stages(sample)
-            usually = expected(usual, slo, sample.num_output_tokens - 1)
-            found[UNKNOWN if spent is None else culprit(spent, missed, usually)] += 1
-    return dict(found.most_common())
+    return [
+        _culprit(sample, slo, missed, usual)
+        for sample, slo, missed in zip(samples, slos, misses, strict=True)
+    ]
+
+
+def _culprit(sample: Sample, slo: Slo, missed: Sequence[str], usual: Mapping[str, float]) -> str:
+    if not missed:
+        return ""
+    if sample.error is not None:
+        return sample.error
+    if SHORT in missed:
+        return SHORT
+    spent = stages(sample)
+    usually = expected(usual, slo, sample.num_output_tokens - 1)
+    return UNKNOWN if spent is None else culprit(spent, missed, usually)
 
 
 def typical(good: Sequence[Sample]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from nodeserve.client.answer import read_timings
 from nodeserve.errors import (
     ConfigError,
     InvalidRequest,
@@ -36,6 +37,7 @@ ROUTES = {"completions": "v1/completions", "chat": "v1/chat/completions"}
 HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
 TEXTS = ("content", "reasoning_content", "reasoning")  # of a delta
 MAX_ERROR_CHARS = 300
+OUR_GATEWAY = "nodeserve"  # who owns its model, in /v1/models: others may refuse our own fields
 
 
 def slo_headers(slo_ms: Mapping[str, float]) -> dict[str, str]:
@@ -50,6 +52,7 @@ class OpenAITarget:
         assert options.url is not None
         self._options = options
         self._model = options.model
+        self._is_ours = False
         self._tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
         self._client = HttpClient(
             parse_url(options.url),
@@ -63,12 +66,14 @@ class OpenAITarget:
             if not listed:
                 raise ConfigError("the server lists no model on /v1/models: name it with --model")
             self._model = str(listed[0]["id"])
-        limit = next((one.get("max_model_len") for one in listed if one["id"] == self._model), None)
+        card = next((one for one in listed if one["id"] == self._model), {})
+        self._is_ours = card.get("owned_by") == OUR_GATEWAY
         text = self._options.api == "chat" or self._options.prompts_as_text
         return About(
             model=self._model,
             kind="openai",
-            max_model_len=limit,
+            num_workers=await self._num_workers() if self._is_ours else None,
+            max_model_len=card.get("max_model_len"),
             exact_prompts=not text or self._tokenizer is not None,
         )
 
@@ -86,6 +91,8 @@ class OpenAITarget:
         }
         if self._options.ignore_eos:
             body["ignore_eos"] = True
+        if self._is_ours:
+            body["return_timings"] = True
         body.update(self._options.extra_body)
         return json.dumps(body, separators=(",", ":")).encode()
 
@@ -113,15 +120,27 @@ class OpenAITarget:
 
     async def _models(self) -> list[dict[str, Any]]:
         """What /v1/models lists; nothing where there is no such route."""
+        listed = (await self._got("v1/models")).get("data")
+        if not isinstance(listed, list):
+            return []
+        return [one for one in listed if isinstance(one, dict) and "id" in one]
+
+    async def _num_workers(self) -> int | None:
+        """As our gateway shows them on its page."""
+        workers = (await self._got("nodeserve/view")).get("workers")
+        return len(workers) or None if isinstance(workers, list) else None
+
+    async def _got(self, route: str) -> dict[str, Any]:
+        """A JSON object; an empty one where nothing like that is answered."""
         parts: list[bytes] = []
-        status = await self._client.exchange("GET", "v1/models", lambda data, _: parts.append(data))
+        status = await self._client.exchange("GET", route, lambda data, _: parts.append(data))
         if status in (401, 403):
             raise refusal(status, b"".join(parts).decode("utf-8", "replace"))
         try:
-            listed = json.loads(b"".join(parts))["data"]
-            return [one for one in listed if isinstance(one, dict) and "id" in one]
-        except (ValueError, KeyError, TypeError):
-            return []
+            found = json.loads(b"".join(parts))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class _Answer:
@@ -170,9 +189,13 @@ class _Answer:
             self._sample.told_prompt_tokens = usage.get("prompt_tokens")
             self._sample.told_output_tokens = usage.get("completion_tokens")
         choices = choices if isinstance(choices, list) else []
-        if any(has_token(one) for one in choices if isinstance(one, dict)):
+        choices = [one for one in choices if isinstance(one, dict)]
+        if any(has_token(one) for one in choices):
             self._sample.times.append(at_s - self._began_s)
             self._sample.counts.append(1)
+        for choice in choices:
+            if isinstance(timings := choice.get("timings"), dict):
+                self._sample.timings = read_timings(timings)
 
 
 def has_token(choice: dict[str, Any]) -> bool:

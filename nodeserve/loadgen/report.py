@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from nodeserve.loadgen.bench import Result
-from nodeserve.loadgen.measure import Report, Times
+from nodeserve.loadgen.blame import culprits
+from nodeserve.loadgen.measure import Report, SloOf, Times, counts
 from nodeserve.plan.search import Found
 
 METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2el": "e2e", "worst_gap": "worst_gap"}
@@ -15,7 +16,6 @@ METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2el": "e2e", "worst_g
 def result_json(result: Result, confidence: float, num_workers: int | None) -> dict[str, Any]:
     """The numbers of one run."""
     report = result.report
-    workers = num_workers or 1
     low, high = report.tally.interval(confidence)
     return {
         "request_rate": result.rate,
@@ -31,7 +31,7 @@ def result_json(result: Result, confidence: float, num_workers: int | None) -> d
         "output_throughput": per_s(report.output_tokens, report),
         "total_token_throughput": per_s(report.output_tokens + report.prompt_tokens, report),
         "request_goodput": report.goodput_per_s,
-        "request_goodput_per_worker": report.goodput_per_s / workers,
+        "request_goodput_per_worker": each(report.goodput_per_s, num_workers),
         "good_token_throughput": per_s(report.good_tokens, report),
         "attainment": report.tally.share,
         "attainment_interval": [low, high],
@@ -56,6 +56,11 @@ def per_s(count: int, report: Report) -> float:
     return count / report.duration_s if report.duration_s > 0.0 else 0.0
 
 
+def each(rate: float, num_workers: int | None) -> float | None:
+    """A worker's share; None where nobody says how many there are."""
+    return rate / num_workers if num_workers else None
+
+
 def times_json(name: str, times: Times | None) -> dict[str, float]:
     """mean_NAME_ms, median_NAME_ms and so on; nothing where there are no times."""
     if times is None:
@@ -68,9 +73,16 @@ def times_json(name: str, times: Times | None) -> dict[str, float]:
     }
 
 
-def details_json(result: Result) -> dict[str, list[Any]]:
-    """Every request, in the order of the schedule."""
+def details_json(
+    result: Result, slo_of: SloOf, settle_s: float = 0.0, forced: bool = True
+) -> dict[str, list[Any]]:
+    """Every request, in the order of the schedule. `blames` are "" for those that were good, and
+    for those that do not count."""
     samples = result.samples
+    counted = [one for one in samples if counts(one, settle_s) and one.is_known]
+    slos = [slo_of(one.job.arrival) for one in counted]
+    found = zip(counted, culprits(counted, slos, forced), strict=True)
+    blamed = {one.job.number: what for one, what in found}
     return {
         "input_lens": [one.num_prompt_tokens for one in samples],
         "output_lens": [one.num_output_tokens for one in samples],
@@ -81,6 +93,7 @@ def details_json(result: Result) -> dict[str, list[Any]]:
         "errors": [one.error or "" for one in samples],
         "sent": [one.sent_s for one in samples],
         "late": [one.late_s for one in samples],
+        "blames": [blamed.get(one.job.number, "") for one in samples],
         "timings": [one.timings and dataclasses.asdict(one.timings) for one in samples],
     }
 
@@ -89,7 +102,7 @@ def found_json(found: Found, num_workers: int | None) -> dict[str, Any]:
     """What a search found; `too_high` is None where no rate was."""
     return {
         "goodput": found.rate,
-        "goodput_per_worker": found.rate / (num_workers or 1),
+        "goodput_per_worker": each(found.rate, num_workers),
         "too_high": found.too_high if math.isfinite(found.too_high) else None,
         "reason": found.reason,
         "decided": found.decided,

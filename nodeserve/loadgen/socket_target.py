@@ -5,7 +5,8 @@ import time
 from nodeserve.client import AsyncClient
 from nodeserve.client.answer import read_timings
 from nodeserve.client.connection import Arrival as Read
-from nodeserve.client.connection import Event, Mailbox
+from nodeserve.client.connection import Event
+from nodeserve.client.mailbox import Mailbox
 from nodeserve.errors import ConfigError, InvalidRequest, from_code
 from nodeserve.loadgen.prompts import token_ids
 from nodeserve.loadgen.records import Job, Sample

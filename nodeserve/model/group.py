@@ -1,9 +1,10 @@
 """What the workers of an instance tell each other while they compute: sums, rows, hidden states.
 
-Over torch.distributed: gloo between CPUs, NCCL between GPUs, one communicator for each kind of
-talk so that none waits behind another. Nothing of torch's global state is used; who meets, and
-where, is the `Store` that `connect` is given. On a GPU no call here waits on the host: what it
-does is ordered on torch's current stream, and sums may be captured in CUDA graphs.
+Between CPUs sums and exchanges go through shared memory (group_memory.py), hidden states over
+gloo. Between GPUs all goes over NCCL, one communicator for each kind of talk, so that none waits
+behind another. Nothing of torch's global state is used; who meets, and where, is the `Store` that
+`connect` is given. On a GPU no call here waits on the host: what it does is ordered on torch's
+current stream, and sums may be captured in CUDA graphs.
 """
 
 import datetime
@@ -17,6 +18,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from nodeserve.errors import ConfigError, WorkerLost
+from nodeserve.model.group_memory import MemoryGroup
 from nodeserve.shards import Place
 
 MAX_UNSENT = 8  # hidden states on their way to a slower stage
@@ -159,13 +161,18 @@ def connect(place: Place, store: Store, device: torch.device, timeout_s: float) 
         named = PrefixStore(name, store)
         return _begin(_communicator, named, rank, size, device, timeout_s)
 
+    def group(name: str, rank: int, size: int) -> Group:
+        if device.type == "cpu":
+            return MemoryGroup(PrefixStore(name, store), rank, size, timeout_s)
+        return TorchGroup(meet(name, rank, size))
+
     tp: Group = Alone()
     ep: Group = Alone()
     pipe = None
     if place.tp > 1:
-        tp = TorchGroup(meet(f"tp.{place.ep_rank}.{place.pp_rank}", place.tp_rank, place.tp))
+        tp = group(f"tp.{place.ep_rank}.{place.pp_rank}", place.tp_rank, place.tp)
     if place.ep > 1:
-        ep = TorchGroup(meet(f"ep.{place.pp_rank}.{place.tp_rank}", place.ep_rank, place.ep))
+        ep = group(f"ep.{place.pp_rank}.{place.tp_rank}", place.ep_rank, place.ep)
     if place.pp > 1:
         column = f"{place.ep_rank}.{place.tp_rank}"
         down, back = (meet(f"{way}.{column}", place.pp_rank, place.pp) for way in ("down", "back"))

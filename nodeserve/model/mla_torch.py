@@ -1,9 +1,10 @@
-"""Latent attention in plain torch: the judge of the GPU's kernels, and what runs on CPUs.
+"""Latent attention in plain torch: the judge of the others.
 
 Per query and key a head takes 2 * (2 * kv_lora_rank + rope) operations, against
 2 * (nope + rope + v) with keys and values made of the latents first: 2,176 against 640 with
 DeepSeek's sizes. Making them costs 262,144 a head for each token of the context, in every step: it
-would pay for chunks of more than 170 tokens. One way serves both here, as pages hold latents only.
+would pay for chunks of more than 170 tokens. One way serves both, here and in the other backends,
+as pages hold latents only.
 
 A sequence's scores are products of its own, whatever shares its step.
 """

@@ -19,7 +19,8 @@ from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.kv import KvLayout
-from nodeserve.model.mla_torch import TorchMlaAttention
+from nodeserve.model.mla_cpu import CpuMlaAttention
+from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
@@ -165,8 +166,6 @@ class PackedIntegers:
 
 def refusal(config: ModelConfig, block_size: int) -> str | None:
     """Why the kernels cannot run this shape, or None when they can."""
-    if config.foreign is not None:
-        return "transformers computes it"
     if config.mla is not None:
         return None  # attention over latents is torch's, the rest has no conditions
     if config.head_dim % 16 or config.head_dim > 256:
@@ -387,5 +386,14 @@ class CpuOps:
         tables: tuple[torch.Tensor, torch.Tensor],
         kv_norm: torch.Tensor,
         kv_up: Weight,
-    ) -> TorchMlaAttention:
-        return TorchMlaAttention(config, layer, tables, kv_norm.float(), dense(kv_up).float())
+    ) -> CpuMlaAttention:
+        mla = mla_of(config)
+        return CpuMlaAttention(
+            config,
+            layer,
+            tables,
+            self.rms_norm(kv_norm, mla.norm_eps),
+            dense(kv_up),
+            self.linear,
+            self.act_dtype,
+        )

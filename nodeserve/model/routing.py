@@ -44,7 +44,7 @@ def _scores(logits: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
 
 def _within_groups(choice: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
     """The same, and minus infinity outside of the best groups."""
-    grouped = choice.view(-1, moe.num_groups, moe.num_experts // moe.num_groups)
+    grouped = choice.view(choice.size(0), moe.num_groups, choice.size(1) // moe.num_groups)
     if moe.group_score == "max":
         group_scores = grouped.amax(-1)
     else:

@@ -12,17 +12,20 @@ Without a traffic to serve, both are spread over the GPUs given: phases apart as
 goodputs allow, units as often as they fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Group, Layout, Shape, parse_layout
 from nodeserve.plan.bounds import SLACK, capacity
 from nodeserve.plan.candidates import Candidate, Kind
+from nodeserve.plan.efforts import Effort
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Effort, Estimate, Planner, Run, Tell
+from nodeserve.plan.planner import BATCH, Estimate, Planner, Run, Tell, in_turn
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
@@ -111,14 +114,12 @@ def _high(
         most = question.num_gpus - 1  # the other phase needs one
         kinds = [one for one in Planner(question, effort, run).kinds if one.num_gpus <= most]
         tell(f"{role.value} alone: {len(kinds)} shapes")
-        found = [phase_alone(question, kind, role, effort, run) for kind in kinds]
+        alone = partial(phase_alone, question, role=role, effort=effort, run=run)
+        # Each shape's search asks one thing after the other: several at once keep processes busy.
+        with ThreadPoolExecutor(1 if run is in_turn else BATCH) as together:
+            found = list(together.map(alone, kinds))
         phases += sorted(found, key=lambda one: (-one.per_gpu, one.num_gpus))
-    prefill = next((one for one in phases if one.role is Role.PREFILL), None)
-    decode = next((one for one in phases if one.role is Role.DECODE), None)
-    if prefill is None or decode is None or not prefill.goodput * decode.goodput:
-        raise ConfigError(
-            "no shape serves both phases in time apart: loosen --slo, or give more GPUs"
-        )
+    prefill, decode = best_pair(phases, question.num_gpus, rate)
     counts = _counts(prefill, decode, question.num_gpus, rate)
     layout = Layout(
         tuple(
@@ -134,6 +135,36 @@ def _high(
     return Placement("high", str(layout), num_gpus, estimate, tuple(phases))
 
 
+def best_pair(phases: Sequence[Phase], num_gpus: int, rate: float | None) -> tuple[Phase, Phase]:
+    """Shapes for prefill and decode, each with the most goodput a GPU; where the GPUs are given and
+    do not hold these two, the pair that serves the most on them. `phases` come best first."""
+    able = [one for one in phases if one.goodput > 0.0]
+    pairs = [
+        (one, two)
+        for one in able
+        for two in able
+        if (one.role, two.role) == (Role.PREFILL, Role.DECODE)
+    ]
+    if not pairs:
+        raise ConfigError(
+            "no shape serves both phases in time apart: loosen --slo, or give more GPUs"
+        )
+    if rate is not None or sum(one.num_gpus for one in pairs[0]) <= num_gpus:
+        return pairs[0]
+    fitting = [pair for pair in pairs if sum(one.num_gpus for one in pair) <= num_gpus]
+    if not fitting:
+        raise ConfigError(
+            f"{num_gpus} GPUs hold no two shapes that serve the phases apart: give more, or"
+            " --algorithm search"
+        )
+
+    def served(pair: tuple[Phase, Phase]) -> float:
+        prefill, decode = pair
+        return _served(prefill, decode, _counts(prefill, decode, num_gpus, None))
+
+    return max(fitting, key=served)
+
+
 def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) -> tuple[int, int]:
     """Instances of each: for the traffic, or those that serve the most on these GPUs."""
     if rate is not None:
@@ -142,16 +173,14 @@ def _counts(prefill: Phase, decode: Phase, num_gpus: int, rate: float | None) ->
         (number, (num_gpus - number * prefill.num_gpus) // decode.num_gpus)
         for number in range(1, num_gpus // prefill.num_gpus + 1)
     ]
-    possible = [pair for pair in fits if pair[1] > 0]
-    if not possible:
-        raise ConfigError(
-            f"{num_gpus} GPUs do not hold the best shape of each phase: give more, or --algorithm"
-            " search"
-        )
     return max(
-        possible,
-        key=lambda pair: (min(pair[0] * prefill.goodput, pair[1] * decode.goodput), -sum(pair)),
+        (pair for pair in fits if pair[1] > 0),
+        key=lambda pair: (_served(prefill, decode, pair), -sum(pair)),
     )
+
+
+def _served(prefill: Phase, decode: Phase, counts: tuple[int, int]) -> float:
+    return min(counts[0] * prefill.goodput, counts[1] * decode.goodput)
 
 
 def phase_alone(question: Question, kind: Kind, role: Role, effort: Effort, run: Run) -> Phase:

@@ -126,16 +126,21 @@ def _decode_rate(
     return max(0.0, min(by_memory, by_time))
 
 
-def bound(
-    candidate: Candidate,
-    kinds: Sequence[Kind],
-    demand: Demand,
-    slo: Slo,
-    goal: float,
-    max_num_seqs: int,
-) -> float:
-    """Requests a second that the layout's goodput cannot exceed. Refused requests take nothing, and
-    `goal` says how many there may be."""
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Requests a second of a layout, by phase: whose instances do it alone, or could; and of mixed
+    ones both. `in_time` is the share whose prompts could make the TTFT."""
+
+    prefill: float
+    decode: float
+    both: float
+    in_time: float
+
+
+def sides(
+    candidate: Candidate, kinds: Sequence[Kind], demand: Demand, slo: Slo, max_num_seqs: int
+) -> Sides:
+    """What the instances of a layout can serve, added up."""
     known = {kind.shape: kind for kind in kinds}
     prefill = decode = both = 0.0
     in_time = 0.0
@@ -148,9 +153,23 @@ def bound(
         if group.role is not Role.PREFILL:
             decode += group.count * one.decode
         both += group.count * one.mixed
-    if in_time < goal:
+    return Sides(prefill, decode, both, in_time)
+
+
+def bound(
+    candidate: Candidate,
+    kinds: Sequence[Kind],
+    demand: Demand,
+    slo: Slo,
+    goal: float,
+    max_num_seqs: int,
+) -> float:
+    """Requests a second that the layout's goodput cannot exceed. Refused requests take nothing, and
+    `goal` says how many there may be."""
+    found = sides(candidate, kinds, demand, slo, max_num_seqs)
+    if found.in_time < goal:
         return 0.0
     # A mixed instance may do one phase alone, as far as these two know; with nothing but mixed
     # ones the third is what counts.
-    mixed_only = both if candidate.kind == "mixed" else inf
-    return SLACK * min(prefill, decode, mixed_only) / goal
+    mixed_only = found.both if candidate.kind == "mixed" else inf
+    return SLACK * min(found.prefill, found.decode, mixed_only) / goal

@@ -22,6 +22,11 @@ class BulkBatch(Batch):
     kv_tokens: int = 0
     ends: list[Sequence] = field(default_factory=list)
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing comes of it but tokens, the last one of nobody."""
+        return not (self.work or self.ends)
+
 
 def chunks_of(batch: Batch) -> list[Work]:
     """The work on prompts."""
@@ -72,6 +77,10 @@ class BulkScheduler(Scheduler):
         outcome.finish[:0] = [LENGTH] * len(ends)
         return outcome
 
+    def commit_quietly(self, batch: BulkBatch) -> None:
+        """The same of one in which nothing happens."""
+        assert self._launched.popleft() is batch, "batches end in the order of their launches"
+
     def num_tokens(self, sequence: Sequence) -> int:
         """That it has by now."""
         known = len(sequence.token_ids)
@@ -88,7 +97,7 @@ class BulkScheduler(Scheduler):
         if len(growing) > self.blocks.num_free:
             self._end_bulk()
             batch = Batch()
-            self._plan_decodes(batch)
+            self._plan_decodes(batch, num_decodes)
             return batch
         for sequence in growing:
             sequence.block_ids.extend(self.blocks.allocate(1))

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 
@@ -21,6 +22,11 @@ class Clock:
 
     def after(self, delay_s: float, act: Callable[[Any], None], what: Any = None) -> None:
         self.at(self.now_s + delay_s, act, what)
+
+    @property
+    def next_s(self) -> float:
+        """When something happens next; infinite: never."""
+        return self._heap[0][0] if self._heap else inf
 
     def clear(self) -> None:
         """Nothing of what was announced will happen."""

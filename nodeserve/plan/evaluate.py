@@ -173,15 +173,13 @@ def count(
 ) -> tuple[Tally, Counter[str]]:
     """Good requests of a run without its beginning and end; and what the others missed: limits by
     name, or the error that they ended with. The run ends when so many have missed that it cannot
-    reach the goal any more, with the confidence `sure` if given, even if all the rest were good:
-    the tally has these as unknown."""
+    reach the goal any more, with the confidence `sure` if given, even if all the rest were good;
+    and when so many were good that it cannot fail it even if none of the rest were: the longest
+    answers take as long as all the others. The tally has the rest as unknown."""
     arrivals = question.requests(rate, num_requests)
     counted = kept(arrivals)
     first_s, last_s = counted[0].arrived_s, counted[-1].arrived_s
-    most_bad = floor((1.0 - question.goal) * len(counted) + 1e-9)
-    if sure is not None:
-        while _may_reach(question.goal, len(counted), most_bad + 1, sure):
-            most_bad += 1
+    most_bad, least_good = _verdicts(question.goal, len(counted), sure)
     misses: Counter[str] = Counter()
     num_judged = num_bad = 0
 
@@ -196,17 +194,29 @@ def count(
     simulation = Simulation(question.scenario(candidate), arrivals)
     simulation.ended = note
     simulation.start()
-    while simulation.num_open and num_bad <= most_bad:
+    while simulation.num_open and num_bad <= most_bad and num_judged - num_bad < least_good:
         if not simulation.turn():
             raise AssertionError(f"{simulation.num_open} requests wait for nothing")
     num_left = max(0, len(counted) - num_judged)
     return Tally(num_judged, num_judged - num_bad, num_left), misses
 
 
-def _may_reach(goal: float, num_requests: int, num_bad: int, confidence: float) -> bool:
-    """Whether so many misses of a run leave the goal within its interval, at best."""
-    at_best = Tally(num_requests, num_requests - num_bad)
-    return num_bad < num_requests and at_best.interval(confidence)[1] >= goal
+def _verdicts(goal: float, num_requests: int, confidence: float | None) -> tuple[int, int]:
+    """How many of a run may miss before it is known to fail the goal, and how many have to be good
+    before it is known to reach it; with this confidence, if there is one: more of both then."""
+    most_bad = floor((1.0 - goal) * num_requests + 1e-9)
+    least_good = num_requests - most_bad
+    if confidence is None:
+        return most_bad, least_good
+
+    def interval(num_good: int) -> tuple[float, float]:
+        return Tally(num_requests, num_good).interval(confidence)
+
+    while most_bad < num_requests - 1 and interval(num_requests - most_bad - 1)[1] >= goal:
+        most_bad += 1
+    while least_good <= num_requests and interval(least_good)[0] < goal:
+        least_good += 1
+    return most_bad, least_good
 
 
 def missed_by(served: Served, slo: Slo) -> tuple[str, ...]:

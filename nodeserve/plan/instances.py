@@ -12,11 +12,13 @@ different lanes overlap, and a sequence never waits for itself.
 """
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-from nodeserve.plan.bulk import BulkScheduler, PrefillFirst, chunks_of, work_of
-from nodeserve.plan.records import Engine, Pass
+from nodeserve.plan.bulk import BulkBatch, BulkScheduler, PrefillFirst, chunks_of, work_of
+from nodeserve.plan.records import Engine, Pass, Scenario
 from nodeserve.policy.account import Account
 from nodeserve.policy.batching import Batch, Limits
 from nodeserve.policy.batching import Sequence as Tokens
@@ -24,6 +26,12 @@ from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.policy.profile import Profile, pass_factor
 from nodeserve.policy.units import Unit
 from nodeserve.types import Load, Role
+
+
+@lru_cache(maxsize=256)
+def _factors(noise: float, seed: int, instance: int) -> "array[float]":
+    """What is known of `pass_factor`, pass by pass: the runs of a search all ask for the same."""
+    return array("d")
 
 
 class RankDone(NamedTuple):
@@ -155,13 +163,20 @@ class Instance:
         self._engine = engine
         self._noise = noise
         self._seed = seed
+        self._factors = _factors(noise, seed, index)
         self._running: list[Batch | None] | None = None
+        self.is_quiet = False  # of the pass that runs: it has decodes alone, and ends nobody
         self._works: tuple[RankWork, ...] = ()
         self._began_s = 0.0
         self._ends_s = 0.0
         self._flush_s: float | None = None  # when a delayed pass starts at the latest
         self.door_s = 0.0  # how long the next pass waits at most for who may board it
         self._door_until_s = -math.inf
+
+    @property
+    def units(self) -> list[Unit]:
+        """Its ranks, as dispatch knows them."""
+        return [rank.unit for rank in self.ranks]
 
     @property
     def prefills(self) -> bool:
@@ -186,7 +201,8 @@ class Instance:
         if not any(batches):
             return None
         self._works = tuple(work_of(batch) if batch else IDLE for batch in batches)
-        factor = pass_factor(self._noise, self._seed, self.index, len(self.passes) + 1)
+        self.is_quiet = all(isinstance(one, BulkBatch) and one.is_quiet for one in batches)
+        factor = self._factor(len(self.passes) + 1)
         ends_s = self.pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
         seconds = ends_s - now_s
         gap_s = now_s - self._ends_s if self.passes else 0.0
@@ -204,6 +220,25 @@ class Instance:
         if self.door_s and any(rank.scheduler.load()[1] for rank in self.ranks):
             self._door_until_s = self._ends_s + self.door_s
         return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+
+    def end_quietly(self) -> InstanceDone:
+        """A quiet pass is over."""
+        batches, self._running = self._running, None
+        assert batches is not None
+        for rank, batch in zip(self.ranks, batches, strict=True):
+            assert isinstance(batch, BulkBatch) and isinstance(rank.scheduler, BulkScheduler)
+            rank.scheduler.commit_quietly(batch)
+        ranks = [RankDone(rank.load(), [], [], [], []) for rank in self.ranks]
+        seconds = self._ends_s - self._began_s
+        return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+
+    def _factor(self, number: int) -> float:
+        """Of the time of a pass, by its number from 1 on."""
+        factors = self._factors
+        while len(factors) < number:
+            factor = pass_factor(self._noise, self._seed, self.index, len(factors) + 1)
+            factors.append(factor)
+        return factors[number - 1]
 
     def close_door(self) -> None:
         """Who may board is here."""
@@ -233,3 +268,36 @@ class Instance:
 def _has_work(rank: Rank) -> bool:
     num_running, num_waiting, *_ = rank.scheduler.load()
     return num_running + num_waiting > 0
+
+
+def build_instances(scenario: Scenario) -> list[Instance]:
+    """The lanes of the layout's instances, in its order; ranks are numbered through."""
+    instances: list[Instance] = []
+    num_ranks = 0
+    for role, shape, profile in scenario.instances:
+        pipeline = Pipeline(profile.num_stages)
+        limits = Limits(
+            profile.num_kv_tokens // profile.num_stages // scenario.block_size,
+            scenario.block_size,
+            profile.max_model_len,
+            scenario.dispatch.max_num_seqs,
+            scenario.dispatch.budget,
+        )
+        noise = profile.noise if scenario.noise is None else scenario.noise
+        engine = scenario.engine
+        prefill_first = engine.prefill_first and role is Role.MIXED
+        for _ in range(profile.num_stages):
+            index, first = len(instances), num_ranks
+            num_ranks += shape.ep
+            ranks = [Rank(at, index, role, limits, prefill_first) for at in range(first, num_ranks)]
+            instance = Instance(index, role, ranks, profile, pipeline, engine, noise, scenario.seed)
+            if scenario.dispatch.holds_door and role is Role.PREFILL:
+                instance.door_s = 4 * scenario.message_s + 0.001
+            instances.append(instance)
+    return instances
+
+
+def smallest_limits(instances: Iterable[Instance]) -> Limits:
+    """What binds whoever may come to any of these."""
+    limits = [rank.scheduler.limits for instance in instances for rank in instance.ranks]
+    return min(limits, key=lambda one: one.num_blocks)

@@ -6,7 +6,7 @@ Four rounds, each on what the one before left:
    time is out.
 2. Coarse: the most promising first, a short search of the goodput each. One run at a rate a little
    below the best of its kind is enough to put most of the others out, and what cannot reach that
-   rate on paper is not run.
+   rate on paper is not run; nor is what shares its slower phase with one that is no better.
 3. Fine: the best few of each kind again, with enough requests for a stated confidence.
 4. Around the best: other chunks, no window, one instance in another role, while that gains.
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nodeserve.layout import parse_layout
-from nodeserve.plan.bounds import Demand, bound, demand_of
+from nodeserve.plan.bounds import Demand, Sides, bound, demand_of, sides
 from nodeserve.plan.candidates import (
     Candidate,
     Kind,
@@ -30,9 +30,11 @@ from nodeserve.plan.candidates import (
     part_of,
     variations,
 )
+from nodeserve.plan.efforts import EFFORTS, Effort
 from nodeserve.plan.evaluate import Job, Question, decided_range, search, stay_s, with_start
 from nodeserve.plan.goodput import crossing
-from nodeserve.plan.search import Found, Probe, SearchOptions
+from nodeserve.plan.phases import PhaseLimits
+from nodeserve.plan.search import STEP, Found, Probe, SearchOptions
 
 BATCH = 2  # jobs that are given out together
 NEAR = 0.85  # of the best so far: what is not surely below stays in the race
@@ -40,25 +42,6 @@ GAIN = 1.03  # that a change around the best must bring
 
 Run = Callable[[Sequence[Job]], list[Found]]
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much is simulated: requests a run, and layouts of a kind that are looked at closely."""
-
-    coarse_requests: int  # at least
-    fine_requests: int  # likewise
-    most_requests: int  # in any run
-    finalists: int
-    tolerance: float
-    moves: int  # changes around the best, one after the other
-
-
-EFFORTS = {
-    "quick": Effort(150, 300, 4000, 1, 0.08, 1),
-    "normal": Effort(200, 500, 8_000, 2, 0.05, 1),
-    "thorough": Effort(500, 2000, 50_000, 5, 0.02, 6),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +67,7 @@ class Report:
     ranked: tuple[Estimate, ...]
     num_candidates: int
     num_impossible: int  # nobody would be in time
-    num_bounded: int  # left out on paper
+    num_bounded: int  # left out on paper, or by what a layout with the same slower phase serves
     num_behind: int  # after a coarse run or two
     num_requests: int  # simulated
     most_requests: int  # in one run
@@ -202,13 +185,22 @@ class Planner:
         self.num_impossible += len(candidates) - len(queue)
         queue.sort(key=lambda pair: -pair[1] / self._size(pair[0]))
         found: list[Estimate] = []
+        limits = PhaseLimits(self.sides)
         best = 0.0  # for each unit of size
         while queue:
-            batch, queue = queue[:BATCH], queue[BATCH:]
-            asked = [(one, most, NEAR * best * self._size(one)) for one, most in batch]
-            tried = [(one, most, least) for one, most, least in asked if most > least]
-            self.num_bounded += len(batch) - len(tried)
+            hopeful = [
+                (one, most)
+                for one, most in queue
+                if most > NEAR * (top := best * self._size(one))
+                and (self.effort.every or limits.allow(one, top))
+            ]
+            self.num_bounded += len(queue) - len(hopeful)
+            batch, queue = hopeful[:BATCH], hopeful[BATCH:]
+            tried = [(one, most, NEAR * best * self._size(one)) for one, most in batch]
             estimates = self.in_part(tried)
+            for (one, _, least), estimate in zip(tried, estimates, strict=True):
+                if served := estimate.goodput or least:  # less, where it did not reach the least
+                    limits.note(one, served)
             self.num_behind += sum(one.goodput <= 0.0 for one in estimates)
             found += [one for one in estimates if one.goodput > 0.0]
             best = max([best, *(one.goodput / self._size(one.candidate) for one in found)])
@@ -273,6 +265,11 @@ class Planner:
 
     # ---- searches of one rate each
 
+    def sides(self, candidate: Candidate) -> Sides:
+        """What its phases can serve on paper."""
+        question = self.question
+        return sides(candidate, self.kinds, self.demand, question.slo, question.num_seqs)
+
     def most(self, candidate: Candidate) -> float:
         """Its bound, in requests a second."""
         question = self.question
@@ -294,6 +291,7 @@ class Planner:
             min_requests=effort.coarse_requests,
             max_requests=effort.coarse_requests,
             max_probes=12,
+            step=1.0 / NEAR if least else STEP,  # the next rate is that of the best
         )
 
     def closely(self, wanted: Sequence[tuple[Candidate, float, float]]) -> list[Estimate]:

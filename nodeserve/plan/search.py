@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from nodeserve.errors import ConfigError
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, MAX_CONFIDENCE, Tally
 
-STEP = 2.0  # between rates, until one passes and one does not
+STEP = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class SearchOptions:
     min_duration_s: float = 0.0
     max_requests: int = 3200
     max_probes: int = 24
+    step: float = STEP  # between rates, until one passes and one does not
 
     @property
     def look_confidence(self) -> float:
@@ -48,6 +49,8 @@ class SearchOptions:
             raise ConfigError("goal and confidence of a search lie between 0 and 1, such as 0.9")
         if not 0.0 < self.tolerance < math.inf or not 0.0 <= self.min_duration_s < math.inf:
             raise ConfigError("a search needs a tolerance above 0, such as 0.05")
+        if not 1.0 < self.step < math.inf:
+            raise ConfigError("a search needs steps above 1, such as 2")
         if not 1 <= self.min_requests <= self.max_requests or self.max_probes < 1:
             raise ConfigError("a search needs 1 request a probe or more, and 1 probe or more")
 
@@ -117,10 +120,10 @@ class _Search:
         """The next rate to ask; None: this is close enough, or the end of what may be asked."""
         options = self._options
         if self._failed is None:
-            return None if rate >= options.high else min(STEP * rate, options.high)
+            return None if rate >= options.high else min(options.step * rate, options.high)
         if self._passed is None:
             lowest = options.low or options.start * options.tolerance / 16
-            return None if rate <= lowest else max(rate / STEP, lowest)
+            return None if rate <= lowest else max(rate / options.step, lowest)
         low, high = self._passed.rate, self._failed.rate
         return None if high <= low * (1.0 + options.tolerance) else math.sqrt(low * high)
 

@@ -6,17 +6,23 @@ moment is one burst: its messages are all taken, then decisions fall, and when n
 at that moment, passes begin. The same scenario and arrivals give the same outcome, bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from nodeserve.errors import NodeServeError, Overloaded, WorkerLost
 from nodeserve.plan.clock import Clock
 from nodeserve.plan.handoffs import Handoffs
-from nodeserve.plan.instances import Instance, InstanceDone, Pipeline, Rank, RankDone
+from nodeserve.plan.instances import (
+    Instance,
+    InstanceDone,
+    Rank,
+    RankDone,
+    build_instances,
+    smallest_limits,
+)
 from nodeserve.plan.lives import Life
 from nodeserve.plan.records import Arrival, Outcome, Pass, Scenario, Served
 from nodeserve.plan.supervisor import Supervisor
-from nodeserve.policy.batching import Limits
 from nodeserve.policy.decode_allocation import DecodeAllocator
 from nodeserve.policy.dispatcher import Dispatcher
 from nodeserve.policy.flow import Buffered, Verdict, judge
@@ -33,38 +39,6 @@ def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
     return Simulation(scenario, arrivals).run()
 
 
-def build_instances(scenario: Scenario) -> list[Instance]:
-    """The lanes of the layout's instances, in its order; ranks are numbered through."""
-    instances: list[Instance] = []
-    num_ranks = 0
-    for role, shape, profile in scenario.instances:
-        pipeline = Pipeline(profile.num_stages)
-        limits = Limits(
-            profile.num_kv_tokens // profile.num_stages // scenario.block_size,
-            scenario.block_size,
-            profile.max_model_len,
-            scenario.dispatch.max_num_seqs,
-            scenario.dispatch.budget,
-        )
-        noise = profile.noise if scenario.noise is None else scenario.noise
-        engine = scenario.engine
-        prefill_first = engine.prefill_first and role is Role.MIXED
-        for _ in range(profile.num_stages):
-            index, first = len(instances), num_ranks
-            num_ranks += shape.ep
-            ranks = [Rank(at, index, role, limits, prefill_first) for at in range(first, num_ranks)]
-            instances.append(
-                Instance(index, role, ranks, profile, pipeline, engine, noise, scenario.seed)
-            )
-    return instances
-
-
-def _smallest(instances: Iterable[Instance]) -> Limits:
-    """What binds whoever may come to any of these."""
-    limits = [rank.scheduler.limits for instance in instances for rank in instance.ranks]
-    return min(limits, key=lambda one: one.num_blocks)
-
-
 class Simulation:
     """One run: the coordinator's side, and what goes wrong."""
 
@@ -74,13 +48,9 @@ class Simulation:
         self.clock = Clock()
         self.instances = build_instances(scenario)
         self.ranks = [rank for instance in self.instances for rank in instance.ranks]
-        self.prompt_limits = _smallest(one for one in self.instances if one.prefills)
-        self.limits = _smallest(one for one in self.instances if one.decodes)
-        prefilling = [
-            [rank.unit for rank in instance.ranks]
-            for instance in self.instances
-            if instance.prefills
-        ]
+        self.prompt_limits = smallest_limits(one for one in self.instances if one.prefills)
+        self.limits = smallest_limits(one for one in self.instances if one.decodes)
+        prefilling = [instance.units for instance in self.instances if instance.prefills]
         self.dispatcher = Dispatcher(prefilling, scenario.dispatch)
         self.handoffs = Handoffs(
             self.clock,
@@ -99,22 +69,21 @@ class Simulation:
             self.clock, self.instances, self.message_s, self._heard, self._lose
         )
         self.arrivals = sorted(arrivals, key=lambda arrival: arrival.arrived_s)
-        if scenario.dispatch.holds_door:
-            for instance in self.instances:
-                if instance.role is Role.PREFILL:
-                    instance.door_s = 4 * self.message_s + 0.001
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
         self.passes: list[Pass] = []
         self.num_open = len(self.arrivals)
-        self._num_arrived = 0
+        self._num_arrived = self._num_idle_wakes = 0
         self._samplings: dict[int, Sampling] = {}
         self._touched: dict[Instance, None] = {}
+        self._quiet = (
+            Clock()
+        )  # ends of passes that end nobody's prompt or answer, and their reports
         self._undecided = False
         self._wake_s: float | None = None
-        self._num_idle_wakes = 0
         self._loss = Random(f"loss {scenario.seed}")
+        self._learns = scenario.flow is not None or scenario.decode_allocation == "cost"
 
     def start(self) -> None:
         """Expect the first request, and what is to go wrong; then it is turn after turn."""
@@ -133,13 +102,28 @@ class Simulation:
 
     def turn(self) -> bool:
         """One moment: its messages, decisions, passes that begin; False if nothing is to come."""
+        self._roll()
         if not self.clock.advance():
             return False
+        self._quiet.now_s = self.clock.now_s
+        self._quiet.act()
         while self.clock.act() or self._undecided:
             if self._undecided:
                 self._decide()
         self._begin_passes()
         return True
+
+    def _roll(self) -> None:
+        """To the next moment at which more happens than that whoever decodes gets a token. Nobody
+        has to decide anything for these, unless somebody waits."""
+        clock, quiet = self.clock, self._quiet
+        while quiet.next_s < clock.next_s:
+            quiet.advance()
+            clock.now_s = quiet.now_s
+            quiet.act()
+            while self._undecided:
+                self._decide()
+            self._begin_passes()
 
     # ---- arrivals
 
@@ -234,8 +218,7 @@ class Simulation:
         self.clock.after(self.message_s, self._deliver, (departure.instance, sent))
 
     def _deliver(self, departed: tuple[int, list[Life]]) -> None:
-        now_s = self.clock.now_s
-        number, sent = departed
+        now_s, (number, sent) = self.clock.now_s, departed
         self.instances[number].close_door()
         self._touched[self.instances[number]] = None
         for life in sent:
@@ -259,7 +242,25 @@ class Simulation:
             begun = instance.begin(self.clock.now_s)
             if begun is not None:
                 when_s, runs = begun
-                self.clock.at(when_s, self._pass_over if runs else self._touch, instance)
+                if runs and instance.is_quiet:
+                    self._quiet.at(when_s, self._quiet_over, instance)
+                else:
+                    self.clock.at(when_s, self._pass_over if runs else self._touch, instance)
+
+    def _quiet_over(self, instance: Instance) -> None:
+        if instance.alive:
+            done = instance.end_quietly()
+            self.passes.append(instance.passes[-1])
+            self._touched[instance] = None
+            self._quiet.after(self.message_s, self._quiet_report, (instance, done))
+
+    def _quiet_report(self, told: tuple[Instance, InstanceDone]) -> None:
+        """Of a pass whose work was nothing but decodes, and of whom nobody ended."""
+        instance, done = told
+        if not instance.lost:
+            self._take_news(instance, done)
+            if len(self.dispatcher) or self.handoffs.parked:
+                self._changed()
 
     def _pass_over(self, instance: Instance) -> None:
         if not instance.alive:
@@ -292,7 +293,7 @@ class Simulation:
                 word = PassDone(done.step, done.began_s, done.seconds, work)
                 self.dispatcher.on_pass(unit.index, word, now_s)
         if instance.decodes:
-            if not any(work.prefill_tokens for work in done.works):
+            if self._learns and not any(work.prefill_tokens for work in done.works):
                 self.handoffs.allocator.observe(done.works, done.seconds)
             self.handoffs.room_changed()
 
@@ -387,6 +388,7 @@ class Simulation:
         if any(one.prefills for one in left) and any(one.decodes for one in left):
             return
         self.clock.clear()
+        self._quiet.clear()
         self._undecided = False
         for life in list(self.lives.values()):
             self._over(life, WorkerLost.code)

@@ -87,9 +87,23 @@ def settings_of(candidate: Candidate, question: Question) -> dict[str, str | int
     return settings
 
 
-def start_command(
-    candidate: Candidate, question: Question, model: str | None, profile: str
-) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a command names: a model, None for the default one, and a profile. `own_context` are the
+    tokens that the model takes; None: nobody knows it here."""
+
+    model: str | None
+    profile: str
+    own_context: int | None = None
+
+
+def context_of(question: Question, own: int | None) -> int | None:
+    """What --max-model-len must say: a model that takes more than was planned for would be given
+    memory for it, more than there may be. None: nothing, its own context is no longer."""
+    return None if own is not None and own <= question.context else question.context
+
+
+def start_command(candidate: Candidate, question: Question, named: Named) -> str | None:
     """How a node like this is started, on simulated devices where real ones cannot be like this
     yet; None where `nodeserve start` knows no such instances at all."""
     shapes = [group.shape for group in parse_layout(candidate.layout).groups]
@@ -98,10 +112,15 @@ def start_command(
     simulated = wide or any(shape != Shape() for shape in shapes)
     if simulated and not (one_rank and all(shape == Shape(ep=shape.ep) for shape in shapes)):
         return None
-    words = ["nodeserve", "start", *([model] if model else [])]
+    words = ["nodeserve", "start", *([named.model] if named.model else [])]
+    own_context = named.own_context
     if simulated:
-        words += ["--device", "sim", "--profile", profile]
-    for name, value in settings_of(candidate, question).items():
+        words += ["--device", "sim", "--profile", named.profile]
+        own_context = question.any_profile.max_model_len
+    settings = settings_of(candidate, question)
+    if (context := context_of(question, own_context)) is not None:
+        settings["max_model_len"] = context
+    for name, value in settings.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     limits = [
         f"{name}={1e3 * limit_s:g}ms"

@@ -120,6 +120,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    num_stages: int = 1  # batches, of different sequences, that may be under way at once
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -75,6 +75,8 @@ class StepCost:
 
     def pass_s(self, ranks: Sequence[RankWork]) -> float:
         """Duration of one pass of an instance; `ranks` has one entry for each of its ranks."""
+        if len(ranks) == 1:
+            return self._alone_s(ranks[0])
         if self.large and max(work.num_decodes for work in ranks) >= self.large_seqs:
             return self.large.pass_s(ranks)
         prefills = any(work.prefill_tokens for work in ranks)
@@ -85,3 +87,15 @@ class StepCost:
             + self.expert_token_s * tokens / len(ranks)
         )
         return max(pass_s, self.floor.pass_s(ranks)) if self.floor else pass_s
+
+    def _alone_s(self, work: RankWork) -> float:
+        """The same of one rank, where simulations spend their time."""
+        if self.large and work.num_decodes >= self.large_seqs:
+            return self.large._alone_s(work)
+        tokens, _, num_decodes, _ = work
+        pass_s = (
+            (self.prefill_fix_s if tokens else self.decode_fix_s)
+            + self.own_s(work)
+            + self.expert_token_s * (tokens + num_decodes)
+        )
+        return max(pass_s, self.floor._alone_s(work)) if self.floor else pass_s

@@ -113,6 +113,7 @@ class _Fit:
         self._trust = 0.0  # sum of what the passes count
         self._error = 1.0  # the usual one of a prediction, as a share of it
         self._num_cut = 0  # in a row
+        self._varied: list[int] = []  # features that ever were; rows of others are 0
 
     def predict_s(self, ranks: Sequence[RankWork]) -> float:
         return self._line(self._features(ranks))
@@ -133,6 +134,8 @@ class _Fit:
             self._first.clear()
 
     def _features(self, ranks: Sequence[RankWork]) -> list[float]:
+        if len(ranks) == 1:
+            return [*ranks[0], 0.0]
         token_s, attention_s, seq_s, kv_token_s, _ = self.weights
         slowest, longest_s, num_tokens = ranks[0], -1.0, 0
         for work in ranks:
@@ -142,8 +145,7 @@ class _Fit:
             own_s += seq_s * decodes + kv_token_s * kv_tokens
             if own_s > longest_s or (own_s == longest_s and work > slowest):
                 slowest, longest_s = work, own_s
-        shared = num_tokens / len(ranks) if len(ranks) > 1 else 0.0  # of one rank, it says nothing
-        return [*slowest, shared]
+        return [*slowest, num_tokens / len(ranks)]  # of one rank, the latter says nothing
 
     def _line(self, features: list[float]) -> float:
         offsets = map(sub, features, self._means)
@@ -169,22 +171,25 @@ class _Fit:
         off = list(map(sub, features, means))
         off_s = share * (seconds - self._mean_s)
         self._mean_s += off_s
-        for i, offset in enumerate(off):
-            if not offset and not covariances[i][i]:
-                continue  # it never varied, its row is all zero
+        varied = self._varied
+        if len(varied) < len(off):
+            varied = self._varied = [i for i, offset in enumerate(off) if offset or i in varied]
+        for i in varied:
+            offset, row = off[i], covariances[i]
             means[i] += share * offset
             self._with_s[i] = keep * (self._with_s[i] + off_s * offset)
             step = share * offset
-            covariances[i] = [
-                keep * (old + step * other) for old, other in zip(covariances[i], off, strict=True)
-            ]
+            for j in varied:
+                row[j] = keep * (row[j] + step * off[j])
         self._descend()
 
     def _descend(self) -> None:
         ridge = RIDGE + FIRST_RIDGE / self.num_learned
         weights, with_s = self.weights, self._with_s
-        for i, row in enumerate(self._covariances):
+        for i in self._varied:
+            row = self._covariances[i]
             drawn = row[i] + ridge * (row[i] + self._means[i] ** 2)
             if drawn > 0:
                 others = sum(map(mul, row, weights)) - row[i] * weights[i]
-                weights[i] = max(0.0, (with_s[i] - others) / drawn)
+                weight = (with_s[i] - others) / drawn
+                weights[i] = weight if weight > 0.0 else 0.0

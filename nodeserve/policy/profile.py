@@ -1,7 +1,7 @@
 """What simulated passes cost and devices hold: for one rank, and for a model in many shapes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from nodeserve.errors import ConfigError
@@ -39,10 +39,16 @@ class Family:
     name: str
     source: str
     shapes: Mapping[tuple[int, int], Profile]  # by tensor and pipeline parallel degree
+    # Of a rank of an expert-parallel instance, by its number of ranks, where that matters: what the
+    # experts leave of a rank's memory, what their exchange takes.
+    spread: Mapping[int, Profile] = field(default_factory=dict)
 
     def of(self, shape: Shape) -> Profile:
         """ConfigError names the shapes there are; others do not hold the model, or nobody measured
-        them. The ranks of an expert parallel instance are such shapes each."""
+        them. The ranks of an expert parallel instance are such shapes each, unless the family
+        knows them by their number."""
+        if self.spread:
+            return self._of_spread(shape)
         try:
             return self.shapes[shape.tp, shape.pp]
         except KeyError:
@@ -50,6 +56,12 @@ class Family:
             raise ConfigError(
                 f"profile {self.name} has no tp{shape.tp}.pp{shape.pp}: use one of {known}"
             ) from None
+
+    def _of_spread(self, shape: Shape) -> Profile:
+        if (shape.tp, shape.pp) == (1, 1) and shape.ep in self.spread:
+            return self.spread[shape.ep]
+        known = ", ".join(f"ep{ep}" for ep in self.spread)
+        raise ConfigError(f"profile {self.name} has no {shape}: use one of {known}")
 
 
 LEAST_FACTOR = 0.5

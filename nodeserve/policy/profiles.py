@@ -3,7 +3,8 @@
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
-from nodeserve.policy.hopper import FITS, hopper_family
+from nodeserve.policy.deepseek import GPUS, deepseek_family
+from nodeserve.policy.kernel_fits import FITS, kernel_family
 from nodeserve.policy.opt_a100 import opt_family
 from nodeserve.policy.profile import Family, Profile
 
@@ -12,7 +13,8 @@ FAMILIES = {
     for family in (
         *(opt_family(model) for model in ("opt-13b", "opt-66b", "opt-175b")),
         *(opt_family(model, "vllm") for model in ("opt-13b", "opt-66b", "opt-175b")),
-        *map(hopper_family, FITS),
+        *map(kernel_family, FITS),
+        *map(deepseek_family, GPUS),
     )
 }
 

@@ -1,8 +1,9 @@
 """Which tokens of which sequences one step computes: continuous batching with chunked prefill.
 
 A batch counts as launched when `next_batch` returns it: what it will compute is booked then, and
-`commit` books the tokens that came of it. One more may be planned before that (`ahead`), so that it
-is launched while the first still runs; batches are committed in their order.
+`commit` books the tokens that came of it. More may be planned before that (`ahead`), so that they
+are launched while the first still runs: one behind it, or on a device of several stages one beside
+each other for every stage. Batches are committed in their order.
 
 Always true (`check` says so):
 - A sequence is in exactly one stage, and every used block belongs to exactly one sequence.
@@ -14,12 +15,7 @@ Always true (`check` says so):
   may hold blocks.
 - `running` is sorted by arrival, so the last one is the cheapest to give up.
 
-Planning ahead knows less, so it does less. It never preempts: the batch before may free blocks. A
-sequence that ends by length with the token to come is left out; one that ends by a stop token is
-not, and its extra token is dropped. There is no batch ahead (plan again after the commit) if blocks
-are short, if a choice needs earlier tokens on the host (`Sampling.needs_tokens`), or behind a batch
-with prefill tokens: such steps are long, a newcomer must not wait for two of them, and the gap
-after one is small against it.
+Planning ahead or beside knows less, so it does less (policy/decode_plans.py): it never preempts.
 
 Nothing here knows whether its worker prefills or decodes: a prefill worker's requests ask for a
 handoff and end up pinned, a decode worker's arrive by a pull, a mixed one's do neither.
@@ -35,6 +31,7 @@ from operator import attrgetter
 
 from nodeserve.policy.batching import Batch, Limits, Outcome, Sequence, Stage, Work
 from nodeserve.policy.blocks import BlockAllocator, blocks_for, watermark
+from nodeserve.policy.decode_plans import decodes_ahead, decodes_beside, share
 
 BY_ARRIVAL = attrgetter("arrival")
 
@@ -116,16 +113,19 @@ class Scheduler:
         """Decodes first, then prefill chunks up to the token budget; None if nothing can run, or
         an empty batch with `idle`: other ranks wait for this one.
 
-        `ahead`: behind the one batch that is not committed; None, and nothing changed, also if that
-        has to be committed first.
+        `ahead`: behind the one batch that is not committed, or beside the fewer than `num_stages`
+        that are not; None, and nothing changed, also if one has to be committed first.
         """
-        assert len(self._launched) == ahead, "one batch at a time, and one ahead of it"
+        num_launched, num_stages = len(self._launched), self.limits.num_stages
+        may = num_launched < max(num_stages, 2) and bool(num_launched) == ahead
+        assert may, "one batch at a time, and one ahead of it, or one for each stage"
         batch = Batch()
         if not ahead:
-            self._plan_decodes(batch)
+            self._plan_decodes(batch, share(len(self._running), num_stages))
             self._plan_prefills(batch, len(self._running))
-        elif self._plan_decodes_ahead(batch):
-            self._plan_prefills(batch, batch.num_decodes)
+        elif (decodes := self._decodes_meanwhile()) is not None:
+            batch.work, batch.num_decodes = decodes, len(decodes)
+            self._plan_prefills(batch, len(self._running) if num_stages > 1 else len(decodes))
         assert batch.work or not batch.preempted, "preempted for nobody's benefit"
         if not (batch.work or idle):
             return None
@@ -178,9 +178,18 @@ class Scheduler:
 
     # ---- planning
 
-    def _plan_decodes(self, batch: Batch) -> None:
+    def _decodes_meanwhile(self) -> list[Work] | None:
+        """Of a batch beside others, or behind one; None if that has to be committed first."""
+        known = self._running, self.blocks, self.limits.block_size
+        if self.limits.num_stages > 1:
+            return decodes_beside(*known, self.limits.num_stages)
+        return decodes_ahead(*known, self._launched[0])
+
+    def _plan_decodes(self, batch: Batch, most: int) -> None:
         block_size, work, running = self.limits.block_size, batch.work, Stage.RUNNING
         for sequence in tuple(self._running):
+            if len(work) == most:
+                break
             if sequence.stage is not running:
                 continue  # an elder took its blocks
             computed = sequence.num_computed
@@ -188,29 +197,6 @@ class Scheduler:
                 continue
             work.append(Work(sequence, computed, 1, True))
         batch.num_decodes = len(work)
-
-    def _plan_decodes_ahead(self, batch: Batch) -> bool:
-        """False, and nothing taken, if the launched batch must be committed first."""
-        if self._launched[0].num_prefill_tokens:
-            return False
-        block_size = self.limits.block_size
-        work: list[Work] = []
-        growing: list[Sequence] = []
-        for sequence in self._running:
-            computed, pending = sequence.num_computed, sequence.num_launched
-            if len(sequence.token_ids) + pending >= sequence.max_len:
-                continue  # the token to come is its last
-            if pending and sequence.sampling.needs_tokens:
-                return False
-            if computed == len(sequence.block_ids) * block_size:
-                growing.append(sequence)
-            work.append(Work(sequence, computed, 1, True, sequence.place if pending else None))
-        if len(growing) > self.blocks.num_free:
-            return False
-        for sequence in growing:
-            sequence.block_ids.extend(self.blocks.allocate(1))
-        batch.work, batch.num_decodes = work, len(work)
-        return True
 
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
         """One more block, if need be from the youngest; False if the sequence cannot go on now."""
@@ -247,9 +233,11 @@ class Scheduler:
                 if num_slots < 1:
                     break
                 num_slots -= 1
+            missing = len(sequence.token_ids) - sequence.num_computed
+            if not missing:
+                continue  # the last of it is at another stage
             if not sequence.block_ids and not self._start(sequence, batch):
                 break
-            missing = len(sequence.token_ids) - sequence.num_computed
             count = min(budget, missing)
             work.append(Work(sequence, sequence.num_computed, count, count == missing))
             batch.num_prefill_tokens += count
@@ -378,7 +366,7 @@ class Scheduler:
         self._check_launched(here)
 
     def _check_launched(self, here: list[Sequence]) -> None:
-        assert len(self._launched) <= 2
+        assert len(self._launched) <= max(self.limits.num_stages, 2)
         times = Counter(work.sequence for batch in self._launched for work in batch.work)
         assert all(one.num_launched == times[one] for one in (*here, *self._leaving))
         assert set(times) <= {*here, *self._leaving}

@@ -36,6 +36,7 @@ Event = Content | Call | Arguments
 _CLOSING = {"{": "}", "[": "]"}
 _NAMES, _ARGUMENTS = ("name",), ("arguments", "parameters")
 _HARMLESS = ("type", "id")  # of other keys that calls have
+MAX_SPACE = 256  # characters beside a call; a model that writes nothing else would cost ever more
 
 
 class _Malformed(Exception):
@@ -142,7 +143,7 @@ class ToolParser:
                 possible = [one for one in (*markers, *first) if one.startswith(start)]
                 if start in possible:
                     return start
-                if possible:
+                if possible and len(self._text) - len(start) <= MAX_SPACE:
                     break
                 if not self._text[0].isspace():
                     first = ()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nodeserve.client.connection import Connection, Mailbox, TraceEvent, connect
+from nodeserve.client.connection import Connection, TraceEvent, connect
+from nodeserve.client.mailbox import Mailbox
 from nodeserve.errors import NodeServeError, ProtocolError
 from nodeserve.wire.messages import Traced
 from nodeserve.wire.tracing import EVENTS, Arrived, Ended, Event

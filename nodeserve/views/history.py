@@ -97,7 +97,10 @@ def frame_of(before: Stats | None, stats: Stats) -> Frame:
     """A frame; `before` is an earlier answer of the same server, or None."""
     change = Change(before, stats)
     health, goodput = stats["health"], stats["goodput"]
-    series = {name: value for name, value in goodput["series"].items() if name != "step_s"}
+    series: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in known(Series, goodput["series"]).items()
+    }
     frame = Frame(
         model=stats["model"],
         layout=stats["layout"],
@@ -108,9 +111,7 @@ def frame_of(before: Stats | None, stats: Stats) -> Frame:
         verdict="",
         slo=dict(stats["slo"]),
         spans=tuple(map(span_of, goodput["spans"])),
-        series=Series(
-            goodput["series"]["step_s"], **{name: tuple(line) for name, line in series.items()}
-        ),
+        series=Series(**series),
         histograms=dict(goodput["histograms"]),
         misses=tuple(goodput["misses"]),
         requests=dict(stats["requests"]),
@@ -123,10 +124,18 @@ def frame_of(before: Stats | None, stats: Stats) -> Frame:
     return replace(frame, verdict=verdict_of(frame))
 
 
+def known(kind: type[Any], values: Stats) -> dict[str, Any]:
+    """Those that a part of a frame has; a newer server says more."""
+    return {one.name: values[one.name] for one in fields(kind) if one.name in values}
+
+
 def span_of(span: Stats) -> Span:
     times = {name: span[name] for name in ("ttft_ms", "tpot_ms")}
-    quantiles = {name: None if one is None else Quantiles(**one) for name, one in times.items()}
-    return Span(**{**span, **quantiles})
+    quantiles = {
+        name: None if one is None else Quantiles(**known(Quantiles, one))
+        for name, one in times.items()
+    }
+    return Span(**{**known(Span, span), **quantiles})
 
 
 def admission_of(stats: Stats, change: Change) -> Admission:
@@ -166,8 +175,7 @@ def worker_of(worker: Stats, change: Change) -> Worker:
         "kv_use": 1.0 - blocks.free / blocks.total if blocks.total else 0.0,
         "busy": None if busy is None else min(1.0, busy),  # steps may overlap
     }
-    told = {one.name: worker[one.name] for one in fields(Worker) if one.name not in derived}
-    return Worker(**told, **derived)
+    return Worker(**{**known(Worker, worker), **derived})
 
 
 def blocks_of(worker: Stats) -> Blocks:

@@ -1,4 +1,4 @@
-"""The memory and the doorbells between the coordinator and one worker.
+"""The memory and the doorbells between the coordinator and one worker, or between two workers.
 
 The coordinator makes everything, and what it made it destroys; a worker opens and closes. `inbox`
 and `outbox` are the worker's on both sides: the coordinator posts to the inbox.
@@ -28,12 +28,14 @@ from nodeserve.wire.ring import (
     BlockingSender,
     EventfdDoorbell,
     QueueingSender,
+    Receiver,
     RungReceiver,
     SemaphoreDoorbell,
 )
 
 SHM = Path("/dev/shm")
 RING_BYTES = 2 << 20  # per direction; eight workers stay within the 64 MB that containers get
+TEAM_RING_BYTES = 1 << 20  # likewise, between a leader and each of its followers
 MAX_QUEUED = 1 << 16
 _OURS = re.compile(r"(?:sem\.)?nodeserve-(\d+)-[0-9a-f]+-[\w.-]+")
 
@@ -182,11 +184,81 @@ class WorkerEnd(_End):
         except posix_ipc.Error as error:
             raise RingError(f"cannot open the doorbell {spec.semaphore}: {error}") from error
         self._resources.callback(semaphore.close)
-        own, coordinator = SemaphoreDoorbell(semaphore), EventfdDoorbell(spec.eventfd)
+        self.bell = own = SemaphoreDoorbell(semaphore)
+        coordinator = EventfdDoorbell(spec.eventfd)
         inbox = self._map_ring(spec.inbox_fd, create=False)
         outbox = self._map_ring(spec.outbox_fd, create=False)
         self.inbox = BlockingReceiver(inbox, coordinator, own)
         self.outbox = BlockingSender(outbox, coordinator, own)
+
+
+@dataclass(frozen=True, slots=True)
+class TeamSpec:
+    """What a leader and one of its followers open their rings with: two inherited descriptors, and
+    the names of the doorbells that they have from the coordinator."""
+
+    plans_fd: int  # from the leader
+    answers_fd: int  # to it
+    leader: str
+    follower: str
+
+
+@final
+class TeamRings(_End):
+    """The coordinator's part: it makes the rings between a leader and a follower, and hands them
+    out by `spec` and `inherited_fds`. It takes no part in what they say."""
+
+    def __init__(
+        self,
+        node_id: str,
+        label: str,
+        leader: ChannelSpec,
+        follower: ChannelSpec,
+        ring_bytes: int = TEAM_RING_BYTES,
+    ) -> None:
+        super().__init__()
+        name, num_bytes = _name(node_id, label), RING_HEADER_BYTES + ring_bytes
+        try:
+            fds = [self._own_fd(_make_segment(f"{name}-{way}", num_bytes)) for way in ("p", "a")]
+            for fd in fds:
+                self._map_ring(fd, create=True)
+        except BaseException:
+            self.close()
+            raise
+        plans_fd, answers_fd = fds
+        self.spec = TeamSpec(plans_fd, answers_fd, leader.semaphore, follower.semaphore)
+        self.inherited_fds = tuple(fds)
+
+
+@final
+class TeamEnd(_End):
+    """A worker's end of the rings to its leader, or to one of its followers if it `leads`: records
+    there end the waits of `worker`'s inbox as well. To be made before the worker's first record,
+    like its own end: both doorbells' names may go then."""
+
+    def __init__(self, spec: TeamSpec, leads: bool, worker: WorkerEnd) -> None:
+        super().__init__()
+        try:
+            self._open(spec, leads, worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, spec: TeamSpec, leads: bool, worker: WorkerEnd) -> None:
+        fds = spec.plans_fd, spec.answers_fd
+        for fd in fds:
+            os.set_inheritable(self._own_fd(fd), False)
+        name = spec.follower if leads else spec.leader
+        try:
+            semaphore = posix_ipc.Semaphore(name)
+        except posix_ipc.Error as error:
+            raise RingError(f"cannot open the doorbell {name}: {error}") from error
+        self._resources.callback(semaphore.close)
+        peer = SemaphoreDoorbell(semaphore)
+        to_fd, from_fd = fds if leads else reversed(fds)
+        self.outbox = BlockingSender(self._map_ring(to_fd, create=False), peer, worker.bell)
+        self.inbox = Receiver(self._map_ring(from_fd, create=False), peer)
+        worker.inbox.also(self.inbox)
 
 
 def _is_alive(pid: int) -> bool:

@@ -31,14 +31,15 @@ PROTOCOL_VERSION = 2
 class AttachPages(NamedTuple):
     """Map a peer's page pool. Answer: PagesAttached.
 
-    With a `handle` it is device memory behind a CUDA IPC handle; without, shared memory whose
-    descriptor the worker inherited.
+    It is device memory behind a CUDA IPC `handle`, or shared memory behind an inherited descriptor.
     """
 
     worker: int
     fd: int
     num_bytes: int
     handle: bytes
+    leader: int  # of its team: PullKv's source
+    place: list[int]  # its part of every block: tp_rank, tp, pp_rank, pp
 
 
 class Prompt(NamedTuple):

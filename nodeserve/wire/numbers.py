@@ -14,8 +14,7 @@ def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
 
 
 def _unpack(typecode: str, data: bytes) -> "array[Any]":
-    numbers: array[Any] = array(typecode)
-    numbers.frombytes(data)
+    numbers: array[Any] = array(typecode, data)
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers

@@ -220,15 +220,21 @@ class BlockingReceiver(Receiver):
     def __init__(self, ring: Ring, peer: Doorbell, own: SemaphoreDoorbell) -> None:
         super().__init__(ring, peer)
         self._own = own
+        self._rings = [ring]  # whose records end a wait
         self._woken = False
+
+    def also(self, other: Receiver) -> None:
+        """Records for `other`, whose peer rings the same bell, end our waits as well."""
+        self._rings.append(other._ring)
 
     def wait(self, timeout_s: float | None) -> bool:
         """Sleep until there may be records or `wake` was called (True), or the time is over
         (False)."""
-        rang = self._woken or not self._ring.arm_consumer()
+        rang = self._woken or not all(ring.arm_consumer() for ring in self._rings)
         if not rang:
             rang = self._own.wait(timeout_s)
-            self._ring.disarm_consumer()
+        for ring in self._rings:
+            ring.disarm_consumer()
         self._woken = False
         return rang
 

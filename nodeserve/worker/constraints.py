@@ -1,10 +1,11 @@
 """Holds answers to their constraints: what may not come next is never the choice.
 
 A sequence's follower has consumed exactly the tokens that were put out before the choice, whoever
-chose them: after a preemption, a handoff or a worker's end it is made again from those. Nothing is
-imported or loaded before the first sequence with a constraint.
+chose them: after a preemption, a handoff or a worker's end it is made again from those.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -47,19 +48,37 @@ class Follower:
 
 
 class Constraints:
-    """Those of one worker's sequences. `load` is called when the first one needs it."""
+    """Those of one worker's sequences. `load` is called when the first one needs it, or before by
+    `load_ahead`."""
 
     def __init__(self, load: Callable[[], Compiler]) -> None:
         self._load = load
         self._compiler: Compiler | None = None
+        self._loading: threading.Thread | None = None
 
     @classmethod
     def of_model(cls, location: str, config: ModelConfig) -> "Constraints":
-        """With the tokenizer of the checkpoint there."""
-        return cls(partial(Compiler.load, location, config.vocab_size, config.eos_token_ids))
+        """With the tokenizer of the checkpoint there, whose loading begins beside the caller's own
+        work: a vocabulary takes a third of a second, for which a step would stand still."""
+        made = cls(partial(Compiler.load, location, config.vocab_size, config.eos_token_ids))
+        made.load_ahead()
+        return made
+
+    def load_ahead(self) -> None:
+        """Begin to load, in a thread. What it fails with is for the first sequence to say."""
+
+        def load() -> None:
+            with contextlib.suppress(NodeServeError):
+                self._compiler = self._load()
+
+        self._loading = threading.Thread(target=load, name="vocabulary", daemon=True)
+        self._loading.start()
 
     def follower(self, sequence: Sequence) -> Follower:
         """At the beginning of the sequence's output. A typed error says why there is none."""
+        if self._loading is not None:
+            self._loading.join()
+            self._loading = None
         if self._compiler is None:
             self._compiler = self._load()
         assert sequence.sampling.constraint is not None

@@ -99,6 +99,64 @@ class Executor(Protocol):
         returned; its flight is `done` by then. One call too many is harmless."""
 
 
+class Team(Protocol):
+    """The workers that compute one DP rank's steps together, as its leader sees them."""
+
+    @property
+    def num_followers(self) -> int: ...
+
+    def step(self, plan: Callable[[], bytes]) -> None:
+        """Let the followers begin a step; `plan` is what their `Following.follow` gets."""
+
+    def has_passed(self, number: int) -> bool:
+        """Whether the last stage has sent us what step `number` gave, the first being 1."""
+
+    def wait(self) -> None:
+        """Until a follower may have said something."""
+
+    def choose(self) -> None:
+        """Let them take part in the choice of tokens of the oldest step without."""
+
+    def least_blocks(self, num_blocks: int) -> int:
+        """What all have room for, if we have room for so many. Waits until each can take steps."""
+
+
+class Alone:
+    """The team of a worker that has no followers."""
+
+    @property
+    def num_followers(self) -> int:
+        return 0
+
+    def step(self, plan: Callable[[], bytes]) -> None:
+        pass
+
+    def has_passed(self, number: int) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def choose(self) -> None:
+        pass
+
+    def least_blocks(self, num_blocks: int) -> int:
+        return num_blocks
+
+
+ALONE: Team = Alone()
+
+
+class Following(Protocol):
+    """A follower's part of steps, in the order of its leader's."""
+
+    def follow(self, plan: bytes) -> bool:
+        """Take part in a step. Whether this sends the leader what it waits for: its results."""
+
+    def choose(self) -> None:
+        """Take part in the choice of tokens of the oldest step without."""
+
+
 class Ticket(NamedTuple):
     """One pull: copy a peer's `source_ids` blocks into our `target_ids`, pairwise."""
 
@@ -187,6 +245,8 @@ class Device:
     kernels: str  # for the start log and `status`
     handoff: str  # how pages leave this worker, likewise
     eos_token_ids: frozenset[int]
+    following: Following | None = None  # of a follower, whose executor launches nothing
+    num_stages: int = 1  # steps, of different sequences, that can be under way at once
 
 
-Load = Callable[[WorkerSpec, Progress], Device]
+Load = Callable[[WorkerSpec, Progress, Team], Device]

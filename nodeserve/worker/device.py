@@ -2,14 +2,14 @@
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import ConfigError
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     if spec.device == "sim":
         from nodeserve.worker import device_sim  # only it knows profiles
 
-        return device_sim.load(spec, progress)
+        return device_sim.load(spec, progress, team)
     if spec.device not in ("cpu", "cuda"):
         raise ConfigError(f"device {spec.device!r}: use cpu, cuda or sim")
     progress("import", 0, 1)
@@ -18,8 +18,8 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         from nodeserve.worker import device_cuda
 
         progress("import", 1, 1)
-        return device_cuda.load(spec, progress)
+        return device_cuda.load(spec, progress, team)
     from nodeserve.worker import device_cpu
 
     progress("import", 1, 1)
-    return device_cpu.load(spec, progress)
+    return device_cpu.load(spec, progress, team)

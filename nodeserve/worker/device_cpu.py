@@ -7,54 +7,74 @@ import torch
 
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
-from nodeserve.model import backend, families, kv
+from nodeserve.model import backend, kv, parallel
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.shards import Shard
 from nodeserve.worker.constraints import Constraints
-from nodeserve.worker.contract import Device, Progress
-from nodeserve.worker.executor import ModelExecutor
+from nodeserve.worker.contract import Device, Progress, Team
+from nodeserve.worker.executor import ModelExecutor, ModelFollower
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.inputs import Staging
+from nodeserve.worker.meeting import meet, place_of
 from nodeserve.worker.pages import make_pool, num_blocks_in
+from nodeserve.worker.ranks import ranks_of
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format, spec.model_impl)
+    constraints = Constraints.of_model(str(found.path), found.config)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
     progress("device", 0, 1)
+    place = place_of(spec)
+    shard = Shard(found.config, place)
     ops = backend.make_ops(
-        found.config,
+        shard.config,
         dtype,
         block_size=spec.block_size,
         num_threads=spec.num_threads,
         cpus=spec.cpus,
     )
     progress("device", 1, 1)
-    layout = kv.layout_of(found.config, spec.block_size, dtype)
+    layout = kv.layout_of(found.config, spec.block_size, dtype, shard)
     assert spec.kv_memory is not None, "resolved for CPU workers"
     num_blocks = num_blocks_in(spec.kv_memory, layout.block_bytes, max_blocks)
     progress("pages", 0, 1)
     pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
     progress("pages", 1, 1)
+    progress("instance", 0, 1)
+    groups = meet(spec, ops.device).groups
+    progress("instance", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
-    model = families.build(found.config, weights, ops, partial(progress, "weights"))
-    staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
-    constraints = Constraints.of_model(str(found.path), found.config)
-    executor = ModelExecutor(model, ops.cache(layout, pool), staging, constraints)
+    model = parallel.build(shard, weights, ops, groups, partial(progress, "weights"))
+    if found.config.mla is not None:
+        torch.set_num_threads(1)  # model/mla_cpu.py says why
+    cache = ops.cache(layout, pool)
+    executor = ModelExecutor(
+        model,
+        cache,
+        Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks),
+        constraints,
+        team,
+        spec.pp,
+        ranks_of(spec),
+    )
     if len(spec.cpus) > 1:
         os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
     progress("warm-up", 0, 1)
-    executor.warm_up()
+    num_common = team.least_blocks(num_blocks)
+    if spec.leads:
+        executor.warm_up()
     progress("warm-up", 1, 1)
     return Device(
         executor=executor,
         transfer=HostTransfer(pool, layout.block_bytes),
-        num_blocks=num_blocks,
+        num_blocks=num_common,
         block_bytes=layout.block_bytes,
         pages_bytes=num_blocks * layout.block_bytes,
         pages_handle=b"",
@@ -62,6 +82,10 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         kernels=describe(ops),
         handoff=SHARED_MEMORY,
         eos_token_ids=frozenset(found.config.eos_token_ids),
+        following=None
+        if spec.leads
+        else ModelFollower(model, cache, spec.pp, place.is_last and place.tp_rank == 0),
+        num_stages=spec.pp,
     )
 
 

@@ -10,13 +10,16 @@ import torch
 
 from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
-from nodeserve.model import families, kv
+from nodeserve.model import families, kv, parallel
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.blocks import blocks_for
-from nodeserve.worker.contract import Device, Progress
-from nodeserve.worker.executor_cuda import CudaExecutor
+from nodeserve.shards import Shard
+from nodeserve.worker.contract import Device, Progress, Team
+from nodeserve.worker.executor_cuda import CudaExecutor, Together
 from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
+from nodeserve.worker.meeting import Meeting, meet, place_of
+from nodeserve.worker.ranks import NO_RANKS, ranks_of
 from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
 from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.transfer_setup import make_transfer
@@ -26,6 +29,7 @@ from nodeserve.worker.upload import Uploader
 def load(
     spec: WorkerSpec,
     progress: Progress,
+    team: Team,
     runtime: Runtime | None = None,
     parts_of: MakeParts = make_parts,
 ) -> Device:
@@ -35,18 +39,22 @@ def load(
     torch.set_num_threads(spec.num_threads)  # they fill the buffers that weights go through
     runtime = CudaRuntime() if runtime is None else runtime
     found = checkpoint.resolve(spec.model, spec.load_format, spec.model_impl)
-    parts = parts_of(spec, found.config, dtype, runtime)
+    shard = Shard(found.config, place_of(spec))
+    parts = parts_of(spec, shard.config, dtype, runtime)
     progress("device", 1, 1)
-    model = _load_model(spec, found, parts, runtime, progress)
+    progress("instance", 0, 1)
+    meeting = meet(spec, runtime.device)
+    progress("instance", 1, 1)
+    model = _load_model(spec, found, shard, meeting, parts, runtime, progress)
     torch.set_num_threads(1)  # the step loop's own tensors are small
 
-    layout = kv.layout_of(found.config, spec.block_size, dtype)
-    executor = _make_executor(spec, model, parts, runtime)
+    layout = kv.layout_of(found.config, spec.block_size, dtype, shard)
+    executor = _make_executor(spec, model, parts, runtime, _together(spec, meeting))
     sizes = _sizes(spec) if parts.capturable else ()
     progress("warm-up", 0, 1)
     wanted = _wanted(spec, layout.block_bytes, len(sizes))
     _measure(spec, executor, parts, layout, runtime)
-    num_blocks = num_blocks_for(runtime.memory(), wanted)
+    num_blocks = meeting.least("blocks", num_blocks_for(runtime.memory(), wanted))
     progress("warm-up", 1, 1)
 
     progress("pages", 0, 1)
@@ -55,10 +63,11 @@ def load(
     transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes)
     progress("pages", 1, 1)
     executor.capture(sizes, partial(progress, "graphs"))
+    executor.team = team
     return Device(
         executor=executor,
         transfer=transfer,
-        num_blocks=num_blocks,
+        num_blocks=team.least_blocks(num_blocks),
         block_bytes=layout.block_bytes,
         pages_bytes=transfer.pages_bytes,
         pages_handle=transfer.pages_handle,
@@ -66,19 +75,36 @@ def load(
         kernels=_describe(spec, parts, executor),
         handoff=route.description,
         eos_token_ids=frozenset(found.config.eos_token_ids),
+        following=None if spec.leads else executor,
     )
+
+
+def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
+    """Tokens are chosen on the first stage, and only its members take inputs from them."""
+    return Together(
+        spec.leads,
+        meeting.groups.tp.all_reduce if spec.tp > 1 and meeting.place.is_first else _keep,
+        ranks_of(spec) if spec.leads else NO_RANKS,
+    )
+
+
+def _keep(tokens: torch.Tensor) -> None:
+    """Nobody else needs them."""
 
 
 def _load_model(
     spec: WorkerSpec,
     found: checkpoint.Checkpoint,
+    shard: Shard,
+    meeting: Meeting,
     parts: GpuParts,
     runtime: Runtime,
     progress: Progress,
 ) -> families.Model:
     upload = Uploader(runtime)
     weights = open_weights(found, kv.dtype_named(spec.dtype), spec.load_format, upload)
-    model = families.build(found.config, weights, parts.ops, partial(progress, "weights"))
+    told = partial(progress, "weights")
+    model = parallel.build(shard, weights, parts.ops, meeting.groups, told)
     upload.close()
     model.reserve(
         spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_num_seqs, spec.max_model_len
@@ -87,7 +113,11 @@ def _load_model(
 
 
 def _make_executor(
-    spec: WorkerSpec, model: families.Model, parts: GpuParts, runtime: Runtime
+    spec: WorkerSpec,
+    model: families.Model,
+    parts: GpuParts,
+    runtime: Runtime,
+    together: Together,
 ) -> CudaExecutor:
     staging = CudaStaging(
         runtime,
@@ -96,12 +126,13 @@ def _make_executor(
         max_context_len=spec.max_model_len,
         max_blocks=blocks_for(spec.max_model_len, spec.block_size),
     )
-    return CudaExecutor(runtime, model, staging, parts.sampler, parts.feed_tokens)
+    return CudaExecutor(runtime, model, staging, parts.sampler, parts.feed_tokens, together)
 
 
 def _sizes(spec: WorkerSpec) -> tuple[int, ...]:
-    """Steps to capture: none where nothing decodes."""
-    if spec.enforce_eager or spec.role == "prefill":
+    """Steps to capture: none where nothing decodes, or where counts that a step goes by are read on
+    the host, as for experts elsewhere, or it waits for other stages."""
+    if spec.enforce_eager or spec.role == "prefill" or spec.ep > 1 or spec.pp > 1:
         return ()
     return graph_sizes(spec.max_num_seqs)
 

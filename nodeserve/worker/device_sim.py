@@ -11,7 +11,7 @@ from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import pass_factor
 from nodeserve.profile_store import one_profile
 from nodeserve.worker.alarm import Alarm
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.lockstep import Board, Lockstep
 from nodeserve.worker.pages import make_pool, num_blocks_in
@@ -20,7 +20,7 @@ from nodeserve.worker.transfer_sim import SimTransfer
 PAGE_BYTES = 8  # of a block in the pool: what is copied matters, not how much
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     simulated = spec.simulated
     assert simulated is not None and spec.kv_memory is not None, "resolved for simulated workers"
     profile = one_profile(simulated.profile)
@@ -35,15 +35,15 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
 
     def duration(number: int, works: Sequence[RankWork]) -> float:
         factor = pass_factor(profile.noise, simulated.seed, spec.instance, number)
-        return profile.cost.pass_s(works) * factor
+        return profile.cost.pass_s(works[:: spec.team_size]) * factor  # the leaders' have it all
 
     lockstep = Lockstep(board, spec.rank, spec.bell_fds, duration)
+    tokens = Tokens(simulated.vocab_size, simulated.eos_token_ids)
+    executor = SimExecutor(lockstep, alarm, tokens, team)
     return Device(
-        executor=SimExecutor(
-            lockstep, alarm, Tokens(simulated.vocab_size, simulated.eos_token_ids)
-        ),
+        executor=executor,
         transfer=SimTransfer(pool, PAGE_BYTES, block_bytes, profile.handoff_bytes_per_s, alarm),
-        num_blocks=num_blocks,
+        num_blocks=team.least_blocks(num_blocks),
         block_bytes=block_bytes,
         pages_bytes=num_blocks * PAGE_BYTES,
         pages_handle=b"",
@@ -51,4 +51,5 @@ def load(spec: WorkerSpec, progress: Progress) -> Device:
         kernels=f"simulated {profile.name}",
         handoff=f"simulated, {profile.handoff_bytes_per_s / 1e9:g} GB/s",
         eos_token_ids=frozenset(simulated.eos_token_ids),
+        following=None if spec.leads else executor,
     )

@@ -9,6 +9,7 @@ launched before anybody has read them.
 import gc
 from array import array
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +19,11 @@ from nodeserve.model.gpu.attention.tiles import seq_bucket
 from nodeserve.model.inputs import StepInputs
 from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.cost import rank_work
 from nodeserve.types import Sampling
-from nodeserve.worker.contract import Sampled
+from nodeserve.worker.contract import ALONE, Sampled, Team
 from nodeserve.worker.gpu_runtime import Mark, Runtime
+from nodeserve.worker.ranks import NO_RANKS, Began, Ranks
 from nodeserve.worker.sizing import bucket_for
 from nodeserve.worker.staging_cuda import CudaStaging, Staged
 from nodeserve.worker.watcher import Watcher
@@ -57,14 +60,33 @@ FeedTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """feed_tokens(token_ids, feed, sampled): token_ids[i] = sampled[feed[i]] where feed[i] >= 0"""
 
 
+def _nobody(tokens: torch.Tensor) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Who computes a step with us. `share` makes the leader's tokens everybody's, on the device:
+    the next step may take its inputs from them. `ranks`: of other DP ranks."""
+
+    leads: bool = True
+    share: Callable[[torch.Tensor], None] = _nobody
+    ranks: Ranks = NO_RANKS
+
+
+BY_ITSELF = Together()
+
+
 class CudaFlight:
     """A step on the device."""
 
-    __slots__ = ("launched", "mark")
+    __slots__ = ("_ranks", "began", "launched", "mark")
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.mark: Mark | None = None
         self.launched: Launched | None = None
+        self.began: Began | None = None
+        self._ranks = ranks
 
     def done(self) -> bool:
         assert self.mark is not None
@@ -73,7 +95,8 @@ class CudaFlight:
     def result(self) -> Sampled:
         assert self.mark is not None
         self.mark.synchronize()
-        return Sampled([], None) if self.launched is None else self.launched.result()
+        sampled = Sampled([], None) if self.launched is None else self.launched.result()
+        return sampled._replace(ran=self._ranks.ran(self.began))
 
 
 class CudaExecutor:
@@ -86,8 +109,11 @@ class CudaExecutor:
         staging: CudaStaging,
         sampler: Sampler,
         feed_tokens: FeedTokens,
+        together: Together = BY_ITSELF,
     ) -> None:
+        self.team: Team = ALONE  # once all are warm; until then each member does the same by itself
         self._runtime = runtime
+        self._together = together
         self._model = model
         self._staging = staging
         self._sampler = sampler
@@ -99,10 +125,10 @@ class CudaExecutor:
 
     @property
     def overlaps(self) -> bool:
-        return True
+        return self._together.ranks is NO_RANKS  # those wait for each other before each pass
 
     def called(self, departure: int) -> bool:
-        return False  # no other rank waits for this one
+        return self._together.ranks.called(departure)
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
@@ -111,6 +137,7 @@ class CudaExecutor:
 
     def on_done(self, wake: Callable[[], None]) -> None:
         self._watcher.start(wake)
+        self._together.ranks.on_called(wake)
 
     def use(self, cache: Any, spare_block: int) -> None:
         """The pages to work in from now on; what was captured goes with the old ones."""
@@ -125,21 +152,48 @@ class CudaExecutor:
         size = None
         if batch.num_decodes == len(batch.work):
             size = bucket_for(batch.num_decodes, self._sizes)
-        staging, flight = self._staging, CudaFlight()
+        flight = CudaFlight(self._together.ranks)
+        flight.began = self._together.ranks.enter(rank_work(batch))
+        staging = self._staging
         staged = staging.build(batch) if size is None else staging.build_decodes(batch, size)
+        self.team.step(lambda: staging.plan_of(staged))
         sequences = batch.sampled
         places = [work.num_output for work in batch.work if work.samples]
 
-        def step() -> None:
-            staging.upload(staged)
-            logits = self._eager(staged) if size is None else self._replay(size)
-            if sequences:
-                rows = logits[: len(sequences)]
-                flight.launched = self._sampler.launch(rows, sequences, places)
+        def choose(logits: torch.Tensor) -> None:
+            flight.launched = self._sampler.launch(logits, sequences, places)
 
-        flight.mark = staged.half.reader = self._runtime.submit(step)
+        flight.mark = self._submit(staged, choose)
         self._watcher.watch(flight.mark)
         return flight
+
+    def follow(self, plan: bytes) -> bool:
+        """Take part in a step of our leader's; whoever waits for it waits there."""
+        self._watcher.watch(self._submit(self._staging.read(plan), None))
+        return False
+
+    def choose(self) -> None:
+        """Tokens are chosen within the step."""
+
+    def _submit(self, staged: Staged, choose: Callable[[torch.Tensor], None] | None) -> Mark:
+        """A step; the leader's `choose` gets the logits of those that want a token, and all that
+        are in it get the tokens."""
+        size, count = staged.counts.size, staged.counts.num_sampled
+
+        def step() -> None:
+            self._staging.upload(staged)
+            logits = self._replay(size) if size else self._eager(staged)
+            if not count:
+                return
+            tokens = self._sampler.tokens[:count]
+            if choose is not None and self._together.leads:
+                choose(logits[:count])
+            else:
+                tokens.zero_()
+            self._together.share(tokens)
+
+        mark = staged.half.reader = self._runtime.submit(step)
+        return mark
 
     def _eager(self, staged: Staged) -> torch.Tensor:
         if staged.feed is not None:

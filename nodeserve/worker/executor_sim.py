@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 
 from nodeserve.policy.batching import Batch, Work
-from nodeserve.policy.cost import rank_work
+from nodeserve.policy.cost import IDLE, rank_work
 from nodeserve.wire.messages import pack_floats, pack_ids
 from nodeserve.worker.alarm import Alarm
-from nodeserve.worker.contract import Logprobs, Sampled
+from nodeserve.worker.contract import ALONE, Logprobs, Sampled, Team
 from nodeserve.worker.lockstep import Lockstep
 
 
@@ -54,14 +54,18 @@ class SimFlight:
 
 
 class SimExecutor:
-    """Passes in lockstep with the other ranks of the instance."""
+    """Passes in lockstep with the other workers of the instance. A follower's part of a pass is to
+    enter it: then it cannot begin without it, as no collective could."""
 
     overlaps = False
 
-    def __init__(self, lockstep: Lockstep, alarm: Alarm, tokens: Tokens) -> None:
+    def __init__(
+        self, lockstep: Lockstep, alarm: Alarm, tokens: Tokens, team: Team = ALONE
+    ) -> None:
         self._lockstep = lockstep
         self._alarm = alarm
         self._tokens = tokens
+        self._team = team
 
     def called(self, departure: int) -> bool:
         return self._lockstep.called(departure)
@@ -70,8 +74,16 @@ class SimExecutor:
         self._alarm.start(self._lockstep.look, wake)
 
     def launch(self, batch: Batch) -> SimFlight:
+        self._team.step(bytes)
         number = self._lockstep.enter(rank_work(batch))
         return SimFlight(self._lockstep, number, self._sample(batch))
+
+    def follow(self, plan: bytes) -> bool:
+        self._lockstep.enter(IDLE)
+        return False
+
+    def choose(self) -> None:
+        """Tokens are made up by leaders."""
 
     def _sample(self, batch: Batch) -> Sampled:
         sampling = [work for work in batch.work if work.samples]

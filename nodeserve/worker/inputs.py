@@ -59,7 +59,7 @@ class Arrays(NamedTuple):
 
 def table_width(work: list[Work]) -> int:
     """Blocks of the longest sequence."""
-    return max(len(one.sequence.block_ids) for one in work)
+    return max((len(one.sequence.block_ids) for one in work), default=1)
 
 
 def fill_table(table: Ints, work: list[Work]) -> None:
@@ -71,7 +71,7 @@ def fill_table(table: Ints, work: list[Work]) -> None:
 
 
 def longest_query(batch: Batch) -> int:
-    return max(work.num_tokens for work in batch.work)
+    return max((work.num_tokens for work in batch.work), default=0)
 
 
 def _buffer(size: int) -> tuple[torch.Tensor, Ints]:
@@ -106,5 +106,5 @@ class Staging:
             logit_rows=self._rows[:num_rows],
             num_decodes=batch.num_decodes,
             max_query_len=longest_query(batch),
-            max_context_len=int(self._arrays.lens[:num_seqs].max()),
+            max_context_len=int(self._arrays.lens[:num_seqs].max(initial=0)),
         )

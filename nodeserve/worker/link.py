@@ -1,10 +1,14 @@
-"""Our end of the rings, in messages instead of records."""
+"""Our ends of the rings, in messages instead of records."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from nodeserve.wire.channel import ChannelSpec, WorkerEnd
+from nodeserve.wire.channel import ChannelSpec, TeamEnd, TeamSpec, WorkerEnd
 from nodeserve.wire.messages import FROM_WORKER, TO_WORKER, FromWorker, ToWorker
+from nodeserve.wire.team import FROM_FOLLOWER, TO_FOLLOWER, FromFollower, ToFollower
+
+PUT_S = 1.0  # between two signs of life while a ring is full
 
 
 class RingLink:
@@ -27,12 +31,16 @@ class RingLink:
 
     def put(self, message: FromWorker) -> None:
         record = FROM_WORKER.encode(message)
-        while not self._outbox.put(record, timeout_s=1.0):
+        while not self._outbox.put(record, timeout_s=PUT_S):
             self.beat()  # blocked by a slow coordinator is not the same as stuck
         self.num_sent += 1
 
     def beat(self) -> None:
         self._outbox.beat()
+
+    def team_end(self, spec: dict[str, Any], leads: bool) -> TeamEnd:
+        """Our end of the rings to another worker of our team; records there end our waits."""
+        return TeamEnd(TeamSpec(**spec), leads, self._end)
 
     def __enter__(self) -> "RingLink":
         return self
@@ -44,3 +52,19 @@ class RingLink:
         trace: TracebackType | None,
     ) -> None:
         self._end.close()
+
+
+class LeaderLink:
+    """What `follower.Leader` describes, over shared memory; `beat` while its ring is full."""
+
+    def __init__(self, end: TeamEnd, beat: Callable[[], None]) -> None:
+        self._end = end
+        self._beat = beat
+
+    def drain(self) -> list[ToFollower]:
+        return [TO_FOLLOWER.decode(record) for record in self._end.inbox.drain()]
+
+    def put(self, message: FromFollower) -> None:
+        record = FROM_FOLLOWER.encode(message)
+        while not self._end.outbox.put(record, timeout_s=PUT_S):
+            self._beat()

@@ -1,15 +1,21 @@
 """Copies of whole blocks on a stream of their own: begun, watched, timed, and waited for."""
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nodeserve.errors import HandoffFailed
+from nodeserve.errors import CudaError, HandoffFailed
 from nodeserve.worker.contract import CopyFailed, Landed
 from nodeserve.worker.watcher import Watcher
+
+STUCK_S = 60.0  # that no copy ends while some are under way: the slowest takes a tenth of a second
+LONGEST_LOOK_S = (
+    2.0  # what counts of the time between two looks: a loop that stood still saw nothing
+)
 
 
 class Blocks(NamedTuple):
@@ -31,10 +37,19 @@ class PageCopies:
     """Copies that end in the order of their beginnings; several may be under way.
 
     An error of CUDA fails the request alone as long as the stream still works afterwards; else it
-    goes through, and the worker with it.
+    goes through, and the worker with it. So it does if the first copy never ends: all others wait
+    behind it, and the coordinator cannot tell one from pages that wait for room. `clock` is
+    monotonic, in seconds.
     """
 
-    def __init__(self, cuda: Any, device: int, block_bytes: int, watcher: Watcher) -> None:
+    def __init__(
+        self,
+        cuda: Any,
+        device: int,
+        block_bytes: int,
+        watcher: Watcher,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._cuda = cuda
         self._device = device
         self._block_bytes = block_bytes
@@ -43,6 +58,9 @@ class PageCopies:
         self._stream = cuda.Stream(device)
         self._under_way: deque[_Copy] = deque()
         self._spare: list[tuple[Any, Any]] = []  # pairs of timed events
+        self._clock = clock
+        self._looked_s = clock()
+        self._stood_s = 0.0  # looked at, with copies under way, since one ended
 
     def begin(
         self,
@@ -68,7 +86,7 @@ class PageCopies:
         self._under_way.append(_Copy(request_id, num_bytes, began, ended))
 
     def poll(self) -> list[Landed | CopyFailed]:
-        """The copies that ended since the last time."""
+        """The copies that ended since the last time. CudaError if none does any more."""
         over: list[Landed | CopyFailed] = []
         while self._under_way:
             copy = self._under_way[0]
@@ -84,7 +102,18 @@ class PageCopies:
                 over.append(Landed(copy.request_id, copy.num_bytes, seconds))
                 self._spare.append((copy.began, copy.ended))
             self._under_way.popleft()
+        self._judge(moved=bool(over))
         return over
+
+    def _judge(self, moved: bool) -> None:
+        now_s = self._clock()
+        looked_s, self._looked_s = min(now_s - self._looked_s, LONGEST_LOOK_S), now_s
+        self._stood_s = 0.0 if moved or not self._under_way else self._stood_s + looked_s
+        if self._stood_s > STUCK_S:
+            first = self._under_way[0]
+            raise CudaError(
+                f"a copy of {first.num_bytes} bytes of pages has not ended in {STUCK_S:g} s"
+            )
 
     def drop(self, request_id: int) -> None:
         """Wait for a request's copy, if there is one, and forget it."""

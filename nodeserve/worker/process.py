@@ -6,6 +6,7 @@ still finish then. The kernel kills a worker when the coordinator dies.
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import os
@@ -20,10 +21,15 @@ from nodeserve.errors import ConfigError, NodeServeError
 from nodeserve.log import tell_keeper
 from nodeserve.policy.batching import Limits
 from nodeserve.policy.scheduler import Scheduler
+from nodeserve.wire.channel import TeamEnd
 from nodeserve.wire.messages import Failed, Loading, Mapped, Ready
-from nodeserve.worker.contract import Device, Load, Progress
-from nodeserve.worker.link import RingLink
+from nodeserve.worker.contract import ALONE, Device, Load, Progress
+from nodeserve.worker.follower import Follower
+from nodeserve.worker.link import LeaderLink, RingLink
+from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.runner import Runner
+from nodeserve.worker.team import LeaderTeam
+from nodeserve.worker.team_transfer import TeamTransfer
 
 PROGRESS_EVERY_S = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -38,31 +44,66 @@ def main(load: Load, arguments: Sequence[str] | None = None) -> int:
     spec = WorkerSpec.from_json(parser.parse_args(arguments).spec)
     die_with_parent(spec.parent_pid)
     tell_keeper()
-    with RingLink(spec.channel) as link:
+    with RingLink(spec.channel) as link, contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(link.team_end(one, spec.leads)) for one in spec.team]
         link.put(Mapped(os.getpid()))
         try:
-            serve(spec, load, link)
+            if spec.leads:
+                serve(spec, load, link, ends)
+            else:
+                follow(spec, load, link, ends[0])
         except Exception as problem:  # noqa: BLE001 the process boundary: whatever it is, say so
             link.put(failure(problem))
             return 1
     return 0
 
 
-def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
-    """Load the device, say so, and step until told to stop."""
+def serve(spec: WorkerSpec, load: Load, link: RingLink, ends: Sequence[TeamEnd]) -> None:
+    """Load the device, say so, and step until told to stop; with followers, if `ends` has any."""
     began = time.perf_counter()
     pin(spec.cpus)
-    device = load(spec, throttled(link))
+    team = LeaderTeam(ends, link.wait, link.beat)
+    device = load(spec, throttled(link), team)
+    transfer = device.transfer
+    if ends:
+        transfer = TeamTransfer(transfer, team, offers_at_once=not device.pages_handle)
     runner = Runner(
         link,
         Scheduler(limits(spec, device)),
         device.executor,
-        device.transfer,
+        transfer,
         door_s=spec.door_s,
         idle_wait_s=spec.idle_wait_s,
+        place=place_of(spec),
     )
+    ready(device, link, began)
+    runner.run()
+    team.leave()
+
+
+def follow(spec: WorkerSpec, load: Load, link: RingLink, end: TeamEnd) -> None:
+    """Load the device, and do what the leader says until it leaves."""
+    began = time.perf_counter()
+    pin(spec.cpus)
+    device = load(spec, throttled(link), ALONE)
+    assert device.following is not None, "a device whose workers can follow"
+    follower = Follower(
+        link,
+        LeaderLink(end, link.beat),
+        device.following,
+        device.transfer,
+        PeerSeats(device.transfer, place_of(spec)),
+        spec.idle_wait_s,
+    )
+    device.executor.on_done(link.wake)
+    ready(device, link, began)
+    follower.run(device.num_blocks)
+
+
+def ready(device: Device, link: RingLink, began_s: float) -> None:
+    """All is loaded, and lives as long as the process: no collection need look at it again."""
     gc.collect()
-    gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again
+    gc.freeze()
     link.put(
         Ready(
             device.num_blocks,
@@ -72,10 +113,15 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink) -> None:
             device.pages_handle,
             device.kernels,
             device.handoff,
-            time.perf_counter() - began,
+            time.perf_counter() - began_s,
         )
     )
-    runner.run()
+
+
+def place_of(spec: WorkerSpec) -> tuple[int, int, int, int]:
+    """Our part of every block, as AttachPages has it."""
+    pp_rank, tp_rank = divmod(spec.rank % spec.team_size, spec.tp)
+    return tp_rank, spec.tp, pp_rank, spec.pp
 
 
 def limits(spec: WorkerSpec, device: Device) -> Limits:
@@ -86,6 +132,7 @@ def limits(spec: WorkerSpec, device: Device) -> Limits:
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         eos_token_ids=device.eos_token_ids,
+        num_stages=device.num_stages,
     )
 
 

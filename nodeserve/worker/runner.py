@@ -63,6 +63,7 @@ from nodeserve.worker.contract import (
     Transfer,
 )
 from nodeserve.worker.count import counted
+from nodeserve.worker.peer_seats import WHOLE, PeerSeats
 
 
 class Link(Protocol):
@@ -98,7 +99,7 @@ class Launched:
 
 class Runner:
     """Carries out what the scheduler decides. `clock` is monotonic, in seconds; `idle_wait_s`
-    bounds the age of the last sign of life, nothing else."""
+    bounds the age of the last sign of life, nothing else; `place`: our part of every block."""
 
     def __init__(
         self,
@@ -109,15 +110,18 @@ class Runner:
         clock: Callable[[], float] = time.perf_counter,
         door_s: float = 0.0,
         idle_wait_s: float = 1.0,
+        place: Iterable[int] = WHOLE,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
         self.executor = executor
         self.transfer = transfer
+        self._seats = PeerSeats(transfer, place)
         self.stopped = False
         self._clock = clock
         self._pacer = Pacer()
-        self._launched: deque[Launched] = deque()  # not told yet; the first runs, at most one waits
+        # Not told yet: the first runs, at most one waits; or the stages' steps.
+        self._launched: deque[Launched] = deque()
         self._ended_s = 0.0  # when the last step ended
         self._door_s = door_s
         self._idle_wait_s = idle_wait_s
@@ -181,9 +185,10 @@ class Runner:
 
     def _due_s(self) -> float:
         """When the next step may be planned."""
-        if not self._launched:
+        num_stages = self.scheduler.limits.num_stages
+        if len(self._launched) < num_stages:
             return -math.inf
-        if len(self._launched) > 1 or not self.executor.overlaps:
+        if num_stages > 1 or len(self._launched) > 1 or not self.executor.overlaps:
             return math.inf
         running = self._launched[0]
         began_s = max(running.launched_s, self._ended_s)
@@ -277,11 +282,11 @@ class Runner:
         self.link.put(Dropped(message.request_id, self._load()))
 
     def _attach(self, message: AttachPages) -> None:
-        self.transfer.attach(*message)
+        self._seats.attach(message)
         self.link.put(PagesAttached(message.worker))
 
     def _detach(self, message: DetachPages) -> None:
-        for request_id in self.transfer.detach(message.worker):
+        for request_id in self._seats.detach(message.worker):
             gone = HandoffFailed(f"worker {message.worker} ended before its pages were copied")
             self._on_moved(CopyFailed(request_id, gone))
 

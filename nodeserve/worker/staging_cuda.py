@@ -9,9 +9,12 @@ of their own, with small arrays at fixed places, and their block table, which tr
 the longest sequence allows, is spread over one of full width on the device.
 """
 
+import struct
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nodeserve.model.inputs import StepInputs
@@ -53,10 +56,29 @@ class Half:
         return self._views[fields]
 
 
+class Counts(NamedTuple):
+    """What a step's arrays do not say themselves."""
+
+    size: int  # of the captured step that it is for; 0: none
+    num_sampled: int
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+    width: int  # of its table
+    num_decodes: int
+    longest_query: int
+    longest_context: int
+    fed: bool  # some token is to come from the step before
+
+
+_COUNTS = struct.Struct(f"={len(Counts._fields)}i")
+
+
 @dataclass(frozen=True, slots=True)
 class Staged:
     """A step that is written down. Its tensors are on the device and hold it after the copy."""
 
+    counts: Counts
     half: Half
     source: torch.Tensor  # pinned
     target: torch.Tensor
@@ -90,31 +112,32 @@ class CudaStaging:
 
     def build(self, batch: Batch) -> Staged:
         """Any step, at its own size."""
-        fields, half = self._any, self._next_half()
-        arrays, feed = half.arrays(fields)
+        half = self._next_half()
+        arrays, feed = half.arrays(self._any)
         num_tokens, num_rows = arrays.fill(batch)
-        fed = _fill_feed(feed, batch, num_tokens)
         num_seqs, width = len(batch.work), table_width(batch.work)
-        table = self._write_table(half, fields, batch, num_seqs, width)
-        longest = int(arrays.lens[:num_seqs].max())
-        inputs = self._inputs(
-            fields,
-            num_tokens,
-            num_seqs,
-            num_rows,
-            table,
-            batch.num_decodes,
-            longest_query(batch),
-            longest,
+        self._write_table(half, self._any, batch, num_seqs, width)
+        return self._staged(
+            half,
+            Counts(
+                size=0,
+                num_sampled=num_rows,
+                num_tokens=num_tokens,
+                num_seqs=num_seqs,
+                num_rows=num_rows,
+                width=width,
+                num_decodes=batch.num_decodes,
+                longest_query=longest_query(batch),
+                longest_context=int(arrays.lens[:num_seqs].max(initial=0)),
+                fed=_fill_feed(feed, batch, num_tokens),
+            ),
         )
-        feeds = self._views[fields][2][:num_tokens] if fed else None
-        return self._staged(half, fields, num_seqs * width, inputs, feeds, None)
 
     def build_decodes(self, batch: Batch, size: int) -> Staged:
         """A step of decodes alone as the captured one of `size` reads it, filled up with rows of
         one token at place 0 of the spare block."""
-        fields, half = self._decodes, self._next_half()
-        arrays, feed = half.arrays(fields)
+        half = self._next_half()
+        arrays, feed = half.arrays(self._decodes)
         count, width = len(batch.work), table_width(batch.work)
         arrays.fill(batch)
         _fill_feed(feed, batch, size)
@@ -123,24 +146,29 @@ class CudaStaging:
         arrays.lens[count:size] = 1
         arrays.starts[count + 1 : size + 1] = range(count + 1, size + 1)
         arrays.rows[count:size] = range(count, size)
-        table = self._write_table(half, fields, batch, size, width)
-        inputs, feeds = self.decode_inputs(size)
+        self._write_table(half, self._decodes, batch, size, width)
+        longest = self._max_context_len
         return self._staged(
-            half, fields, size * width, inputs, feeds, (table, self._table[:size, :width])
+            half, Counts(size, count, size, size, size, width, size, 1, longest, True)
         )
+
+    def plan_of(self, staged: Staged) -> bytes:
+        """A step as a follower reads it."""
+        return _COUNTS.pack(*staged.counts) + staged.source.numpy().tobytes()
+
+    def read(self, plan: bytes) -> Staged:
+        """The step that a leader wrote down, whose staging is made for the same sizes."""
+        counts = Counts(*_COUNTS.unpack_from(plan))
+        half = self._next_half()
+        ints = np.frombuffer(plan, np.int32, offset=_COUNTS.size)
+        half.flat[: ints.size] = ints
+        return self._staged(half, counts)
 
     def decode_inputs(self, size: int) -> tuple[StepInputs, torch.Tensor]:
         """The inputs and the feed of every captured step of `size`: the same each time."""
-        inputs = self._inputs(
-            self._decodes,
-            size,
-            size,
-            size,
-            self._table[:size],
-            num_decodes=size,
-            longest_query=1,
-            longest_context=self._max_context_len,
-        )
+        longest = self._max_context_len
+        counts = Counts(size, size, size, size, size, 0, size, 1, longest, True)
+        inputs = self._inputs(self._decodes, counts, self._table[:size])
         return inputs, self._views[self._decodes][2][:size]
 
     def upload(self, staged: Staged) -> None:
@@ -162,49 +190,41 @@ class CudaStaging:
 
     def _write_table(
         self, half: Half, fields: Fields, batch: Batch, num_rows: int, width: int
-    ) -> torch.Tensor:
-        """The device's view [num_rows, width] of the table as it travels."""
+    ) -> None:
+        """The table [num_rows, width] as it travels."""
         end = fields.table + num_rows * width
         table = half.flat[fields.table : end].reshape(num_rows, width)
         fill_table(table[: len(batch.work)], batch.work)
         table[len(batch.work) :] = self.spare_block
-        return self._device[fields.table : end].view(num_rows, width)
 
-    def _inputs(
-        self,
-        fields: Fields,
-        num_tokens: int,
-        num_seqs: int,
-        num_rows: int,
-        table: torch.Tensor,
-        num_decodes: int,
-        longest_query: int,
-        longest_context: int,
-    ) -> StepInputs:
+    def _inputs(self, fields: Fields, counts: Counts, table: torch.Tensor) -> StepInputs:
         token_ids, positions, _, starts, lens, rows = self._views[fields]
         return StepInputs(
-            token_ids=token_ids[:num_tokens],
-            positions=positions[:num_tokens],
-            query_starts=starts[: num_seqs + 1],
-            context_lens=lens[:num_seqs],
+            token_ids=token_ids[: counts.num_tokens],
+            positions=positions[: counts.num_tokens],
+            query_starts=starts[: counts.num_seqs + 1],
+            context_lens=lens[: counts.num_seqs],
             block_table=table,
-            logit_rows=rows[:num_rows],
-            num_decodes=num_decodes,
-            max_query_len=longest_query,
-            max_context_len=longest_context,
+            logit_rows=rows[: counts.num_rows],
+            num_decodes=counts.num_decodes,
+            max_query_len=counts.longest_query,
+            max_context_len=counts.longest_context,
         )
 
-    def _staged(
-        self,
-        half: Half,
-        fields: Fields,
-        table_size: int,
-        inputs: StepInputs,
-        feed: torch.Tensor | None,
-        spread: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> Staged:
-        used = fields.table + table_size
-        return Staged(half, half.memory[:used], self._device[:used], inputs, feed, spread)
+    def _staged(self, half: Half, counts: Counts) -> Staged:
+        """What `half` holds, arranged as the counts say."""
+        fields = self._decodes if counts.size else self._any
+        used = fields.table + counts.num_seqs * counts.width
+        narrow = self._device[fields.table : used].view(counts.num_seqs, counts.width)
+        spread = None
+        feed = self._views[fields][2][: counts.num_tokens] if counts.fed else None
+        if counts.size:
+            spread = narrow, self._table[: counts.size, : counts.width]
+            inputs, feed = self.decode_inputs(counts.size)
+        else:
+            inputs = self._inputs(fields, counts, narrow)
+        source, target = half.memory[:used], self._device[:used]
+        return Staged(counts, half, source, target, inputs, feed, spread)
 
 
 def _fill_feed(feed: Ints, batch: Batch, num_tokens: int) -> bool:

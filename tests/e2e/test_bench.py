@@ -1,20 +1,28 @@
 """`nodeserve bench` against a node of simulated GPUs, through its real socket."""
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nodeserve.blame import BUFFER, DEVICE_WAIT
+from nodeserve.types import Timings
 from tests.e2e.conftest import served
+from tests.fakes.gateway_process import COMMAND, Gateways
 
 NODE = {"device": "sim", "profile": "llama-3.1-8b-h100", "layout": "1p1d"}
 # Other tests may keep the machine busy: these ask whether it works, not whether it was in time.
 PATIENT = ("--max-late", "1000", "--json")
 
 
-def bench(socket: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "nodeserve", "bench", "--socket", str(socket)]
+def bench(server: Path | str, *arguments: str) -> dict[str, Any]:
+    """Its JSON, for a socket or a URL."""
+    where = "--url" if isinstance(server, str) else "--socket"
+    command = [sys.executable, "-m", "nodeserve", "bench", where, str(server)]
     done = subprocess.run(
         [*command, *PATIENT, *arguments], capture_output=True, text=True, timeout=90
     )
@@ -22,6 +30,18 @@ def bench(socket: Path, *arguments: str) -> dict[str, Any]:
     answer = json.loads(done.stdout)
     assert isinstance(answer, dict)
     return answer
+
+
+@contextlib.contextmanager
+def gateway(socket: Path) -> Iterator[str]:
+    """A gateway process in front of a node; yields its URL."""
+    command = [*COMMAND, "--socket", str(socket)]
+    started = Gateways(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    try:
+        yield started.url
+    finally:
+        started.process.terminate()
+        started.process.communicate(timeout=20)
 
 
 def test_rates_and_a_search(node_folder: Path) -> None:
@@ -52,3 +72,19 @@ def test_rates_and_a_search(node_folder: Path) -> None:
         assert none["search"]["goodput"] == 0.0 and none["search"]["reason"] == "low"
         assert none["runs"][0]["attainment"] == 0.0
         assert sum(none["runs"][0]["blame"].values()) == none["runs"][0]["num_prompts"]
+
+
+def test_a_gateway_says_what_misses_are_to_blame_on(node_folder: Path) -> None:
+    """More prompts than one worker can prefill: they wait for it, also as HTTP shows it."""
+    load = ("--workload", "synthetic(2000,4)", "--rate", "60", "--requests", "90")
+    with served(node_folder, **NODE) as socket, gateway(socket) as url:
+        told = bench(url, *load, "--goodput", "ttft:150", "--details")
+        (run,) = told["runs"]
+        assert told["backend"] == "openai" and run["completed"] == 90 and told["num_workers"] == 2
+        num_missed = sum(run["missed"].values())
+        assert num_missed > 30 and sum(run["blame"].values()) == num_missed
+        assert max(run["blame"], key=run["blame"].get) in (BUFFER, DEVICE_WAIT)
+        assert Counter(filter(None, run["blames"])) == run["blame"]
+        for ttft_s, timings in zip(run["ttfts"], run["timings"], strict=True):
+            assert timings["prefill_worker"] == 0 and timings["decode_worker"] == 1
+            assert timings["prefill_s"] > 0.0 and Timings(**timings).ttft_s < ttft_s

@@ -5,10 +5,11 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import openai
+import pydantic
 import pytest
 
 from nodeserve import AsyncClient
@@ -34,6 +35,12 @@ ASKED: list[dict[str, Any]] = [
     {"constraint": {"json_object": True}, "temperature": 0.8, "seed": 4, "max_tokens": 40},
     {"constraint": {"choice": ["Paris", "Rome"]}, "logprobs": 2, "repetition_penalty": 1.3},
 ]
+
+
+class Visit(pydantic.BaseModel):
+    city: str = pydantic.Field(max_length=20)
+    days: int = pydantic.Field(ge=1, le=14)
+    season: Literal["spring", "autumn"]
 
 
 def talk(words: str) -> list[Any]:
@@ -116,6 +123,36 @@ async def test_vllms_fields_and_the_library(node: tuple[Path, Path]) -> None:
             assert {choice.finish_reason for choice in done.choices} == {"stop"}
         chunks = ours.generate("Say:", constraint={"choice": ["north"]}, stream=True, max_tokens=9)
         assert "".join([chunk.text async for chunk in chunks]) == "north"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_responses_have_the_form_that_their_text_asks_for(
+    node: tuple[Path, Path], stream: bool
+) -> None:
+    """By the SDK's own way from a class to a schema and back."""
+    async with sdk(node[1], timeout=WHOLE_S) as client:
+
+        async def ask(seed: int) -> Visit:
+            options: dict[str, Any] = {
+                "model": MODEL,
+                "input": "Where shall we go, and for how long? Answer in JSON.",
+                "text_format": Visit,
+                "temperature": 1.0,
+                "max_output_tokens": MAX_TOKENS,
+                "extra_body": {"seed": seed},
+            }
+            if not stream:
+                done = await client.responses.parse(**options)
+            else:
+                async with client.responses.stream(**options) as events:
+                    done = await events.get_final_response()
+            visit = done.output_parsed
+            assert done.status == "completed" and isinstance(visit, Visit)
+            assert json.loads(done.output_text) == visit.model_dump()
+            return visit
+
+        visits = await asyncio.gather(*(ask(seed) for seed in range(6)))
+    assert len({visit.model_dump_json() for visit in visits}) > 3
 
 
 async def test_what_cannot_be_followed_is_refused_by_name(node: tuple[Path, Path]) -> None:

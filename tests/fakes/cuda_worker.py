@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 from nodeserve.config import ModelConfig, WorkerSpec
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.process import main
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def plain_parts(
     return GpuParts(TorchOps(dtype), sampler, plain_feed, capturable=True, description="plain")
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     from nodeserve.worker import device_cuda
     from nodeserve.worker.gpu_model import make_parts
     from tests.fakes.gpu_runtime import FakeRuntime
 
     parts = plain_parts if PLAIN_PARTS in os.environ else make_parts
-    return device_cuda.load(spec, progress, FakeRuntime(), parts)
+    return device_cuda.load(spec, progress, team, FakeRuntime(), parts)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,14 @@ names. The worker with this index takes the file away when it is next in that ph
 once:
 
 prefill, decode: it is about to run a pass with prompts, or with decodes; handoff: peers may read
-pages of it, or it reads theirs; now: whenever its loop turns.
+pages of it, or it reads theirs; follow: it is about to take its part in a step of its leader; now:
+whenever its loop turns.
+
+A file `poison` stays: a worker that is about to run a pass with a request whose first token is
+POISON fails so.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -25,15 +30,18 @@ from nodeserve.worker.contract import (
     Device,
     Executor,
     Flight,
+    Following,
     Load,
     Moved,
     Progress,
     Sampled,
+    Team,
     Ticket,
     Transfer,
 )
 
 FOLDER = "NODESERVE_TEST_FAULTS"
+POISON = 96
 TIMEOUT_S = 0.6  # --step-timeout of nodes with faults
 SLOW_S = TIMEOUT_S / 3  # what a slow worker stands still
 
@@ -55,6 +63,12 @@ class Fault:
         except FileNotFoundError:
             return
         FAULTS[name](self)
+
+    def taste(self, batch: Batch) -> None:
+        """Fail at a poisoned request if that was ordered."""
+        if any(work.sequence.token_ids[0] == POISON for work in batch.work):
+            with contextlib.suppress(FileNotFoundError):
+                FAULTS[(self._folder / "poison").read_text()](self)
 
     def kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -115,12 +129,24 @@ class FaultyExecutor:
         return self._inner.overlaps
 
     def launch(self, batch: Batch) -> Flight:
+        self._fault.taste(batch)
         if batch.num_prefill_tokens:
             self._fault.meet("prefill")
         if batch.num_decodes:
             self._fault.meet("decode")
         flight = self._inner.launch(batch)
         return NeverDone(flight) if self._fault.spins else flight
+
+
+class FaultyFollowing:
+    def __init__(self, inner: Following, fault: Fault) -> None:
+        self._inner = inner
+        self._fault = fault
+        self.choose = inner.choose
+
+    def follow(self, plan: bytes) -> bool:
+        self._fault.meet("follow")
+        return self._inner.follow(plan)
 
 
 class FaultyTransfer:
@@ -163,15 +189,17 @@ class FaultyTransfer:
 def faulty(load: Load) -> Load:
     """The same device, with faults to order where the environment names a folder for them."""
 
-    def loaded(spec: WorkerSpec, progress: Progress) -> Device:
-        device = load(spec, progress)
+    def loaded(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
+        device = load(spec, progress, team)
         if FOLDER not in os.environ:
             return device
         fault = Fault(spec)
+        following = device.following
         return replace(
             device,
             executor=FaultyExecutor(device.executor, fault),
             transfer=FaultyTransfer(device.transfer, fault),
+            following=None if following is None else FaultyFollowing(following, fault),
         )
 
     return loaded

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from nodeserve.config import WorkerSpec
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.handoff import HostTransfer
 from nodeserve.worker.process import main
 from tests.fakes import worker
@@ -37,14 +37,14 @@ class Deaf(HostTransfer):
         stand_still()
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     phase = os.environ[HANG] if spec.index == INDEX else ""
     for name in REPORTED:
         progress(name, 0, 1)
         if name == phase:
             stand_still()
         progress(name, 1, 1)
-    device = worker.load(spec, progress)
+    device = worker.load(spec, progress, team)
     if phase == "ready":
         stand_still()
     if phase == "peers":

@@ -35,6 +35,7 @@ from nodeserve.wire.messages import (
     unpack_ids,
     unpack_request_ids,
 )
+from nodeserve.worker.peer_seats import WHOLE
 from tests.fakes.model import FakeSettings
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
@@ -117,7 +118,8 @@ class WorkerProcess:
 
     def attach(self, source: "WorkerProcess") -> None:
         ready, spec = source.ready, source.spec
-        self.send(AttachPages(spec.index, spec.pages_fd, ready.pages_bytes, ready.pages_handle))
+        pages = spec.pages_fd, ready.pages_bytes, ready.pages_handle
+        self.send(AttachPages(spec.index, *pages, spec.index, list(WHOLE)))
 
     @property
     def ready(self) -> Ready:

@@ -369,7 +369,8 @@ class FakeNode:
     def check_nothing_held(self) -> None:
         """After the last request: nobody holds blocks, counts or queue places."""
         dispatch = self.coordinator.dispatch
-        assert not len(dispatch.dispatcher) and not len(dispatch.parked)
+        assert not dispatch.num_queued and not len(dispatch.parked)
+        assert dispatch.suspects.on_trial is None
         for worker in self.workers:
             if worker.lost:
                 continue

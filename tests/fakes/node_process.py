@@ -5,8 +5,8 @@ told to stop, prints "ready" on stdout once, and exits with the server's own cod
 settings is passed to the fake model (see tests/fakes/worker.py). With `gpu_model`, a folder with a
 config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes/cuda_worker.py).
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
-the embedded model on the processor (cpu_worker.py), with `leak` simulated ones that lose something
-(leaky_worker.py), with `hang` one never starts (hanging_worker.py).
+`model`, or the embedded one, on the processor (cpu_worker.py), with `leak` simulated ones that lose
+something (leaky_worker.py), with `hang` one never starts (hanging_worker.py).
 `tokenizer` is the path of one with TEXT_VOCAB tokens, for clients that send text; `log_level` logs
 everything from that level on, of all loggers, to stderr.
 """
@@ -77,7 +77,8 @@ def main() -> None:
     if config.device == "sim":
         command = SIM_WORKER
     if is_real:
-        checkpoint, command = resolve_checkpoint(None, config.load_format), CPU_WORKER
+        checkpoint = resolve_checkpoint(config.model, config.load_format)
+        command = CPU_WORKER
     if leak is not None:
         os.environ[LEAK], command = leak, LEAKY_WORKER
     if hang is not None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from nodeserve.config import Simulated, WorkerSpec
-from nodeserve.coordinator.supervisor import make_lockstep
+from nodeserve.coordinator.shared import make_lockstep
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.profiles import PROFILES

@@ -13,7 +13,7 @@ from nodeserve.config import WorkerSpec
 from nodeserve.errors import ModelError
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.wire.ring import SemaphoreDoorbell
-from nodeserve.worker.contract import Device, Progress
+from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.process import main
@@ -25,7 +25,7 @@ from tests.fakes.model import FakeExecutor, FakeSettings
 CHILD = ("sh", "-c", "while echo >&2; do sleep 0.05; done")
 
 
-def load(spec: WorkerSpec, progress: Progress) -> Device:
+def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     settings = FakeSettings.parse(spec.model)
     if settings.oversleeps:
         wait = SemaphoreDoorbell.wait

@@ -321,3 +321,33 @@ async def test_a_node_of_gpu_workers_serves_clients(
         assert (await all_ready(client))["workers"][0]["restarts"] == 1
     moved = {one: ends[0].timings["handoff_bytes"] for one, ends in client.ends.items()}
     assert any(moved.values()), "it is back, and its pages are read where they are now"
+
+
+@pytest.mark.parametrize("layout", ["1m:tp2", "1m:pp2", "1p:tp2,1d:tp2"])
+async def test_teams_of_gpus_give_the_same_tokens(
+    nodes: Nodes,
+    connect: Connect,
+    model: str,
+    expected: dict[int, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    """Steps overlap, and decodes replay what was captured: a follower's inputs come from the
+    tokens that its leader chose and nobody on the host has read."""
+    monkeypatch.setenv(PLAIN_PARTS, "1")
+    monkeypatch.setenv("NODESERVE_FAKE_CUDA_DEVICES", "4")
+    node = nodes.start(
+        gpu_model=model,
+        load_format="dummy",
+        layout=layout,
+        dtype="float32",
+        max_model_len=CONTEXT,
+        max_num_seqs=4,
+        max_num_batched_tokens=20,
+        kv_memory=24 * BLOCK_BYTES,
+    )
+    client = await connect(node)
+    for request_id, prompt in PROMPTS.items():
+        client.submit(request_id, prompt, **SAMPLING[request_id])
+    await client.finish(*PROMPTS)
+    assert client.tokens == expected

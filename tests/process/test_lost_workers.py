@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.faults import TIMEOUT_S
+from tests.fakes.faults import POISON, TIMEOUT_S
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import FAR_APART
@@ -51,6 +51,29 @@ async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, vi
         client.submit(i, [i, 2 * i], max_tokens=20)
     await client.finish(*range(12, 24))
     assert all(client.tokens[i] == expected_stream([i, 2 * i], 20) for i in range(12, 24))
+
+
+@pytest.mark.parametrize("layout", ["1m", "2p2d"])
+async def test_a_request_that_ends_every_worker_ends_alone(
+    nodes: Nodes, connect: Connect, layout: str
+) -> None:
+    """Those that were beside it each time were blamed as it was."""
+    (nodes.folder / "poison").write_text("segv")
+    node = nodes.start(layout=layout, device="sim", restart_delay=0.0)
+    client = await connect(node)
+    prompts = [[number, 7] * 10 for number in range(POISON - 6, POISON + 6)]
+    for number, prompt in enumerate(prompts):
+        client.submit(number, [token % 97 for token in prompt], max_tokens=30)
+    await client.finish(*range(12))
+    for number, prompt in enumerate(prompts):
+        (end,) = client.ends[number]
+        if prompt[0] == POISON:
+            assert (end.code, client.tokens.get(number, [])) == ("worker_lost", [])
+        else:
+            wanted = simulated_stream([token % 97 for token in prompt], 30)
+            assert (end.reason, client.tokens[number]) == ("length", wanted)
+    workers = (await all_ready(client, restarts=1))["workers"]
+    assert sum(worker["restarts"] for worker in workers) == 3
 
 
 STAND_STILL = {"restart_delay": 60.0}  # who ends stays away for the rest of the test

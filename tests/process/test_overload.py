@@ -1,10 +1,12 @@
 """More than a node can serve: who comes in is served, others are told at once, nobody starves."""
 
 import asyncio
+import time
 from collections import Counter
 
 import pytest
 
+from nodeserve.policy.dispatcher import UNKNOWN_AFTER_S
 from nodeserve.wire.messages import End, Submit, pack_ids
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import expected_stream
@@ -87,6 +89,7 @@ async def test_a_flood_does_not_hold_up_the_streams_of_others(
     await modest.finish(0)  # from now on it is known how long a pass takes
     floods = [await connect(node) for _ in range(4)]
     hopeless, each = {"ttft_ms": 0.01}, 5000
+    began_s = time.monotonic()
     for client in floods:
         for request_id in range(each):
             sampling = {"max_tokens": 1, "temperature": 0.0}
@@ -102,5 +105,6 @@ async def test_a_flood_does_not_hold_up_the_streams_of_others(
     codes = Counter(end.code for end in ends)
     assert codes.total() == len(floods) * each and set(codes) <= {"overloaded", None}
     # Whenever no prompt was seen for UNKNOWN_AFTER_S one is let in, to see what a pass takes now.
-    assert codes[None] < 10
+    lasted_s = time.monotonic() - began_s
+    assert codes[None] <= 2 + lasted_s / UNKNOWN_AFTER_S
     await settled(modest)

@@ -13,10 +13,11 @@ from nodeserve.gateway.listen import Address
 from nodeserve.gateway.settings import GatewaySettings
 from tests.fakes.browser import VIEW, Watched, chromium, needs_chromium, watched
 from tests.fakes.gateway import gateway_on
-from tests.fakes.gguf_writer import CHAT_TEMPLATE, gpt2_metadata, write_gguf
 from tests.fakes.page_view import busy_view, idle_view, troubled_view
 from tests.fakes.server import FakeServer, endless, saying
+from tests.unit.conftest import server
 
+__all__ = ["server"]  # a fixture
 pytestmark = [pytest.mark.slow, needs_chromium]
 ANYWHERE = Address("127.0.0.1", 0)
 CONTRAST = (Path(__file__).parents[1] / "fakes/contrast.js").read_text()
@@ -43,14 +44,6 @@ KEY = "k€y-1"
 async def browser() -> AsyncIterator[Browser]:
     async with chromium() as browser:
         yield browser
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[FakeServer]:
-    metadata = gpt2_metadata(**{"tokenizer.chat_template": CHAT_TEMPLATE})
-    tokenizer = write_gguf(tmp_path / "model.gguf", metadata)
-    async with FakeServer(tmp_path / "socket", tokenizer=str(tokenizer)) as server:
-        yield server
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import threading
 from array import array
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from nodeserve.types import Constraint, Sampling
 from nodeserve.worker.constraints import Constraints, forbid, unpacked
 from nodeserve.worker.sampler import sample
 from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.reference.gpu.plain import config_of
 from tests.reference.test_sampler import random_logits, sequence_of
 
 VOCAB = 700  # above the tokenizer's, and in the sampler's chunks it leaves a rest
@@ -41,6 +43,10 @@ def constraints() -> Constraints:
 def constrained(output: bytes, constraint: Constraint, **sampling: Any) -> Sequence:
     values = Sampling(constraint=constraint, **{"temperature": 0.0, **sampling})
     return Sequence(0, array("i", [*PROMPT, *output]), len(PROMPT), values)
+
+
+def digits() -> Sequence:
+    return constrained(b"", DIGITS)
 
 
 def constrained_requests() -> list[Sequence]:
@@ -128,6 +134,50 @@ def test_what_cannot_be_loaded_or_compiled_fails_the_request_and_no_other() -> N
     bad = constrained(b"", Constraint("regex", "("))
     (failed,) = sample(logits[:1].clone(), [bad], constraints()).failed
     assert "unclosed group" in str(failed.problem)
+
+
+def test_what_is_loaded_ahead_is_loaded_once_and_in_another_thread() -> None:
+    """A step waits for what is left of it, and no other does anything for it."""
+    threads: list[str] = []
+    may_load = threading.Event()
+
+    def load() -> Compiler:
+        threads.append(threading.current_thread().name)
+        may_load.wait()
+        return compiler_of(VOCAB)
+
+    found = Constraints(load)
+    found.load_ahead()
+    sample(random_logits(1, vocab=VOCAB), [sequence_of()], found)  # for ever, if it waited
+    may_load.set()
+    for seed in range(2):
+        (token,) = sample(random_logits(1, seed=seed, vocab=VOCAB), [digits()], found).token_ids
+        assert chr(token).isdigit()
+    assert threads == ["vocabulary"]
+
+
+def test_a_models_vocabulary_is_begun_before_anybody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def load(location: str, vocab_size: int, eos_token_ids: object) -> Compiler:
+        assert (location, vocab_size) == ("there", VOCAB)
+        begun.set()
+        return compiler_of(VOCAB)
+
+    monkeypatch.setattr(Compiler, "load", load)
+    found = Constraints.of_model("there", config_of(vocab_size=VOCAB, eos_token_ids=(EOS,)))
+    begun.wait()
+    assert sample(random_logits(1, vocab=VOCAB), [digits()], found).token_ids
+
+
+def test_what_cannot_be_loaded_ahead_is_for_the_first_request_to_say() -> None:
+    def load() -> Compiler:
+        raise ModelError("no tokenizer there")
+
+    found = Constraints(load)
+    found.load_ahead()
+    (failed,) = sample(random_logits(1, vocab=VOCAB), [digits()], found).failed
+    assert str(failed.problem) == "no tokenizer there"
 
 
 def test_nothing_is_loaded_for_those_without() -> None:

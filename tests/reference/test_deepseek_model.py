@@ -1,6 +1,7 @@
 """DeepSeek's decoder against transformers' own modules, from checkpoints as the hub has them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from nodeserve.model.ops_cpu import CpuOps
 from nodeserve.model.ops_torch import TorchOps
 from tests.reference import deepseek
 from tests.reference.driver import Driver
+from tests.reference.steps import PROMPT_LENS, Steps, in_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,3 +129,25 @@ def test_a_page_holds_one_latent_a_token(made: Callable[[str], Made]) -> None:
     layout = kv.layout_of(config, 16, torch.bfloat16)
     assert layout.block_bytes == 3 * 16 * (64 + 16) * 2
     assert config.kv_bytes_per_token(2) * 16 == layout.block_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_have_the_same_bits_alone_batched_chunked_and_threaded(
+    dtype: torch.dtype, made: Callable[[str], Made]
+) -> None:
+    """Native threads, that is: torch has one, as in a worker."""
+    _, checkpoint = made("v3")
+    config = replace(checkpoint.config, max_position=300)
+    whole: Steps = [{p: (0, n) for p, n in enumerate(PROMPT_LENS)}]
+    alone: Steps = [{p: (0, n)} for p, n in enumerate(PROMPT_LENS)]
+    token_by_token: Steps = [
+        {p: (at, at + 1) for p, n in enumerate(PROMPT_LENS) if at < n} for at in range(130)
+    ]
+    cut: Steps = [{0: (0, 33), 2: (0, 1)}, {2: (1, 100)}, {1: (0, 7), 0: (33, 61), 2: (100, 130)}]
+    results = []
+    for num_threads in (1, 2):
+        ops = CpuOps(config, dtype, num_threads)
+        model = families.build(config, open_weights(checkpoint, dtype), ops)
+        for steps in (whole, alone, token_by_token, cut):
+            results.append(torch.cat(in_steps(config, ops, model, steps)))
+    assert all(torch.equal(result, results[0]) for result in results)

@@ -17,7 +17,6 @@ from nodeserve import _host
 from nodeserve.checkpoint import resolve
 from nodeserve.errors import ConfigError
 from nodeserve.model import backend, families, kv
-from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.batching import Limits, Sequence
 from nodeserve.policy.scheduler import Scheduler
@@ -36,11 +35,12 @@ class Recorder:
 
     def __init__(self, model: families.Model) -> None:
         self.model = model
-        self.logits = torch.empty(0)
+        self.last = torch.empty(0)
+        self.advance = model.advance
 
-    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
-        logits = self.model.forward(inputs, cache)
-        self.logits = logits.clone()
+    def logits(self, num_rows: int) -> torch.Tensor:
+        logits = self.model.logits(num_rows)
+        self.last = logits.clone()
         return logits
 
 
@@ -85,7 +85,7 @@ class Worker:
         self.pinned.update(outcome.kv_ready)
         for row, request_id in enumerate(outcome.request_ids):
             seen[request_id].tokens.append(outcome.token_ids[row])
-            seen[request_id].logits.append(self.recorder.logits[row])
+            seen[request_id].logits.append(self.recorder.last[row])
         return True
 
 

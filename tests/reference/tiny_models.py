@@ -1,6 +1,7 @@
 """Tiny random models of each family, as transformers builds them."""
 
 from dataclasses import replace
+from math import log
 from pathlib import Path
 
 import torch
@@ -24,11 +25,13 @@ SMALL = ModelConfig(
     rope_theta=10000.0,
 )
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+YARN = RopeScaling("yarn", 4.0, original_max_position=64, attention_factor=0.1 * log(4.0) + 1.0)
 FAMILIES = {
     "llama": SMALL,
     "llama-tied": replace(SMALL, tie_embeddings=True, num_kv_heads=6),
     "llama3-scaled": replace(SMALL, rope_scaling=LLAMA3),
     "llama-linear-scaled": replace(SMALL, rope_scaling=RopeScaling("linear", 4.0)),
+    "llama-yarn": replace(SMALL, rope_scaling=YARN),
     "mistral": replace(SMALL, architecture="mistral", sliding_window=40, num_kv_heads=3),
     "qwen2": replace(SMALL, architecture="qwen2", attention_bias=True, num_kv_heads=1),
     "qwen3": replace(SMALL, architecture="qwen3", qk_norm=True, head_dim=80),
@@ -47,6 +50,10 @@ def _rope_parameters(config: ModelConfig) -> dict[str, float | str | int]:
         return {"rope_type": "default", **theta}
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor, **theta}
+    if scaling.kind == "yarn":
+        start = scaling.original_max_position
+        yarn = {"factor": scaling.factor, "original_max_position_embeddings": start}
+        return {"rope_type": "yarn", **yarn, **theta}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

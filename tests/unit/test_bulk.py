@@ -1,6 +1,7 @@
 """Decodes in bulk are those of the real scheduler: whole simulations, with one and the other."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 
 from nodeserve.plan import bulk, instances
 from nodeserve.plan.records import Arrival, Faults, Outcome, Scenario
-from nodeserve.plan.simulator import simulate
+from nodeserve.plan.simulator import Simulation, simulate
 from nodeserve.policy.batching import Sequence
 from nodeserve.policy.cost import StepCost
+from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.policy.units import DispatchOptions
@@ -101,3 +103,41 @@ def test_shortage_of_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert num_ended > 0  # and begun again
     assert sum(one.timings.num_preemptions for one in outcome.served) > 0
     assert served(scenario, arrivals) == with_real(scenario, arrivals)
+
+
+@pytest.mark.parametrize("layout", ["1m", "3m", "1p1d", "2p2d", "1p,2m", "1p:ep2,1d:ep2"])
+@pytest.mark.parametrize("admission", ["staggered", "shortest-queue"])
+def test_quiet_passes_are_those_that_take_a_turn_each(
+    layout: str, admission: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits, is refused or parked meanwhile: passes in which nobody ends decide nothing."""
+    random = Random(layout + admission)
+    times = [random.uniform(0.0, 4.0) for _ in range(60)]
+    arrivals = [
+        Arrival(time_s, random.randint(1, 300), random.randint(1, 200), 0, 0.5, 0.03)
+        for time_s in sorted(times)
+    ]
+    scenario = replace(
+        node(layout, 3200, 1),
+        dispatch=DispatchOptions(admission, budget=64, max_num_seqs=16),
+        flow=FlowOptions(64, 1 << 16),
+    )
+    num_turns = 0
+    turn = Simulation.turn
+
+    def counted(self: Simulation) -> bool:
+        nonlocal num_turns
+        num_turns += 1
+        return turn(self)
+
+    monkeypatch.setattr(Simulation, "turn", counted)
+    quick, num_quick = of_passes(simulate(scenario, arrivals)), num_turns
+    monkeypatch.setattr(bulk.BulkBatch, "is_quiet", False)
+    assert quick == of_passes(simulate(scenario, arrivals))
+    assert num_quick < 0.7 * (num_turns - num_quick)
+
+
+def of_passes(outcome: Outcome) -> str:
+    """A run; passes of different instances that end together may be told in either order."""
+    passes = sorted(outcome.passes, key=lambda one: (one.began_s + one.seconds, one.instance))
+    return repr((outcome.served, passes, outcome.duration_s))

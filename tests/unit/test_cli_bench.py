@@ -169,6 +169,8 @@ def test_the_verdict_of_a_search() -> None:
     assert verdict(found, 2).startswith("goodput 4 requests/s, 2 a worker; 4.2 is too much")
     assert "not with the stated confidence" in verdict(found, 2)
     assert "--processes" in verdict(Found(4.0, float("inf"), "invalid", True, probes), None)
+    late = verdict(Found(0.0, float("inf"), "invalid", True, probes), None)
+    assert late.startswith("goodput unknown (the clients could not"), "no rate was measured"
 
 
 def test_config_errors_are_typed() -> None:

@@ -10,16 +10,17 @@ from click.testing import CliRunner
 
 from nodeserve import profile_store
 from nodeserve.cli import auto, main
-from nodeserve.cli.plan import check_requests, eps_of
+from nodeserve.cli.plan import check_requests, eps_of, readable_context, within
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
 from nodeserve.plan import planner
 from nodeserve.plan.candidates import all_candidates, variations
+from nodeserve.plan.efforts import EFFORTS, Effort
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Effort, Planner
+from nodeserve.plan.planner import Planner
 from nodeserve.plan.requests import Source
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
@@ -43,7 +44,7 @@ ASKED = (*OF_ANY, "--workload", "synthetic(500,4)")
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODESERVE_PROFILES", str(tmp_path))
-    monkeypatch.setitem(planner.EFFORTS, "quick", TINY)
+    monkeypatch.setitem(EFFORTS, "quick", TINY)
     monkeypatch.setattr(auto, "EFFORT", TINY)
     profile_store.write(MINE, {"threads": 1})
 
@@ -56,7 +57,9 @@ def run(*words: str) -> str:
 
 def test_it_draws_the_finalists(tmp_path: Path) -> None:
     run(*ASKED, "--figure", str(tmp_path / "plan.svg"))
-    assert "chunk" in (tmp_path / "plan.svg").read_text()
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert "<!-- 2m, chunk 1024 -->" in drawn and "<!-- 1p1d, chunk 1024 -->" in drawn
+    assert "goodput, requests a second and GPU, 95% range" in drawn and "in time, %" in drawn
 
 
 def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
@@ -67,6 +70,44 @@ def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
         "nodeserve start some/model --layout 2m --max-num-seqs 64 --max-num-batched-tokens" in said
     )
     assert "--slo ttft=1000ms,tpot=1000ms" in said
+
+
+def folder_of(path: Path, context: int) -> Path:
+    """A model that lies here and takes so many tokens."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {name: 64 for name in (*sizes, "num_key_value_heads", "vocab_size")}
+    path.mkdir()
+    words = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": context}
+    (path / "config.json").write_text(json.dumps({**config, **words, "head_dim": 2}))
+    return path
+
+
+def test_the_command_asks_for_no_longer_context_than_was_planned_for(tmp_path: Path) -> None:
+    """The model's own would take more memory than was planned with."""
+    said = run("plan", str(folder_of(tmp_path / "model", 131_072)), *ASKED[2:])
+    (command,) = [line for line in said.splitlines() if line.startswith("nodeserve start")]
+    assert f"--max-model-len {MINE.max_model_len}" in command
+
+
+def test_a_context_is_known_if_the_model_lies_here(tmp_path: Path) -> None:
+    model = folder_of(tmp_path / "model", 400)
+    assert readable_context(str(model)) == 400
+    assert readable_context("some/model") is None, "nothing is fetched for a plan"
+    assert readable_context(None) == 8192
+    (model / "config.json").write_text("{}")
+    assert readable_context(str(model)) is None
+
+
+def test_a_plan_is_for_requests_that_the_model_takes(tmp_path: Path) -> None:
+    whole = Question(MINE, Source("chat"), Slo(1.0, 1.0), 2)
+    assert within(whole, 400).context == 400
+    assert within(whole, 131_072) == within(whole, None) == whole
+    shorter = replace(whole, max_model_len=300)
+    assert within(shorter, 400) == shorter
+    asked = ("plan", str(folder_of(tmp_path / "model", 400)), *ASKED[2:])
+    assert "no request fits a context of 400" in CliRunner().invoke(main, asked).output
+    told = CliRunner().invoke(main, [*asked, "--max-model-len", "600"]).output
+    assert "--max-model-len 600: use 2 to 400" in told
 
 
 def test_numbers_for_a_program() -> None:
@@ -202,8 +243,13 @@ def test_start_plans_and_says_so(
     said = capsys.readouterr().err
     assert "planning for synthetic(500,4) on 2 devices, profile mine" in said
     assert "layout 2m: do not disaggregate" in said
+    assert found.max_model_len is None
     real = auto.planned(asked(device="cpu", gpus="0,1", max_num_batched_tokens=512), Gpus())
     assert (real.layout, real.profile, real.max_num_batched_tokens) == ("2m", None, 512)
+    assert real.max_model_len is None  # the default model's is shorter than the profile's
+    profile_store.write(replace(MINE, max_model_len=2000), {"threads": 1})
+    shorter = auto.planned(asked(device="cpu", gpus="0,1"), Gpus())
+    assert shorter.max_model_len == 2000
 
 
 def test_start_plans_with_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,13 @@
 """A frame with tokens of many requests: their takers are woken some at a time, and miss nothing."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from nodeserve.client.connection import WOKEN_AT_ONCE, Arrival, Connection, Mailbox
+import pytest
+
+from nodeserve.client.connection import WOKEN_AT_ONCE, Arrival, Connection
+from nodeserve.client.mailbox import Mailbox
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import TO_CLIENT, End, ToClient, Tokens, pack_ids
 from tests.fuzz.seeds import HELLO
@@ -98,3 +102,80 @@ async def test_a_taker_that_is_woken_for_nothing_waits_on() -> None:
     assert not again.done()
     receive(connection, one_each(6))
     assert [event.token_ids for event in await again] == [pack_ids([6])]
+
+
+async def test_what_is_poured_passes_with_no_task_between() -> None:
+    """As many as are woken at once in the read itself, the others in the loop's next turns."""
+    connection, mailboxes = await connected()
+    poured: list[list[Any]] = [[] for _ in mailboxes]
+
+    def keeper(events: list[Any]) -> Callable[[list[Any]], bool]:
+        def sink(new: list[Any]) -> bool:
+            events.extend(new)
+            return True
+
+        return sink
+
+    receive(connection, Tokens([[0, pack_ids([4]), None]]))
+    tasks = [
+        asyncio.ensure_future(mailbox.pour(keeper(events)))
+        for mailbox, events in zip(mailboxes, poured, strict=True)
+    ]
+    await asyncio.sleep(0)
+    assert [len(events) for events in poured] == [1] + [0] * (COUNT - 1), "what was there"
+    receive(connection, one_each(5))
+    assert [bool(events) for events in poured].count(True) == WOKEN_AT_ONCE
+    for _ in range(COUNT // WOKEN_AT_ONCE):
+        await asyncio.sleep(0)
+    assert all(events[-1].token_ids == pack_ids([5]) for events in poured)
+    assert not any(task.done() for task in tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    receive(connection, one_each(6))
+    assert len(await mailboxes[0].take()) == 1, "nobody pours any more"
+
+
+async def test_what_a_sink_refuses_stays_and_what_it_raises_is_its_tasks() -> None:
+    connection, mailboxes = await connected()
+
+    def refuse(events: list[Any]) -> bool:
+        return not isinstance(events[-1], End)
+
+    def fail(events: list[Any]) -> bool:
+        raise LookupError("the sink's own")
+
+    pouring = asyncio.ensure_future(mailboxes[0].pour(refuse))
+    failing = asyncio.ensure_future(mailboxes[1].pour(fail))
+    await asyncio.sleep(0)
+    receive(connection, one_each(5), ended(0))
+    await pouring
+    assert [type(event) for event in await mailboxes[0].take()] == [End]
+    with pytest.raises(LookupError):
+        await failing
+    assert connection.usable
+    assert len(await mailboxes[1].take()) == 1
+
+
+@pytest.mark.parametrize("pours", [False, True])
+async def test_who_was_cancelled_takes_nothing_from_the_next(pours: bool) -> None:
+    """Also where its end comes after the next has begun, as when a recording is cut off."""
+    mailbox: Mailbox[int] = Mailbox()
+    stolen: list[int] = []
+
+    def sink(events: list[int]) -> bool:
+        stolen.extend(events)
+        return True
+
+    async def wait() -> None:
+        if pours:
+            await mailbox.pour(sink)
+        else:
+            stolen.extend(await mailbox.take())
+
+    first = asyncio.ensure_future(wait())
+    await asyncio.sleep(0)
+    first.cancel()
+    asyncio.get_running_loop().call_later(0.01, mailbox.put, 5)
+    assert await mailbox.take() == [5]
+    assert first.cancelled() and not stolen

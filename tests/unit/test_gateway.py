@@ -1,6 +1,7 @@
 """The gateway over a scripted server, asked by OpenAI's own SDK: answers, streams, small routes."""
 
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from nodeserve.gateway.settings import GatewaySettings
 from nodeserve.text import Tokenizer
 from nodeserve.wire.messages import Submit, pack_floats, pack_ids, unpack_ids
 from tests.fakes.gateway import events_of, gateway_on, http_client, sdk
-from tests.fakes.server import FakeServer, Peer, saying
+from tests.fakes.server import TIMINGS, FakeServer, Peer, saying
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -209,6 +210,30 @@ async def test_a_stream_of_several_answers(server: FakeServer, http: Path) -> No
         ids[choice["index"]] += choice.get("token_ids", [])
     assert texts == ["xab", "xab", "yab", "yab"] and ids == [[97, 98]] * 4
     assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10}
+
+
+async def test_times_come_with_each_answer_when_asked_for(
+    server: FakeServer, http: Path, client: openai.AsyncOpenAI
+) -> None:
+    server.script = saying("ab")
+    asked: dict[str, Any] = {"return_timings": True}
+    done = await client.completions.create(model="fake", prompt="x", n=2, extra_body=asked)
+    assert [choice.model_extra for choice in done.choices] == [{"timings": asdict(TIMINGS)}] * 2
+    stream = await client.chat.completions.create(
+        model="fake", messages=HELLO, n=2, stream=True, extra_body=asked
+    )
+    told = [
+        (one.index, one.finish_reason, one.model_extra["timings"])
+        async for event in stream
+        for one in event.choices
+        if one.model_extra
+    ]
+    assert sorted(told) == [(number, "stop", asdict(TIMINGS)) for number in range(2)]
+    body = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+    async with http_client(http) as plain:
+        for more in (body, {"prompt": "x"}):
+            response = await plain.post("/v1/completions", json=more)
+            assert b"timings" not in response.content
 
 
 # ---- what surrounds an answer

@@ -72,6 +72,7 @@ def test_all_that_a_completion_can_say() -> None:
         **{"frequency_penalty": -1, "repetition_penalty": 1.1, "ignore_eos": True, "logprobs": 0},
         **{"stop_token_ids": [9], "logit_bias": {"5": -100}, "priority": 2, "stream": True},
         **{"stream_options": {"include_usage": True}, "return_token_ids": True, "user": "u"},
+        return_timings=True,
     )
     assert asked == Asked(
         model="m",
@@ -87,6 +88,7 @@ def test_all_that_a_completion_can_say() -> None:
         stream=True,
         include_usage=True,
         token_ids=True,
+        timings=True,
         priority=-2,  # vLLM's users write low numbers for what is urgent
         slo={"ttft_ms": 250.0, "tpot_ms": 40.5},
     )
@@ -136,7 +138,11 @@ def test_what_chats_cannot_do_is_refused_by_name(name: str) -> None:
         *[("stop_token_ids", 5), ("stop_token_ids", [500]), ("logit_bias", [1])],
         *[("logit_bias", {"a": 1}), ("logit_bias", {"500": 1}), ("logit_bias", {"5": 101})],
         *[("min_tokens", -1), ("repetition_penalty", 0), ("presence_penalty", 3)],
-        *[("return_token_ids", 1), ("stream_options", {"include_usage": True})],
+        *[
+            ("return_token_ids", 1),
+            ("return_timings", "yes"),
+            ("stream_options", {"include_usage": True}),
+        ],
     ],
 )
 @pytest.mark.parametrize("work", [completion, chat])

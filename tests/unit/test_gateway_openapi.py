@@ -170,6 +170,7 @@ async def test_events_are_as_described(server: FakeServer, http: Path) -> None:
         {"stream": True, "stream_options": {"include_usage": True}},
         {"stream": True, "stream_options": {"continuous_usage_stats": True}, "n": 2},
         {"stream": True, "return_token_ids": True},
+        {"stream": True, "return_timings": True},
     ]
     async with http_client(http) as client:
         for name, _, body in READERS[:2]:
@@ -180,6 +181,18 @@ async def test_events_are_as_described(server: FakeServer, http: Path) -> None:
                 assert response.status_code == 200
                 for event in events_of(response.content):
                     validator(one.events).validate(event)
+
+
+async def test_whole_answers_are_as_described(server: FakeServer, http: Path) -> None:
+    server.script = saying("ab")
+    more = {"return_timings": True, "return_token_ids": True}
+    async with http_client(http) as client:
+        for name, _, body in READERS[:2]:
+            response = await client.post(OPERATIONS[name].path, json={**body, **more})
+            assert set(more) & {f"return_{key}" for key in response.json()["choices"][0]} == set(
+                more
+            )
+            validator(OPERATIONS[name].answers).validate(response.json())
 
 
 CALL = '<tool_call>{"name": "x", "arguments": {"a": 1}}</tool_call>'

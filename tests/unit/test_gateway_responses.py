@@ -1,6 +1,5 @@
 """/v1/responses over a scripted server, asked by OpenAI's own SDK."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +8,15 @@ import pytest
 from openai.types.responses import Response
 
 from nodeserve.gateway.response_asked import response_of
-from nodeserve.gateway.settings import GatewaySettings
+from nodeserve.gateway.shapes import compact
 from nodeserve.text import Tokenizer
 from nodeserve.wire.messages import Abort, Submit, unpack_ids
-from tests.fakes.gateway import gateway_on, http_client, sdk
+from tests.fakes.gateway import http_client
 from tests.fakes.server import FakeServer, Peer, endless, saying
+from tests.unit.test_gateway import client, http
 from tests.unit.test_gateway_asked import refused
 
-
-@pytest.fixture
-async def http(server: FakeServer, tmp_path: Path) -> AsyncIterator[Path]:
-    path = tmp_path / "http"
-    async with gateway_on(path, GatewaySettings(socket=str(server.path))):
-        yield path
-
-
-@pytest.fixture
-async def client(http: Path) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with sdk(http) as client:
-        yield client
+__all__ = ["client", "http"]  # fixtures
 
 
 def asked_of(server: FakeServer) -> str:
@@ -173,7 +162,7 @@ def response(**body: Any) -> Any:
         *[("max_output_tokens", 0), ("previous_response_id", "resp_1"), ("tools", [{}])],
         *[("background", True), ("conversation", "c"), ("include", ["x"]), ("truncation", "auto")],
         *[("prompt", {"id": "p"}), ("reasoning", {"effort": "low"}), ("n", 2)],
-        *[("text", {"format": {"type": "json_object"}}), ("top_logprobs", 3)],
+        *[("text", "json"), ("top_logprobs", 3)],
         *[
             ("tool_choice", "required"),
             ("temperature", -1.0),
@@ -183,6 +172,50 @@ def response(**body: Any) -> Any:
 )
 def test_what_is_refused_is_named(name: str, value: Any) -> None:
     assert refused(response, **{name: value}) == name
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"format": None}, {"verbosity": "medium"}])
+def test_a_text_that_may_be_any(nothing: Any) -> None:
+    found = response(text=nothing)
+    assert "constraint" not in found.sampling
+    assert found.repeated["text"] == {"format": {"type": "text"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "name"),
+    [
+        ({"format": "json"}, {}, "text.format"),
+        ({"format": {}}, {}, "text.format.type"),
+        ({"format": {"type": "json_schema", "name": "n"}}, {}, "text.format.schema"),
+        ({"format": {"type": "json_schema", "schema": "x"}}, {}, "text.format.schema"),
+        ({"verbosity": "low"}, {}, "text.verbosity"),
+        ({"format": {"type": "json_object"}}, {"guided_regex": "a"}, "guided_regex"),
+        (
+            {"format": {"type": "json_object"}},
+            {"response_format": {"type": "json_object"}},
+            "text.format",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_format_is_named(text: Any, others: Any, name: str) -> None:
+    assert refused(response, text=text, **others) == name
+
+
+async def test_a_format_travels_and_comes_back(
+    server: FakeServer, client: openai.AsyncOpenAI
+) -> None:
+    server.script = saying('{"a": 1}')
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form: Any = {"type": "json_schema", "name": "n", "strict": True, "schema": schema}
+    found = await client.responses.create(model="fake", input="x", text={"format": form})
+    assert found.text is not None and found.text.format is not None
+    assert found.text.format.model_dump(by_alias=True, exclude_none=True) == form
+    (submit,) = server.submits
+    assert submit.sampling["constraint"] == {"json_schema": compact(schema)}
+    form["schema"] = {"type": "array", "uniqueItems": True}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+        await client.responses.create(model="fake", input="x", text={"format": form})
+    assert caught.value.param == "text.format.schema"
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,26 @@ async def test_frames_that_are_not_complete_share_what_there_is_for_all() -> Non
     assert incoming.left_bytes == 100_000
 
 
+async def test_messages_that_wait_for_their_turn_share_it_too() -> None:
+    """They were in nobody's books: as many connections, as many frames of the greatest length."""
+    node, incoming = fake_node(), Backlog(100_000)
+    limits = replace(LIMITS, incoming=incoming, max_connections=9)
+    clients = [ConnectedClient(node, limits) for _ in range(3)]
+    large = frame(TO_SERVER.encode(SUBMIT._replace(token_ids=bytes(40_000))))
+    questions = frame(TO_SERVER.encode(GetStats())) * MOST_A_TURN
+    clients[0].feed(large + large[:9])
+    assert incoming.left_bytes == 100_000 - 9, "what was taken is kept no more"
+    for client in clients[1:]:
+        client.feed(questions + large)
+    assert [one.transport.closed for one in clients] == [False, False, True]
+    assert [one.code for one in clients[2].transport.goodbyes] == ["overloaded"]
+    await asyncio.sleep(0)
+    assert incoming.left_bytes == 100_000 - 9 and not clients[1].transport.closed
+    for client in clients:
+        client.leave()
+    assert incoming.left_bytes == 100_000
+
+
 class Looks:
     """The loop's `call_later`, by hand."""
 

@@ -27,5 +27,13 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
         for kind in ("svg", "png")
     }
     assert all(path.stat().st_size > 2000 for path in paths)
+    legend = (tmp_path / "new" / "slo_scale.svg").read_text()
+    assert [legend.count(f"<!-- {rate}/s -->") for rate in (1, 2, 4)] == [1, 1, 1]
+    ticks = (tmp_path / "new" / "ttft.svg").read_text()
+    assert all(f"<!-- {tick} -->" in ticks for tick in (10, 20, 50, 100, 500)), "plain numbers"
+    near = [result(1.0, 0.01)]  # 10 to 30 ms, in an axis of less than a decade
+    draw(near, lambda arrival: Slo(0.2, 0.05), 0.9, 0.95, tmp_path / "near", ("svg",))
+    ticks = (tmp_path / "near" / "ttft.svg").read_text()
+    assert all(f"<!-- {tick} -->" in ticks for tick in (10, 12, 15, 20, 30))
     one = draw(results[:1], lambda arrival: Slo(0.2, 0.05), 0.9, 0.95, tmp_path, ("svg",))
     assert "attainment.svg" not in {path.name for path in one}

@@ -237,6 +237,15 @@ def test_json_has_the_names_that_others_know() -> None:
     assert told["std_itl_ms"] == pytest.approx(0.0, abs=1e-6)
     assert told["attainment"] == 0.5 and told["attainment_interval"][0] < 0.5
     assert told["request_goodput_per_worker"] == pytest.approx(told["request_goodput"] / 2)
+    assert result_json(result, 0.95, None)["request_goodput_per_worker"] is None
     assert told["valid"] is True
-    details = details_json(result)
+    details = details_json(result, lambda arrival: SLO)
+    assert details["blames"] == ["unknown", ""] * 5
+    assert details_json(result, lambda arrival: SLO, 3.0)["blames"][:5] == [
+        "",
+        "",
+        "",
+        "",
+        "unknown",
+    ]
     assert details["ttfts"] == pytest.approx([0.3, 0.1] * 5) and len(details["itls"][0]) == 10

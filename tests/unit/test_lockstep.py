@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 
-from nodeserve.coordinator.supervisor import make_lockstep
+from nodeserve.coordinator.shared import make_lockstep
 from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Ran

@@ -16,7 +16,7 @@ IDS = m.pack_ids([1, 2, 70_000])
 LOAD = [1, 2, 3, 4, 5, 6]
 SAMPLES: dict[str, list[Any]] = {
     "TO_WORKER": [
-        m.AttachPages(1, 7, 1 << 40, b"handle"),
+        m.AttachPages(1, 7, 1 << 40, b"handle", 0, [1, 2, 0, 1]),
         m.Prefill(7, [[2**40, IDS, 3, {"temperature": 0.5, "logit_bias": {5: 1.0}}, True]]),
         m.PullKv(1, 0, IDS, IDS, 2, {}),
         m.ReleaseKv(9),

@@ -8,7 +8,8 @@ import pytest
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, Simulated
-from nodeserve.coordinator.placement import Plan, choose_layout, resolve, share_cores
+from nodeserve.coordinator.placement import Plan, resolve
+from nodeserve.coordinator.places import Seat, choose_layout, share_cores
 from nodeserve.coordinator.policies import Policies, parse_window, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
@@ -58,8 +59,13 @@ REFUSED = {
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
     "gpus on cpu": (EngineConfig(device="cpu", gpus="0-1"), "contradict"),
     "gpus and layout": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
-    "shape": (EngineConfig(layout="1p:tp2,2d"), "for example 1p,2d"),
-    "shape of ranks": (EngineConfig(layout="1p:ep2,2d"), "for example 1p,2d"),
+    "shapes that differ": (EngineConfig(layout="1p:tp2,2d"), "different tp or pp"),
+    "more ranks than heads": (EngineConfig(layout="1m:tp8"), "use tp4 or less"),
+    "more stages than layers": (EngineConfig(layout="1m:pp3"), "use pp2 or less"),
+    "ranks without experts": (
+        EngineConfig(layout="1p:ep2,2d"),
+        "experts, of which this model has 0: use tp",
+    ),
     "sim without profile": (EngineConfig(device="sim"), "use one of moe-ep8"),
     "profile without sim": (EngineConfig(profile="moe-ep8"), "is for --device sim"),
     "context": (EngineConfig(max_model_len=5000), "use 2 to 1024"),
@@ -118,19 +124,38 @@ def test_the_policy_gets_what_was_asked_for() -> None:
     )
 
 
+def alone(*roles: Role) -> tuple[Seat, ...]:
+    return tuple(Seat(role, instance, 0) for instance, role in enumerate(roles))
+
+
 def test_two_cores_get_a_prefill_and_a_decode_worker() -> None:
     assert str(choose_layout(None, 2)) == "1p1d"
     assert str(choose_layout(None, 1)) == "1m"
 
 
 def test_cores_are_shared_out_without_overlap() -> None:
-    places, notes = share_cores((P, D, D), (0, 1, 2, 3, 4, 5, 6))
+    places, notes = share_cores(alone(P, D, D), (0, 1, 2, 3, 4, 5, 6))
     assert [place.cpus for place in places] == [(0, 1, 2), (3, 4), (5, 6)]
     assert [place.num_threads for place in places] == [3, 2, 2] and not notes
 
 
+def test_each_worker_of_an_instance_has_a_place_and_memory_for_its_part() -> None:
+    plan = resolve(EngineConfig(layout="1p:tp2,1d:tp2"), CHECKPOINT, NONE)
+    assert [(one.role, one.instance, one.rank) for one in plan.places] == [
+        *((P, 0, 0), (P, 0, 1)),
+        *((D, 1, 0), (D, 1, 1)),
+    ]
+    on_gpus = resolve(EngineConfig(layout="1m:tp2.pp2"), CHECKPOINT, gpus(8))
+    assert [place.gpus[0] for place in on_gpus.places] == [0, 1, 2, 3]
+    one_block = MODEL.kv_bytes_per_token(2) * 16
+    asked = EngineConfig(layout="1m:tp2.pp2", kv_memory=65 * one_block // 4)
+    assert resolve(asked, CHECKPOINT, NONE).kv_memory == 65 * one_block // 4
+    with pytest.raises(ConfigError, match="is below"):
+        resolve(replace(asked, layout="1m:tp2"), CHECKPOINT, NONE)
+
+
 def test_more_workers_than_cores_take_turns_and_say_so() -> None:
-    places, (note,) = share_cores((M, M, M), (4, 6))
+    places, (note,) = share_cores(alone(M, M, M), (4, 6))
     assert [place.cpus for place in places] == [(4,), (6,), (4,)]
     assert all(place.num_threads == 1 for place in places)
     assert "3 workers share 2 cores" in note
@@ -245,11 +270,7 @@ def test_plain_layouts_have_an_instance_for_each_worker() -> None:
 
 
 SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "tp": (
-        {"layout": "1p:tp2.ep4,1d:ep2"},
-        "(tp, pp) are not supported yet; give for example 1p:ep4",
-    ),
-    "pp": ({"layout": "1p,1d:pp2"}, "for example 1p,1d"),
+    "pages cut in unequal ways": ({"layout": "1p,1d:pp2"}, "different tp or pp"),
     "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
     "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
     "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),

@@ -7,10 +7,11 @@ import pytest
 
 from nodeserve.cli.launch import start
 from nodeserve.config import EngineConfig
-from nodeserve.coordinator.placement import check_numbers, choose_budget, choose_layout
+from nodeserve.coordinator.placement import check_numbers, choose_budget
+from nodeserve.coordinator.places import choose_layout
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape, parse_layout
-from nodeserve.plan.affinity import phase_alone, place
+from nodeserve.plan.affinity import Phase, best_pair, phase_alone, place
 from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
 from nodeserve.plan.candidates import (
     Candidate,
@@ -21,12 +22,13 @@ from nodeserve.plan.candidates import (
     split_layouts,
     variations,
 )
+from nodeserve.plan.efforts import Effort
 from nodeserve.plan.evaluate import Question, count
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Effort, Planner, Report, in_turn, plan
+from nodeserve.plan.planner import Planner, Report, in_turn, plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
-from nodeserve.plan.verdict import start_command, verdict
+from nodeserve.plan.verdict import Named, start_command, verdict
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
@@ -301,6 +303,32 @@ def test_high_affinity_takes_as_many_of_each_as_the_traffic_asks_for() -> None:
     assert found.num_gpus == parse_layout(found.layout).num_workers
 
 
+def test_high_affinity_takes_the_best_shapes_that_the_gpus_hold() -> None:
+    def phase(role: Role, tp: int, per_gpu: float) -> Phase:
+        return Phase(role, Shape(tp=tp), tp, tp * per_gpu)
+
+    phases = [
+        *(phase(Role.PREFILL, tp, per_gpu) for tp, per_gpu in ((2, 10.0), (4, 9.0), (1, 4.0))),
+        *(
+            phase(Role.DECODE, tp, per_gpu)
+            for tp, per_gpu in ((8, 9.0), (6, 8.5), (4, 8.0), (1, 0.0))
+        ),
+    ]
+
+    def chosen(num_gpus: int, rate: float | None = None) -> tuple[int, int]:
+        prefill, decode = best_pair(phases, num_gpus, rate)
+        return prefill.shape.tp, decode.shape.tp
+
+    assert chosen(10) == (2, 8) == chosen(8, rate=50.0)  # a rate takes what it needs
+    # With 6 GPUs for decoding two are left, for 20 a second; with 4 twice that, and decodes do 32.
+    assert chosen(8) == chosen(9) == (2, 4)
+    assert chosen(5) == (1, 4)
+    with pytest.raises(ConfigError, match="4 GPUs hold no two shapes"):
+        best_pair(phases, 4, None)
+    with pytest.raises(ConfigError, match="no shape serves both"):
+        best_pair(phases[:3], 8, None)
+
+
 @pytest.mark.slow
 def test_low_affinity_repeats_the_best_unit() -> None:
     asked = question(FAMILY, "synthetic(1000,4)", Slo(0.5, 0.05), num_gpus=3)
@@ -319,10 +347,22 @@ def test_low_affinity_repeats_the_best_unit() -> None:
 
 def test_the_command_starts_what_was_planned() -> None:
     candidate, asked = Candidate("2p1d", 512, window_s=0.0), question(slo=Slo(0.5, 0.05))
-    assert start_command(candidate, asked, "my model", "plain") == (
+    command = (
         "nodeserve start 'my model' --layout 2p1d --max-num-seqs 64 --max-num-batched-tokens 512"
-        " --window off --slo ttft=500ms,tpot=50ms"
+        " --window off{} --slo ttft=500ms,tpot=50ms"
     )
+    context = asked.context
+    for own, more in (
+        (context, ""),
+        (context // 2, ""),
+        (2 * context, f" --max-model-len {context}"),  # else it has to have memory for twice that
+        (None, f" --max-model-len {context}"),
+    ):
+        named = Named("my model", "plain", own)
+        assert start_command(candidate, asked, named) == command.format(more)
+    shorter = replace(asked, max_model_len=300)
+    simulated = start_command(Candidate("1m:ep8", 512), shorter, Named(None, "plain"))
+    assert simulated is not None and "--max-model-len 300" in simulated
 
 
 @pytest.mark.parametrize(
@@ -341,7 +381,8 @@ def test_only_commands_that_start_takes_are_printed(
 ) -> None:
     """And what it takes, it takes: with as many sequences as were planned, whatever the device's
     own number is."""
-    command = start_command(Candidate(layout, 64), question(model, num_gpus=16), None, "name")
+    asked = question(model, num_gpus=16)
+    command = start_command(Candidate(layout, 64), asked, Named(None, "name", asked.context))
     assert (command is None) is (words is None)
     if command is not None and words is not None:
         assert command.startswith(words)
@@ -354,5 +395,5 @@ def test_only_commands_that_start_takes_are_printed(
         if config.device == "sim":
             config = replace(config, profile="moe-ep8")  # a name that there is
         check_numbers(config)
-        choose_layout(config.layout, 16, ranks=config.device == "sim")
+        choose_layout(config.layout, 16)
         assert choose_budget(config, config.max_num_seqs or 256, 2048) == 64

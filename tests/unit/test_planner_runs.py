@@ -55,8 +55,20 @@ def test_a_run_that_has_failed_is_ended() -> None:
     assert 25 < num_bad < 60 and surely.num_planned == 240
     assert Probe(200.0, surely).decided(0.9, 0.95)
     assert not Probe(200.0, Tally(240, 241 - num_bad)).decided(0.9, 0.95)  # no later than needed
+
+
+def test_a_run_that_cannot_fail_is_ended() -> None:
+    """What is left cannot change what it says, and it is the longest that is left."""
+    asked = question()
     good, _ = count(asked, Candidate("1p1d", 1024), 1.0, 300)
-    assert good.num_offered == 240 and good.share == 1.0
+    assert (good.num_offered, good.num_planned, good.share) == (216, 240, 1.0)
+    assert not Probe(1.0, good).decided(0.9, 0.95)  # all the others might have missed
+    surely, _ = count(asked, Candidate("1p1d", 1024), 1.0, 300, 0.95)
+    assert 216 < surely.num_good < 240 and Probe(1.0, surely).decided(0.9, 0.95)
+    earlier = Tally(surely.num_offered - 1, surely.num_good - 1, surely.num_unknown + 1)
+    assert not Probe(1.0, earlier).decided(0.9, 0.95)  # no later than needed
+    few, _ = count(asked, Candidate("1p1d", 1024), 1.0, 20, 0.95)
+    assert few == Tally(16, 16)  # so few can never be sure
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from nodeserve.policy.pacing import LEAST_LEAD_S
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling, sampling_to
 from nodeserve.wire.messages import (
+    AttachPages,
     Cancel,
     DetachPages,
     Dropped,
     FromWorker,
     KvPulled,
     KvReady,
+    PagesAttached,
     Prefill,
     Prompt,
     PullKv,
@@ -30,6 +32,7 @@ from nodeserve.wire.messages import (
     unpack_request_ids,
 )
 from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Ticket
+from nodeserve.worker.peer_seats import WHOLE
 from nodeserve.worker.runner import Runner
 from tests.fakes.late_model import LateExecutor
 from tests.fakes.link import FakeLink
@@ -54,7 +57,7 @@ class FakeTransfer:
         self.wake = wake
 
     def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        raise AssertionError("no test attaches pages")
+        """Any peer's pages will do."""
 
     def detach(self, worker: int) -> list[int]:
         lost = [ticket for ticket in self.begun if ticket.source == worker]
@@ -299,6 +302,8 @@ def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> Non
 
 def test_pulls_from_a_peer_that_ended_fail_alone() -> None:
     bench = Bench()
+    for peer in (0, 5):
+        assert bench.turn(AttachPages(peer, -1, 0, b"", peer, list(WHOLE))) == [PagesAttached(peer)]
     [] = bench.turn(pull(2))
     assert bench.turn(DetachPages(5)) == []
     [failed] = bench.turn(DetachPages(0))

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from nodeserve.errors import ConfigError
-from nodeserve.plan.instances import Pipeline
+from nodeserve.plan.instances import Pipeline, build_instances
 from nodeserve.plan.records import Arrival, Engine, Faults, Outcome, Scenario
-from nodeserve.plan.simulator import build_instances, simulate
+from nodeserve.plan.simulator import simulate
 from nodeserve.policy.batching import Sequence as Tokens
 from nodeserve.policy.profile import Family
 from nodeserve.policy.profiles import find_profile

@@ -15,7 +15,8 @@ import uvloop
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.link import WorkerLink
-from nodeserve.coordinator.placement import Place, resolve
+from nodeserve.coordinator.placement import resolve
+from nodeserve.coordinator.places import Place
 from nodeserve.coordinator.supervisor import (
     MAX_LINE_BYTES,
     Supervisor,

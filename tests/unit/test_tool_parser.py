@@ -5,6 +5,7 @@ import random
 import pytest
 
 from nodeserve.text.tool_parser import (
+    MAX_SPACE,
     STYLES,
     Arguments,
     Call,
@@ -130,6 +131,16 @@ def test_any_text_is_read_to_its_end_and_alike_in_parts(style: str, seed: int) -
             parts.append(rest[:size])
             rest = rest[size:]
         assert read(style, parts) == read(style, [text])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_only_so_much_white_space_is_held_back(style: str) -> None:
+    """Each character that is held costs as many more: a model that wrote nothing else, which a
+    `logit_bias` can make it do, kept the gateway's loop for seconds."""
+    parser = ToolParser(STYLES[style], NAMES)
+    (content,) = parser.push(" " * 3 * MAX_SPACE)
+    assert content == Content(" " * 2 * MAX_SPACE)
+    assert parser.push("x") + parser.finish() == [Content(" " * MAX_SPACE + "x")]
 
 
 def test_arguments_come_as_they_are_written() -> None:

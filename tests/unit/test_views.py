@@ -53,6 +53,18 @@ def test_answers_are_compared_over_two_seconds_however_often_one_asks() -> None:
     assert frame.workers[0].busy == pytest.approx((1.0 + 0.2) / 2.0)
 
 
+def test_what_a_newer_server_says_beside_is_ignored() -> None:
+    """As the protocol asks of its clients: maps may get new keys."""
+    newer = answer()
+    goodput = newer["goodput"]
+    for one in (
+        *(newer, newer["health"], newer["dispatch"], *newer["workers"], goodput),
+        *(goodput["series"], *goodput["spans"], *(each["tpot_ms"] for each in goodput["spans"])),
+    ):
+        one["news"] = {"of": [1]}
+    assert History().add(newer) == History().add(answer())
+
+
 @pytest.mark.parametrize("what", ["a new server", "a new life of the worker", "time goes back"])
 def test_nothing_is_compared_with_another_life(what: str) -> None:
     history = History()

@@ -206,9 +206,9 @@ def outlook(device: str) -> Outlook:
 
 def _without_model(config: Any, gpus: Gpus, known: tuple[str, str], obstacle: str) -> Outlook:
     """Devices and layout are known without a model; its memory is not."""
-    from nodeserve.coordinator import placement
+    from nodeserve.coordinator import placement, places
 
-    place = placement.place_on_gpus if known[1] == "cuda" else placement.place_on_cpus
+    place = places.place_on_gpus if known[1] == "cuda" else places.place_on_cpus
     try:
         placement.check_device(config, gpus)
         placed = place(config, gpus)

@@ -17,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nodeserve.model.gpu.attention import tiles, triton_parts
+from nodeserve.model.gpu.attention import latent_parts, tiles, triton_parts
 from nodeserve.model.gpu.attention.kernel_decode import paged_decode
+from nodeserve.model.gpu.attention.kernel_latent import latent_decode, latent_prefill
 from nodeserve.model.gpu.attention.kernel_prefill import paged_prefill
 from nodeserve.model.gpu.attention.parts import Heads
 
@@ -55,6 +56,19 @@ def variants(arch: int, heads: Heads, window: int | None) -> Iterator[Variant]:
         chunk = tiles.prefill_tiles(table, heads.head_dim, heads.dtype, num_rows)
         constants = triton_parts.prefill_constants(heads, chunk, 64, window)
         yield Variant(f"prefill {num_rows} {name}", paged_prefill, heads.dtype, constants)
+
+
+def latent_variants(arch: int, num_heads: int) -> Iterator[Variant]:
+    """Both kernels over DeepSeek's latents, as a model with so many heads would launch them."""
+    heads = latent_parts.LatentHeads(num_heads, 512, 64, 192**-0.5, 16, torch.bfloat16)
+    sizes = latent_parts.tiles_of(heads.dtype, divmod(arch, 10))
+    group = latent_parts.heads_in_block(num_heads, sizes)
+    name = f"{num_heads} heads"
+    chosen = latent_parts.fitting(sizes, group)
+    constants = latent_parts.decode_constants(heads, chosen, group, 64)
+    yield Variant(f"latent decode {name}", latent_decode, heads.dtype, constants)
+    constants = latent_parts.common_constants(heads, sizes[-1], group, 64)
+    yield Variant(f"latent prefill {name}", latent_prefill, heads.dtype, constants)
 
 
 def compiled(variant: Variant, arch: int) -> Any:
@@ -98,21 +112,23 @@ def main(arch: int) -> None:
         cases += [(Heads(32, 8, 128, size, torch.bfloat16), None) for size in (16, 256)]
         cases += [(Heads(40, 8, 80, 16, torch.float16), None)]
         cases += [(Heads(8, 4, 64, 16, torch.float32), None)]
-    for heads, window in cases:
-        for variant in variants(arch, heads, window):
-            built = compiled(variant, arch)
-            used = resources(built.asm["cubin"])
-            line: dict[str, Any] = {
-                "name": variant.name,
-                "shared": built.metadata.shared,
-                "threads": built.metadata.num_warps * 32,
-                "registers": used["REG"],
-                "stack": used["STACK"],
-                "asynchronous": built.asm["ptx"].count("cp.async.cg"),
-            }
-            if variant.kernel is paged_decode:
-                line["ordered"] = is_ordered(built.asm["ptx"])
-            sys.stdout.write(json.dumps(line) + "\n")
+    every = [one for heads, window in cases for one in variants(arch, heads, window)]
+    for num_heads in (16, 128) if arch == 90 else (128,):
+        every += latent_variants(arch, num_heads)
+    for variant in every:
+        built = compiled(variant, arch)
+        used = resources(built.asm["cubin"])
+        line: dict[str, Any] = {
+            "name": variant.name,
+            "shared": built.metadata.shared,
+            "threads": built.metadata.num_warps * 32,
+            "registers": used["REG"],
+            "stack": used["STACK"],
+            "asynchronous": built.asm["ptx"].count("cp.async.cg"),
+        }
+        if variant.kernel in (paged_decode, latent_decode):
+            line["ordered"] = is_ordered(built.asm["ptx"])
+        sys.stdout.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

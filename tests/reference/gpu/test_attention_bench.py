@@ -5,6 +5,8 @@ import torch
 
 import tests.fakes.interpreter  # noqa: F401  repairs it
 from bench.gpu import attention as bench
+from bench.gpu import latents
+from nodeserve.model.gpu.attention.latent_parts import LatentHeads, LatentReference
 from nodeserve.model.gpu.attention.paged import PagedAttention
 from nodeserve.model.gpu.attention.parts import Heads
 from nodeserve.model.gpu.attention.reference import ReferenceAttention
@@ -46,3 +48,27 @@ def test_work_is_attention_over_every_layer(
     decode, prefill = TritonDecode(heads, device, 2), TritonPrefill(heads, ROOMY)
     work.run(PagedAttention(decode, prefill, "triton"))
     torch.testing.assert_close(work.out, wanted)
+
+
+def test_the_floor_of_a_step_over_latents() -> None:
+    """1,152 bytes a token; 2,176 operations a pair and head, which more heads wait for."""
+    ceilings = bench.Ceilings(copy_gb_s=4000.0, product_tflop_s=800.0)
+    few, many = latents.heads_of(16), latents.heads_of(128)
+    assert latents.visible_bytes(few, 64, 8192) == 64 * 8192 * 1152
+    assert latents.visible_flops(few, 3, 2, 10) == 3 * (9 + 10) * 16 * 2176
+    reading = 64 * 8192 * 1152 / 4e12 * 1e6
+    assert latents.floor_us(few, 64, 1, 8192, ceilings) == pytest.approx(reading)
+    computing = 64 * 8192 * 128 * 2176 / 8e14 * 1e6
+    assert latents.floor_us(many, 64, 1, 8192, ceilings) == pytest.approx(computing)
+    assert computing > reading
+
+
+def test_work_over_latents_is_attention_over_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "POOL_BYTES", 3 * 2 * 40 * 48 * 4)
+    heads = LatentHeads(4, 32, 16, 0.2, 16, torch.float32)
+    work = latents.make_work(heads, 2, 1, 40, torch.device("cpu"))
+    assert work.pool.shape == (6, 3, 1, 1, 16, 48)
+    work.out.fill_(torch.nan)
+    judge = LatentReference(heads)
+    work.run(PagedAttention(judge, judge, judge.name))
+    assert work.out.isfinite().all()

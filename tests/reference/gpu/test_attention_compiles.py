@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nodeserve.model.gpu.attention import tiles
+from nodeserve.model.gpu.attention import latent_parts, tiles
 from tests.reference.gpu.compile_attention import is_ordered
 
 # Bytes of memory on the chip that one program may have. The table for compute capability 8.0 also
@@ -16,6 +16,12 @@ from tests.reference.gpu.compile_attention import is_ordered
 LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SM_BYTES, SM_REGISTERS = 228 * 1024, 65536
 RESERVED_BYTES = 1024  # of each program
+# Addresses that a program needs once, outside of its loop.
+SPILLED = {"latent decode 128 heads": 16, "latent prefill 128 heads": 16}
+PROGRAMS = {  # of a decode on a multiprocessor
+    "latent decode 16 heads": latent_parts.ROOMY[0].programs_per_sm,
+    "latent decode 128 heads": latent_parts.ROOMY[-1].programs_per_sm,
+}
 
 
 @pytest.mark.parametrize("arch", LIMITS)
@@ -29,16 +35,16 @@ def test_kernels_compile_and_fit(arch: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == (21 if arch == 90 else 9)
+    assert len(lines) == (25 if arch == 90 else 11)
     for line in lines:
         assert line["shared"] <= LIMITS[arch], line
         if "float32" not in line["name"]:
-            assert line["stack"] == 0, line  # nothing spilled
+            assert line["stack"] <= SPILLED.get(line["name"], 0), line
             assert line["asynchronous"] > 0, line  # pages are on their way while others are used
-        if line["name"].startswith("decode"):
+        if "decode" in line["name"]:
             assert line["ordered"], line
             if arch == 90 and "float32" not in line["name"]:
-                programs = tiles.DECODE[128, 2].programs_per_sm
+                programs = PROGRAMS.get(line["name"], tiles.DECODE[128, 2].programs_per_sm)
                 assert programs * (line["shared"] + RESERVED_BYTES) <= SM_BYTES, line
                 assert programs * line["threads"] * line["registers"] <= SM_REGISTERS, line
 

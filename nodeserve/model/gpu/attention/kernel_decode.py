@@ -155,7 +155,7 @@ def paged_decode(
     tl.store(counter, 0)
     merge_splits(
         out_at, partials, stats, first_item * num_kv_heads + kv_head, num_splits, num_kv_heads,
-        GROUP, GROUP_POW2, HEAD_DIM, BLOCK_D, MERGE,
+        0, GROUP, GROUP_POW2, HEAD_DIM, BLOCK_D, MERGE,
     )  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def merge_splits(
     first: tl.tensor,  # of the sequence's splits, this head's
     num_splits: tl.tensor,
     stride: tl.tensor,  # from one split to the next
+    FIRST_ROW: tl.constexpr,  # of the group's rows: GROUP_POW2 of them are merged
     GROUP: tl.constexpr,
     GROUP_POW2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -174,7 +175,7 @@ def merge_splits(
     MERGE: tl.constexpr,
 ) -> None:
     """Add up a sequence's splits for one K/V head; their loads go past the first-level cache."""
-    rows = tl.arange(0, GROUP_POW2)
+    rows = FIRST_ROW + tl.arange(0, GROUP_POW2)
     dims = tl.arange(0, BLOCK_D)
     offsets = rows[:, None] * HEAD_DIM + dims[None, :]
     inside = (rows[:, None] < GROUP) & (dims[None, :] < HEAD_DIM)

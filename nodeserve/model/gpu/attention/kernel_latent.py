@@ -89,7 +89,7 @@ def latent_decode(
     BLOCK_R: tl.constexpr,  # power of two >= RANK
     BLOCK_T: tl.constexpr,  # power of two >= TURNED, 16 at least
     NUM_SEQS_POW2: tl.constexpr,  # >= num_seqs
-    GROUP_POW2: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,  # merged at a time, a power of two
     MERGE: tl.constexpr,  # splits merged at a time
     WAVES: tl.constexpr,
     FULL_TILES: tl.constexpr,
@@ -150,10 +150,11 @@ def latent_decode(
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") != num_splits - 1:
         return
     tl.store(counter, 0)
-    merge_splits(
-        out_at, partials, stats, first_item * num_head_blocks + head_block, num_splits,
-        num_head_blocks, GROUP, GROUP_POW2, RANK, BLOCK_R, MERGE,
-    )  # fmt: skip
+    for first_row in tl.static_range(0, GROUP, MERGE_ROWS):
+        merge_splits(
+            out_at, partials, stats, first_item * num_head_blocks + head_block, num_splits,
+            num_head_blocks, first_row, GROUP, MERGE_ROWS, RANK, BLOCK_R, MERGE,
+        )  # fmt: skip
 
 
 @triton.jit(

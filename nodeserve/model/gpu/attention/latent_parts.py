@@ -1,7 +1,7 @@
 """The kernels over latents as parts of a backend: tiles, scratch, grids and arguments."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from nodeserve.model.mla_torch import latent_attention, mla_of
 
 MAX_RANK = 512  # whose sums for a block of heads stay in registers
 MAX_TURNED = 128
+MERGE_ROWS = 16  # of a block of heads: more would not fit the registers beside each other
 FULL_SPLIT = 1024  # keys of a split that is long enough
 
 
@@ -49,14 +50,12 @@ class LatentTiles:
     programs_per_sm: int  # that fit a multiprocessor together
 
 
-# 16 rows fit 99 KiB, which every device from capability 8.0 on gives to a program. 64 keep their
-# sums in the registers of two warp groups and take up to the 227 KiB of capability 9 and 10.
-SMALL = (LatentTiles(16, 32, 4, 2, 1),)
-ROOMY = (
-    LatentTiles(16, 32, 4, 3, 1),
-    LatentTiles(32, 32, 8, 3, 1),
-    LatentTiles(64, 32, 8, 3, 1),
-)
+# With 5 stages two tiles are on their way (see tiles.py). 16 rows fit the 99 KiB that every device
+# from capability 8.0 on gives to a program, and a multiprocessor of 9 and 10 has room for two of
+# them. 64 keep their sums in the registers of two warp groups.
+FEW_ROWS = LatentTiles(16, 32, 4, 5, 2)
+SMALL = (replace(FEW_ROWS, programs_per_sm=1),)
+ROOMY = (FEW_ROWS, LatentTiles(32, 32, 8, 5, 1), LatentTiles(64, 32, 8, 5, 1))
 FLOAT32 = (LatentTiles(16, 16, 4, 1, 1),)  # for tests: no tensor cores
 
 
@@ -102,9 +101,9 @@ def decode_constants(
     heads: LatentHeads, tiles: LatentTiles, group: int, num_seqs: int
 ) -> dict[str, Any]:
     """Compile-time arguments of `latent_decode`, with its launch options."""
-    rows = power_of_two(group)
+    rows = min(power_of_two(group), MERGE_ROWS)
     return common_constants(heads, tiles, group, num_seqs) | {
-        "GROUP_POW2": rows,
+        "MERGE_ROWS": rows,
         "MERGE": max(MERGED_VALUES // (rows * power_of_two(heads.rank)), 1),
         "WAVES": WAVES,
         "FULL_TILES": FULL_SPLIT // tiles.block_n,

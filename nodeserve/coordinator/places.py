@@ -1,0 +1,182 @@
+"""Where each worker of a layout runs: its GPUs, or its cores; and which shapes can run at all."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from nodeserve.config import EngineConfig, ModelConfig
+from nodeserve.errors import ConfigError, ModelError
+from nodeserve.gpus import Gpus
+from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
+from nodeserve.shards import Place as ShardPlace
+from nodeserve.shards import Shard, check_fits
+from nodeserve.types import Role
+
+GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
+REAL_SETTINGS = ("dtype", "load_format", "model_impl", *GPU_SETTINGS)
+SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one worker runs."""
+
+    role: Role
+    cpus: tuple[int, ...]
+    num_threads: int
+    gpus: tuple[int, ...] = ()  # its own, then those it may read from; none: a CPU worker
+    gpu_share: int = 1  # workers on its own GPU
+    instance: int = 0  # number of its instance, in the layout's order
+    rank: int = 0  # its place in the instance
+
+
+class Placed(NamedTuple):
+    layout: Layout
+    places: tuple[Place, ...]
+    notes: tuple[str, ...]
+
+
+def place_on_gpus(config: EngineConfig, gpus: Gpus) -> Placed:
+    """A worker on each GPU asked for, or on as many as the layout needs."""
+    here = tuple(gpu.index for gpu in gpus.found)
+    asked = here if config.gpus is None else parse_gpus(config.gpus)
+    if unknown := sorted(set(asked) - set(here)):
+        limit = "" if gpus.visible is None else f" (CUDA_VISIBLE_DEVICES is {gpus.visible!r})"
+        raise ConfigError(
+            f"--gpus {config.gpus}: no GPU {unknown[0]} here, there are"
+            f" {', '.join(map(str, here))}{limit}"
+        )
+    layout = choose_layout(config.layout, len(asked))
+    if config.gpus is None:
+        asked = asked[: layout.num_workers]
+    check_devices(layout, len(asked))
+    num_threads = max(1, len(os.sched_getaffinity(0)) // len(asked))
+    others = tuple(dict.fromkeys(asked))
+    places = tuple(
+        Place(
+            role,
+            cpus=(),
+            num_threads=num_threads,
+            gpus=(own, *(gpu for gpu in others if gpu != own)),
+            gpu_share=asked.count(own),
+            instance=instance,
+            rank=rank,
+        )
+        for (role, instance, rank), own in zip(seats(layout), asked, strict=True)
+    )
+    return Placed(layout, places, ())
+
+
+def place_on_cpus(config: EngineConfig, gpus: Gpus) -> Placed:
+    """A worker on each share of the cores; says so where somebody may expect GPUs."""
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
+    layout = choose_layout(config.layout, min(2, len(cpus)))
+    notes = []
+    if config.gpus is not None:
+        check_devices(layout, len(parse_gpus(config.gpus)))
+        notes.append(f"CPU workers stand in for --gpus {config.gpus}: {gpus.obstacle}")
+    elif gpus.found and config.device == "auto":
+        notes.append(f"GPUs are here but not used: {gpus.obstacle}")
+    notes += without_effect(config, GPU_SETTINGS, "CPU")
+    places, more = share_cores(seats(layout), cpus)
+    return Placed(layout, places, (*notes, *more))
+
+
+def place_simulated(config: EngineConfig) -> Placed:
+    """A worker for each rank. They mostly sleep: no core is anybody's own."""
+    asked = None if config.gpus is None else len(parse_gpus(config.gpus))
+    layout = choose_layout(config.layout, asked or SIM_DEVICES)
+    if asked is not None:
+        check_devices(layout, asked)
+    places = tuple(
+        Place(role, cpus=(), num_threads=1, instance=instance, rank=rank)
+        for role, instance, rank in seats(layout)
+    )
+    return Placed(layout, places, tuple(without_effect(config, REAL_SETTINGS, "simulated")))
+
+
+def without_effect(config: EngineConfig, names: tuple[str, ...], kind: str) -> list[str]:
+    """A note on those of these settings that were changed and that such workers do not heed."""
+    default = EngineConfig()
+    changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+    return [f"no effect on {kind} workers: {options}"] if changed else []
+
+
+class Seat(NamedTuple):
+    """One worker of a layout."""
+
+    role: Role
+    instance: int
+    rank: int
+
+
+def seats(layout: Layout) -> tuple[Seat, ...]:
+    """A layout's workers, in order."""
+    return tuple(
+        Seat(group.role, instance, rank)
+        for instance, group in enumerate(layout.instances)
+        for rank in range(group.shape.num_workers)
+    )
+
+
+def choose_layout(text: str | None, num_devices: int) -> Layout:
+    """The layout asked for, or half the devices for each phase. ConfigError for a handoff between
+    pages that are cut in unequal ways."""
+    split = f"{num_devices // 2}p{num_devices - num_devices // 2}d" if num_devices > 1 else "1m"
+    layout = parse_layout(split if text is None else text)
+    cuts = {(group.shape.tp, group.shape.pp) for group in layout.groups}
+    if len(cuts) > 1 and Role.PREFILL in layout.roles:
+        raise ConfigError(
+            f"layout {layout}: a handoff between instances of different tp or pp is not supported"
+            " yet; give both phases the same"
+        )
+    return layout
+
+
+def check_shapes(layout: Layout, model: ModelConfig) -> None:
+    """ConfigError for shapes that a model does not admit, or that nobody can compute."""
+    for group in layout.groups:
+        try:
+            check_fits(model, group.shape)
+        except ModelError as problem:
+            raise ConfigError(f"layout {layout}: {problem}") from None
+        if group.shape.ep > 1 and group.shape.pp > 1:
+            raise ConfigError(
+                f"layout {layout}: ranks that share experts compute each pass together, without"
+                f" stages: give {replace(group, shape=replace(group.shape, pp=1))}"
+            )
+
+
+def largest_part(model: ModelConfig, shape: Shape) -> ModelConfig:
+    """What a worker of such an instance has at most of a model: in layers, heads and widths."""
+    moe = model.moe
+    if moe is not None:
+        moe = replace(moe, num_experts=-(-moe.num_experts // shape.ep))
+    shards = [Shard(model, ShardPlace.of(shape, rank)) for rank in range(shape.team_size)]
+    parts = [replace(one.config, num_layers=len(one.layers), moe=moe) for one in shards]
+    return max(parts, key=lambda part: (part.kv_bytes_per_token(1), part.num_weights))
+
+
+def share_cores(
+    workers: tuple[Seat, ...], cpus: tuple[int, ...]
+) -> tuple[tuple[Place, ...], tuple[str, ...]]:
+    """Disjoint cores for each worker while they last, one thread for each core."""
+    count = len(workers)
+    if count > len(cpus):
+        note = (
+            f"{count} workers share {len(cpus)} cores: steps will take turns,"
+            " expect uneven times per token"
+        )
+        shared = tuple(
+            Place(role, (cpus[index % len(cpus)],), 1, instance=instance, rank=rank)
+            for index, (role, instance, rank) in enumerate(workers)
+        )
+        return shared, (note,)
+    places, first = [], 0
+    for index, (role, instance, rank) in enumerate(workers):
+        share = len(cpus) // count + (index < len(cpus) % count)
+        own = cpus[first : first + share]
+        places.append(Place(role, own, share, instance=instance, rank=rank))
+        first += share
+    return tuple(places), ()

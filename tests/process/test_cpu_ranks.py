@@ -1,0 +1,77 @@
+"""Ranks that share experts, as processes with gloo between them: the tokens of one worker."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import Connect, Nodes, audit
+from tests.process.test_lost_workers import all_ready
+from tests.process.test_node import settled
+from tests.process.test_sim_node import same_steps, workers_by_instance
+from tests.reference import hub
+
+pytestmark = pytest.mark.slow
+
+NUM_TOKENS = 16
+PROMPTS = [[(7 * i + 31 * number) % 200 + 1 for i in range(3 + 30 * number)] for number in range(5)]
+SETTINGS = {"real": True, "max_model_len": 256, "dtype": "float32", "kv_memory": 4 << 20}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3-moe")
+    hub.write("qwen3-moe", folder)
+    (folder / "tokenizer.json").write_text("{}")  # has to be there; nobody sends text
+    return folder
+
+
+async def serve(nodes: Nodes, connect: Connect, model: Path, layout: str) -> list[list[int]]:
+    """Greedy tokens of all prompts at once, and then of one alone, beside whom other ranks have
+    nothing to do."""
+    node = nodes.start(layout=layout, model=str(model), **SETTINGS)
+    client = await connect(node)
+    for number, prompt in enumerate(PROMPTS):
+        client.submit(number, prompt, max_tokens=NUM_TOKENS)
+    await client.finish(*range(len(PROMPTS)))
+    client.submit(len(PROMPTS), PROMPTS[1], max_tokens=NUM_TOKENS)
+    await client.finish(len(PROMPTS))
+    if "ep" in layout:
+        await same_steps(client)
+    await settled(client)
+    assert not audit(node)
+    nodes.end()
+    nodes.running.clear()
+    return [client.tokens[number] for number in range(len(PROMPTS) + 1)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return []
+
+
+@pytest.mark.parametrize("layout", ["1m:ep2", "1p:ep2,1d:ep2", "1m:tp2.ep2"])
+async def test_ranks_give_the_tokens_of_one_worker(
+    nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]], layout: str
+) -> None:
+    if not expected:
+        expected += await serve(nodes, connect, model, "1m")
+        assert expected[-1] == expected[1]
+    assert await serve(nodes, connect, model, layout) == expected
+
+
+async def test_a_rank_lost_in_a_pass_costs_no_token(
+    nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]]
+) -> None:
+    if not expected:
+        expected += await serve(nodes, connect, model, "1m")
+    node = nodes.start(layout="1m:ep2", model=str(model), restart_delay=0.0, **SETTINGS)
+    client = await connect(node)
+    for number, prompt in enumerate(PROMPTS):
+        client.submit(number, prompt, max_tokens=NUM_TOKENS)
+    await client.read_until(lambda: len(client.tokens) == len(PROMPTS))
+    order = nodes.order("kill", 1, "decode")
+    await client.finish(*range(len(PROMPTS)))
+    assert [client.tokens[number] for number in range(len(PROMPTS))] == expected[:-1]
+    assert not order.exists()
+    ranks = workers_by_instance(await all_ready(client, restarts=2))[0]
+    assert [worker["restarts"] for worker in ranks] == [1, 1]

@@ -1,0 +1,94 @@
+"""Simulated instances whose workers follow a leader: streams, handoffs, followers that fail."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from nodeserve.wire.messages import Abort, Stop
+from tests.fakes.faults import TIMEOUT_S
+from tests.fakes.sim_worker import expected_stream
+from tests.process.conftest import Connect, Nodes, names_of
+from tests.process.test_lost_workers import all_ready
+from tests.process.test_node import settled
+from tests.process.test_sim_node import prompt_of, serve_many, workers_by_instance
+
+pytestmark = pytest.mark.slow
+
+
+def followers(stats: dict[str, Any]) -> list[int]:
+    return [one["index"] for one in stats["workers"] if one["leader"] != one["index"]]
+
+
+LAYOUTS = {
+    "1m:tp2": [1],
+    "2p:tp2,2d:tp2": [1, 3, 5, 7],
+    "1p:tp2.pp2,1d:tp2.pp2": [1, 2, 3, 5, 6, 7],
+    "1p:tp2.ep2,1d:tp2.ep2": [1, 3, 5, 7],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_a_team_serves_as_one(nodes: Nodes, connect: Connect, layout: str) -> None:
+    node = nodes.start(layout=layout, device="sim")
+    assert not names_of(node.pid), "no name is left once everybody has mapped everything"
+    client = await connect(node)
+    await serve_many(client, 20, 12)
+    stats = await settled(client)
+    assert followers(stats) == LAYOUTS[layout]
+    for worker in stats["workers"]:
+        follows = worker["index"] in LAYOUTS[layout]
+        assert worker["state"] == "ready" and bool(worker["steps"]) is not follows
+        assert bool(worker["num_blocks"]) is not follows
+    client.submit(100, [1, 2, 3], max_tokens=900)
+    await client.read_until(lambda: 100 in client.tokens)
+    client.send(Abort(100))
+    await client.finish(100)
+    await settled(client)
+    client.send(Stop(True))
+    await client.read_to_end()
+    assert node.wait() == 0
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop", "hang", "exception", "torn"])
+@pytest.mark.parametrize("victim", [1, 3])
+async def test_a_follower_that_fails_in_a_step_costs_no_token(
+    nodes: Nodes, connect: Connect, fault: str, victim: int
+) -> None:
+    """Worker 1 follows a prefill leader, worker 3 one that decodes."""
+    settings = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0}
+    node = nodes.start(layout="1p:tp2,1d:tp2", device="sim", **settings)
+    client = await connect(node)
+    for number in range(6):
+        client.submit(number, prompt_of(number), max_tokens=60)
+    if victim == 3:
+        await client.read_until(lambda: len(client.tokens) == 6)
+    order = nodes.order(fault, victim, "follow")
+    for number in range(6, 9):
+        client.submit(number, prompt_of(number), max_tokens=60)
+    await client.finish(*range(9))
+    for number in range(9):
+        assert client.tokens[number] == expected_stream(prompt_of(number), 60)
+        assert [end.reason for end in client.ends[number]] == ["length"]
+    assert not order.exists()
+    workers = (await all_ready(client, restarts=2))["workers"]
+    lost = victim // 2
+    assert [one["restarts"] for one in workers] == [int(i // 2 == lost) for i in range(4)]
+    await settled(client)
+
+
+async def test_who_follows_a_killed_leader_goes_with_it(nodes: Nodes, connect: Connect) -> None:
+    node = nodes.start(layout="2m:tp2", device="sim", restart_delay=0.0)
+    client = await connect(node)
+    for number in range(8):
+        client.submit(number, prompt_of(number), max_tokens=60)
+    await client.read_until(lambda: len(client.tokens) == 8)
+    instances = workers_by_instance(await client.stats())
+    before = [worker["pid"] for worker in instances[0]]
+    os.kill(before[0], signal.SIGKILL)
+    await client.finish(*range(8))
+    for number in range(8):
+        assert client.tokens[number] == expected_stream(prompt_of(number), 60)
+    after = workers_by_instance(await all_ready(client, restarts=2))[0]
+    assert not {worker["pid"] for worker in after} & set(before)

@@ -1,0 +1,255 @@
+"""A leader's records and its followers' answers, over real rings in one process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from nodeserve.errors import HandoffFailed, TeamError
+from nodeserve.wire.channel import CoordinatorEnd, TeamEnd, TeamRings, WorkerEnd
+from nodeserve.wire.messages import AttachPages, DetachPages, PagesAttached, Probe
+from nodeserve.wire.team import Choose, Forget, Pull, Step
+from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ticket
+from nodeserve.worker.follower import Follower
+from nodeserve.worker.link import LeaderLink
+from nodeserve.worker.peer_seats import PeerSeats
+from nodeserve.worker.team import PART_BYTES, LeaderTeam
+from nodeserve.worker.team_transfer import TeamTransfer
+from tests.fakes.link import FakeLink
+from tests.unit.test_runner import FakeTransfer
+
+
+class Pages(FakeTransfer):
+    """Also says who was cancelled, and which peers' pages are mapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled: list[int] = []
+        self.peers: list[int] = []
+
+    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
+        self.peers.append(worker)
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.append(request_id)
+
+
+class Steps:
+    """What a follower took part in."""
+
+    def __init__(self) -> None:
+        self.plans: list[bytes] = []
+        self.num_choices = 0
+        self.passes = False
+
+    def follow(self, plan: bytes) -> bool:
+        self.plans.append(plan)
+        return self.passes
+
+    def choose(self) -> None:
+        self.num_choices += 1
+
+
+class Member:
+    """A follower whose device is the test."""
+
+    def __init__(self, end: TeamEnd) -> None:
+        self.link, self.steps, self.pages = FakeLink(), Steps(), Pages()
+        seats = PeerSeats(self.pages, [1, 2, 0, 1])
+        leader = LeaderLink(end, self.link.beat)
+        self.loop = Follower(self.link, leader, self.steps, self.pages, seats)
+
+    def turn(self, *moved: Moved) -> None:
+        self.pages.moved.extend(moved)
+        self.loop.turn()
+
+
+class Bench:
+    """A leader's team and its followers, at both ends of real rings."""
+
+    def __init__(self, owner: ExitStack, num_followers: int = 2) -> None:
+        node = f"{os.getpid():x}"
+        made = [CoordinatorEnd(node, f"w{i}", 4096) for i in range(num_followers + 1)]
+        channels = [owner.enter_context(end) for end in made]
+        ends = [owner.enter_context(WorkerEnd(_copied(one.spec))) for one in channels]
+        leading: list[TeamEnd] = []
+        self.members: list[Member] = []
+        for place in range(1, num_followers + 1):
+            specs = channels[0].spec, channels[place].spec
+            rings = owner.enter_context(TeamRings(node, f"t{place}", *specs))
+            for leads, worker in ((True, ends[0]), (False, ends[place])):
+                end = owner.enter_context(TeamEnd(_copied(rings.spec), leads, worker))
+                if leads:
+                    leading.append(end)
+                else:
+                    self.members.append(Member(end))
+        self.inbox = ends[0].inbox
+        self.num_beats = 0
+        self.team = LeaderTeam(leading, self.inbox.wait, self._beat)
+        self.pages = Pages()
+        self.transfer = TeamTransfer(self.pages, self.team, offers_at_once=True)
+
+    def _beat(self) -> None:
+        self.num_beats += 1
+        for member in self.members:
+            member.turn()
+
+    def turn(self) -> None:
+        for member in self.members:
+            member.turn()
+
+
+def _copied(spec: Any) -> Any:
+    """With descriptors of its own, as another process would have."""
+    fds = {name: os.dup(getattr(spec, name)) for name in spec.__slots__ if name.endswith("fd")}
+    return type(spec)(**{**{name: getattr(spec, name) for name in spec.__slots__}, **fds})
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with ExitStack() as owner:
+        yield Bench(owner)
+
+
+def ticket(request_id: int, source: int = 4) -> Ticket:
+    return Ticket(request_id, source, b"\0" * 4, b"\1" * 4)
+
+
+def test_every_follower_takes_part_in_every_step_in_order(bench: Bench) -> None:
+    for plan in (b"one", b"two"):
+        bench.team.step(lambda plan=plan: plan)  # type: ignore[misc]
+    bench.team.choose()
+    bench.turn()
+    for member in bench.members:
+        assert member.steps.plans == [b"one", b"two"] and member.steps.num_choices == 1
+
+
+def test_a_plan_larger_than_a_ring_arrives_whole(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = os.urandom(9 * PART_BYTES + 5)
+    monkeypatch.setattr("nodeserve.worker.team.WAIT_S", 0.0)
+    bench.team.step(lambda: plan)
+    bench.turn()
+    assert [member.steps.plans for member in bench.members] == [[plan], [plan]]
+    assert bench.num_beats > 0, "the ring was full, and the leader gave signs of life"
+
+
+@pytest.mark.parametrize("record", [Step(2, b""), Step(0, b""), Choose(2)])
+def test_a_follower_that_is_out_of_step_ends(bench: Bench, record: Step | Choose) -> None:
+    bench.team.post(record)
+    with pytest.raises(TeamError, match=f"{record.number}, here 1 was due"):
+        bench.turn()
+
+
+def test_a_leader_hears_how_far_the_last_stage_is(bench: Bench) -> None:
+    bench.members[1].steps.passes = True
+    for _ in range(2):
+        bench.team.step(bytes)
+    bench.turn()
+    assert [bench.team.has_passed(number) for number in (1, 2, 3)] == [True, True, False]
+
+
+def test_the_smallest_member_says_how_many_blocks_there_are(bench: Bench) -> None:
+    for member, num_blocks in zip(bench.members, (70, 50), strict=True):
+        member.loop.stopped = True  # it says that it joined, and does not wait
+        member.loop.run(num_blocks)
+    assert bench.team.least_blocks(60) == 50
+
+
+def test_an_answer_ends_the_leaders_wait(bench: Bench) -> None:
+    """Its inbox is empty, and the wait has no other end."""
+    bench.members[0].steps.passes = True
+    bench.team.step(bytes)
+    bench.members[0].turn()
+    assert bench.inbox.wait(None) is True
+
+
+def test_a_pull_has_landed_when_it_has_everywhere(bench: Bench) -> None:
+    bench.transfer.begin(ticket(7))
+    bench.turn()
+    assert [member.pages.begun for member in bench.members] == [[ticket(7)]] * 2
+    bench.pages.moved.append(Landed(7, 100, 0.25))
+    bench.members[0].turn(Landed(7, 100, 0.5))
+    assert bench.transfer.poll() == []
+    bench.members[1].turn(Landed(7, 100, 0.125))
+    assert bench.transfer.poll() == [Landed(7, 300, 0.5)]
+
+
+def test_the_first_that_fails_fails_it_for_all(bench: Bench) -> None:
+    bench.transfer.begin(ticket(7))
+    bench.members[0].pages.problem = HandoffFailed("no such pages")
+    bench.turn()
+    [failed] = bench.transfer.poll()
+    assert isinstance(failed, CopyFailed) and "no such pages" in str(failed.problem)
+    bench.turn()
+    assert bench.pages.cancelled == [7] == bench.members[1].pages.cancelled
+    bench.members[1].pages.begun.clear()
+    assert bench.transfer.poll() == []
+
+
+def test_an_answer_to_an_earlier_pull_of_a_request_does_not_count(bench: Bench) -> None:
+    """The source was lost and the request came back, while a follower had the old pages."""
+    bench.transfer.begin(ticket(7))
+    bench.turn()
+    bench.members[0].turn(Landed(7, 1, 0.0))
+    bench.members[1].turn(Landed(7, 1, 0.0))
+    assert bench.transfer.detach(4) == [7]
+    bench.transfer.begin(ticket(7, source=6))
+    bench.pages.moved.append(Landed(7, 100, 0.0))
+    assert bench.transfer.poll() == [], "only the leader has the new pages"
+    bench.turn()
+    for member in bench.members:
+        member.turn(Landed(7, 100, 0.0))
+    assert bench.transfer.poll() == [Landed(7, 300, 0.0)]
+
+
+def test_a_cancelled_pull_is_forgotten_before_the_next_step(bench: Bench) -> None:
+    bench.transfer.begin(ticket(7))
+    bench.transfer.cancel(7)
+    bench.team.step(bytes)
+    records = [type(one) for one in bench.members[0].loop._leader.drain()]
+    assert records == [Pull, Forget, Step]
+
+
+def test_pages_that_all_must_copy_first_are_offered_when_all_have(bench: Bench) -> None:
+    transfer = TeamTransfer(bench.pages, bench.team, offers_at_once=False)
+    assert transfer.offer(7, b"\1\0\0\0") is None
+    bench.turn()
+    assert transfer.poll() == [Offered(7, b"\1\0\0\0")]
+    for member in bench.members:
+        member.pages.offers_late = True
+    assert transfer.offer(8, b"\2\0\0\0") is None
+    bench.turn()
+    bench.members[0].turn(Offered(8, b"\2\0\0\0"))
+    bench.members[1].turn(Offered(8, b"\3\0\0\0"))
+    [failed] = transfer.poll()
+    assert isinstance(failed, CopyFailed) and "different pages" in str(failed.problem)
+
+
+def test_a_member_maps_the_pages_of_its_own_place(bench: Bench) -> None:
+    member = bench.members[0]
+    for worker, place in ((4, [0, 2, 0, 1]), (5, [1, 2, 0, 1])):
+        member.link.inbox.append(AttachPages(worker, -1, 0, b"", 4, place))
+    member.turn()
+    assert member.link.said == [PagesAttached(4), PagesAttached(5)]
+    assert member.pages.peers == [4], "under the name that pulls give"
+    bench.transfer.begin(ticket(7))
+    member.turn()
+    member.link.inbox.append(DetachPages(5))
+    member.turn()
+    assert member.pages.begun == []
+
+
+def test_what_is_for_leaders_ends_a_follower(bench: Bench) -> None:
+    bench.members[0].link.inbox.append(Probe())
+    with pytest.raises(TeamError, match="Probe is for leaders"):
+        bench.turn()
+
+
+def test_followers_leave_with_their_leader(bench: Bench) -> None:
+    bench.team.leave()
+    bench.turn()
+    assert all(member.loop.stopped for member in bench.members)
