@@ -34,30 +34,32 @@ class Checkpoint:
     served_name: str
 
 
-def resolve(model: str | None = None, load_format: str = "auto") -> Checkpoint:
+def resolve(
+    model: str | None = None, load_format: str = "auto", model_impl: str = "auto"
+) -> Checkpoint:
     """The checkpoint that `model` names; None is the embedded default.
 
     A name is a .gguf file, a folder, or else a model of the hub ("organisation/model"). With
     load_format "dummy" a folder needs no more than its config.json: without a tokenizer, clients
-    send token ids.
+    send token ids. `model_impl` is one of config_readers.MODEL_IMPLS.
     """
     if model is None:
-        return _open(_embedded_file(), EMBEDDED_NAME)
+        return _open(_embedded_file(), EMBEDDED_NAME, model_impl)
     path = Path(model).expanduser()
     if path.exists():
         path = path.resolve()  # clients read the tokenizer from wherever they are
     if path.is_file() and path.suffix == ".gguf":
-        return _open(path, path.stem)
+        return _open(path, path.stem, model_impl)
     if path.is_dir():
         if load_format == "dummy" and not has_all_files(path):
-            return Checkpoint(path, "config", folder_config(path), path.name)
-        return _open(path, path.name)
+            return Checkpoint(path, "config", folder_config(path, model_impl), path.name)
+        return _open(path, path.name, model_impl)
     if path.exists():
         if path.suffix in _PICKLED:
             raise _pickled(path)
         raise ModelError(f"{model} is neither a .gguf file nor a folder")
     if _HUB_NAME.fullmatch(model) and path.suffix != ".gguf":
-        return _open(_from_hub(model), model)
+        return _open(_from_hub(model), model, model_impl)
     raise ModelError(
         f"no model at {model}: give a .gguf file, a folder with config.json and *.safetensors, "
         "or a hub name (organisation/model)"
@@ -69,10 +71,12 @@ def has_all_files(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) and (folder / "tokenizer.json").is_file()
 
 
-def _open(path: Path, served_name: str) -> Checkpoint:
+def _open(path: Path, served_name: str, model_impl: str) -> Checkpoint:
     if path.is_file():
+        if model_impl == "transformers":
+            raise ModelError(f"{path}: transformers' code runs folders of the hub, not GGUF files")
         return Checkpoint(path, "gguf", gguf_config(GgufFile(path)), served_name)
-    config = folder_config(path)
+    config = folder_config(path, model_impl)
     if not any(path.glob("*.safetensors")):
         if pickled := next((one for one in path.iterdir() if one.suffix in _PICKLED), None):
             raise _pickled(pickled)

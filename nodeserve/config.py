@@ -96,6 +96,14 @@ class OptConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignConfig:
+    """A model that transformers' own code computes."""
+
+    folder: str
+    model_type: str  # as its config.json has it
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a decoder looks like, whatever file format said so. Read without torch."""
 
@@ -120,6 +128,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     moe: MoeConfig | None = None
     opt: OptConfig | None = None
+    foreign: ForeignConfig | None = None
     mla: MlaConfig | None = None  # then num_kv_heads is 1: all heads read the same latents
     # Of matrices that the files keep in FP8: rows and columns that share a scale.
     fp8_block: tuple[int, int] | None = None
@@ -236,6 +245,7 @@ class EngineConfig:
     load_format: str = (
         "auto"  # auto: the checkpoint's weights; dummy: random ones from a fixed seed
     )
+    model_impl: str = "auto"  # whose code computes it: nodeserve, transformers; auto: who can
     workload: str | None = None  # that layout "auto" is planned for
     # For simulated devices, and to plan with.
     profile: str | None = None  # whose passes are timed: a name that profile_store knows
@@ -297,6 +307,7 @@ class WorkerSpec:
     board_fd: int = -1  # inherited descriptor of the memory that the instance's ranks share
     bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its workers, in their order
     simulated: Simulated | None = None  # with device "sim"
+    model_impl: str = "auto"  # "auto", "nodeserve" or "transformers"
 
     @property
     def team_size(self) -> int:

@@ -178,6 +178,11 @@ def _scaled(units: range, width: int) -> range:
 
 def check_fits(config: ModelConfig, shape: Shape) -> None:
     """ModelError says which degrees a model admits, if these are too many."""
+    if config.foreign is not None and shape.num_workers > 1:
+        raise ModelError(
+            f"{config.foreign.model_type} runs as transformers' code, on one worker an instance:"
+            f" use instances of one worker, not {shape}"
+        )
     for name, degree, limit, what in (
         ("tp", shape.tp, config.num_heads, "attention heads"),
         ("pp", shape.pp, config.num_layers, "layers"),

@@ -79,14 +79,16 @@ def own_context(config: EngineConfig, model: Profile | Family) -> int:
     if config.device == "sim":
         assert isinstance(model, Profile)
         return model.max_model_len
-    return resolve_checkpoint(config.model, config.load_format).config.max_position
+    return resolve_checkpoint(
+        config.model, config.load_format, config.model_impl
+    ).config.max_position
 
 
 def measured_name(config: EngineConfig, gpus: Gpus) -> str:
     """The name under which `nodeserve profile` stores this model on this machine."""
     if config.device == "sim":
         raise ConfigError("--device sim needs a --profile, also with --layout auto")
-    model = resolve_checkpoint(config.model, config.load_format).served_name
+    model = resolve_checkpoint(config.model, config.load_format, config.model_impl).served_name
     kind = gpus.found[0].name if config.device != "cpu" and gpus.usable else "cpu"
     name = profile_store.name_for(model, kind)
     if name not in profile_store.stored_names():

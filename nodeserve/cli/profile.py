@@ -68,7 +68,7 @@ def profile(
     on_gpus = config.device != "cpu" and gpus.usable
     cores = len(os.sched_getaffinity(0))
     count = workers or min(2, len(gpus.found) if on_gpus else cores)
-    checkpoint = resolve_checkpoint(config.model, config.load_format)
+    checkpoint = resolve_checkpoint(config.model, config.load_format, config.model_impl)
     kind = gpus.found[0].name if on_gpus else "cpu"
     name = name or profile_store.name_for(checkpoint.served_name, kind)
     profile_store.check_name(name)

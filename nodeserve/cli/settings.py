@@ -71,6 +71,8 @@ ENGINE_HELP = {
     "dtype": "auto, bfloat16, float16 or float32.",
     "served_model_name": "The name that clients see. [default: from the model]",
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",
+    "model_impl": "Whose code computes the model: nodeserve, transformers (any decoder, slower), or"
+    " auto: transformers for what nodeserve does not know.",
     "profile": f"Whose passes --device sim imitates: {', '.join(PROFILES)}, or one that `nodeserve"
     " profile` stored. With --layout auto: what the layout is planned with.",
     "workload": "With --layout auto: the requests to expect, a name as in `nodeserve plan`."

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nodeserve.config import ModelConfig
-from nodeserve.config_readers import deepseek, llama, moe, opt
+from nodeserve.config_readers import deepseek, foreign, llama, moe, opt
 from nodeserve.errors import ModelError
 from nodeserve.model_files import Fields, read_json
 from nodeserve.types import shown
@@ -30,13 +30,23 @@ READERS: dict[str, Reader] = {
 }
 
 
-def folder_config(folder: Path) -> ModelConfig:
-    """The shape in a folder's config.json, with the end tokens of generation_config.json."""
+MODEL_IMPLS = ("auto", "nodeserve", "transformers")  # whose code computes a model
+
+
+def folder_config(folder: Path, model_impl: str = "auto") -> ModelConfig:
+    """The shape in a folder's config.json, with the end tokens of generation_config.json.
+
+    What is no family of ours is read for transformers' code, unless `model_impl` says otherwise.
+    """
     path = folder / "config.json"
     fields = Fields(read_json(path), str(path))
     name = fields.get("model_type")
-    if not isinstance(name, str) or name not in READERS:
-        raise ModelError(
-            f"{path}: architecture {shown(name)} is not supported, only {', '.join(READERS)}"
-        )
-    return READERS[name](fields, folder)
+    known = isinstance(name, str) and name in READERS
+    if known and model_impl != "transformers":
+        return READERS[str(name)](fields, folder)
+    if model_impl != "nodeserve" and foreign.is_decoder(fields):
+        return foreign.read(fields, folder)
+    raise ModelError(
+        f"{path}: architecture {shown(name)} is not supported, only {', '.join(READERS)}"
+        + ("" if model_impl == "nodeserve" else ", or a decoder that transformers has code for")
+    )

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass, replace
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig, Simulated
+from nodeserve.config import EngineConfig, ModelConfig, Simulated
+from nodeserve.config_readers import MODEL_IMPLS
 from nodeserve.coordinator.places import (
     Place,
     check_shapes,
@@ -47,6 +48,7 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu", "sim"),
     "dtype": ("auto", *DTYPE_BYTES),
     "load_format": ("auto", "dummy"),
+    "model_impl": MODEL_IMPLS,
     "attention_backend": ("auto", "flash-attn", "torch", "triton", "reference"),
     "handoff": ("auto", "ipc", "host"),
     "admission": ADMISSIONS,
@@ -84,6 +86,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     if config.device == "sim":
         return resolve_simulated(config, checkpoint)
     on_gpus = config.device != "cpu" and gpus.usable
+    foreign = foreign_notes(checkpoint.config, on_gpus)
     layout, places, notes = place_on_gpus(config, gpus) if on_gpus else place_on_cpus(config, gpus)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
@@ -120,7 +123,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
         startup_timeout_s=config.startup_timeout or default_timeout_s(weight_bytes),
         policies=policies_of(config, max_num_seqs, budget),
         simulated=None,
-        notes=notes,
+        notes=(*notes, *foreign),
     )
 
 
@@ -194,6 +197,21 @@ def check_names(config: EngineConfig) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {value}: use {', '.join(rest)} or {last}"
             )
+
+
+def foreign_notes(model: ModelConfig, on_gpus: bool) -> tuple[str, ...]:
+    """What to know of a model that transformers' code computes; ConfigError where it cannot."""
+    if model.foreign is None:
+        return ()
+    if on_gpus:
+        raise ConfigError(
+            f"{model.foreign.model_type} runs as transformers' code, on CPUs only so far:"
+            " give --device cpu"
+        )
+    return (
+        f"{model.foreign.model_type} runs as transformers' own code: slower than nodeserve's"
+        " families (docs/models.md)",
+    )
 
 
 def check_device(config: EngineConfig, gpus: Gpus) -> None:

@@ -13,7 +13,7 @@ from nodeserve.shards import Shard, check_fits
 from nodeserve.types import Role
 
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
-REAL_SETTINGS = ("dtype", "load_format", *GPU_SETTINGS)
+REAL_SETTINGS = ("dtype", "load_format", "model_impl", *GPU_SETTINGS)
 SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
 
 

@@ -62,7 +62,7 @@ def serve(
 ) -> int:
     """Run a node until it is stopped; its exit code, see ending.py. `gpus`: those it may use."""
     on_event(StartEvent("model", None, 0, 1, config.model or "embedded demo model"))
-    checkpoint = resolve_checkpoint(config.model, config.load_format)
+    checkpoint = resolve_checkpoint(config.model, config.load_format, config.model_impl)
     plan = resolve(config, checkpoint, gpus)
     on_event(StartEvent("model", None, 1, 1, plan.config.served_model_name or ""))
     for note in plan.notes:

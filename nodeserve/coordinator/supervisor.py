@@ -229,6 +229,7 @@ class Supervisor:
             pages_fd=link.pages_fd,
             channel=asdict(link.channel.spec),
             load_format=config.load_format,
+            model_impl=config.model_impl,
             gpus=place.gpus,
             gpu_share=place.gpu_share,
             gpu_memory_utilization=config.gpu_memory_utilization,

@@ -24,6 +24,6 @@ def make_ops(
     if dtype not in DTYPE_NAMES:
         names = ", ".join(DTYPE_NAMES.values())
         raise ModelError(f"dtype {dtype} is not supported on CPU; supported: {names}")
-    if refusal(config, block_size) is not None:
+    if config.foreign is not None or refusal(config, block_size) is not None:
         return TorchOps(dtype)
     return CpuOps(config, dtype, num_threads, cpus, isa)

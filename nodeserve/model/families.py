@@ -10,7 +10,7 @@ import torch
 
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
-from nodeserve.model import deepseek, llama, moe, opt
+from nodeserve.model import deepseek, foreign, llama, moe, opt
 from nodeserve.model.decoder import Progress, Stage, Weights
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Ops
@@ -64,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "opt": Family(opt.build, opt.shape_of, opt.CUTS),
+    "transformers": Family(foreign.build, foreign.shape_of, {}),
 }
 
 

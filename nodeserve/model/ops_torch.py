@@ -19,7 +19,14 @@ from nodeserve.model.kv import KvLayout
 from nodeserve.model.mla_torch import TorchMlaAttention
 from nodeserve.model.ops import AddNorm, Op, Reduce
 from nodeserve.model.quantised import Weight, dense
-from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over, rms_norm
+from nodeserve.model.step_torch import (
+    TorchCache,
+    TorchStep,
+    attend_pages,
+    begin_step,
+    cache_over,
+    rms_norm,
+)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -58,28 +65,10 @@ class TorchAttention:
         pages[step.blocks, 1, :, step.slots] = v.to(pages.dtype)
 
     def attend(self, step: TorchStep, query: torch.Tensor, out: torch.Tensor) -> None:
-        for seq, (first, last, context) in enumerate(step.spans):
-            rows = query[first:last].view(last - first, self._config.num_heads, -1)
-            seen = self._one_sequence(step, seq, rows.float(), context)
-            out[first:last].copy_(seen.flatten(1))
-
-    def _one_sequence(
-        self, step: TorchStep, seq: int, rows: torch.Tensor, context: int
-    ) -> torch.Tensor:
-        """rows and result [tokens, num_heads, head_dim] float32, the last ones of `context`."""
         config = self._config
-        block_size = step.pages.size(4)
-        blocks = step.block_table[seq, : -(-context // block_size)]
-        pages = step.pages[blocks, self._layer].permute(1, 2, 0, 3, 4)  # [2, kv, blocks, size, dim]
-        keys, values = pages.flatten(2, 3)[:, :, :context].float()
-        group = config.num_heads // config.num_kv_heads
-        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-        scores = torch.einsum("thd,hcd->htc", rows, keys) * config.head_dim**-0.5
-        row = torch.arange(context - rows.size(0), context, device=rows.device)[:, None]
-        distance = row - torch.arange(context, device=rows.device)
-        window = config.window_of(self._layer) or context
-        scores.masked_fill_((distance < 0) | (distance >= window), -torch.inf)
-        return torch.einsum("htc,hcd->thd", scores.softmax(-1), values)
+        rows = query.view(query.size(0), config.num_heads, -1).float()
+        scale, window = config.head_dim**-0.5, config.window_of(self._layer)
+        out.copy_(attend_pages(step, self._layer, rows, scale, window).flatten(1))
 
 
 class TorchOps:

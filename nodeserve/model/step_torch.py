@@ -56,3 +56,41 @@ def begin_step(inputs: StepInputs, cache: TorchCache, device: torch.device) -> T
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def attend_pages(
+    step: TorchStep,
+    layer: int,
+    query: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """query and result [num_tokens, num_heads, head_dim] float32: attention of each token to those
+    of its sequence up to itself, the last `window` of them, over one layer's keys and values.
+
+    Scores beyond `softcap` are bent towards it.
+    """
+    out = torch.empty_like(query)
+    for seq, (first, end, context) in enumerate(step.spans):
+        rows = query[first:end]
+        keys, values = _keys_and_values(step, layer, seq, context, query.size(1))
+        scores = torch.einsum("thd,hcd->htc", rows, keys) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        row = torch.arange(context - rows.size(0), context, device=rows.device)[:, None]
+        distance = row - torch.arange(context, device=rows.device)
+        scores.masked_fill_((distance < 0) | (distance >= (window or context)), -torch.inf)
+        out[first:end] = torch.einsum("htc,hcd->thd", scores.softmax(-1), values)
+    return out
+
+
+def _keys_and_values(
+    step: TorchStep, layer: int, seq: int, context: int, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_heads, context, head_dim] float32 each"""
+    blocks = step.block_table[seq, : -(-context // step.pages.size(4))]
+    pages = step.pages[blocks, layer].permute(1, 2, 0, 3, 4)  # [2, kv, blocks, size, dim]
+    keys, values = pages.flatten(2, 3)[:, :, :context].float()
+    group = num_heads // keys.size(0)
+    return keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)

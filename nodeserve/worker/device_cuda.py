@@ -38,7 +38,7 @@ def load(
     dtype = kv.dtype_named(spec.dtype)
     torch.set_num_threads(spec.num_threads)  # they fill the buffers that weights go through
     runtime = CudaRuntime() if runtime is None else runtime
-    found = checkpoint.resolve(spec.model, spec.load_format)
+    found = checkpoint.resolve(spec.model, spec.load_format, spec.model_impl)
     shard = Shard(found.config, place_of(spec))
     parts = parts_of(spec, shard.config, dtype, runtime)
     progress("device", 1, 1)

@@ -13,7 +13,8 @@ from nodeserve.layout import Shape
 from nodeserve.model import families, kv, parallel
 from nodeserve.model.backend import make_ops
 from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared, evenly
-from nodeserve.model.group import Groups
+from nodeserve.model.experts import Exchanged, one_by_one
+from nodeserve.model.group import Alone, Groups
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops_cpu import CpuOps
@@ -108,6 +109,7 @@ def test_tensor_ranks_share_experts_too(checkpoints: list[Checkpoint], tmp_path:
 
 # -- copies of experts ----------------------------------------------------------------------------
 
+CPU = torch.device("cpu")
 MOE = MoeConfig(num_experts=6, num_active=2, intermediate_size=24, shared_intermediate_size=8)
 LAYER = ModelConfig("mixtral", 8, 32, 24, 1, 1, 1, 16, 64, 1e-5, 1e4, moe=MOE)
 
@@ -151,6 +153,22 @@ def test_copies_of_hot_experts_change_no_bit(tmp_path: Path) -> None:
         alone, everything = run_layer(Place(ep_rank=rank), Groups.alone(), held)
         assert everything == list(range(6))
         assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_take_the_copies_of_an_expert_in_turn(rank: int) -> None:
+    """Slots 0 and 2 hold expert 0, and slot 1 expert 1 alone; ranks begin with another copy."""
+    group = Alone()
+    group.rank = rank
+    held = Exchange(group, ((0, 1), (0, 2)))
+    exchanged = Exchanged(one_by_one(CpuOps(LAYER, torch.float32), 0, _never), held, 3, CPU)
+    slots = exchanged._slots_of(torch.tensor([[0, 1], [0, 2], [2, 0], [1, 0]]))
+    first, second = (0, 2) if rank == 0 else (2, 0)
+    assert slots.tolist() == [[first, 1], [second, 3], [3, first], [1, second]]
+
+
+def _never(place: int) -> Mlp:
+    raise AssertionError(place)
 
 
 def test_experts_are_shared_as_evenly_as_they_can_be() -> None:

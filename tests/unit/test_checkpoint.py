@@ -180,7 +180,7 @@ def test_generation_config_has_the_last_word_on_end_tokens(tmp_path: Path) -> No
         ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
         ({"head_dim": 15}, "must be even"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "does not say low_freq_factor"),
         ({"rope_scaling": [1]}, "rope_scaling is"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),

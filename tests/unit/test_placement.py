@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig, ModelConfig, Simulated
+from nodeserve.config import EngineConfig, ForeignConfig, ModelConfig, Simulated
 from nodeserve.coordinator.placement import Plan, resolve
 from nodeserve.coordinator.places import Seat, choose_layout, share_cores
 from nodeserve.coordinator.policies import Policies, parse_window, policies_of
@@ -34,6 +34,7 @@ REFUSED = {
     "no sequences": (EngineConfig(max_num_seqs=0), "--max-num-seqs must be at least 1"),
     "small budget": (EngineConfig(max_num_batched_tokens=8), "below --max-num-seqs"),
     "dtype": (EngineConfig(dtype="int8"), "--dtype int8: use auto, bfloat16"),
+    "model code": (EngineConfig(model_impl="vllm"), "--model-impl vllm: use auto, nodeserve or"),
     "device": (EngineConfig(device="tpu"), "--device tpu: use auto, cuda, cpu or sim"),
     "attention": (EngineConfig(attention_backend="fa"), "--attention-backend fa: use auto, flash-"),
     "admission": (
@@ -320,3 +321,14 @@ def test_a_start_gets_longer_with_the_model_unless_somebody_says_how_long() -> N
     assert resolve(EngineConfig(layout="1m"), large(10), gpus(1)).startup_timeout_s > 4 * small
     asked = EngineConfig(layout="1m", startup_timeout=7.5)
     assert resolve(asked, large(10), gpus(1)).startup_timeout_s == 7.5
+
+
+def test_a_model_by_other_code_is_told_of_and_runs_on_single_cpu_workers() -> None:
+    model = replace(MODEL, architecture="transformers", foreign=ForeignConfig("x", "gpt2"))
+    checkpoint = replace(CHECKPOINT, config=model)
+    plan = resolve(EngineConfig(layout="1p1d"), checkpoint, NONE)
+    assert [note for note in plan.notes if "gpt2 runs as transformers' own code" in note]
+    with pytest.raises(ConfigError, match="gpt2 .* on CPUs only so far: give --device cpu"):
+        resolve(EngineConfig(layout="1m"), checkpoint, gpus(1))
+    with pytest.raises(ConfigError, match="on one worker an instance"):
+        resolve(EngineConfig(layout="1m:tp2"), checkpoint, NONE)

@@ -75,6 +75,7 @@ def test_gated_experts_equal_plain_torch(device: torch.device, dtype: torch.dtyp
     assert (ours.float().cpu() - wanted).abs().max() < 4 * TOLERANCE[dtype] * wanted.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", hub.SETTINGS)
 def test_families_equal_plain_torch(device: torch.device, family: str, tmp_path: Path) -> None:
     hub.write(family, tmp_path)
@@ -85,6 +86,6 @@ def test_families_equal_plain_torch(device: torch.device, family: str, tmp_path:
     for ops in (TorchOps(torch.float32), CudaOps(torch.float32, device, PlainAttention())):
         model = families.build(config, weights, ops)
         pool = torch.zeros(8 * layout.block_bytes, dtype=torch.uint8, device=ops.device)
-        inputs = whole_prompts([[3], [(7 * i * i) % 211 for i in range(40)], list(range(17))])
+        inputs = whole_prompts([[3], [(7 * i * i) % 211 for i in range(20)], list(range(7))])
         results.append(model.forward(inputs.to(ops.device), ops.cache(layout, pool)).cpu())
     assert (results[1] - results[0]).abs().max() < 3e-5 * results[0].abs().max()
