@@ -81,9 +81,16 @@ def load(
 
 def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
     """Tokens are chosen on the first stage, and only its members take inputs from them."""
+    reduce = meeting.groups.tp.all_reduce
+
+    def share(tokens: torch.Tensor) -> None:
+        values = tokens.float()  # what groups sum; ids are far below 2^24, so none is rounded
+        reduce(values)
+        tokens.copy_(values)
+
     return Together(
         spec.leads,
-        meeting.groups.tp.all_reduce if spec.tp > 1 and meeting.place.is_first else _keep,
+        share if spec.tp > 1 and meeting.place.is_first else _keep,
         ranks_of(spec) if spec.leads else NO_RANKS,
     )
 
