@@ -9,6 +9,7 @@ from nodeserve.model_files import MAX_POSITION, Fields, read_json
 from nodeserve.types import shown
 
 MAX_LAYERS = 4096
+MAX_STRETCH = 1e6  # what YaRN multiplies or divides by: no model's is near, and no float overflows
 
 
 def checked(where: str, config: ModelConfig) -> ModelConfig:
@@ -97,7 +98,7 @@ def _yarn(fields: Fields, rope: Fields, theta: float) -> RopeScaling:
     if theta <= 1.0:
         raise rope.wrong("rope_theta", "above 1 for yarn", theta)
     longest = fields.size("max_position_embeddings", most=MAX_POSITION)
-    factor = rope.number("factor")
+    factor = _stretch(rope, "factor")
     size = _mscale(factor, 1.0)
     if (turned := _weight(rope, "mscale")) and (every := _weight(rope, "mscale_all_dim")):
         size = _mscale(factor, turned) / _mscale(factor, every)
@@ -107,16 +108,24 @@ def _yarn(fields: Fields, rope: Fields, theta: float) -> RopeScaling:
         original_max_position=rope.size(
             "original_max_position_embeddings", longest, most=MAX_POSITION
         ),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=_stretch(rope, "beta_fast", 32.0),
+        beta_slow=_stretch(rope, "beta_slow", 1.0),
         truncate=rope.get("truncate") is not False,
-        attention_factor=rope.number("attention_factor", size),
+        attention_factor=_stretch(rope, "attention_factor", size),
     )
+
+
+def _stretch(rope: Fields, name: str, default: float | None = None) -> float:
+    """A number that may be squared, and divided by, without leaving what a float holds."""
+    number = rope.number(name, default)
+    if not 1 / MAX_STRETCH <= number <= MAX_STRETCH:
+        raise rope.wrong(name, f"{1 / MAX_STRETCH:g} to {MAX_STRETCH:g}", number)
+    return number
 
 
 def _weight(rope: Fields, name: str) -> float:
     """A number that may be 0, which says the same as none."""
-    return rope.number(name) if rope.get(name) else 0.0
+    return _stretch(rope, name) if rope.get(name) else 0.0
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -128,7 +137,7 @@ def yarn_mscale(fields: Fields) -> float:
     """The share of YaRN's factor that queries and keys get in all their numbers."""
     rope = _stated_rope(fields)
     weight = _weight(rope, "mscale_all_dim") if _kind(rope) == "yarn" else 0.0
-    return _mscale(rope.number("factor"), weight) if weight else 1.0
+    return _mscale(_stretch(rope, "factor"), weight) if weight else 1.0
 
 
 def end_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:

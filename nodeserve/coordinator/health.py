@@ -83,8 +83,8 @@ def seat_of(link: WorkerLink) -> Seat:
 def trouble_of(link: WorkerLink) -> str:
     if not link.alive:
         return f"is {link.state}" + (f" ({link.reason})" if link.reason else "")
-    silent_s = link.watchdog.silent_s
-    if silent_s >= max(SILENT_S, SILENT_STEPS * link.counters.step_s):
+    silent_s = link.watchdog.silent_s  # followers tell of no steps, their watchdogs know of them
+    if silent_s >= max(SILENT_S, SILENT_STEPS * link.watchdog.last_step_s):
         return f"has been silent for {silent_s:.0f} s"
     return ""
 

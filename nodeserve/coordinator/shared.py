@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
-from nodeserve.wire.channel import ChannelSpec, TeamRings
+from nodeserve.wire.channel import TEAM_RING_BYTES, ChannelSpec, TeamRings
 
 
 class LockstepFds(NamedTuple):
@@ -50,10 +50,16 @@ def make_lockstep(num_ranks: int) -> LockstepFds:
 
 class Shared:
     """Of one instance, whose workers have these `channels`, in the order of their ranks; each
-    `team_size` of them are a team, and the first of those its leader."""
+    `team_size` of them are a team, and the first of those its leader. `ring_bytes`: of the rings
+    of a team, each way."""
 
     def __init__(
-        self, node_id: str, label: str, channels: Sequence[ChannelSpec], team_size: int
+        self,
+        node_id: str,
+        label: str,
+        channels: Sequence[ChannelSpec],
+        team_size: int,
+        ring_bytes: int = TEAM_RING_BYTES,
     ) -> None:
         self._team_size = team_size
         self._rings: dict[int, TeamRings] = {}  # by the follower's rank
@@ -66,7 +72,7 @@ class Shared:
                 leader = rank - rank % team_size
                 if rank != leader:
                     ends = channels[leader], channel
-                    rings = TeamRings(node_id, f"{label}.{rank}", *ends)
+                    rings = TeamRings(node_id, f"{label}.{rank}", *ends, ring_bytes)
                     self._rings[rank] = opened.enter_context(rings)
             self._opened = opened.pop_all()
 

@@ -30,7 +30,7 @@ from nodeserve.log import about, logger
 from nodeserve.policy.startup import Start
 from nodeserve.policy.watchdog import Watchdog
 from nodeserve.types import MAX_CONSTRAINT_BYTES, Role
-from nodeserve.wire.channel import CoordinatorEnd
+from nodeserve.wire.channel import TEAM_RING_BYTES, CoordinatorEnd
 from nodeserve.wire.messages import Shutdown
 
 WORKER_COMMAND = (sys.executable, "-m", "nodeserve.worker")
@@ -51,6 +51,12 @@ def ring_bytes(max_model_len: int, max_num_seqs: int) -> int:
     """
     largest = max(4 * max_model_len + (32 << 10) + MAX_CONSTRAINT_BYTES, 512 * max_num_seqs)
     return max(MIN_RING_BYTES, 1 << (4 * largest).bit_length())
+
+
+def team_ring_bytes(max_model_len: int) -> int:
+    """Room for the pulls of two full contexts: in each two ids of four bytes for every block, of 16
+    tokens at least."""
+    return max(TEAM_RING_BYTES, 1 << max_model_len.bit_length())
 
 
 def make_pages_fd(node_id: str, index: int) -> int:
@@ -137,7 +143,8 @@ class Supervisor:
             label = f"i{instance}.{ranks[0].num_restarts}"
             channels = [link.channel.spec for link in ranks]
             shape = self._plan.layout.instances[instance].shape
-            self._shared[instance] = Shared(self._node_id, label, channels, shape.team_size)
+            room = team_ring_bytes(self._plan.max_model_len)
+            self._shared[instance] = Shared(self._node_id, label, channels, shape.team_size, room)
 
     async def spawn(self, links: Sequence[WorkerLink]) -> None:
         """Start these; returns when the processes exist, not when they are ready."""

@@ -20,6 +20,7 @@ class Watchdog:
     def __init__(self, timeout_s: float | None = None) -> None:
         self.silent_s = 0.0  # since a turn of its loop was last seen
         self.stuck_s = 0.0  # with work, since some of it was last done
+        self.last_step_s = 0.0
         self._timeout_s = timeout_s
         self._beats = -1
         self._largest_tokens = 0  # of the largest step so far
@@ -29,6 +30,7 @@ class Watchdog:
     def stepped(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens is over."""
         self.stuck_s = 0.0
+        self.last_step_s = seconds
         self._longest_s = max(self._longest_s, seconds)
         if num_tokens > self._largest_tokens:
             self._largest_tokens, self._largest_s = num_tokens, seconds

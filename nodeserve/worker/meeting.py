@@ -1,5 +1,6 @@
 """Where the workers of an instance meet before they can compute together."""
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,4 +47,5 @@ def meet(spec: WorkerSpec, device: torch.device) -> Meeting:
         return Meeting(place, Groups.alone())
     path = f"/proc/self/fd/{spec.rendezvous_fd}"
     store = distributed.FileStore(path, place.shape.num_workers)  # type: ignore[attr-defined]
+    store.set_timeout(datetime.timedelta(seconds=SILENCE_S))  # else it gives up in five minutes
     return Meeting(place, connect(place, store, device, SILENCE_S), store)

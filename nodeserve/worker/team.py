@@ -95,6 +95,7 @@ class LeaderTeam:
         for end in self._ends:
             while not end.outbox.put(record, timeout_s=WAIT_S):
                 self._beat()
+                self._listen()  # it may be waiting for room in the ring to us before it reads on
 
     def answers(self) -> list[AboutPages]:
         """What they said about pages since the last time."""

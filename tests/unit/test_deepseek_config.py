@@ -126,6 +126,10 @@ def test_yarn_without_weights_scales_cos_and_sin(tmp_path: Path) -> None:
     assert config.rope_scaling.attention_factor == pytest.approx(1.3688879)
 
 
+def with_yarn(**changes: object) -> dict[str, Any]:
+    return {**V3, "rope_scaling": {**V3["rope_scaling"], **changes}}
+
+
 def with_quantisation(**changes: object) -> dict[str, Any]:
     return {**V3, "quantization_config": {**V3["quantization_config"], **changes}}
 
@@ -138,6 +142,11 @@ def with_quantisation(**changes: object) -> dict[str, Any]:
         ({**V3, "qk_rope_head_dim": 63}, "qk_rope_head_dim is 63, must be even"),
         ({**V3, "kv_lora_rank": None}, "does not say kv_lora_rank"),
         ({**V3, "rope_theta": 1.0}, "rope_theta is 1.0, must be above 1 for yarn"),
+        (with_yarn(mscale_all_dim=1e300), "mscale_all_dim is 1e\\+300, must be 1e-06 to 1e\\+06"),
+        (with_yarn(mscale=1e300, mscale_all_dim=1.0), "mscale is 1e\\+300, must be"),
+        (with_yarn(beta_slow=5e-324), "beta_slow is 5e-324, must be"),
+        (with_yarn(beta_fast=1e308), "beta_fast is 1e\\+308, must be"),
+        (with_yarn(factor=1e-320), "factor is 1e-320, must be"),
         ({**V3, "moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
         ({**V3, "scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
         ({**V3, "n_group": 7}, "256 experts cannot be in 7 groups"),

@@ -60,7 +60,7 @@ async def test_silence_is_trouble_and_a_long_pass_is_none() -> None:
     assert trouble_of(link) == FINE
     link.watchdog.silent_s = 7.0
     assert trouble_of(link) == "has been silent for 7 s"
-    link.counters.step_s = 3.0
+    link.watchdog.stepped(1, 3.0)
     assert trouble_of(link) == FINE
     link.watchdog.silent_s = 13.0
     assert trouble_of(link) == "has been silent for 13 s"

@@ -1,6 +1,7 @@
 """What the supervisor does without a process: sizes, and lines of any length."""
 
 import asyncio
+import mmap
 import os
 import resource
 import secrets
@@ -12,24 +13,30 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from nodeserve._host import Ring
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.placement import resolve
 from nodeserve.coordinator.places import Place
+from nodeserve.coordinator.shared import Shared
 from nodeserve.coordinator.supervisor import (
     MAX_LINE_BYTES,
     Supervisor,
     describe_exit,
     ring_bytes,
     short_lines,
+    team_ring_bytes,
     worker_environment,
 )
 from nodeserve.errors import ConfigError, RingError
 from nodeserve.gpus import Gpus
+from nodeserve.policy.blocks import blocks_for
 from nodeserve.types import MAX_CONSTRAINT_BYTES, Role
 from nodeserve.wire.channel import SHM, CoordinatorEnd, WorkerEnd
 from nodeserve.wire.messages import TO_WORKER, Prefill, Prompt, Shutdown, pack_ids
+from nodeserve.wire.seal import SEAL_BYTES
+from nodeserve.wire.team import TO_FOLLOWER, Pull
 
 
 async def test_a_long_line_is_cut_and_the_next_ones_are_whole() -> None:
@@ -131,3 +138,20 @@ async def test_a_node_too_large_for_the_machine_is_refused_and_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(os.listdir("/proc/self/fd")) == num_open
     assert not [path for path in SHM.iterdir() if f"-{os.getpid()}-abcd-" in path.name]
+
+
+@pytest.mark.parametrize("max_model_len", [2, 1 << 17, (1 << 20) + 1, 10_000_000])
+def test_a_team_can_be_told_of_the_longest_context(max_model_len: int) -> None:
+    ids = bytes(4 * blocks_for(max_model_len, 16))
+    record = TO_FOLLOWER.encode(Pull(2**63 - 1, 2**63 - 1, 2**31 - 1, ids, ids))
+    room = team_ring_bytes(max_model_len)
+    node = f"{os.getpid():x}"
+    ends = [CoordinatorEnd(node, f"w{index}", 4096) for index in range(2)]
+    with ends[0] as leader, ends[1] as follower:
+        shared = Shared(node, "i0.0", [leader.spec, follower.spec], 2, room)
+        (spec,) = shared.team_of(1)
+        plans = Ring(mmap.mmap(int(spec["plans_fd"]), 0), False)
+        assert plans.capacity == room
+        assert 2 * (len(record) + SEAL_BYTES + 16) <= plans.capacity
+        plans.close()
+        shared.close()

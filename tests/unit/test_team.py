@@ -10,7 +10,8 @@ import pytest
 from nodeserve.errors import HandoffFailed, TeamError
 from nodeserve.wire.channel import CoordinatorEnd, TeamEnd, TeamRings, WorkerEnd
 from nodeserve.wire.messages import AttachPages, DetachPages, PagesAttached, Probe
-from nodeserve.wire.team import Choose, Forget, Pull, Step
+from nodeserve.wire.team import FROM_FOLLOWER, Choose, Forget, Pull, Step
+from nodeserve.wire.team import Landed as CopyLanded
 from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ticket
 from nodeserve.worker.follower import Follower
 from nodeserve.worker.link import LeaderLink
@@ -253,3 +254,33 @@ def test_followers_leave_with_their_leader(bench: Bench) -> None:
     bench.team.leave()
     bench.turn()
     assert all(member.loop.stopped for member in bench.members)
+
+
+class Crowded:
+    """The end of a follower that takes nothing before its own words have been heard."""
+
+    def __init__(self) -> None:
+        self.inbox = self.outbox = self
+        self.said = [FROM_FOLLOWER.encode(CopyLanded(1, 8, 0.5))]
+        self.taken: list[bytes] = []
+        self.num_refused = 0
+
+    def drain(self, max_records: int = 1) -> list[bytes]:
+        said, self.said = self.said, []
+        return said
+
+    def put(self, record: bytes, timeout_s: float) -> bool:
+        if self.said:
+            self.num_refused += 1
+            assert self.num_refused < 3, "each waits for the other"
+            return False
+        self.taken.append(record)
+        return True
+
+
+def test_a_leader_hears_its_followers_while_it_waits_for_room() -> None:
+    end = Crowded()
+    team = LeaderTeam([end], lambda seconds: None, lambda: None)  # type: ignore[list-item]
+    team.choose()
+    assert len(end.taken) == 1
+    assert team.answers() == [CopyLanded(1, 8, 0.5)], "kept for whoever asks"
