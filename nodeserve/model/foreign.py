@@ -173,8 +173,9 @@ def _load(foreign: ForeignConfig, dtype: torch.dtype, attention: PagedAttention)
         ) from None
     quiet: Any = transformers.utils.logging
     quiet.disable_progress_bar()
-    told: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(foreign.folder, **told)
+    config = transformers.AutoConfig.from_pretrained(
+        foreign.folder, local_files_only=True, trust_remote_code=False
+    )
     transformers.AttentionInterface.register(NAME, attention)
     make: Any = transformers.AutoModelForCausalLM
     kind = make._model_mapping[type(config)]
@@ -184,8 +185,14 @@ def _load(foreign: ForeignConfig, dtype: torch.dtype, attention: PagedAttention)
             " another attention"
         )
     if any(Path(foreign.folder).glob("*.safetensors")):
-        told |= {"use_safetensors": True, "dtype": dtype, "attn_implementation": NAME}
-        return make.from_pretrained(foreign.folder, **told)
+        return make.from_pretrained(
+            foreign.folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            attn_implementation=NAME,
+        )
     torch.manual_seed(0)
     return make.from_config(config, dtype=dtype, attn_implementation=NAME)
 

@@ -29,6 +29,12 @@ AMONG_OURSELVES = {
 }
 
 
+def refused(keyword: ast.keyword) -> bool:
+    """Whether it says no, in so many words, to what others may say yes to."""
+    no = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+    return no and keyword.arg == "trust_remote_code"
+
+
 def names_of(node: ast.AST) -> Iterator[str]:
     """What a piece of syntax imports, calls or passes by a name that could be unsafe."""
     match node:
@@ -41,7 +47,7 @@ def names_of(node: ast.AST) -> Iterator[str]:
         case ast.Call(func=function, keywords=keywords):
             name = ast.unparse(function)
             yield name if "." not in name else ".".join(name.split(".")[-2:])
-            yield from (f"{keyword.arg}=" for keyword in keywords)
+            yield from (f"{keyword.arg}=" for keyword in keywords if not refused(keyword))
         case ast.Constant(value=str(text)) if text in UNSAFE_WORDS:
             yield f"{text}="
 
@@ -72,6 +78,8 @@ def unsafe_module(name: str) -> bool:
         "eval(text)",
         "exec(text)",
         "f(trust_remote_code=True)",
+        "f(trust_remote_code=told)",
+        "f(weights_only=False)",
         "f(**{'trust_remote_code': True})",
         "subprocess.run(text, shell=True)",
         "os.system(text)",
