@@ -6,6 +6,10 @@ The coordinator, with its real rings, socket and policy, runs on one core; a wor
 pre-made records and the clients share the other. Its rate therefore has two readings: tokens over
 wall time (what this machine streamed, clients and worker included) and tokens over the
 coordinator's own CPU time (what one core of it can stream once the others keep up).
+
+A record costs far more than a token in it, and how many it carries is not set here: the worker runs
+as far ahead as its ring lets it, with the requests that the coordinator has sent it by then. So two
+runs compare by both figures, CPU a token and tokens a record.
 """
 
 import argparse
@@ -38,6 +42,9 @@ from nodeserve.wire.messages import (
     TO_CLIENT,
     TO_SERVER,
     End,
+    GetStats,
+    Hello,
+    Stats,
     Stop,
     Submit,
     Tokens,
@@ -62,9 +69,10 @@ class Load:
 class Client(asyncio.Protocol):
     """Counts what arrives; sends its next request when one has ended."""
 
-    def __init__(self, load: Load, done: "asyncio.Future[int]") -> None:
+    def __init__(self, load: Load, loop: asyncio.AbstractEventLoop) -> None:
         self.load = load
-        self.done = done
+        self.greeted: asyncio.Future[None] = loop.create_future()
+        self.done: asyncio.Future[int] = loop.create_future()
         self.tokens = 0
         self.frames = 0
         self.sent = 0
@@ -72,7 +80,6 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.WriteTransport, transport)
-        self.submit()
 
     def submit(self) -> None:
         sampling = {"max_tokens": self.load.max_tokens, "temperature": 0.0}
@@ -94,16 +101,23 @@ class Client(asyncio.Protocol):
                     self.transport.close()
                 else:
                     self.submit()
+            elif type(message) is Hello:
+                self.greeted.set_result(None)
 
 
 async def drive(path: str, load: Load) -> dict[str, float]:
-    """Run a load from this process; wall time from the first connect to the last End."""
+    """Run a load from this process; wall time from the first request to the last End.
+
+    All connections are open by then. The server's loop accepts one a turn, and a turn may take in a
+    thousand records: of clients that begin at once the first would be gone before the last came.
+    """
     loop = asyncio.get_running_loop()
+    make = functools.partial(Client, load, loop)
+    clients = [(await loop.create_unix_connection(make, path))[1] for _ in range(load.connections)]
+    await asyncio.gather(*(client.greeted for client in clients))
     began = time.perf_counter()
-    clients = []
-    for _ in range(load.connections):
-        make = functools.partial(Client, load, loop.create_future())
-        clients.append((await loop.create_unix_connection(make, path))[1])
+    for client in clients:
+        client.submit()
     tokens = sum(await asyncio.gather(*(client.done for client in clients)))
     wall_s = time.perf_counter() - began
     expected = load.connections * load.requests * load.max_tokens
@@ -112,12 +126,17 @@ async def drive(path: str, load: Load) -> dict[str, float]:
     return {"tokens": tokens, "wall_s": wall_s, "frames": sum(c.frames for c in clients)}
 
 
-async def stop_server(path: str) -> None:
-    """Ask, and read to the end: a peer that hangs up before the Hello is not listened to."""
+async def stop_server(path: str) -> int:
+    """Ask, and read to the end: a peer that hangs up before the Hello is not listened to.
+
+    Returns how many records of steps the coordinator took in.
+    """
     reader, writer = await asyncio.open_unix_connection(path)
-    writer.write(frame(TO_SERVER.encode(Stop(False))))
-    await reader.read()
+    writer.write(frame(TO_SERVER.encode(GetStats())) + frame(TO_SERVER.encode(Stop(False))))
+    answers = map(TO_CLIENT.decode, FrameReader(1 << 24).feed(await reader.read()))
     writer.close()
+    (stats,) = (answer.stats for answer in answers if type(answer) is Stats)
+    return int(stats["workers"][0]["steps"])
 
 
 def node_main(path: str, connections: int, pipe: Any, cores: tuple[int, int]) -> None:
@@ -185,7 +204,7 @@ def measure(load: Load, folder: str) -> dict[str, float]:
         try:
             result = uvloop.run(drive(path, load))
         finally:
-            uvloop.run(stop_server(path))
+            records = uvloop.run(stop_server(path))
         if not pipe.poll(START_STOP_S):
             raise RuntimeError("the coordinator did not stop")
         coordinator_s = pipe.recv()
@@ -197,6 +216,8 @@ def measure(load: Load, folder: str) -> dict[str, float]:
         "tokens_per_s": result["tokens"] / result["wall_s"],
         "requests_per_s": requests / result["wall_s"],
         "frames": result["frames"],
+        "tokens_per_record": result["tokens"] / records,
+        "cpu_us_per_record": 1e6 * coordinator_s / records,
         "wall_s": result["wall_s"],
         "coordinator_cpu_s": coordinator_s,
         "cpu_us_per_token": 1e6 * coordinator_s / result["tokens"],
@@ -250,7 +271,8 @@ def main() -> None:
                 f" {load.max_tokens} tokens: {row['tokens_per_s']:10,.0f} tokens/s"
                 f" {row['requests_per_s']:8,.0f} requests/s; coordinator"
                 f" {row['cpu_us_per_token']:.2f} us/token, {row['tokens_per_cpu_s']:,.0f} tokens"
-                f" per CPU second, busy {100 * row['coordinator_busy']:.0f} %"
+                f" per CPU second, busy {100 * row['coordinator_busy']:.0f} %;"
+                f" {row['tokens_per_record']:.1f} tokens a record"
             )
     emit(
         {

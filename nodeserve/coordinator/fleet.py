@@ -144,7 +144,8 @@ class Fleet:
     async def _watch(self, link: WorkerLink) -> None:
         """Its process's end is the end of this life, whatever it is in the middle of."""
         how = await self._supervisor.watch(link)
-        self._receive(link)
+        while self._receive(link):
+            pass  # the ring holds more than one look takes
         last = f": {link.stderr_tail[-1]}" if link.stderr_tail else ""
         link.end(link.lost(how + last))
 
@@ -164,20 +165,23 @@ class Fleet:
         assert link.start is not None
         return f"is late with its start: {link.start.describe(self._clock())}"
 
-    def _receive(self, link: WorkerLink) -> None:
-        """Take in what it sent, unless its life is over. Nonsense, and what it cannot have to say,
-        end it, and so does what meets a bug of ours: nothing that a worker sends may end the
-        coordinator."""
+    def _receive(self, link: WorkerLink) -> bool:
+        """Take in what it sent, unless its life is over; False: nothing came. Nonsense, and what it
+        cannot have to say, end it, and so does what meets a bug of ours: nothing that a worker
+        sends may end the coordinator."""
         if link.death.done():
-            return
+            return False
+        records: list[bytes] = []
         try:
-            for record in link.channel.receive():
+            records = link.channel.receive()
+            for record in records:
                 self._on_record(link, message_of(record))
         except NodeServeError as error:
             link.give_up(f"sent what cannot be: {error}")
         except Exception as problem:  # noqa: BLE001  # a check is missing: that worker pays for it
             logger.exception("a record of worker %d could not be carried out", link.index)
             link.give_up(f"sent what could not be carried out: {problem!r}")
+        return bool(records)
 
     def _on_record(self, link: WorkerLink, message: FromWorker) -> None:
         link.num_received += 1

@@ -113,7 +113,7 @@ class WorkerLink:
     @property
     def leads(self) -> bool:
         """Whether requests are given to it. A follower does what its leader tells it."""
-        return self.leader == self.index
+        return self.rank % self.shape.team_size == 0
 
     @property
     def place(self) -> list[int]:

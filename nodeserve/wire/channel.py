@@ -145,7 +145,8 @@ class CoordinatorEnd(_End):
     def receive(self) -> list[bytes]:
         """What the worker sent; also sends on what waited for room. Never blocks.
 
-        Call it once more when the worker has died: it may have put records and not rung for them.
+        When the worker has died, call it until nothing comes: it may have put records and not rung
+        for them, and more than one call takes.
         """
         records = self.outbox.receive()
         self.inbox.flush()

@@ -10,6 +10,7 @@ import io
 import types
 import typing
 from collections.abc import Callable
+from operator import contains
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgpack
@@ -18,33 +19,26 @@ from nodeserve.errors import ProtocolError
 from nodeserve.wire.limits import MAX_EXTENSION_BYTES, Limits
 
 Message = TypeVar("Message")
-_Check = Callable[[Any], bool]
+_Types = frozenset[type]
 
 # A message up to this long is decoded at once: whatever lists it announces inside each other, none
 # longer than itself, they take some 150 KB. Of a longer one somebody first sees that it is whole.
 SHORT_BYTES = 256
 _PART_BYTES = 1 << 16
 
-_PLAIN: dict[Any, _Check] = {
-    int: lambda value: type(value) is int,
-    float: lambda value: type(value) is float or type(value) is int,
-    str: lambda value: type(value) is str,
-    bytes: lambda value: type(value) is bytes,
-    bool: lambda value: type(value) is bool,
-    dict: lambda value: type(value) is dict,
-    list: lambda value: type(value) is list,
-    type(None): lambda value: value is None,
-    Any: lambda value: True,
+_PLAIN: dict[Any, _Types] = {
+    **{kind: frozenset((kind,)) for kind in (int, str, bytes, bool, dict, list, type(None))},
+    float: frozenset((float, int)),
 }
 
 
-def _check_for(hint: Any) -> _Check:
+def _types_of(hint: Any) -> _Types:
+    """What a value for such a field may be, exactly: a bool is no int."""
     if hint in _PLAIN:
         return _PLAIN[hint]
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        checks = [_check_for(option) for option in typing.get_args(hint)]
-        return lambda value: any(check(value) for check in checks)
+        return frozenset().union(*map(_types_of, typing.get_args(hint)))
     if origin in (list, dict):
         # Elements are checked by whoever reads them; the container's kind is checked here.
         return _PLAIN[origin]
@@ -54,12 +48,12 @@ def _check_for(hint: Any) -> _Check:
 class _Kind(NamedTuple):
     make: Callable[..., Any]
     names: tuple[str, ...]
-    checks: tuple[_Check, ...]
+    types: tuple[_Types, ...]
 
 
 def _kind(cls: Any) -> _Kind:
     hints = typing.get_type_hints(cls)
-    return _Kind(cls._make, cls._fields, tuple(_check_for(hints[name]) for name in cls._fields))
+    return _Kind(cls._make, cls._fields, tuple(_types_of(hints[name]) for name in cls._fields))
 
 
 def _check_whole(data: bytes | memoryview) -> None:
@@ -152,7 +146,8 @@ class Tagged(Generic[Message]):
                 f"message has {len(parts)} fields, expected {len(kind.names)}:"
                 f" {', '.join(kind.names)}"
             )
-        for name, check, value in zip(kind.names, kind.checks, parts, strict=True):
-            if not check(value):
-                raise ProtocolError(f"field {name} has the wrong type: {type(value).__name__}")
+        if not all(map(contains, kind.types, map(type, parts))):  # no Python for each field
+            for name, allowed, value in zip(kind.names, kind.types, parts, strict=True):
+                if type(value) not in allowed:
+                    raise ProtocolError(f"field {name} has the wrong type: {type(value).__name__}")
         return kind.make(parts)
