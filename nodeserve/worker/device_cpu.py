@@ -48,7 +48,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     pool = make_pool(spec.pages_fd, num_blocks * layout.block_bytes)
     progress("pages", 1, 1)
     progress("instance", 0, 1)
-    groups = meet(spec, ops.device).groups
+    groups = meet(spec, ops.device, found.config.hidden_size).groups
     progress("instance", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
     model = parallel.build(shard, weights, ops, groups, partial(progress, "weights"))

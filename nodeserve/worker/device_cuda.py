@@ -43,7 +43,7 @@ def load(
     parts = parts_of(spec, shard.config, dtype, runtime)
     progress("device", 1, 1)
     progress("instance", 0, 1)
-    meeting = meet(spec, runtime.device)
+    meeting = meet(spec, runtime.device, found.config.hidden_size)
     progress("instance", 1, 1)
     model = _load_model(spec, found, shard, meeting, parts, runtime, progress)
     torch.set_num_threads(1)  # the step loop's own tensors are small
