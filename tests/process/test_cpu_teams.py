@@ -1,5 +1,6 @@
 """The embedded model on instances of several workers gives the tokens of one worker."""
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -26,7 +27,11 @@ def ports(pid: int) -> set[str]:
     for table in ("tcp", "tcp6"):
         rows = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
         known.update(f"socket:[{row.split()[9]}]" for row in rows)
-    return known & {os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()}
+    held: set[str] = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            held.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return known & held
 
 
 async def streams(nodes: Nodes, connect: Connect, layout: str, **settings: Any) -> list[list[int]]:
