@@ -92,7 +92,12 @@ class Executor(Protocol):
 
         The batch's sequences change afterwards: tokens of earlier steps are appended, blocks are
         added, a sequence may be cancelled. Its blocks are nobody else's until the step has ended.
+        ShuttingDown, and nothing begun, where other ranks of the instance stop.
         """
+
+    def leave(self) -> bool:
+        """We stop: no step begins any more on any rank. Whether other ranks are in one that does
+        not end without us, so that an empty batch has to be launched for them."""
 
     def on_done(self, wake: Callable[[], None]) -> None:
         """Call `wake`, from any thread, whenever a step has ended that was not over when `launch`

@@ -18,25 +18,28 @@ from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import ALONE, Computed, Flight, Sampled, Team
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.plans import PlanReader, packed
-from nodeserve.worker.ranks import NO_RANKS, Ranks
+from nodeserve.worker.ranks import NO_RANKS, Began, Ranks
 from nodeserve.worker.sampler import sample
 
 WARM_UP_TOKENS = 16
 
 
 class Passing:
-    """A step on its way through the stages, the `number`-th."""
+    """A step on its way through the stages, the `number`-th; `began`: with other ranks."""
 
-    def __init__(self, executor: "ModelExecutor", batch: Batch, number: int) -> None:
+    def __init__(
+        self, executor: "ModelExecutor", batch: Batch, number: int, began: Began | None
+    ) -> None:
         self._executor = executor
         self._batch = batch
         self._number = number
+        self._began = began
 
     def done(self) -> bool:
         return self._executor.team.has_passed(self._number)
 
     def result(self) -> Sampled:
-        return self._executor.choose_of(self._batch)
+        return self._executor.choose_of(self._batch, self._began)
 
 
 class ModelExecutor:
@@ -80,21 +83,24 @@ class ModelExecutor:
         self._num_launched += 1
         self._model.advance(inputs, self._cache)
         if self._num_stages > 1:
-            return Passing(self, batch, self._num_launched)
-        sampled = self._sample(batch)
-        return Computed(sampled._replace(ran=self._ranks.ran(began)))
+            return Passing(self, batch, self._num_launched, began)
+        return Computed(self._sample(batch, began))
 
-    def choose_of(self, batch: Batch) -> Sampled:
+    def leave(self) -> bool:
+        return self._ranks.leave()
+
+    def choose_of(self, batch: Batch, began: Began | None) -> Sampled:
         """The tokens of the oldest step without."""
         self.team.choose()
-        return self._sample(batch)
+        return self._sample(batch, began)
 
-    def _sample(self, batch: Batch) -> Sampled:
+    def _sample(self, batch: Batch, began: Began | None) -> Sampled:
         sequences = batch.sampled
         logits = self._model.logits(len(sequences))
-        if not sequences:
-            return Sampled([], None)
-        return sample(logits, sequences, self._constraints)
+        sampled = Sampled([], None)
+        if sequences:
+            sampled = sample(logits, sequences, self._constraints)
+        return sampled._replace(ran=self._ranks.ran(began))
 
     def warm_up(self) -> None:
         """A prefill and a decode on the first block, which belongs to nobody yet."""

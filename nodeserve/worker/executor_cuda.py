@@ -130,6 +130,9 @@ class CudaExecutor:
     def called(self, departure: int) -> bool:
         return self._together.ranks.called(departure)
 
+    def leave(self) -> bool:
+        return self._together.ranks.leave()
+
     @property
     def graph_sizes(self) -> tuple[int, ...]:
         """Sizes of the captured steps, rising."""

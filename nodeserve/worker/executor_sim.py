@@ -78,6 +78,10 @@ class SimExecutor:
         number = self._lockstep.enter(rank_work(batch))
         return SimFlight(self._lockstep, number, self._sample(batch))
 
+    def leave(self) -> bool:
+        """No flight waits for other ranks."""
+        return False
+
     def follow(self, plan: bytes) -> bool:
         self._lockstep.enter(IDLE)
         return False

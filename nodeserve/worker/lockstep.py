@@ -7,6 +7,9 @@ that has nothing to do, and an instance without work runs no pass.
 The ranks share a board (memory that the coordinator made, nameless and zeroed) and a bell each. The
 board is read and written under a file lock that the kernel gives back when its holder dies; then
 the others wait for a rank that never comes, until the coordinator ends them.
+
+A rank that is told to stop closes the board: a pass that gathers then still runs, with all of them,
+and none begins after it. Without that some would stop while others wait for them in a pass.
 """
 
 import contextlib
@@ -19,10 +22,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from nodeserve.errors import ShuttingDown
 from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.contract import Ran
 
-_HEAD = struct.Struct("=qqddq")
+_HEAD = struct.Struct("=qqddq?")
 _SLOT = struct.Struct("=?xxxxxxxqdqq")  # a rank sleeps until it is called; its RankWork
 Duration = Callable[[int, Sequence[RankWork]], float]
 
@@ -35,6 +39,7 @@ class Head(NamedTuple):
     began_s: float  # of the last pass that all entered
     seconds: float  # likewise
     departure: int  # the newest that anybody had received who entered
+    closed: bool  # no pass begins any more
 
 
 class Board:
@@ -108,12 +113,14 @@ class Lockstep:
             return gathers and departure >= head.departure
 
     def enter(self, work: RankWork) -> int:
-        """Take part in the pass that gathers, or call for one; its number. Not while one that we
-        entered is not over."""
+        """Take part in the pass that gathers, or call for one; its number. ShuttingDown if there is
+        none, and a rank has left."""
         board, to_ring = self._board, list[int]()
         with board.locked():
-            number, num_missing, began_s, seconds, departure = board.head()
+            number, num_missing, began_s, seconds, departure, closed = board.head()
             if is_first := not num_missing:
+                if closed:
+                    raise ShuttingDown("a rank of this instance has left: no pass begins any more")
                 number, num_missing = number + 1, len(self._bell_fds)
             assert number == self._entered + 1, (number, self._entered)
             num_missing -= 1
@@ -128,11 +135,19 @@ class Lockstep:
                     fd for fd, (sleeps, _) in zip(self._bell_fds, slots, strict=True) if sleeps
                 ]
             newest = max(departure, self._departure)
-            board.put_head(Head(number, num_missing, began_s, seconds, newest))
+            board.put_head(Head(number, num_missing, began_s, seconds, newest, closed))
             self._entered = number
         for bell_fd in to_ring:
             os.eventfd_write(bell_fd, 1)
         return number
+
+    def leave(self) -> bool:
+        """No rank begins a pass any more. Whether one gathers that we have not entered: it cannot
+        run without us."""
+        with self._board.locked():
+            head = self._board.head()
+            self._board.put_head(head._replace(closed=True))
+            return bool(head.num_missing) and head.number > self._entered
 
     def look(self) -> float | None:
         """What is new on the board; when the step loop is to hear of it, None: there is nothing."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nodeserve.errors import CudaError, HandoffFailed, NodeServeError
+from nodeserve.errors import CudaError, HandoffFailed, NodeServeError, ShuttingDown
 from nodeserve.policy.batching import Batch, Outcome, Sequence, Stage
 from nodeserve.policy.cost import rank_work
 from nodeserve.policy.pacing import Pacer
@@ -148,8 +148,11 @@ class Runner:
         """Turn until told to stop; then no step writes to the pages any more."""
         while not self.stopped:
             self.turn()
-        for launched in self._launched:
-            launched.flight.result()
+        flights = [launched.flight for launched in self._launched]
+        if self.executor.leave():
+            flights.append(self.executor.launch(Batch()))
+        for flight in flights:
+            flight.result()
 
     def turn(self) -> None:
         """What has come, then what can begin; sleeps if nothing can."""
@@ -177,7 +180,12 @@ class Runner:
         )
         if batch is None:
             return self._idle_wait_s
-        self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
+        try:
+            flight = self.executor.launch(batch)
+        except ShuttingDown:  # another rank of our instance was told first
+            self.stopped = True
+            return 0.0
+        self._launched.append(Launched(batch, flight, now_s))
         if not batch.num_prefill_tokens:
             self._pacer.launched(self._clock() - now_s)
         self._land()  # if launching was computing

@@ -122,7 +122,7 @@ class FaultyExecutor:
     def __init__(self, inner: Executor, fault: Fault) -> None:
         self._inner = inner
         self._fault = fault
-        self.called, self.on_done = inner.called, inner.on_done
+        self.called, self.leave, self.on_done = inner.called, inner.leave, inner.on_done
 
     @property
     def overlaps(self) -> bool:

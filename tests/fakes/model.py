@@ -110,6 +110,9 @@ class FakeExecutor:
     def called(self, departure: int) -> bool:
         return self.is_called
 
+    def leave(self) -> bool:
+        return False
+
     def on_done(self, wake: Callable[[], None]) -> None:
         pass
 

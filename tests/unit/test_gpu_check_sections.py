@@ -246,6 +246,9 @@ class Steps:
     def called(self, departure: int) -> bool:
         return False
 
+    def leave(self) -> bool:
+        return False
+
     def launch(self, batch: Batch) -> Computed:
         work = [(one.sequence.request_id, one.start, one.feed) for one in batch.work]
         self.batches.append(work)

@@ -14,10 +14,12 @@ from random import Random
 import pytest
 
 from nodeserve.coordinator.shared import make_lockstep
+from nodeserve.errors import ShuttingDown
 from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Ran
 from nodeserve.worker.lockstep import Board, Lockstep
+from nodeserve.worker.ranks import InStep
 
 WORK = RankWork(prefill_tokens=10, attention=2.5, num_decodes=3, kv_tokens=40)
 GIVE_UP_S = 20.0  # only ends a broken test
@@ -125,6 +127,40 @@ def test_a_rank_of_its_own_needs_nobody() -> None:
         (rank,) = alone.ranks
         assert not rank.called(0) and rank.enter(WORK) == 1
         assert alone.rung() == [0] and rank.look() == 110.0
+
+
+def test_a_rank_that_leaves_is_waited_for_by_nobody(three: Ranks) -> None:
+    """The pass that gathers still runs, with all of them, and none after it."""
+    first, second, third = three.ranks
+    first.enter(WORK)
+    assert second.leave()
+    assert second.enter(IDLE) == 1
+    assert not second.leave() and not first.leave() and third.leave()
+    assert third.enter(WORK) == 1
+    assert three.asked == [(1, [WORK, IDLE, WORK])]
+    for rank in three.ranks:
+        assert not rank.leave() and not rank.called(0)
+        with pytest.raises(ShuttingDown, match="a rank of this instance has left"):
+            rank.enter(WORK)
+
+
+def test_no_pass_begins_once_a_rank_has_left(three: Ranks) -> None:
+    first, second, _ = three.ranks
+    assert not first.leave()
+    with pytest.raises(ShuttingDown):
+        second.enter(WORK)
+    assert three.rung() == [] and not second.leave()
+
+
+def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:
+    """As stages have them: the second begins while the first is under way."""
+    times_s = iter([1.0, 2.0, 5.0, 6.0])
+    with contextlib.ExitStack() as owner:
+        alone = Ranks(owner, 1)
+        ranks = InStep(alone.ranks[0], Alarm(alone.bells[0]), lambda: next(times_s))
+        first, second = ranks.enter(WORK), ranks.enter(WORK)
+        assert ranks.ran(first) == Ran(1, 1.0, 4.0)
+        assert ranks.ran(second) == Ran(2, 5.0, 1.0)
 
 
 def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:
