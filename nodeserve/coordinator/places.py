@@ -135,17 +135,12 @@ def choose_layout(text: str | None, num_devices: int) -> Layout:
 
 
 def check_shapes(layout: Layout, model: ModelConfig) -> None:
-    """ConfigError for shapes that a model does not admit, or that nobody can compute."""
+    """ConfigError for shapes that a model does not admit."""
     for group in layout.groups:
         try:
             check_fits(model, group.shape)
         except ModelError as problem:
             raise ConfigError(f"layout {layout}: {problem}") from None
-        if group.shape.ep > 1 and group.shape.pp > 1:
-            raise ConfigError(
-                f"layout {layout}: ranks that share experts compute each pass together, without"
-                f" stages: give {replace(group, shape=replace(group.shape, pp=1))}"
-            )
 
 
 def largest_part(model: ModelConfig, shape: Shape) -> ModelConfig:

@@ -33,6 +33,7 @@ SHAPES = [
     Shape(tp=2, pp=2),
     Shape(ep=2),
     Shape(ep=4),
+    Shape(pp=2, ep=2),
 ]
 Cases = dict[str, tuple[Case, list[torch.Tensor]]]
 
