@@ -323,7 +323,7 @@ async def test_a_node_of_gpu_workers_serves_clients(
     assert any(moved.values()), "it is back, and its pages are read where they are now"
 
 
-@pytest.mark.parametrize("layout", ["1m:tp2", "1m:pp2", "1p:tp2,1d:tp2"])
+@pytest.mark.parametrize("layout", ["1m:tp2", "1m:tp2.pp2", "1p:tp2,1d:tp2"])
 async def test_teams_of_gpus_give_the_same_tokens(
     nodes: Nodes,
     connect: Connect,
