@@ -82,9 +82,11 @@ class SimExecutor:
         """No flight waits for other ranks."""
         return False
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         self._lockstep.enter(IDLE)
-        return False
+
+    def num_passed(self) -> int:
+        return 0
 
     def choose(self) -> None:
         """Tokens are made up by leaders."""
