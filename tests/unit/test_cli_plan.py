@@ -306,8 +306,8 @@ def test_auto_says_what_it_needs() -> None:
         auto.planned(asked(device="sim", profile=None), Gpus())
     with pytest.raises(ConfigError, match="run `nodeserve profile`"):
         auto.planned(asked(device="cpu", profile=None), Gpus())
-    with pytest.raises(ConfigError, match="is of several shapes"):
-        auto.planned(asked(device="sim", profile="llama-3.1-8b-bf16-h100"), Gpus())
+    with pytest.raises(ConfigError, match=r"has no tp1\.pp1: use one of tp2"):
+        auto.planned(asked(device="sim", profile="opt-66b-a100"), Gpus())
     with pytest.raises(ConfigError, match="no shape of one GPU"):
         auto.planned(asked(device="cpu", profile="opt-66b-a100", gpus="0,1"), Gpus())
     with pytest.raises(ConfigError, match="loosen the limits"):

@@ -16,6 +16,7 @@ from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
 from nodeserve.plan.candidates import (
     Candidate,
     all_candidates,
+    by_formula,
     gpus_of,
     kinds_of,
     neighbours,
@@ -31,6 +32,7 @@ from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Named, start_command, verdict
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
+from nodeserve.policy.sizes import Anatomy
 from nodeserve.types import Role
 
 FAST = Effort(40, 100, 200, 1, 0.1, 1)
@@ -264,6 +266,30 @@ def test_plain_leaves_out_what_cannot_be_started() -> None:
         kinds_of(replace(PLAIN, num_gpus=8), 4)
 
 
+SHAPED = replace(PLAIN, anatomy=Anatomy(16, 4, 4096, 1e8))
+SPARSE = replace(PLAIN, anatomy=Anatomy(16, 4, 4096, 1e8, 0.0, 8e7, num_experts=4, num_active=2))
+
+
+def test_what_one_worker_takes_tells_of_shapes_that_nobody_measured() -> None:
+    names = [str(kind.shape) for kind in kinds_of(SHAPED, 4)]
+    assert names == ["", "tp2", "pp2", "tp4", "tp2.pp2", "pp4"]
+    layouts = {str(layout) for layout in split_layouts(kinds_of(SHAPED, 4), 4)}
+    assert {"1p:tp2,2d", "2p,1d:pp2", "1p:pp2,1d:tp2"} <= layouts
+    assert [kind.shape for kind in kinds_of(SHAPED, 4, plain=True)] == [Shape()]
+    assert [str(one) for one in by_formula(SHAPED, ["1p:tp2,2d", "4m"])] == ["tp2"]
+    assert by_formula(PLAIN, ["4m"]) == by_formula(FAMILY, ["1p:tp2,2d"]) == []
+
+
+def test_ranks_that_share_experts_are_tried_where_there_are_some() -> None:
+    names = {str(kind.shape) for kind in kinds_of(SPARSE, 8)}
+    assert {"ep2", "ep4", "tp2.ep4", "tp2.pp2"} <= names
+    assert not {name for name in names if "ep8" in name or ("pp" in name and "ep" in name)}
+    assert {kind.shape.ep for kind in kinds_of(SPARSE, 8, eps=(4,))} == {4}
+    assert {kind.shape.ep for kind in kinds_of(SHAPED, 8, eps=(4,))} == {4}
+    layouts = {str(layout) for layout in split_layouts(kinds_of(SPARSE, 8), 8)}
+    assert {"1p:ep4,1d:ep4", "1p:tp2,3d:ep2"} <= layouts
+
+
 def test_neighbours_move_one_instance() -> None:
     found = {one.layout for one in neighbours(Candidate("2p2d", 1024))}
     assert found == {"1p3d", "1p2d1m", "3p1d", "2p1d1m"}
@@ -362,7 +388,7 @@ def test_the_command_starts_what_was_planned() -> None:
         assert start_command(candidate, asked, named) == command.format(more)
     shorter = replace(asked, max_model_len=300)
     simulated = start_command(Candidate("1m:ep8", 512), shorter, Named(None, "plain"))
-    assert simulated is not None and "--max-model-len 300" in simulated
+    assert "--max-model-len 300" in simulated
 
 
 @pytest.mark.parametrize(
@@ -372,28 +398,26 @@ def test_the_command_starts_what_was_planned() -> None:
         (PLAIN, "1p:ep8,1d:ep8", "nodeserve start --device sim --profile name --layout"),
         (replace(PLAIN, num_gpus=8), "1p1d", "nodeserve start --device sim --profile name"),
         (FAMILY, "1p1d", "nodeserve start --layout 1p1d"),
-        (FAMILY, "1p:tp2,1d", None),
-        (FAMILY, "1m:tp2.pp2", None),
+        (FAMILY, "1p:tp2,1d:tp2", "nodeserve start --layout 1p:tp2,1d:tp2"),
+        (FAMILY, "1m:tp2.pp2", "nodeserve start --layout 1m:tp2.pp2"),
     ],
 )
 def test_only_commands_that_start_takes_are_printed(
-    model: Profile | Family, layout: str, words: str | None
+    model: Profile | Family, layout: str, words: str
 ) -> None:
     """And what it takes, it takes: with as many sequences as were planned, whatever the device's
     own number is."""
     asked = question(model, num_gpus=16)
     command = start_command(Candidate(layout, 64), asked, Named(None, "name", asked.context))
-    assert (command is None) is (words is None)
-    if command is not None and words is not None:
-        assert command.startswith(words)
-        arguments = shlex.split(command)[2:]
-        with start.make_context("start", arguments) as context:
-            given = {name: value for name, value in context.params.items() if value is not None}
-        config = EngineConfig(
-            **{one.name: given[one.name] for one in fields(EngineConfig) if one.name in given}
-        )
-        if config.device == "sim":
-            config = replace(config, profile="moe-ep8")  # a name that there is
-        check_numbers(config)
-        choose_layout(config.layout, 16)
-        assert choose_budget(config, config.max_num_seqs or 256, 2048) == 64
+    assert command.startswith(words)
+    arguments = shlex.split(command)[2:]
+    with start.make_context("start", arguments) as context:
+        given = {name: value for name, value in context.params.items() if value is not None}
+    config = EngineConfig(
+        **{one.name: given[one.name] for one in fields(EngineConfig) if one.name in given}
+    )
+    if config.device == "sim":
+        config = replace(config, profile="moe-ep8")  # a name that there is
+    check_numbers(config)
+    choose_layout(config.layout, 16)
+    assert choose_budget(config, config.max_num_seqs or 256, 2048) == 64
