@@ -77,9 +77,7 @@ class Simulation:
         self._num_arrived = self._num_idle_wakes = 0
         self._samplings: dict[int, Sampling] = {}
         self._touched: dict[Instance, None] = {}
-        self._quiet = (
-            Clock()
-        )  # ends of passes that end nobody's prompt or answer, and their reports
+        self._quiet = Clock()  # ends of passes that end nobody's prompt or answer, and reports
         self._undecided = False
         self._wake_s: float | None = None
         self._loss = Random(f"loss {scenario.seed}")
@@ -246,11 +244,13 @@ class Simulation:
                     self._quiet.at(when_s, self._quiet_over, instance)
                 else:
                     self.clock.at(when_s, self._pass_over if runs else self._touch, instance)
+                if runs and instance.num_stages > 1 and (again := instance.look_again()):
+                    self.clock.at(again[0], self._touch, instance)
 
     def _quiet_over(self, instance: Instance) -> None:
         if instance.alive:
             done = instance.end_quietly()
-            self.passes.append(instance.passes[-1])
+            self.passes.append(done.ran)
             self._touched[instance] = None
             self._quiet.after(self.message_s, self._quiet_report, (instance, done))
 
@@ -266,7 +266,7 @@ class Simulation:
         if not instance.alive:
             return
         done = instance.end()
-        self.passes.append(instance.passes[-1])
+        self.passes.append(done.ran)
         self._touched[instance] = None
         self.clock.after(self.message_s, self._report, (instance, done))
 
@@ -277,7 +277,7 @@ class Simulation:
         if instance.lost:
             return
         loss = self.scenario.faults.report_loss
-        lossy = loss > 0.0 and any(work.prefill_tokens for work in done.works)
+        lossy = loss > 0.0 and any(work.prefill_tokens for work in done.ran.ranks)
         if not lossy or self._loss.random() >= loss:
             self._take_news(instance, done)
         for rank, rank_done in zip(instance.ranks, done.ranks, strict=True):
@@ -286,15 +286,16 @@ class Simulation:
 
     def _take_news(self, instance: Instance, done: InstanceDone) -> None:
         now_s, prefills = self.clock.now_s, instance.prefills
-        for rank, rank_done, work in zip(instance.ranks, done.ranks, done.works, strict=True):
+        _, began_s, seconds, _, works = done.ran
+        for rank, rank_done, work in zip(instance.ranks, done.ranks, works, strict=True):
             unit = rank.unit
             unit.account.report(rank_done.load)
             if prefills:
-                word = PassDone(done.step, done.began_s, done.seconds, work)
+                word = PassDone(done.step, began_s, seconds, work)
                 self.dispatcher.on_pass(unit.index, word, now_s)
         if instance.decodes:
-            if self._learns and not any(work.prefill_tokens for work in done.works):
-                self.handoffs.allocator.observe(done.works, done.seconds)
+            if self._learns and not any(work.prefill_tokens for work in works):
+                self.handoffs.allocator.observe(works, seconds)
             self.handoffs.room_changed()
 
     def _take_tokens(
@@ -304,7 +305,7 @@ class Simulation:
         for sequence in told.started:
             life = lives[sequence.request_id]
             if life.first_token_s is None:
-                life.received_s, life.started_s = sequence.received_s, done.began_s
+                life.received_s, life.started_s = sequence.received_s, done.ran.began_s
         for request_id in told.prefilled:
             life = lives[request_id]
             self._first_token(life, done)
@@ -332,7 +333,7 @@ class Simulation:
     def _first_token(self, life: Life, done: InstanceDone) -> None:
         life.num_tokens += 1
         if life.first_token_s is None:
-            life.prefilled_s = done.began_s + done.seconds
+            life.prefilled_s = done.ran.began_s + done.ran.seconds
             life.first_token_s = self.clock.now_s
             if life.forecast is not None:
                 ttft_s = life.first_token_s - life.arrival.arrived_s
@@ -362,12 +363,11 @@ class Simulation:
         self.handoffs.room_changed()
         self._changed()
 
-    def _lose(self, lanes: Sequence[Instance]) -> None:
+    def _lose(self, instance: Instance) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        mine = {rank.unit.index: rank for lane in lanes for rank in lane.ranks}
-        for lane in lanes:
-            self.dispatcher.lose(lane.index)
-            self.handoffs.lose(lane)
+        mine = {rank.unit.index: rank for rank in instance.ranks}
+        self.dispatcher.lose(instance.index)
+        self.handoffs.lose(instance)
         for life in list(self.lives.values()):
             rank = mine.get(life.holder)
             if rank is None:

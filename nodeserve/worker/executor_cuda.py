@@ -7,6 +7,7 @@ launched before anybody has read them.
 """
 
 import gc
+import math
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -126,6 +127,9 @@ class CudaExecutor:
     @property
     def overlaps(self) -> bool:
         return self._together.ranks is NO_RANKS  # those wait for each other before each pass
+
+    def opens_s(self) -> float:
+        return -math.inf
 
     def called(self, departure: int) -> bool:
         return self._together.ranks.called(departure)

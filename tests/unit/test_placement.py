@@ -241,7 +241,7 @@ def test_a_profile_says_what_a_simulated_device_holds() -> None:
     assert plan.max_model_len == profile.max_model_len > MODEL.max_position
     assert plan.max_num_seqs == profile.max_num_seqs
     assert plan.max_num_batched_tokens == profile.max_num_batched_tokens
-    assert plan.kv_memory == profile.num_kv_tokens * profile.kv_bytes_per_token
+    assert plan.kv_memory is None, "each worker finds what its shape holds"
     assert plan.simulated == Simulated("moe-ep8", 3, MODEL.vocab_size, MODEL.eos_token_ids)
     assert all(place.cpus == place.gpus == () for place in plan.places)
 
