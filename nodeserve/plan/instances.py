@@ -186,7 +186,10 @@ class Instance:
         if now_s < self._pipeline.opens_s:
             return self.look_again()
         ahead = bool(flights)
-        batches = [rank.scheduler.next_batch(ahead) for rank in self.ranks]
+        batches = [
+            rank.scheduler.next_batch(ahead and any(one.batches[place] for one in flights))
+            for place, rank in enumerate(self.ranks)
+        ]
         if not any(batches):
             return None
         works = tuple(work_of(batch) if batch else IDLE for batch in batches)

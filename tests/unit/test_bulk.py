@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from random import Random
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,10 @@ class Real(Scheduler):
 
     def num_tokens(self, sequence: Sequence) -> int:
         return len(sequence.token_ids)
+
+    @property
+    def has_idle_work(self) -> bool:
+        return self.has_prompts or any(not one.num_launched for one in self._running)
 
 
 def served(scenario: Scenario, arrivals: list[Arrival]) -> str:
@@ -103,6 +108,36 @@ def test_shortage_of_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert num_ended > 0  # and begun again
     assert sum(one.timings.num_preemptions for one in outcome.served) > 0
     assert served(scenario, arrivals) == with_real(scenario, arrivals)
+
+
+@pytest.mark.parametrize("layout", ["1m", "1p1d", "2m"])
+@pytest.mark.parametrize(("num_kv_tokens", "near"), [(1600, 0.15), (16_000, 0.05)])
+def test_stages_take_as_long_as_with_the_real_scheduler(
+    layout: str, num_kv_tokens: int, near: float
+) -> None:
+    """Which sequences are in a pass together differs, and so who is preempted when blocks are
+    short: in bulk they are dealt out once."""
+    random = Random(layout)
+    times = sorted(random.uniform(0.0, 6.0) for _ in range(60))
+    arrivals = [Arrival(at_s, random.randint(1, 200), random.randint(1, 150)) for at_s in times]
+    scenario = node(layout, num_kv_tokens, 5)
+    profile = scenario.resolved_profile
+    scenario = replace(scenario, profile=replace(profile, num_stages=3, noise=0.0))
+    bulk_run = simulate(scenario, arrivals)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instances, "BulkScheduler", Real)
+        real_run = simulate(scenario, arrivals)
+    assert bulk_run.duration_s == pytest.approx(real_run.duration_s, rel=near)
+    for mean in (mean_ttft_s, mean_tpot_s):
+        assert mean(bulk_run) == pytest.approx(mean(real_run), rel=near)
+
+
+def mean_ttft_s(outcome: Outcome) -> float:
+    return fmean(one.timings.ttft_s for one in outcome.served)
+
+
+def mean_tpot_s(outcome: Outcome) -> float:
+    return fmean(one.tpot_s for one in outcome.served if one.tpot_s is not None)
 
 
 @pytest.mark.parametrize("layout", ["1m", "3m", "1p1d", "2p2d", "1p,2m", "1p:ep2,1d:ep2"])

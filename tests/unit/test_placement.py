@@ -232,7 +232,8 @@ def test_settings_for_gpus_say_that_they_do_nothing_on_cpus() -> None:
 
 
 def simulated(**settings: Any) -> Plan:
-    return resolve(EngineConfig(device="sim", profile="moe-ep8", **settings), CHECKPOINT, NONE)
+    chosen = {"profile": "moe-ep8", **settings}
+    return resolve(EngineConfig(device="sim", **chosen), CHECKPOINT, NONE)
 
 
 def test_a_profile_says_what_a_simulated_device_holds() -> None:
@@ -254,6 +255,13 @@ def test_settings_win_over_a_profile() -> None:
     assert (plan.max_num_batched_tokens, plan.kv_memory) == (64, 1 << 30)
 
 
+def test_a_family_of_profiles_gives_each_shape_its_own() -> None:
+    """66B of OPT fits no single GPU; a worker that was not told otherwise finds its own memory."""
+    plan = simulated(layout="1p:tp2,1d:tp2", profile="opt-66b-a100")
+    assert plan.simulated is not None and plan.simulated.profile == "opt-66b-a100"
+    assert plan.kv_memory is None and plan.max_model_len == 2048
+
+
 def test_every_rank_of_a_simulated_instance_is_a_worker() -> None:
     plan = simulated(layout="2p:ep3,1d", gpus="0-6")
     places = [(place.role, place.instance, place.rank) for place in plan.places]
@@ -273,6 +281,11 @@ def test_plain_layouts_have_an_instance_for_each_worker() -> None:
 SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pages cut in unequal ways": ({"layout": "1p,1d:pp2"}, "different tp or pp"),
     "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
+    "shape of a whole rank": (
+        {"layout": "1m:tp2", "profile": "llama-2-70b-tp8-h100"},
+        "says nothing of tp2",
+    ),
+    "shape without room": ({"layout": "1m", "profile": "opt-66b-a100"}, "no tp1.pp1: use one of"),
     "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
     "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),
     "pages too large": ({"kv_memory": 10**15}, f"--kv-memory {10**15}: at most 4715"),
