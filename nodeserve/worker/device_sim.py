@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nodeserve.config import Simulated, WorkerSpec
 from nodeserve.layout import Shape
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.copy_plan import shards
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import Profile, pass_factor
 from nodeserve.profile_store import shaped_profile
@@ -16,9 +17,7 @@ from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.lockstep import Board, Lockstep
 from nodeserve.worker.pages import make_pool, num_blocks_in
-from nodeserve.worker.transfer_sim import SimTransfer
-
-PAGE_BYTES = 8  # of a block in the pool: what is copied matters, not how much
+from nodeserve.worker.transfer_sim import GEOMETRY, SimTransfer
 
 
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
@@ -32,17 +31,19 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     memory = spec.kv_memory or profile.num_kv_tokens * token_bytes
     num_blocks = num_blocks_in(memory, block_bytes, max_blocks)
     progress("pages", 0, 1)
-    pool = make_pool(spec.pages_fd, num_blocks * PAGE_BYTES)
+    pages = shards(GEOMETRY, spec.tp, spec.pp)[spec.rank % spec.team_size]
+    pool = make_pool(spec.pages_fd, num_blocks * pages.block_bytes)
     progress("pages", 1, 1)
     alarm = Alarm(spec.bell_fds[spec.rank])
     executor = executor_of(spec, simulated, profile, alarm, team)
     link_bytes_per_s = profile.handoff_bytes_per_s / spec.team_size
     return Device(
         executor=executor,
-        transfer=SimTransfer(pool, PAGE_BYTES, block_bytes, link_bytes_per_s, alarm),
+        transfer=SimTransfer(pool, pages.block_bytes, block_bytes, link_bytes_per_s, alarm),
         num_blocks=team.least_blocks(num_blocks),
         block_bytes=block_bytes,
-        pages_bytes=num_blocks * PAGE_BYTES,
+        pages=pages,
+        pages_bytes=num_blocks * pages.block_bytes,
         pages_handle=b"",
         num_threads=spec.num_threads,
         kernels=f"simulated {profile.name}",

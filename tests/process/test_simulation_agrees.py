@@ -85,7 +85,7 @@ async def test_live_and_simulated_times_to_first_token_agree(nodes: Nodes) -> No
         assert measured[faster] < measured[slower], (faster, slower)
 
 
-TEAMS = ["1p:tp4,1d:tp4", "1p:pp4,1d:pp4", "1m:tp2.pp2", "1m:pp2.ep2"]
+TEAMS = ["1p:tp4,1d:tp2", "1p:pp4,1d:pp4", "1m:tp2.pp2", "1m:pp2.ep2"]
 
 
 @pytest.mark.slow
