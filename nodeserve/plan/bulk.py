@@ -8,6 +8,7 @@ scheduler plans that pass.
 """
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -40,9 +41,8 @@ def work_of(batch: Batch) -> RankWork:
     """The work of a planned batch."""
     if not isinstance(batch, BulkBatch):
         return rank_work(batch)
-    return RankWork(
-        batch.num_prefill_tokens, prefill_pairs(batch.work), batch.num_decodes, batch.kv_tokens
-    )
+    pairs = prefill_pairs(batch.work) if batch.work else 0.0
+    return RankWork(batch.num_prefill_tokens, pairs, batch.num_decodes, batch.kv_tokens)
 
 
 class Lane:
@@ -109,7 +109,8 @@ class BulkScheduler(Scheduler):
         batch = self._with_decodes()
         if batch is None:
             return None
-        self._plan_prefills(batch, len(self._running))
+        if self._waiting:
+            self._plan_prefills(batch, len(self._running))
         return self._launched_if_any(batch)
 
     @property
@@ -137,10 +138,10 @@ class BulkScheduler(Scheduler):
         outcome.finish[:0] = [LENGTH] * len(ends)
         return outcome
 
-    def commit_quietly(self, batch: BulkBatch) -> None:
+    def commit_quietly(self, batch: Batch | None) -> None:
         """The same of one in which nothing happens."""
         assert self._launched.popleft() is batch, "batches end in the order of their launches"
-        assert batch.lane is not None, "nothing but decodes"
+        assert isinstance(batch, BulkBatch) and batch.lane is not None, "nothing but decodes"
         batch.lane.under_way = False
 
     def num_tokens(self, sequence: Sequence) -> int:
@@ -165,23 +166,28 @@ class BulkScheduler(Scheduler):
         if lane is None:
             return BulkBatch()
         number = lane.number
-        growing = lane.growing.pop(number, [])
+        growing = lane.growing.pop(number, ())
         if len(growing) > self.blocks.num_free:
             if self._launched:
-                lane.growing[number] = growing
+                lane.growing[number] += growing
                 return None
             self._end_bulk()
             batch = Batch()
             self._plan_decodes(batch, share(len(self._running), len(self._lanes)))
             return batch
-        for sequence in growing:
-            sequence.block_ids.extend(self.blocks.allocate(1))
-            lane.growing[number + self.limits.block_size].append(sequence)
+        if growing:
+            self._grow_all(growing)
+            lane.growing[number + self.limits.block_size] += growing
         batch = BulkBatch(num_decodes=lane.num_decodes, kv_tokens=lane.kv_tokens, lane=lane)
         batch.ends = lane.ending.pop(number, [])
         lane.number += 1
         lane.under_way = True
         return batch
+
+    def _grow_all(self, growing: Collection[Sequence]) -> None:
+        """A block more for each, which lasts for so many passes as it has tokens."""
+        for sequence, block_id in zip(growing, self.blocks.allocate(len(growing)), strict=True):
+            sequence.block_ids.append(block_id)
 
     def _next_lane(self) -> Lane | None:
         """One that is not under way and has decodes; the others are before it next time."""

@@ -49,17 +49,25 @@ class RankDone(NamedTuple):
 class InstanceDone(NamedTuple):
     """What all ranks of an instance tell of a pass, its `step`-th."""
 
+    record: Pass
     step: int
-    ran: Pass
     ranks: list[RankDone]
+
+
+class QuietDone(NamedTuple):
+    """What all ranks tell of a pass in which nobody began or ended."""
+
+    record: Pass
+    step: int
+    loads: list[Load]
 
 
 class Flight(NamedTuple):
     """A pass under way."""
 
+    record: Pass
     step: int
     batches: list[Batch | None]  # of each rank; None: it takes part idle
-    ran: Pass
     ends_s: float
 
 
@@ -77,7 +85,7 @@ class Rank:
         self._num_received = 0
 
     def load(self) -> Load:
-        return Load._make([*self.scheduler.load(), self._num_received])
+        return Load(*self.scheduler.load(), self._num_received)
 
     def submit(self, sequence: Tokens) -> None:
         """A prompt arrived."""
@@ -141,9 +149,12 @@ class Instance:
     ) -> None:
         self.index = index
         self.role = role
+        self.prefills = role is not Role.DECODE
+        self.decodes = role is not Role.PREFILL
         self.ranks = list(ranks)
         self.alive = True
         self.lost = False  # declared dead
+        self.last: Pass | None = None  # that ended
         self.profile = profile
         self.num_stages = profile.num_stages
         self._pipeline = Pipeline(profile.num_stages)
@@ -156,6 +167,7 @@ class Instance:
         self.is_quiet = False  # of the newest: it has decodes alone, and ends nobody
         self._num_passes = 0
         self._ends_s = 0.0  # of the newest
+        self._delays = bool(engine.delay_passes)
         self._flush_s: float | None = None  # when a delayed pass starts at the latest
         self.door_s = 0.0  # how long the next pass waits at most for who may board it
         self._door_until_s = -math.inf
@@ -165,63 +177,60 @@ class Instance:
         """Its ranks, as dispatch knows them."""
         return [rank.unit for rank in self.ranks]
 
-    @property
-    def prefills(self) -> bool:
-        return self.role is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        return self.role is not Role.PREFILL
-
     def begin(self, now_s: float) -> tuple[float, bool] | None:
         """Start a pass if one can start: when it ends, and True; or when to look again, and False;
         None: nothing to do, or as many passes run as can."""
         flights = self._flights
         if len(flights) == self.num_stages or not self.alive:
             return None
-        if self._engine.delay_passes and (flush_s := self._delayed_until(now_s)) > now_s:
+        if self._delays and (flush_s := self._delayed_until(now_s)) > now_s:
             return flush_s, False
         if now_s < self._door_until_s:
             return self._door_until_s, False
         if now_s < self._pipeline.opens_s:
             return self.look_again()
-        ahead = bool(flights)
-        batches = [
-            rank.scheduler.next_batch(ahead and any(one.batches[place] for one in flights))
-            for place, rank in enumerate(self.ranks)
-        ]
+        batches = self._next_batches()
         if not any(batches):
             return None
-        works = tuple(work_of(batch) if batch else IDLE for batch in batches)
-        self.is_quiet = all(isinstance(one, BulkBatch) and one.is_quiet for one in batches)
+        works = tuple([work_of(batch) if batch else IDLE for batch in batches])
+        self.is_quiet = all([isinstance(one, BulkBatch) and one.is_quiet for one in batches])
         self._num_passes = step = self._num_passes + 1
-        took_s = self.profile.cost.pass_s(works) * self._factor(step)
-        ends_s = self._pipeline.run(now_s, took_s)
-        began_s = max(now_s, self._ends_s) if ahead else now_s
-        gap_s = began_s - self._ends_s if step > 1 else 0.0
-        flights.append(
-            Flight(step, batches, Pass(self.index, began_s, ends_s - began_s, gap_s, works), ends_s)
-        )
+        alone_s = self.profile.cost.pass_s(works) * self._factor(step)
+        before_s, ends_s = self._ends_s, self._pipeline.run(now_s, alone_s)
+        began_s = max(now_s, before_s) if flights else now_s
+        gap_s = began_s - before_s if step > 1 else 0.0
+        record = Pass(self.index, began_s, ends_s - began_s, gap_s, works)
+        flights.append(Flight(record, step, batches, ends_s))
         self._ends_s = ends_s
         self._flush_s = None
         return ends_s, True
 
     def end(self) -> InstanceDone:
         """The oldest pass is over."""
-        step, batches, ran, ends_s = self._flights.popleft()
+        self.last, step, batches, ends_s = self._flights.popleft()
         ranks = [rank.finish(batch) for rank, batch in zip(self.ranks, batches, strict=True)]
         if self.door_s and any(rank.scheduler.load()[1] for rank in self.ranks):
             self._door_until_s = ends_s + self.door_s
-        return InstanceDone(step, ran, ranks)
+        return InstanceDone(self.last, step, ranks)
 
-    def end_quietly(self) -> InstanceDone:
+    def end_quietly(self) -> QuietDone:
         """The oldest pass is over, a quiet one."""
-        step, batches, ran, _ = self._flights.popleft()
+        self.last, step, batches, _ = self._flights.popleft()
+        loads = []
         for rank, batch in zip(self.ranks, batches, strict=True):
-            assert isinstance(batch, BulkBatch) and isinstance(rank.scheduler, BulkScheduler)
             rank.scheduler.commit_quietly(batch)
-        ranks = [RankDone(rank.load(), [], [], [], []) for rank in self.ranks]
-        return InstanceDone(step, ran, ranks)
+            loads.append(rank.load())
+        return QuietDone(self.last, step, loads)
+
+    def _next_batches(self) -> list[Batch | None]:
+        """Of each rank, beside those that it has under way."""
+        flights = self._flights
+        if not flights:
+            return [rank.scheduler.next_batch() for rank in self.ranks]
+        return [
+            rank.scheduler.next_batch(any(one.batches[place] for one in flights))
+            for place, rank in enumerate(self.ranks)
+        ]
 
     def look_again(self) -> tuple[float, bool] | None:
         """When the first stage is free for what there is to do, unless it was said already."""
@@ -237,8 +246,7 @@ class Instance:
         """Of the time of a pass, by its number from 1 on."""
         factors = self._factors
         while len(factors) < number:
-            factor = pass_factor(self._noise, self._seed, self.index, len(factors) + 1)
-            factors.append(factor)
+            factors.append(pass_factor(self._noise, self._seed, self.index, len(factors) + 1))
         return factors[number - 1]
 
     def close_door(self) -> None:
