@@ -33,6 +33,7 @@ MINE = replace(
     noise=0.0,
     max_num_batched_tokens=1024,
     max_num_seqs=64,
+    anatomy=None,
 )
 OF_ANY = (
     *("plan", "some/model", "--profile", "mine", "--gpus", "2", "--slo", "ttft=1s,tpot=1s"),
@@ -70,6 +71,21 @@ def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
         "nodeserve start some/model --layout 2m --max-num-seqs 64 --max-num-batched-tokens" in said
     )
     assert "--slo ttft=1000ms,tpot=1000ms" in said
+
+
+def test_shapes_that_nobody_measured_are_named() -> None:
+    """With prompts as long as the limit on one worker, and half as long on two."""
+    shaped = replace(MINE, name="shaped", anatomy=PROFILES["llama-3.1-8b-h100"].anatomy)
+    profile_store.write(shaped, {})
+    asked = (
+        *("plan", "--profile", "shaped", "--gpus", "2", "--slo", "ttft=80ms"),
+        *("--effort", "quick", "--processes", "1", "--workload", "synthetic(800,2)"),
+    )
+    said = run(*asked)
+    assert "by formula from one worker's passes, not measured (docs/plan.md): tp2" in said
+    assert "nodeserve start --layout 1m:tp2" in said
+    assert json.loads(run(*asked, "--json"))["by_formula"] == ["tp2"]
+    assert "no layout of 2 GPUs" in run(*asked, "--measured")
 
 
 def folder_of(path: Path, context: int) -> Path:
