@@ -15,13 +15,7 @@ from nodeserve.plan.affinity import Phase, best_pair, phase_alone, place
 from nodeserve.plan.bounds import Demand, bound, capacity, demand_of
 from nodeserve.plan.candidates import (
     Candidate,
-    all_candidates,
-    by_formula,
-    gpus_of,
     kinds_of,
-    neighbours,
-    split_layouts,
-    variations,
 )
 from nodeserve.plan.efforts import Effort
 from nodeserve.plan.evaluate import Question, count
@@ -32,7 +26,6 @@ from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Named, start_command, verdict
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
-from nodeserve.policy.sizes import Anatomy
 from nodeserve.types import Role
 
 FAST = Effort(40, 100, 200, 1, 0.1, 1)
@@ -53,6 +46,16 @@ PLAIN = Profile(
 LOOSE = Slo(1.0, 1.0)
 # The same, but a pass with any prompt in it takes 100 ms: nobody can decode beside that.
 CLUMSY = replace(PLAIN, name="clumsy", cost=replace(PLAIN.cost, prefill_fix_s=0.100))
+FAMILY = Family(
+    "family",
+    "a test",
+    {
+        (1, 1): PLAIN,
+        (2, 1): replace(PLAIN, num_gpus=2, cost=replace(PLAIN.cost, token_s=6e-5)),
+        (2, 2): replace(PLAIN, num_gpus=4, num_stages=2),
+        (8, 1): replace(PLAIN, num_gpus=8),
+    },
+)
 
 
 def question(
@@ -227,84 +230,6 @@ def test_bounds_grow_with_instances() -> None:
     assert most("1p3d", long) == pytest.approx(3 * most("1p1d", long))
     assert most("1p1d2m", long) == pytest.approx(3 * most("1p1d", long))
     assert most("4m", short) == pytest.approx(2 * most("2m", short))
-
-
-# ---- candidates
-
-FAMILY = Family(
-    "family",
-    "a test",
-    {
-        (1, 1): PLAIN,
-        (2, 1): replace(PLAIN, num_gpus=2, cost=replace(PLAIN.cost, token_s=6e-5)),
-        (2, 2): replace(PLAIN, num_gpus=4, num_stages=2),
-        (8, 1): replace(PLAIN, num_gpus=8),
-    },
-)
-
-
-def test_layouts_fit_the_gpus_and_leave_no_room_for_another_prefill_instance() -> None:
-    kinds = kinds_of(FAMILY, 4)
-    layouts = list(split_layouts(kinds, 4))
-    names = [str(layout) for layout in layouts]
-    assert len(names) == len(set(names))
-    assert {"3p1d", "1p3d", "1p:tp2,2d", "2p,1d:tp2", "1p:tp2,1d:tp2"} <= set(names)
-    assert "1p,1d:tp2" not in names  # one GPU would be left for another p
-    for layout in layouts:
-        assert gpus_of(layout, kinds) <= 4
-        assert parse_layout(str(layout)) == layout
-
-
-def test_mixed_layouts_come_with_several_chunks() -> None:
-    candidates = all_candidates(kinds_of(PLAIN, 2), 2, 64)
-    assert [one.max_num_batched_tokens for one in candidates if one.kind == "mixed"] == [256, 1024]
-
-
-def test_plain_leaves_out_what_cannot_be_started() -> None:
-    assert [one.shape for one in kinds_of(FAMILY, 8, plain=True)] == [Shape()]
-    with pytest.raises(ConfigError, match="needs 8 GPUs or more, 4 given"):
-        kinds_of(replace(PLAIN, num_gpus=8), 4)
-
-
-SHAPED = replace(PLAIN, anatomy=Anatomy(16, 4, 4096, 1e8))
-SPARSE = replace(PLAIN, anatomy=Anatomy(16, 4, 4096, 1e8, 0.0, 8e7, num_experts=4, num_active=2))
-
-
-def test_what_one_worker_takes_tells_of_shapes_that_nobody_measured() -> None:
-    names = [str(kind.shape) for kind in kinds_of(SHAPED, 4)]
-    assert names == ["", "tp2", "pp2", "tp4", "tp2.pp2", "pp4"]
-    layouts = {str(layout) for layout in split_layouts(kinds_of(SHAPED, 4), 4)}
-    assert {"1p:tp2,2d", "2p,1d:pp2", "1p:pp2,1d:tp2"} <= layouts
-    assert [kind.shape for kind in kinds_of(SHAPED, 4, plain=True)] == [Shape()]
-    assert [str(one) for one in by_formula(SHAPED, ["1p:tp2,2d", "4m"])] == ["tp2"]
-    assert by_formula(PLAIN, ["4m"]) == by_formula(FAMILY, ["1p:tp2,2d"]) == []
-
-
-def test_ranks_that_share_experts_are_tried_where_there_are_some() -> None:
-    names = {str(kind.shape) for kind in kinds_of(SPARSE, 8)}
-    assert {"ep2", "ep4", "tp2.ep4", "tp2.pp2"} <= names
-    assert not {name for name in names if "ep8" in name or ("pp" in name and "ep" in name)}
-    assert {kind.shape.ep for kind in kinds_of(SPARSE, 8, eps=(4,))} == {4}
-    assert {kind.shape.ep for kind in kinds_of(SHAPED, 8, eps=(4,))} == {4}
-    layouts = {str(layout) for layout in split_layouts(kinds_of(SPARSE, 8), 8)}
-    assert {"1p:ep4,1d:ep4", "1p:tp2,3d:ep2"} <= layouts
-
-
-def test_neighbours_move_one_instance() -> None:
-    found = {one.layout for one in neighbours(Candidate("2p2d", 1024))}
-    assert found == {"1p3d", "1p2d1m", "3p1d", "2p1d1m"}
-    assert {one.layout for one in neighbours(Candidate("1m", 1024))} == set()
-
-
-def test_variations_keep_to_what_a_server_takes() -> None:
-    tried = variations(Candidate("2p2d", 1024), 600)
-    assert {one.max_num_batched_tokens for one in tried if one.window_s is None} == {
-        600,
-        2048,
-        4096,
-    }
-    assert [one.window_s for one in tried if one.window_s is not None] == [0.0]
-    assert all(one.window_s is None for one in variations(Candidate("1p2d", 1024), 600))
 
 
 # ---- DistServe's algorithms
