@@ -134,7 +134,7 @@ def from_json(values: Mapping[str, Any]) -> Profile:
         raise TypeError("there is no cost in it")
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError(f"format {values['format']!r}, this nodeserve reads {FORMAT}")
-    known = {one.name for one in fields(Profile)}
+    known = {one.name for one in fields(Profile)} - {"by_formula"}  # a stored one was measured
     chosen = {name: value for name, value in values.items() if name in known}
     anatomy = values.get("anatomy")
     made: Any = {"cost": _cost(values["cost"]), "anatomy": anatomy and _anatomy(anatomy)}

@@ -5,6 +5,7 @@ with nothing to clean up.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nodeserve.checkpoint import Checkpoint
@@ -165,8 +166,14 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
             checkpoint.config.vocab_size,
             checkpoint.config.eos_token_ids,
         ),
-        notes=notes,
+        notes=(*notes, *unmeasured_notes(profiles)),
     )
+
+
+def unmeasured_notes(profiles: Iterable[Profile]) -> tuple[str, ...]:
+    """What to know of passes that no profile has measured."""
+    shapes = ", ".join(dict.fromkeys(one.by_formula for one in profiles if one.by_formula))
+    return (f"passes of {shapes} by formula, not measured (docs/instances.md)",) if shapes else ()
 
 
 def simulated_profiles(name: str, layout: Layout) -> list[Profile]:

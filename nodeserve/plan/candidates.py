@@ -103,10 +103,8 @@ def _shapes_of(model: Profile, num_gpus: int, eps: Sequence[int]) -> dict[Shape,
 
 def by_formula(model: Profile | Family, layouts: Iterable[str]) -> list[Shape]:
     """The shapes in these layouts whose passes nobody measured."""
-    if isinstance(model, Family):
-        return []
     shapes = {group.shape for layout in layouts for group in parse_layout(layout).groups}
-    unmeasured = (shape for shape in shapes if model.of(shape) is not model)
+    unmeasured = (shape for shape in shapes if model.of(shape).by_formula)
     return sorted(unmeasured, key=lambda shape: (shape.num_workers, shape.pp, shape.ep))
 
 

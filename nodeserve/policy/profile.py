@@ -35,6 +35,7 @@ class Profile:
     num_gpus: int = 1
     transit_s: float = 0.0025  # of a message from the coordinator to a worker, or back
     anatomy: Anatomy | None = None  # None: it is one whole rank, whatever that is made of
+    by_formula: str = ""  # the shape, where nobody measured it
 
     @property
     def attention_weight(self) -> float:
@@ -81,6 +82,7 @@ class Profile:
         return replace(
             self,
             source=f"{self.source}; {shape} by formula, not measured",
+            by_formula=str(shape),
             cost=alone.cost_in(shape),
             num_kv_tokens=num_tokens,
             kv_bytes_per_token=round(size * alone.worker_kv_bytes(shape)),

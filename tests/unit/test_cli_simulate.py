@@ -123,3 +123,10 @@ def test_it_loads_nothing_large() -> None:
         " assert not {'torch', 'numpy', 'tokenizers', 'nodeserve._host'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_shape_by_formula_is_named() -> None:
+    asked = ("--profile", "llama-3.1-8b-h100", "--rate", "5", "--requests", "20")
+    said = run("--layout", "1p:tp2,1d", *asked).output
+    assert "passes by formula, not measured (docs/instances.md): tp2\n" in said
+    assert "by formula" not in run("--layout", "1p1d", *asked).output

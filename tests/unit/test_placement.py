@@ -267,7 +267,9 @@ def test_a_family_of_profiles_gives_each_shape_its_own() -> None:
     """66B of OPT fits no single GPU; a worker that was not told otherwise finds its own memory."""
     plan = simulated(layout="1p:tp2,1d:tp2", profile="opt-66b-a100")
     assert plan.simulated is not None and plan.simulated.profile == "opt-66b-a100"
-    assert plan.kv_memory is None and plan.max_model_len == 2048
+    assert plan.kv_memory is None and plan.max_model_len == 2048 and not plan.notes
+    (note,) = simulated(layout="1p:tp2,1d").notes
+    assert note == "passes of tp2 by formula, not measured (docs/instances.md)"
 
 
 def test_every_rank_of_a_simulated_instance_is_a_worker() -> None:
