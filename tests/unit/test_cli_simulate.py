@@ -86,7 +86,7 @@ def test_a_node_that_serves_nobody_says_so() -> None:
     ("options", "words"),
     [
         ("--layout 4p", "nobody for decode"),
-        ("--layout 1p:tp2,1d", "epN"),
+        ("--layout 1p:tp2,1d --profile llama-2-70b-tp8-h100", "epN"),
         ("--profile none", "no profile 'none'"),
         ("--admission none", "--admission none: use round-robin"),
         ("--decode-allocation x", "--decode-allocation x: use"),
