@@ -48,7 +48,7 @@ class PrefillInstance:
         self._budget = budget
         num_stages = units[0].num_stages
         self._holds_door = holds_door and not units[0].decodes and num_stages == 1
-        self._ahead = budget * max(1, num_stages - 1)  # tokens that may wait behind a running pass
+        self._ahead = budget * num_stages  # tokens that may wait behind a running pass
         self._queues = {unit.index: PrefillQueue() for unit in units}
         self._running: dict[int, int] = {}  # tokens by unit; none: no pass runs
         self._patience = 1.0
@@ -84,8 +84,9 @@ class PrefillInstance:
         return not self._holds_door or not self._running
 
     def rooms(self) -> dict[int, int]:
-        """By unit index, prompt tokens that still fit the pass that begins next, or with stages the
-        passes that can be under way beside the one that ends next."""
+        """By unit index, prompt tokens that still fit the pass that begins next. With stages: the
+        passes under way beside the one that ends next, and one behind them, so that chunks are full
+        when their turn comes."""
         return {unit.index: self._room(unit) for unit in self.units}
 
     def opens_s(self, now_s: float) -> float:

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -79,6 +80,17 @@ def test_stages_are_kept_busy_by_departures(admission: str) -> None:
     made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=dispatch)
     outcome = simulate(made, [Arrival(1.0 + 0.5 * PASS_S * one, 256, 1) for one in range(40)])
     assert outcome.duration_s - 1.0 == pytest.approx(40 * 0.5 * PASS_S, rel=0.1)
+
+
+def test_departures_fill_chunks_as_well_as_dispatch_on_arrival_does() -> None:
+    """Prompts that do not fit a pass evenly, as many as the stages can take."""
+    means = {}
+    for admission in ("staggered", "shortest-queue"):
+        dispatch = DispatchOptions(admission, budget=256)
+        made = scenario("1p:pp4,1d", profile=family((1, 1), (1, 4)), dispatch=dispatch)
+        arrivals = [Arrival(1.0 + 0.022 * one, 30 + 41 * one % 400, 1) for one in range(200)]
+        means[admission] = fmean(ttfts(simulate(made, arrivals)))
+    assert means["staggered"] < 1.02 * means["shortest-queue"]
 
 
 def test_stages_that_are_busy_are_not_asked_again_and_again() -> None:
