@@ -72,6 +72,31 @@ class Computed:
         return self._sampled
 
 
+class Passing:
+    """The `number`-th step of a team, on its way through several stages. When the last one has sent
+    what the step gave, `choose` begins the choice of its tokens."""
+
+    def __init__(self, team: "Team", number: int, choose: Callable[[], Flight]) -> None:
+        self._team = team
+        self._number = number
+        self._choose = choose
+        self._choice: Flight | None = None
+
+    def done(self) -> bool:
+        if self._choice is None:
+            if not self._team.has_passed(self._number):
+                return False
+            self._choice = self._begin()
+        return self._choice.done()
+
+    def result(self) -> Sampled:
+        return (self._choice or self._begin()).result()
+
+    def _begin(self) -> Flight:
+        self._team.choose()
+        return self._choose()
+
+
 class Executor(Protocol):
     """Computes batches: writes their KV into the worker's pages and chooses tokens."""
 
@@ -110,11 +135,12 @@ class Team(Protocol):
     @property
     def num_followers(self) -> int: ...
 
-    def step(self, plan: Callable[[], bytes]) -> None:
-        """Let the followers begin a step; `plan` is what their `Following.follow` gets."""
+    def step(self, plan: Callable[[], bytes]) -> int:
+        """Let the followers begin a step; `plan` is what their `Following.follow` gets. The step's
+        number, the first being 1."""
 
     def has_passed(self, number: int) -> bool:
-        """Whether the last stage has sent us what step `number` gave, the first being 1."""
+        """Whether the last stage has sent us what step `number` gave."""
 
     def wait(self) -> None:
         """Until a follower may have said something."""
@@ -133,8 +159,8 @@ class Alone:
     def num_followers(self) -> int:
         return 0
 
-    def step(self, plan: Callable[[], bytes]) -> None:
-        pass
+    def step(self, plan: Callable[[], bytes]) -> int:
+        return 0
 
     def has_passed(self, number: int) -> bool:
         return True
@@ -155,8 +181,12 @@ ALONE: Team = Alone()
 class Following(Protocol):
     """A follower's part of steps, in the order of its leader's."""
 
-    def follow(self, plan: bytes) -> bool:
-        """Take part in a step. Whether this sends the leader what it waits for: its results."""
+    def follow(self, plan: bytes) -> None:
+        """Take part in a step. May compute at once."""
+
+    def num_passed(self) -> int:
+        """Of how many steps more than at the last call this has sent the leader what it waits for:
+        the results. The executor's `on_done` tells when one has passed outside of `follow`."""
 
     def choose(self) -> None:
         """Take part in the choice of tokens of the oldest step without."""

@@ -6,12 +6,13 @@ from functools import partial
 import torch
 
 from nodeserve import checkpoint
-from nodeserve.config import ModelConfig, WorkerSpec
+from nodeserve.config import WorkerSpec
 from nodeserve.model import backend, kv, parallel
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuCache, CpuOps
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.chunks import attention_weight
 from nodeserve.shards import Shard
 from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import Device, Progress, Team
@@ -90,12 +91,6 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         num_stages=spec.pp,
         attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
     )
-
-
-def attention_weight(config: ModelConfig) -> float:
-    """Multiplications for a pair of tokens in attention, over those for a token anywhere else."""
-    pair = 2 * config.num_layers * config.num_heads * config.head_dim
-    return pair / config.num_active_weights
 
 
 def describe(ops: Ops) -> str:

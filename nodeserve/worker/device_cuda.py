@@ -13,6 +13,7 @@ from nodeserve.config import WorkerSpec
 from nodeserve.model import families, kv, parallel
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.chunks import attention_weight
 from nodeserve.shards import Shard
 from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor_cuda import CudaExecutor, Together
@@ -78,12 +79,15 @@ def load(
         handoff=route.description,
         eos_token_ids=frozenset(found.config.eos_token_ids),
         following=None if spec.leads else executor,
+        num_stages=spec.pp,
+        attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
     )
 
 
 def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
-    """Tokens are chosen on the first stage, and only its members take inputs from them."""
-    reduce = meeting.groups.tp.all_reduce
+    """With several stages nobody needs the leader's tokens: a sequence's next step is launched when
+    they are known."""
+    reduce, place = meeting.groups.tp.all_reduce, meeting.place
 
     def share(tokens: torch.Tensor) -> None:
         values = tokens.float()  # what groups sum; ids are far below 2^24, so none is rounded
@@ -92,8 +96,10 @@ def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
 
     return Together(
         spec.leads,
-        share if spec.tp > 1 and meeting.place.is_first else _keep,
+        share if spec.tp > 1 and spec.pp == 1 else _keep,
         ranks_of(spec) if spec.leads else NO_RANKS,
+        spec.pp,
+        has_results=spec.pp > 1 and place.is_last and place.tp_rank == 0,
     )
 
 
@@ -134,6 +140,7 @@ def _make_executor(
         max_seqs=spec.max_num_seqs,
         max_context_len=spec.max_model_len,
         max_blocks=blocks_for(spec.max_model_len, spec.block_size),
+        num_steps=max(spec.pp, 2),
     )
     return CudaExecutor(runtime, model, staging, parts.sampler, parts.feed_tokens, together)
 

@@ -107,9 +107,11 @@ class SimExecutor:
         number = self._lockstep.enter(rank_work(batch))
         return SimFlight(self._lockstep, number, self._tokens.sampled(batch))
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         self._lockstep.enter(IDLE)
-        return False
+
+    def num_passed(self) -> int:
+        return 0
 
     def choose(self) -> None:
         """Tokens are made up by leaders."""

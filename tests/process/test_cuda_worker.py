@@ -327,8 +327,7 @@ async def test_a_node_of_gpu_workers_serves_clients(
     ("layout", "handoff"),
     [
         ("1m:tp2", "auto"),
-        ("1m:pp2", "auto"),
-        ("1p:tp2,1d:tp2", "auto"),
+        ("1m:tp2.pp2", "auto"),
         ("1p:pp2,1d:tp2", "auto"),
         ("1p:tp2,1d:pp2", "host"),
     ],

@@ -22,6 +22,7 @@ def followers(stats: dict[str, Any]) -> list[int]:
     return [one["index"] for one in stats["workers"] if one["leader"] != one["index"]]
 
 
+COUNTED = ("tokens", "prompt_tokens", "handoffs")  # once, whoever took part
 LAYOUTS = {
     "1m:tp2": [1],
     "2p:tp2,2d:tp2": [1, 3, 5, 7],
@@ -45,6 +46,12 @@ async def test_a_team_serves_as_one(nodes: Nodes, connect: Connect, layout: str)
             assert num_bytes == num_tokens * QUICK.kv_bytes_per_token
     stats = await settled(client)
     assert followers(stats) == LAYOUTS[layout]
+    counted = {name: sum(one[name] for one in stats["workers"]) for name in COUNTED}
+    assert counted == {
+        "tokens": 20 * 12,
+        "prompt_tokens": sum(len(prompt_of(number)) for number in range(20)),
+        "handoffs": 20 * ("p" in layout.split(":")[0]),
+    }
     for worker in stats["workers"]:
         follows = worker["index"] in LAYOUTS[layout]
         assert worker["state"] == "ready" and bool(worker["steps"]) is not follows
