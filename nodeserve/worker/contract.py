@@ -4,13 +4,14 @@ The step loop, the rings, the scheduler and the handoff are the same for every d
 brings an `Executor` that computes batches and a `Transfer` that moves pages. Tests bring fakes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import NodeServeError
 from nodeserve.policy.batching import Batch
+from nodeserve.policy.copy_plan import CopyRun, PageShard
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -188,12 +189,23 @@ class Following(Protocol):
 
 
 class Ticket(NamedTuple):
-    """One pull: copy a peer's `source_ids` blocks into our `target_ids`, pairwise."""
+    """One pull: copy a team's `source_ids` blocks into our `target_ids`, pairwise."""
 
     request_id: int
-    source: int
+    source: int  # the team's leader
     source_ids: bytes  # int32
     target_ids: bytes
+
+
+class Source(NamedTuple):
+    """The pages of one worker of a team, and what we copy of each of its blocks."""
+
+    worker: int
+    fd: int
+    num_bytes: int
+    handle: bytes
+    block_bytes: int  # of a block there
+    runs: tuple[CopyRun, ...]
 
 
 class Landed(NamedTuple):
@@ -232,12 +244,14 @@ class Transfer(Protocol):
         """Call `wake`, from any thread, whenever a `poll` would answer something that was not
         there before, unless it is `busy`. One call too many is harmless."""
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        """Map a peer's pool: by `handle` if there is one, else the memory behind `fd`."""
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
+        """Map the pools that pulls from this team need, together they have all of our part of a
+        block: by `handle` where there is one, else the memory behind `fd`. Again after the team was
+        started again. `team` is its leader's number."""
 
-    def detach(self, worker: int) -> list[int]:
-        """Unmap the pool of a peer that has ended, if it was mapped. The requests whose pulls from
-        there were not over: no page is read or written for them any more."""
+    def detach(self, team: int) -> list[int]:
+        """Unmap the pools of a team that has ended, if they were mapped. The requests whose pulls
+        from there were not over: no page is read or written for them any more."""
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
         """Let peers read these computed blocks: the ids to tell them, or None when `poll` will
@@ -269,6 +283,7 @@ class Device:
     transfer: Transfer
     num_blocks: int
     block_bytes: int
+    pages: PageShard  # our part of every block
     pages_bytes: int  # what a peer maps to pull from here
     pages_handle: bytes  # how: a CUDA IPC handle, or empty for the memory behind pages_fd
     num_threads: int

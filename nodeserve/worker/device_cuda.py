@@ -20,6 +20,7 @@ from nodeserve.worker.executor_cuda import CudaExecutor, Together
 from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
 from nodeserve.worker.meeting import Meeting, meet, place_of
+from nodeserve.worker.page_shard import page_shard
 from nodeserve.worker.ranks import NO_RANKS, ranks_of
 from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
 from nodeserve.worker.staging_cuda import CudaStaging
@@ -61,7 +62,7 @@ def load(
     progress("pages", 0, 1)
     pool = runtime.cuda.Pool(runtime.index, (num_blocks + 1) * layout.block_bytes)
     executor.use(parts.ops.cache(layout, runtime.view(pool)), spare_block=num_blocks)
-    transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes)
+    transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes, meeting.least)
     progress("pages", 1, 1)
     executor.capture(sizes, partial(progress, "graphs"))
     executor.team = team
@@ -70,6 +71,7 @@ def load(
         transfer=transfer,
         num_blocks=team.least_blocks(num_blocks),
         block_bytes=layout.block_bytes,
+        pages=page_shard(found.config, layout),
         pages_bytes=transfer.pages_bytes,
         pages_handle=transfer.pages_handle,
         num_threads=spec.num_threads,
