@@ -114,6 +114,7 @@ class Estimator:
             min_requests=effort.fine_requests,
             max_requests=4 * effort.fine_requests,
             max_probes=10,
+            step=1.0 + 1.9 * effort.tolerance,  # one bisection makes it less than the tolerance
         )
         probes: dict[Candidate, list[Probe]] = {one: [] for one, _, _ in wanted}
         left = [(one, most, min(start, most)) for one, most, start in wanted]
@@ -133,25 +134,27 @@ class Estimator:
                 elif not any(passed):
                     again.append((candidate, most, 0.6 * start))
             left = again
-        self._look_below(wanted, probes, options)
+        self._look_around(wanted, probes, options)
         sure = options.look_confidence
         return [
             replace(self._estimate(candidate, most, probes[candidate], sure), fine=True)
             for candidate, most, _ in wanted
         ]
 
-    def _look_below(
+    def _look_around(
         self,
         wanted: Sequence[tuple[Candidate, float, float]],
         probes: dict[Candidate, list[Probe]],
         options: SearchOptions,
     ) -> None:
-        """One more run of those of whom no rate is surely served: a little below their goodput."""
+        """One more run where no rate is surely served, a little below the goodput; and one a little
+        above where none surely is not."""
         looks = []
         for candidate, most, _ in wanted:
             found = self._estimate(candidate, most, probes[candidate], options.look_confidence)
-            if found.goodput > 0.0 and not found.low:
-                rate = (1.0 - options.tolerance) * found.goodput
+            ends = [1.0 - options.tolerance] * (not found.low)
+            ends += [1.0 + options.tolerance] * (found.high is None)
+            for rate in (min(end * found.goodput, most) for end in ends if found.goodput > 0.0):
                 looks.append((candidate, most, with_start(options, rate, rate, rate)))
         for one in self.estimate(looks):
             probes[one.candidate] += one.probes

@@ -111,10 +111,25 @@ def test_of_the_kind_that_loses_one_layout_is_looked_at_closely() -> None:
     assert planner.num_behind == 1
 
 
-def test_a_range_has_a_lower_end() -> None:
-    """Where the rates that pass do so barely, one more is asked."""
+def test_a_range_has_two_ends() -> None:
+    """Where the rates that pass do so barely, a lower one is asked; and a higher one where those
+    that fail do."""
     server = Server(**{"7p1d": 0.8})
     estimator = Estimator(QUESTION, EFFORTS["normal"], server.run)
-    goodput = 0.8 * estimator.most(at("7p1d"))
-    (found,) = estimator.closely([(at("7p1d"), 2.0 * goodput, goodput)])
+    most = estimator.most(at("7p1d"))
+    goodput = 0.8 * most
+    (found,) = estimator.closely([(at("7p1d"), 2.0 * most, goodput)])
     assert found.goodput == pytest.approx(goodput) and found.low == pytest.approx(0.95 * goodput)
+    (found,) = estimator.closely([(at("7p1d"), 2.0 * most, 1.0001 * goodput)])
+    assert found.goodput == pytest.approx(goodput, rel=0.01)
+    assert found.high == pytest.approx(1.05 * goodput, rel=0.01)
+
+
+@pytest.mark.parametrize("off", [1.04, 0.97, 0.93])
+def test_three_rates_are_enough_from_a_good_guess(off: float) -> None:
+    server = Server(**{"7p1d": 0.8})
+    estimator = Estimator(QUESTION, EFFORTS["normal"], server.run)
+    most = estimator.most(at("7p1d"))
+    (found,) = estimator.closely([(at("7p1d"), most, off * 0.8 * most)])
+    assert found.goodput == pytest.approx(0.8 * most, rel=0.02)
+    assert len({rate for _, rate in server.asked}) == 3
