@@ -17,6 +17,7 @@ question gives the same plan, in however many processes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import log
 
 from nodeserve.layout import parse_layout
 from nodeserve.plan.candidates import (
@@ -33,6 +34,7 @@ from nodeserve.plan.phases import PhaseLimits
 
 BATCH = 2  # jobs that are given out together
 PAPER = 0.95  # of the best so far: who cannot serve more even on paper is not run
+ALIKE = 1.1  # times one bound is another that says the same
 GAIN = 1.03  # that a change around the best must bring
 
 Tell = Callable[[str], None]
@@ -152,12 +154,7 @@ class Planner:
     def race(self, candidates: Sequence[Candidate]) -> list[Estimate]:
         """Coarse estimates of those that may be among the best; the best first."""
         bounds = {one: self.estimator.most(one) for one in candidates}
-        # Of those that share their slower phase the one whose other phase can do most says the
-        # most about all of them.
-        queue = sorted(
-            (one for one in candidates if bounds[one] > 0.0),
-            key=lambda one: (-bounds[one] / self._size(one), -self.estimator.widest(one)),
-        )
+        queue = sorted((one for one in candidates if bounds[one] > 0.0), key=self._promise)
         self.num_impossible += len(candidates) - len(queue)
         found: list[Estimate] = []
         limits = PhaseLimits(self.estimator.sides)
@@ -191,6 +188,19 @@ class Planner:
         chosen = near[: self.effort.finalists]
         self.num_behind += len(coarse) - len(chosen)
         return chosen
+
+    def _promise(self, candidate: Candidate) -> tuple[int, int, float]:
+        """The higher the bound the better. Of about the same, small instances come first: they need
+        not wait for each other, and are run as a small part of the node. Of those that share their
+        slower phase the one whose other phase can do most says the most about all of them."""
+        most = self.estimator.most(candidate) / self._size(candidate)
+        groups = parse_layout(candidate.layout).groups
+        sizes = {kind.shape: kind.num_gpus for kind in self.estimator.kinds}
+        return (
+            -round(log(most) / log(ALIKE)),
+            max(sizes[group.shape] for group in groups),
+            -self.estimator.widest(candidate),
+        )
 
     def refine(self, coarse: Sequence[Estimate]) -> list[Estimate]:
         """Fine estimates."""

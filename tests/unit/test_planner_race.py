@@ -1,7 +1,7 @@
 """Which layouts a search runs, and at which rates: on answers that are given, not simulated."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -23,10 +23,11 @@ QUESTION = Question(SHAPES, Source("synthetic(500,20)"), Slo(1.0, 1.0), 8)
 class Server:
     """Serves every layout at a share of its bound, `serves` for some; notes what it was asked."""
 
-    def __init__(self, **serves: float) -> None:
+    def __init__(self, question: Question = QUESTION, **serves: float) -> None:
+        self.question = question
         self.serves = serves
         self.asked: list[tuple[str, float]] = []
-        self.estimator = Estimator(QUESTION, EFFORTS["normal"])
+        self.estimator = Estimator(question, EFFORTS["normal"])
 
     def run(self, jobs: Sequence[Job]) -> list[Found]:
         return [self.search(job) for job in jobs]
@@ -43,12 +44,11 @@ class Server:
 
         return find_goodput(ask, job.options)
 
+    def race(self, *candidates: Candidate, effort: str = "normal") -> list[Estimate]:
+        return Planner(self.question, EFFORTS[effort], self.run).race(candidates)
+
     def layouts(self) -> list[str]:
         return list(dict.fromkeys(layout for layout, _ in self.asked))
-
-
-def race(server: Server, *candidates: Candidate, effort: str = "normal") -> list[Estimate]:
-    return Planner(QUESTION, EFFORTS[effort], server.run).race(candidates)
 
 
 def at(layout: str, chunk: int = 1024) -> Candidate:
@@ -58,9 +58,20 @@ def at(layout: str, chunk: int = 1024) -> Candidate:
 def test_of_those_with_one_slower_phase_the_one_with_the_widest_other_is_run() -> None:
     """The bound of all is that of their prefill instances."""
     server = Server()
-    found = race(server, at("3p:tp2,1d:tp2"), at("3p:tp2,2d"), at("3p5d"))
+    found = server.race(at("3p:tp2,1d:tp2"), at("3p:tp2,2d"), at("3p5d"))
     assert len({one.most for one in found}) == 1
     assert server.layouts() == ["3p5d", "3p:tp2,2d"]
+
+
+def test_of_about_the_same_bound_small_instances_are_run_first() -> None:
+    """They are the cheapest to run, and often the best."""
+    half = {name: value / 2 for name, value in asdict(PLAIN.cost).items() if value}
+    pair = replace(PLAIN, cost=replace(PLAIN.cost, **half), num_gpus=2)
+    family = Family("even", "a test", {(1, 1): PLAIN, (2, 1): pair})
+    server = Server(replace(QUESTION, model=family))
+    found = server.race(at("4m:tp2"), at("8m"))
+    assert len(found) == 2 and found[0].most == pytest.approx(found[1].most, rel=0.1)
+    assert server.layouts() == ["2m", "2m:tp2"]
 
 
 def test_who_cannot_be_better_on_paper_is_not_run() -> None:
@@ -68,15 +79,15 @@ def test_who_cannot_be_better_on_paper_is_not_run() -> None:
     bounds = [server.estimator.most(at("7p1d")), server.estimator.most(at("6p2d"))]
     assert PAPER * 0.92 * bounds[0] > bounds[1] > NEAR * 0.92 * bounds[0]
     candidates = at("6p2d"), at("7p1d", 1025), at("7p1d", 1024)
-    race(server, *candidates)
+    server.race(*candidates)
     assert server.layouts() == ["7p1d"]
-    race(server, *candidates, effort="thorough")
+    server.race(*candidates, effort="thorough")
     assert server.layouts() == ["7p1d", "6p2d"]
 
 
 def test_one_run_puts_out_who_does_not_come_near_the_best() -> None:
     server = Server(**{"7p1d": 0.7})
-    found = race(server, at("7p1d"), at("8m", 1025), at("8m"))
+    found = server.race(at("7p1d"), at("8m", 1025), at("8m"))
     assert [one.candidate.layout for one in found] == ["8m", "8m"]
     asked = [rate for layout, rate in server.asked if layout == "7p1d"]
     assert asked == [NEAR * found[0].goodput]
@@ -84,7 +95,7 @@ def test_one_run_puts_out_who_does_not_come_near_the_best() -> None:
 
 def test_the_first_of_a_race_begins_at_a_part_of_its_bound() -> None:
     server = Server()
-    race(server, at("7p1d"))
+    server.race(at("7p1d"))
     assert server.asked[0] == ("7p1d", FIRST * server.estimator.most(at("7p1d")))
 
 
