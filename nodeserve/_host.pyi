@@ -195,5 +195,12 @@ def cpu_read(engine: CpuEngine, address: int, num_bytes: int) -> None:
     """Read every byte once, on all threads: the memory ceiling of a benchmark."""
 
 def copy_blocks(
-    dst: Buffer, src: Buffer, block_bytes: int, dst_ids: Sequence[int], src_ids: Sequence[int]
-) -> None: ...
+    dst: Buffer,
+    src: Buffer,
+    dst_block_bytes: int,
+    src_block_bytes: int,
+    runs: Sequence[tuple[int, int, int]],
+    dst_ids: Sequence[int],
+    src_ids: Sequence[int],
+) -> None:
+    """runs: an offset in the target block, one in the source block, and bytes."""

@@ -310,6 +310,11 @@ class WorkerSpec:
     model_impl: str = "auto"  # "auto", "nodeserve" or "transformers"
 
     @property
+    def num_workers(self) -> int:
+        """Of its instance."""
+        return self.team_size * self.ep
+
+    @property
     def team_size(self) -> int:
         """Workers that compute a DP rank's steps together; the first of them leads."""
         return self.tp * self.pp

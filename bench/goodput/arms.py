@@ -22,13 +22,14 @@ KINDS = ("mixed", "split")
 @dataclass(slots=True)
 class Arm:
     """One layout under one SLO: what the plan said, and what came of it. `reports` are of its live
-    runs, by rate, the last of each."""
+    runs, by rate, the last of each; `foreign` is the most that others had of the cores in a run."""
 
     kind: str
     predicted: Estimate
     settings: dict[str, str | int]
     bracket: Bracket
     reports: dict[float, Report] = field(default_factory=dict)
+    foreign: float = 0.0
 
     @property
     def error(self) -> float:

@@ -235,8 +235,8 @@ class Dispatch:
         }
         roles = {ranks[0].role for ranks in alive.values()}
         alone = roles in ({Role.PREFILL}, {Role.DECODE})
-        for ranks in alive.values():
-            for link in ranks:
+        for link in self._links:  # those that follow as well: their leaders' steps are theirs
+            if link.instance in alive:
                 link.stands_in = alone
         stand_ins = set(alive) if roles == {Role.DECODE} else set()
         for instance in self._stand_ins - stand_ins:

@@ -37,9 +37,8 @@ def work_of(batch: Batch) -> RankWork:
     """The work of a planned batch."""
     if not isinstance(batch, BulkBatch):
         return rank_work(batch)
-    return RankWork(
-        batch.num_prefill_tokens, prefill_pairs(batch.work), batch.num_decodes, batch.kv_tokens
-    )
+    pairs = prefill_pairs(batch.work) if batch.work else 0.0
+    return RankWork(batch.num_prefill_tokens, pairs, batch.num_decodes, batch.kv_tokens)
 
 
 class BulkScheduler(Scheduler):
@@ -58,7 +57,8 @@ class BulkScheduler(Scheduler):
         """As the real one's, whose options a simulated worker does not use."""
         assert not (ahead or idle or self._launched), "one batch at a time"
         batch = self._with_decodes()
-        self._plan_prefills(batch, len(self._running))
+        if self._waiting:
+            self._plan_prefills(batch, len(self._running))
         return self._launched_if_any(batch)
 
     def commit(self, batch: Batch, token_ids: list[int]) -> Outcome:
@@ -77,7 +77,7 @@ class BulkScheduler(Scheduler):
         outcome.finish[:0] = [LENGTH] * len(ends)
         return outcome
 
-    def commit_quietly(self, batch: BulkBatch) -> None:
+    def commit_quietly(self, batch: Batch | None) -> None:
         """The same of one in which nothing happens."""
         assert self._launched.popleft() is batch, "batches end in the order of their launches"
 
@@ -93,21 +93,27 @@ class BulkScheduler(Scheduler):
     def _with_decodes(self) -> Batch:
         """A batch with all that decode."""
         number, num_decodes = self._number, len(self._running)
-        growing = self._growing.pop(number, [])
+        growing = self._growing.pop(number, ())
         if len(growing) > self.blocks.num_free:
             self._end_bulk()
             batch = Batch()
             self._plan_decodes(batch, num_decodes)
             return batch
-        for sequence in growing:
-            sequence.block_ids.extend(self.blocks.allocate(1))
-            self._growing[number + self.limits.block_size].append(sequence)
+        if growing:
+            self._grow_all(growing)
         if not num_decodes:
             return BulkBatch()
         self._number += 1
         kv_tokens = self._sum + num_decodes * number
         ends = self._ending.pop(number, [])
         return BulkBatch(num_decodes=num_decodes, kv_tokens=kv_tokens, ends=ends)
+
+    def _grow_all(self, growing: list[Sequence]) -> None:
+        """A block more for each, which lasts for so many passes as it has tokens."""
+        block_ids = self.blocks.allocate(len(growing))
+        for sequence, block_id in zip(growing, block_ids, strict=True):
+            sequence.block_ids.append(block_id)
+        self._growing[self._number + self.limits.block_size] += growing
 
     def _launched_if_any(self, batch: Batch) -> Batch | None:
         if batch.work or batch.num_decodes:

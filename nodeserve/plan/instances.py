@@ -22,7 +22,7 @@ from nodeserve.plan.records import Engine, Pass, Scenario
 from nodeserve.policy.account import Account
 from nodeserve.policy.batching import Batch, Limits
 from nodeserve.policy.batching import Sequence as Tokens
-from nodeserve.policy.cost import IDLE, RankWork
+from nodeserve.policy.cost import IDLE
 from nodeserve.policy.profile import Profile, pass_factor
 from nodeserve.policy.units import Unit
 from nodeserve.types import Load, Role
@@ -47,11 +47,17 @@ class RankDone(NamedTuple):
 class InstanceDone(NamedTuple):
     """What all ranks of an instance tell of a pass."""
 
+    record: Pass
     step: int
-    began_s: float
-    seconds: float
-    works: tuple[RankWork, ...]
     ranks: list[RankDone]
+
+
+class QuietDone(NamedTuple):
+    """What all ranks tell of a pass in which nobody began or ended."""
+
+    record: Pass
+    step: int
+    loads: list[Load]
 
 
 class Pipeline:
@@ -88,7 +94,7 @@ class Rank:
         self._num_received = 0
 
     def load(self) -> Load:
-        return Load._make([*self.scheduler.load(), self._num_received])
+        return Load(*self.scheduler.load(), self._num_received)
 
     def submit(self, sequence: Tokens) -> None:
         """A prompt arrived."""
@@ -153,10 +159,13 @@ class Instance:
     ) -> None:
         self.index = index
         self.role = role
+        self.prefills = role is not Role.DECODE
+        self.decodes = role is not Role.PREFILL
         self.ranks = list(ranks)
         self.alive = True
         self.lost = False  # declared dead
-        self.passes: list[Pass] = []
+        self.num_passes = 0
+        self.last: Pass | None = None
         self.profile = profile
         self.pipeline = pipeline
         self._looks_s = -math.inf  # when it will look again whether the first stage is free
@@ -166,9 +175,8 @@ class Instance:
         self._factors = _factors(noise, seed, index)
         self._running: list[Batch | None] | None = None
         self.is_quiet = False  # of the pass that runs: it has decodes alone, and ends nobody
-        self._works: tuple[RankWork, ...] = ()
-        self._began_s = 0.0
         self._ends_s = 0.0
+        self._delays = bool(engine.delay_passes)
         self._flush_s: float | None = None  # when a delayed pass starts at the latest
         self.door_s = 0.0  # how long the next pass waits at most for who may board it
         self._door_until_s = -math.inf
@@ -178,20 +186,12 @@ class Instance:
         """Its ranks, as dispatch knows them."""
         return [rank.unit for rank in self.ranks]
 
-    @property
-    def prefills(self) -> bool:
-        return self.role is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        return self.role is not Role.PREFILL
-
     def begin(self, now_s: float) -> tuple[float, bool] | None:
         """Start a pass if one can start: when it ends, and True; or when to look again, and False;
         None: nothing to do, or a pass runs."""
         if self._running is not None or not self.alive:
             return None
-        if self._engine.delay_passes and (flush_s := self._delayed_until(now_s)) > now_s:
+        if self._delays and (flush_s := self._delayed_until(now_s)) > now_s:
             return flush_s, False
         if now_s < self._door_until_s:
             return self._door_until_s, False
@@ -200,44 +200,42 @@ class Instance:
         batches = [rank.scheduler.next_batch() for rank in self.ranks]
         if not any(batches):
             return None
-        self._works = tuple(work_of(batch) if batch else IDLE for batch in batches)
-        self.is_quiet = all(isinstance(one, BulkBatch) and one.is_quiet for one in batches)
-        factor = self._factor(len(self.passes) + 1)
-        ends_s = self.pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
-        seconds = ends_s - now_s
-        gap_s = now_s - self._ends_s if self.passes else 0.0
-        self.passes.append(Pass(self.index, now_s, seconds, gap_s, self._works))
-        self._running, self._began_s, self._ends_s = batches, now_s, ends_s
+        works = tuple([work_of(batch) if batch else IDLE for batch in batches])
+        self.is_quiet = all([isinstance(one, BulkBatch) and one.is_quiet for one in batches])
+        self.num_passes += 1
+        alone_s = self.profile.cost.pass_s(works) * self._factor(self.num_passes)
+        gap_s = now_s - self._ends_s if self.last else 0.0
+        ends_s = self._ends_s = self.pipeline.run(now_s, alone_s)
+        self.last = Pass(self.index, now_s, ends_s - now_s, gap_s, works)
+        self._running = batches
         self._flush_s = None
-        return self._ends_s, True
+        return ends_s, True
 
     def end(self) -> InstanceDone:
         """The pass is over."""
         assert self._running is not None
         batches, self._running = self._running, None
         ranks = [rank.finish(batch) for rank, batch in zip(self.ranks, batches, strict=True)]
-        seconds = self._ends_s - self._began_s
         if self.door_s and any(rank.scheduler.load()[1] for rank in self.ranks):
             self._door_until_s = self._ends_s + self.door_s
-        return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+        assert self.last is not None
+        return InstanceDone(self.last, self.num_passes, ranks)
 
-    def end_quietly(self) -> InstanceDone:
+    def end_quietly(self) -> QuietDone:
         """A quiet pass is over."""
         batches, self._running = self._running, None
-        assert batches is not None
+        assert batches is not None and self.last is not None
+        loads = []
         for rank, batch in zip(self.ranks, batches, strict=True):
-            assert isinstance(batch, BulkBatch) and isinstance(rank.scheduler, BulkScheduler)
             rank.scheduler.commit_quietly(batch)
-        ranks = [RankDone(rank.load(), [], [], [], []) for rank in self.ranks]
-        seconds = self._ends_s - self._began_s
-        return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+            loads.append(rank.load())
+        return QuietDone(self.last, self.num_passes, loads)
 
     def _factor(self, number: int) -> float:
         """Of the time of a pass, by its number from 1 on."""
         factors = self._factors
         while len(factors) < number:
-            factor = pass_factor(self._noise, self._seed, self.index, len(factors) + 1)
-            factors.append(factor)
+            factors.append(pass_factor(self._noise, self._seed, self.index, len(factors) + 1))
         return factors[number - 1]
 
     def close_door(self) -> None:

@@ -113,7 +113,10 @@ class PrefillInstance:
         if done.step > self._step:
             self._step, self._reports = done.step, {}
         self._reports[index] = done
-        self._decoding[index] = done.work._replace(prefill_tokens=0, attention=0.0)
+        work = done.work
+        if work.prefill_tokens:
+            work = work._replace(prefill_tokens=0, attention=0.0)
+        self._decoding[index] = work
         if len(self._reports) < len(self.units):
             return None
         works = [self._reports[one.index].work for one in self.units]

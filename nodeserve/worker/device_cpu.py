@@ -1,4 +1,4 @@
-"""The CPU device: native kernels, pages in shared memory, handoff by copying whole blocks."""
+"""The CPU device: native kernels, pages in shared memory, handoff by copying blocks."""
 
 import os
 from functools import partial
@@ -6,12 +6,13 @@ from functools import partial
 import torch
 
 from nodeserve import checkpoint
-from nodeserve.config import ModelConfig, WorkerSpec
+from nodeserve.config import WorkerSpec
 from nodeserve.model import backend, kv, parallel
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
-from nodeserve.model.ops_cpu import CpuOps
+from nodeserve.model.ops_cpu import CpuCache, CpuOps
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.chunks import attention_weight
 from nodeserve.shards import Shard
 from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import Device, Progress, Team
@@ -19,6 +20,7 @@ from nodeserve.worker.executor import ModelExecutor, ModelFollower
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.meeting import meet, place_of
+from nodeserve.worker.page_shard import page_shard
 from nodeserve.worker.pages import make_pool, num_blocks_in
 from nodeserve.worker.ranks import ranks_of
 
@@ -76,6 +78,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         transfer=HostTransfer(pool, layout.block_bytes),
         num_blocks=num_common,
         block_bytes=layout.block_bytes,
+        pages=page_shard(found.config, layout, isinstance(cache, CpuCache)),
         pages_bytes=num_blocks * layout.block_bytes,
         pages_handle=b"",
         num_threads=spec.num_threads,
@@ -88,12 +91,6 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         num_stages=spec.pp,
         attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
     )
-
-
-def attention_weight(config: ModelConfig) -> float:
-    """Multiplications for a pair of tokens in attention, over those for a token anywhere else."""
-    pair = 2 * config.num_layers * config.num_heads * config.head_dim
-    return pair / config.num_active_weights
 
 
 def describe(ops: Ops) -> str:

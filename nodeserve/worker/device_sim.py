@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from nodeserve.config import WorkerSpec
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.copy_plan import shards
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import pass_factor
 from nodeserve.profile_store import one_profile
@@ -15,9 +16,7 @@ from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.lockstep import Board, Lockstep
 from nodeserve.worker.pages import make_pool, num_blocks_in
-from nodeserve.worker.transfer_sim import SimTransfer
-
-PAGE_BYTES = 8  # of a block in the pool: what is copied matters, not how much
+from nodeserve.worker.transfer_sim import GEOMETRY, SimTransfer
 
 
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
@@ -28,7 +27,8 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     num_blocks = num_blocks_in(spec.kv_memory, block_bytes, max_blocks)
     progress("pages", 0, 1)
-    pool = make_pool(spec.pages_fd, num_blocks * PAGE_BYTES)
+    pages = shards(GEOMETRY, spec.tp, spec.pp)[spec.rank % spec.team_size]
+    pool = make_pool(spec.pages_fd, num_blocks * pages.block_bytes)
     progress("pages", 1, 1)
     alarm = Alarm(spec.bell_fds[spec.rank])
     board = Board(spec.board_fd, len(spec.bell_fds))
@@ -42,10 +42,17 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     executor = SimExecutor(lockstep, alarm, tokens, team)
     return Device(
         executor=executor,
-        transfer=SimTransfer(pool, PAGE_BYTES, block_bytes, profile.handoff_bytes_per_s, alarm),
+        transfer=SimTransfer(
+            pool,
+            pages.block_bytes,
+            block_bytes * pages.block_bytes // shards(GEOMETRY)[0].block_bytes,
+            profile.handoff_bytes_per_s / spec.team_size,  # which is that of all of its devices
+            alarm,
+        ),
         num_blocks=team.least_blocks(num_blocks),
         block_bytes=block_bytes,
-        pages_bytes=num_blocks * PAGE_BYTES,
+        pages=pages,
+        pages_bytes=num_blocks * pages.block_bytes,
         pages_handle=b"",
         num_threads=spec.num_threads,
         kernels=f"simulated {profile.name}",

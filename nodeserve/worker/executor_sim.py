@@ -78,9 +78,11 @@ class SimExecutor:
         number = self._lockstep.enter(rank_work(batch))
         return SimFlight(self._lockstep, number, self._sample(batch))
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         self._lockstep.enter(IDLE)
-        return False
+
+    def num_passed(self) -> int:
+        return 0
 
     def choose(self) -> None:
         """Tokens are made up by leaders."""

@@ -63,7 +63,7 @@ from nodeserve.worker.contract import (
     Transfer,
 )
 from nodeserve.worker.count import counted
-from nodeserve.worker.peer_seats import WHOLE, PeerSeats
+from nodeserve.worker.peer_seats import PeerSeats
 
 
 class Link(Protocol):
@@ -99,7 +99,7 @@ class Launched:
 
 class Runner:
     """Carries out what the scheduler decides. `clock` is monotonic, in seconds; `idle_wait_s`
-    bounds the age of the last sign of life, nothing else; `place`: our part of every block."""
+    bounds the age of the last sign of life, nothing else."""
 
     def __init__(
         self,
@@ -107,16 +107,16 @@ class Runner:
         scheduler: Scheduler,
         executor: Executor,
         transfer: Transfer,
+        seats: PeerSeats,
         clock: Callable[[], float] = time.perf_counter,
         door_s: float = 0.0,
         idle_wait_s: float = 1.0,
-        place: Iterable[int] = WHOLE,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
         self.executor = executor
         self.transfer = transfer
-        self._seats = PeerSeats(transfer, place)
+        self._seats = seats
         self.stopped = False
         self._clock = clock
         self._pacer = Pacer()

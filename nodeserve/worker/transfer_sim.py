@@ -1,19 +1,26 @@
-"""A handoff between simulated devices: real pages, tiny ones, in the time that true ones take."""
+"""A handoff between simulated devices: real pages, tiny ones, in the time that true ones take.
+
+What a simulated model is made of nobody says. Its pages are cut as those of 8 layers with 8 KV
+heads would be, of which each has a byte of every block, and K and V are one.
+"""
 
 import mmap
 import time
 from collections.abc import Callable
 
+from nodeserve.policy.copy_plan import PageGeometry
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Landed, Moved, Ticket
 from nodeserve.worker.handoff import HostTransfer
+
+GEOMETRY = PageGeometry(8, 8, block_size=1, head_dim=1, value_bytes=1, parts=1)
 
 
 class SimTransfer(HostTransfer):
     """Copies land one after the other, as over one link into this device.
 
-    block_bytes: of a block in the pool; true_block_bytes: on the imitated device, whose link takes
-    `bytes_per_s`.
+    block_bytes: of our part of a block in the pool; true_block_bytes: on the imitated device, whose
+    link takes `bytes_per_s`.
     """
 
     def __init__(
@@ -45,10 +52,11 @@ class SimTransfer(HostTransfer):
 
     def poll(self) -> list[Moved]:
         landed: list[Moved] = []
-        while self._queue and self._due_s[self._queue[0].request_id] <= self._clock():
-            ticket = self._queue.popleft()
+        while self._queue and self._due_s[self._queue[0].ticket.request_id] <= self._clock():
+            pull = self._queue.popleft()
+            ticket = pull.ticket
             del self._due_s[ticket.request_id]
-            self._copy(ticket)
+            self._copy(pull)
             landed.append(Landed(ticket.request_id, self._num_bytes(ticket), self._seconds(ticket)))
         return landed
 

@@ -142,11 +142,11 @@ class FaultyFollowing:
     def __init__(self, inner: Following, fault: Fault) -> None:
         self._inner = inner
         self._fault = fault
-        self.choose = inner.choose
+        self.choose, self.num_passed = inner.choose, inner.num_passed
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         self._fault.meet("follow")
-        return self._inner.follow(plan)
+        self._inner.follow(plan)
 
 
 class FaultyTransfer:

@@ -168,7 +168,9 @@ def test_handed_over(lab: Lab, prompts: list[list[int]], alone: dict[int, Seen])
             pulled = sequence_of(prompts, request_id, emitted=seen[request_id].tokens)
             if target.scheduler.begin_pull(pulled):
                 here = pulled.block_ids[: len(block_ids)]
-                _host.copy_blocks(target.pool, source.pool, lab.layout.block_bytes, here, block_ids)
+                size = lab.layout.block_bytes
+                runs = [(0, 0, size)]
+                _host.copy_blocks(target.pool, source.pool, size, size, runs, here, block_ids)
                 target.scheduler.finish_pull(request_id)
                 source.scheduler.release(request_id)
                 del source.pinned[request_id]

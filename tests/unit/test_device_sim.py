@@ -24,6 +24,7 @@ from nodeserve.worker.contract import Landed, Ticket
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.pages import make_pool
 from nodeserve.worker.transfer_sim import SimTransfer
+from tests.fakes.pages import whole_blocks
 
 PAGE, TRUE_BYTES = 8, 1000
 
@@ -82,7 +83,7 @@ class Link:
         self.clock = Clock()
         alarm = Alarm(bell_fd, self.clock)  # not started: the test looks by itself
         self.transfer = SimTransfer(self.pool, PAGE, TRUE_BYTES, TRUE_BYTES, alarm, self.clock)
-        self.transfer.attach(3, source_fd, 8 * PAGE, b"")
+        self.transfer.attach(3, whole_blocks(3, source_fd, 8 * PAGE, PAGE))
 
     def begin(self, request_id: int, *blocks: int) -> None:
         ids = pack_ids(blocks)
@@ -129,7 +130,7 @@ def test_a_cancelled_copy_writes_nothing_and_the_next_one_lands(link: Link) -> N
 def test_copies_from_a_peer_that_ended_are_over_and_no_others(link: Link) -> None:
     other_fd = os.memfd_create("other")
     make_pool(other_fd, 8 * PAGE)[2 * PAGE] = 77
-    link.transfer.attach(4, other_fd, 8 * PAGE, b"")
+    link.transfer.attach(4, whole_blocks(4, other_fd, 8 * PAGE, PAGE))
     os.close(other_fd)
     link.begin(1, 1)
     link.transfer.begin(Ticket(2, 4, pack_ids([2]), pack_ids([2])))

@@ -60,7 +60,6 @@ REFUSED = {
     "cuda": (EngineConfig(device="cuda"), "--device cuda: no NVIDIA driver answers"),
     "gpus on cpu": (EngineConfig(device="cpu", gpus="0-1"), "contradict"),
     "gpus and layout": (EngineConfig(layout="1p1d", gpus="0-3"), "2 left over"),
-    "shapes that differ": (EngineConfig(layout="1p:tp2,2d"), "different tp or pp"),
     "more ranks than heads": (EngineConfig(layout="1m:tp8"), "use tp4 or less"),
     "more stages than layers": (EngineConfig(layout="1m:pp3"), "use pp2 or less"),
     "ranks without experts": (
@@ -138,6 +137,15 @@ def test_cores_are_shared_out_without_overlap() -> None:
     places, notes = share_cores(alone(P, D, D), (0, 1, 2, 3, 4, 5, 6))
     assert [place.cpus for place in places] == [(0, 1, 2), (3, 4), (5, 6)]
     assert [place.num_threads for place in places] == [3, 2, 2] and not notes
+
+
+@pytest.mark.parametrize(
+    "layout", ["1p:tp2,1d", "1p:pp2,1d:tp2", "1p:tp4,1d:tp2.pp2", "1p,1d:pp2", "1p:tp2,1d:pp2,1m"]
+)
+def test_phases_may_have_different_shapes(layout: str) -> None:
+    assert str(resolve(EngineConfig(layout=layout), CHECKPOINT, NONE).layout) == layout
+    assert str(resolve(EngineConfig(layout=layout), CHECKPOINT, gpus(8)).layout) == layout
+    assert str(simulated(layout=layout).layout) == layout
 
 
 def test_each_worker_of_an_instance_has_a_place_and_memory_for_its_part() -> None:
@@ -271,7 +279,6 @@ def test_plain_layouts_have_an_instance_for_each_worker() -> None:
 
 
 SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "pages cut in unequal ways": ({"layout": "1p,1d:pp2"}, "different tp or pp"),
     "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
     "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
     "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),

@@ -8,9 +8,11 @@ from nodeserve.types import Sampling
 from nodeserve.wire.messages import Count, Counted, Shutdown
 from nodeserve.wire.numbers import unpack_request_ids
 from nodeserve.worker.count import counted
+from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.runner import Runner
 from tests.fakes.link import FakeLink
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings
+from tests.fakes.pages import uncut
 from tests.unit.test_runner import FakeTransfer
 
 BLOCK = 16
@@ -92,8 +94,8 @@ def test_a_fault_in_its_own_books_is_told_in_words() -> None:
 
 def test_records_are_counted_up_to_the_question_and_the_answer() -> None:
     link, pool = FakeLink(), bytearray(8 * BLOCK * ENTRY_BYTES)
-    executor = FakeExecutor(FakeSettings(), pool, BLOCK)
-    runner = Runner(link, scheduler_of(8), executor, FakeTransfer())
+    executor, transfer = FakeExecutor(FakeSettings(), pool, BLOCK), FakeTransfer()
+    runner = Runner(link, scheduler_of(8), executor, transfer, PeerSeats(transfer, uncut(8)))
     link.inbox = [Count(1), Count(2), Shutdown()]
     runner.turn()
     first, second = link.said
