@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/fakes/cuda/*/* \
   tests/fakes/cuda/*.h)
 
-.PHONY: help venv build demo check static unit-tests process-tests test slow-tests
+.PHONY: help venv build demo check static unit-tests process-tests test slow-unit-tests slow-process-tests
 .PHONY: reference-tests kernel-tests e2e-tests test-long
 .PHONY: format sanitize model fuzz bench clean
 .PHONY: gpu-check gpu-wheels
@@ -73,10 +73,11 @@ unit-tests process-tests: %-tests:
 	$(BIN)/python -m pytest -q -m "not slow" tests/$*
 
 test: check
-	$(MAKE) --jobs=2 --output-sync=target slow-tests kernel-tests e2e-tests reference-tests
+	$(MAKE) --jobs=3 --output-sync=target slow-process-tests e2e-tests kernel-tests reference-tests \
+	  slow-unit-tests
 
-slow-tests:
-	$(BIN)/python -m pytest -q -m slow tests/unit tests/process
+slow-unit-tests slow-process-tests: slow-%-tests:
+	$(BIN)/python -m pytest -q -m slow tests/$*
 
 e2e-tests:
 	$(BIN)/python -m pytest -q tests/e2e

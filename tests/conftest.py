@@ -1,10 +1,10 @@
 """What libraries read from the environment when they are first imported, here and in children.
 
-Without a GPU, Triton's kernels are interpreted. Triton reads the variable when it is first imported,
-and transformers imports it, so it is set before any test file is collected. Nothing else reads it; a
-test of the compiler takes it away.
+Without a GPU, Triton's kernels are interpreted. Triton reads the variable when it is first
+imported, and transformers imports it, so it is set before any test file is collected. Nothing else
+reads it; a test of the compiler takes it away.
 
-Threads of torch that wait for each other sleep, as they do in workers: suites run beside each other.
+Threads of torch that wait for each other sleep, as they do in workers: suites run side by side.
 """
 
 import os
