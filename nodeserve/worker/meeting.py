@@ -9,7 +9,8 @@ from torch import distributed
 
 from nodeserve.config import WorkerSpec
 from nodeserve.layout import Shape
-from nodeserve.model.group import Groups, connect
+from nodeserve.model.group import Groups
+from nodeserve.model.group_host import connect
 from nodeserve.model.group_memory import Traffic
 from nodeserve.shards import Place
 

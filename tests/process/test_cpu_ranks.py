@@ -62,7 +62,8 @@ async def test_ranks_give_the_tokens_of_one_worker(
 
 
 @pytest.mark.parametrize(
-    ("layout", "victim", "phase"), [("1m:ep2", 1, "decode"), ("1m:pp2.ep2", 3, "follow")]
+    ("layout", "victim", "phase"),
+    [("1m:ep2", 1, "decode"), ("1m:tp2.ep2", 3, "follow"), ("1m:pp2.ep2", 3, "follow")],
 )
 async def test_a_rank_lost_in_a_pass_costs_no_token(
     nodes: Nodes,
@@ -73,6 +74,7 @@ async def test_a_rank_lost_in_a_pass_costs_no_token(
     victim: int,
     phase: str,
 ) -> None:
+    """It, or one that follows it: the other rank waits for it in a layer's exchange."""
     if not expected:
         expected += await serve(nodes, connect, model, "1m")
     node = nodes.start(layout=layout, model=str(model), restart_delay=0.0, **SETTINGS)

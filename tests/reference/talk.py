@@ -8,11 +8,12 @@ import torch
 from torch import distributed
 
 from nodeserve.errors import TeamError, WorkerLost
-from nodeserve.model.decoder import Pipe
-from nodeserve.model.group import Group, Groups, TorchGroup, TorchPipe
+from nodeserve.model.group import Group, Groups, Pipe, TorchGroup, TorchPipe
+from nodeserve.model.group_host import through_host
 from nodeserve.shards import Place
 
 NUM_SENT = 20
+_alive: list[Any] = []  # what others may still read from when we have done our part
 
 
 def gloo(name: str, folder: str, rank: int, size: int) -> Any:
@@ -22,23 +23,26 @@ def gloo(name: str, folder: str, rank: int, size: int) -> Any:
     options = kind._Options()
     options._devices = [kind.create_device(hostname="127.0.0.1")]
     options._timeout = datetime.timedelta(seconds=30.0)
-    return kind(make(f"{folder}/{name}", size), rank, size, options)
+    _alive.append(kind(make(f"{folder}/{name}", size), rank, size, options))
+    return _alive[-1]
 
 
 def group_of(kind: str, place: Place, groups: Groups, folder: str) -> Group:
-    """The one that CPU workers use, or torch's, which GPUs use."""
-    if kind == "memory":
-        return groups.tp
+    """The one that CPU workers use, the one of workers that share a GPU, or torch's, which other
+    GPUs use."""
+    if kind != "torch":
+        return groups.tp if kind == "memory" else through_host(groups).tp
     return TorchGroup(gloo("tp", folder, place.tp_rank, place.tp))
 
 
 def pipe_of(kind: str, place: Place, groups: Groups, folder: str) -> Pipe:
     """Likewise."""
-    if kind == "memory":
-        assert groups.pipe is not None
-        return groups.pipe
-    down, back = (gloo(way, folder, place.pp_rank, place.pp) for way in ("down", "back"))
-    return TorchPipe(down, back)
+    if kind == "torch":
+        down, back = (gloo(way, folder, place.pp_rank, place.pp) for way in ("down", "back"))
+        return TorchPipe(down, back)
+    pipe = groups.pipe if kind == "memory" else through_host(groups).pipe
+    assert pipe is not None
+    return pipe
 
 
 def collectives(place: Place, groups: Groups, kind: str, folder: str) -> dict[str, Any]:
