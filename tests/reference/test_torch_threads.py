@@ -10,9 +10,13 @@ from nodeserve.model.torch_threads import TorchThreads
 
 def test_jobs_run_side_by_side() -> None:
     """Each waits for the other, so one thread would never get on; the time ends a broken test."""
-    meeting = threading.Barrier(2)
+    barrier = threading.Barrier(2)
+
+    def meet() -> None:
+        barrier.wait(20.0)
+
     for num_jobs in (2, 4):
-        TorchThreads(2).run([lambda: meeting.wait(20.0) and None] * num_jobs)
+        TorchThreads(2).run([meet] * num_jobs)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
