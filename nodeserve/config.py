@@ -170,9 +170,11 @@ class ModelConfig:
             num_sparse = sum(map(self.is_sparse, range(self.num_layers)))
             sparse = self.moe.num_in_layer(self.hidden_size, num_experts)
             layers += num_sparse * (sparse - dense)
-        return self._num_embedding_weights() + layers
+        return self.num_edge_weights + layers
 
-    def _num_embedding_weights(self) -> int:
+    @property
+    def num_edge_weights(self) -> int:
+        """Those of the embedding and the head."""
         tables = 1 if self.tie_embeddings else 2
         if self.opt is None:
             return tables * self.vocab_size * self.hidden_size

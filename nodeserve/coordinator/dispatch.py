@@ -53,7 +53,13 @@ class Dispatch:
         self._limits = limits
         self._tracer = tracer
         self._units = [
-            Unit(link.index, link.instance, link.account, link.role is not Role.PREFILL)
+            Unit(
+                link.index,
+                link.instance,
+                link.account,
+                link.role is not Role.PREFILL,
+                link.shape.pp,
+            )
             for link in links
         ]
         prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]

@@ -118,7 +118,8 @@ def _decode_rate(
     fix_s = cost.decode_fix_s
     most = float(max_num_seqs)
     if demand.context:
-        most = min(most, profile.num_kv_tokens / profile.num_stages / demand.context)
+        most = min(most, profile.num_kv_tokens / demand.context)
+    most /= profile.num_stages
     by_memory = most / (demand.output * fix_s + most * work_s) if fix_s or work_s else inf
     if slo.tpot_s is None:
         return by_memory

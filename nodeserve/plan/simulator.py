@@ -247,6 +247,8 @@ class Simulation:
                     self._quiet.begin(when_s, instance)
                 else:
                     self.clock.at(when_s, self._pass_over if runs else self._touch, instance)
+                if runs and instance.num_stages > 1 and (again := instance.look_again()):
+                    self.clock.at(again[0], self._touch, instance)
 
     def _pass_ended(self, instance: Instance) -> None:
         if self._keeps_passes:
@@ -359,12 +361,11 @@ class Simulation:
         self.handoffs.room_changed()
         self._changed()
 
-    def _lose(self, lanes: Sequence[Instance]) -> None:
+    def _lose(self, instance: Instance) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        mine = {rank.unit.index: rank for lane in lanes for rank in lane.ranks}
-        for lane in lanes:
-            self.dispatcher.lose(lane.index)
-            self.handoffs.lose(lane)
+        mine = {rank.unit.index: rank for rank in instance.ranks}
+        self.dispatcher.lose(instance.index)
+        self.handoffs.lose(instance)
         for life in list(self.lives.values()):
             rank = mine.get(life.holder)
             if rank is None:

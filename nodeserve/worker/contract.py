@@ -108,6 +108,10 @@ class Executor(Protocol):
         device. At most one launched step waits behind the one that runs.
         """
 
+    def opens_s(self) -> float:
+        """When the first of several stages is free, on the worker's clock: a batch planned earlier
+        would only miss who comes meanwhile. -inf: at any time."""
+
     def called(self, departure: int) -> bool:
         """Whether other ranks of the instance wait for this one, which has received all up to this
         departure, and know of no later one: then it launches an empty batch if it has no other.

@@ -11,6 +11,7 @@ that was submitted earlier would wait for its rows on the device, and all that i
 """
 
 import gc
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -141,6 +142,9 @@ class CudaExecutor:
     @property
     def overlaps(self) -> bool:
         return self._together.ranks is NO_RANKS  # those wait for each other before each pass
+
+    def opens_s(self) -> float:
+        return -math.inf
 
     def called(self, departure: int) -> bool:
         return self._together.ranks.called(departure)

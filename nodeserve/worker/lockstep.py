@@ -11,6 +11,7 @@ the others wait for a rank that never comes, until the coordinator ends them.
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import struct
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from nodeserve.policy.cost import IDLE, RankWork
+from nodeserve.policy.pipeline import Pipeline
 from nodeserve.worker.contract import Ran
 
 _HEAD = struct.Struct("=qqddq")
@@ -73,9 +75,12 @@ class Board:
 
 
 class Lockstep:
-    """One rank's part. `duration` gives a pass's seconds from its number and all ranks' work; the
-    last one to enter asks it. `bell_fds` are the ranks' eventfds in their order; whoever hears ours
-    calls `look`."""
+    """One rank's part. `duration` gives a pass's seconds, through all stages, from its number and
+    all ranks' work; the last one to enter asks it. `bell_fds` are the ranks' eventfds in their
+    order; whoever hears ours calls `look`.
+
+    With stages a pass may begin once the one before it has left the first: every rank reckons that
+    from the same times by itself."""
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class Lockstep:
         bell_fds: Sequence[int],
         duration: Duration,
         clock: Callable[[], float] = time.perf_counter,
+        num_stages: int = 1,
     ) -> None:
         self._board = board
         self._rank = rank
@@ -92,7 +98,14 @@ class Lockstep:
         self._clock = clock
         self._departure = 0  # the newest that we have received
         self._entered = 0  # number of the pass that we entered last
-        self._ran = Ran(0, 0.0, 0.0)  # of the last pass that began with us in it
+        self._pipeline = Pipeline(num_stages)
+        self._seen = 0  # number of the newest pass that we know to have begun
+        self._ends_s = 0.0  # of that
+        self._rans: dict[int, Ran] = {}  # of that and those before it that may not be over
+
+    def opens_s(self) -> float:
+        """When we may enter the next pass; inf while the one that we entered has not begun."""
+        return self._pipeline.opens_s if self._seen >= self._entered else math.inf
 
     def called(self, departure: int) -> bool:
         """Whether the others wait for us; if not, our bell rings when they do.
@@ -108,8 +121,8 @@ class Lockstep:
             return gathers and departure >= head.departure
 
     def enter(self, work: RankWork) -> int:
-        """Take part in the pass that gathers, or call for one; its number. Not while one that we
-        entered is not over."""
+        """Take part in the pass that gathers, or call for one; its number. Not
+        before `opens_s`."""
         board, to_ring = self._board, list[int]()
         with board.locked():
             number, num_missing, began_s, seconds, departure = board.head()
@@ -139,14 +152,22 @@ class Lockstep:
         with self._board.locked():
             head = self._board.head()
             begun = head.number - bool(head.num_missing)  # others may be in the pass after it
-            if begun > self._ran.number:
-                self._ran = Ran(begun, head.began_s, head.seconds)
-                return head.began_s + head.seconds
+            if begun > self._seen:
+                self._begun(begun, head.began_s, head.seconds)
+                return self._ends_s
             return self._clock() if head.number > self._entered else None
 
     def over(self, number: int) -> Ran | None:
-        """When the pass ran, once it is over."""
-        ran = self._ran
-        if ran.number < number or self._clock() < ran.began_s + ran.seconds:
+        """When the pass ran, once it is over. With stages it begins when the one before it ended,
+        as far as others are told."""
+        ran = self._rans.get(number)
+        if ran is None or self._clock() < ran.began_s + ran.seconds:
             return None
         return ran
+
+    def _begun(self, number: int, began_s: float, seconds: float) -> None:
+        ends_s = self._pipeline.run(began_s, seconds)
+        began_s = max(began_s, self._ends_s)
+        self._rans[number] = Ran(number, began_s, ends_s - began_s)
+        self._rans.pop(number - self._pipeline.num_stages - 1, None)
+        self._seen, self._ends_s = number, ends_s

@@ -187,7 +187,7 @@ class Runner:
         """When the next step may be planned."""
         num_stages = self.scheduler.limits.num_stages
         if len(self._launched) < num_stages:
-            return -math.inf
+            return self.executor.opens_s()
         if num_stages > 1 or len(self._launched) > 1 or not self.executor.overlaps:
             return math.inf
         running = self._launched[0]

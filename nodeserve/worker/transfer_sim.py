@@ -17,10 +17,11 @@ GEOMETRY = PageGeometry(8, 8, block_size=1, head_dim=1, value_bytes=1, parts=1)
 
 
 class SimTransfer(HostTransfer):
-    """Copies land one after the other, as over one link into this device.
+    """Copies land one after the other, as over one link into this device, and take as long as the
+    link out of that device of the other team which sends its readers most.
 
-    block_bytes: of our part of a block in the pool; true_block_bytes: on the imitated device, whose
-    link takes `bytes_per_s`.
+    block_bytes: of our part of a block in the pool; true_block_bytes: on the imitated device. Each
+    device has a link that takes `bytes_per_s`.
     """
 
     def __init__(
@@ -68,4 +69,5 @@ class SimTransfer(HostTransfer):
         return len(ticket.source_ids) // 4 * self._true_block_bytes
 
     def _seconds(self, ticket: Ticket) -> float:
-        return self._num_bytes(ticket) / self._bytes_per_s
+        sent = max(source.block_bytes for _, source in self._teams[ticket.source])
+        return self._num_bytes(ticket) * max(1.0, sent / self._block_bytes) / self._bytes_per_s

@@ -123,6 +123,7 @@ class FaultyExecutor:
         self._inner = inner
         self._fault = fault
         self.called, self.on_done = inner.called, inner.on_done
+        self.opens_s = inner.opens_s
 
     @property
     def overlaps(self) -> bool:

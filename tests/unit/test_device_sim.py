@@ -14,13 +14,14 @@ import pytest
 
 from nodeserve.errors import ConfigError, HandoffFailed
 from nodeserve.policy.batching import Batch, Sequence, Work
+from nodeserve.policy.copy_plan import CopyRun
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import pass_factor
 from nodeserve.policy.profiles import PROFILES, profile_named
 from nodeserve.types import Sampling
 from nodeserve.wire.messages import pack_ids, unpack_floats, unpack_ids
 from nodeserve.worker.alarm import Alarm
-from nodeserve.worker.contract import Landed, Ticket
+from nodeserve.worker.contract import Landed, Source, Ticket
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.pages import make_pool
 from nodeserve.worker.transfer_sim import SimTransfer
@@ -115,6 +116,17 @@ def test_copies_land_one_after_the_other_in_their_time(link: Link) -> None:
     link.clock.now_s = 110.0
     link.begin(3, 4)
     assert link.landed_at(110.9) == [] and link.landed_at(111.0) == [(3, TRUE_BYTES, 1.0)]
+
+
+def test_a_team_of_few_sends_no_faster_than_its_links(link: Link) -> None:
+    """Its worker has twice our part of a block, and sends the other half to our neighbour."""
+    other_fd = os.memfd_create("other")
+    make_pool(other_fd, 8 * 2 * PAGE)
+    half = (CopyRun(0, 0, PAGE),)
+    link.transfer.attach(4, (Source(4, other_fd, 8 * 2 * PAGE, b"", 2 * PAGE, half),))
+    os.close(other_fd)
+    link.transfer.begin(Ticket(1, 4, pack_ids([1]), pack_ids([1])))
+    assert link.landed_at(101.9) == [] and link.landed_at(102.0) == [(1, TRUE_BYTES, 2.0)]
 
 
 def test_a_cancelled_copy_writes_nothing_and_the_next_one_lands(link: Link) -> None:

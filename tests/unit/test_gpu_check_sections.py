@@ -1,5 +1,6 @@
 """What the sections of gpu-check conclude from what they saw, right, wrong or half-right."""
 
+import math
 import struct
 from array import array
 from pathlib import Path
@@ -244,6 +245,9 @@ class Steps:
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []
+
+    def opens_s(self) -> float:
+        return -math.inf
 
     def called(self, departure: int) -> bool:
         return False

@@ -4,6 +4,7 @@ Every `Board` opens the memory again, so ranks in one process exclude each other
 """
 
 import contextlib
+import math
 import os
 import select
 import threading
@@ -27,14 +28,16 @@ class Ranks:
     """An instance whose time is the test's; a pass takes 1 s for each prompt token of the rank that
     has most."""
 
-    def __init__(self, owner: contextlib.ExitStack, num_ranks: int) -> None:
+    def __init__(self, owner: contextlib.ExitStack, num_ranks: int, num_stages: int = 1) -> None:
         fds = make_lockstep(num_ranks)
         owner.callback(fds.close)
         self.now_s = 100.0
         self.asked: list[tuple[int, list[RankWork]]] = []
         self.bells = fds.bells
         self.ranks = [
-            Lockstep(Board(fds.board, num_ranks), rank, fds.bells, self.duration, self.clock)
+            Lockstep(
+                Board(fds.board, num_ranks), rank, fds.bells, self.duration, self.clock, num_stages
+            )
             for rank in range(num_ranks)
         ]
 
@@ -74,6 +77,26 @@ def test_a_pass_begins_with_the_last_rank_and_ends_for_all_at_once(three: Ranks)
     assert not any(rank.over(1) for rank in three.ranks)
     three.now_s = 113.0
     assert [rank.over(1) for rank in three.ranks] == [Ran(1, 103.0, 10.0)] * 3
+
+
+def test_with_stages_a_pass_follows_the_one_before_once_the_first_is_free() -> None:
+    with contextlib.ExitStack() as owner:
+        staged = Ranks(owner, 2, num_stages=2)
+        first, second = staged.ranks
+        assert first.enter(WORK) == 1
+        assert first.opens_s() == math.inf, "it has not begun"
+        second.enter(IDLE)
+        assert [rank.look() for rank in staged.ranks] == [110.0] * 2
+        assert [rank.opens_s() for rank in staged.ranks] == [105.0] * 2
+        staged.now_s = 105.0
+        assert first.enter(RankWork(prefill_tokens=4)) == second.enter(WORK) == 2
+        assert [rank.look() for rank in staged.ranks] == [115.0] * 2
+        staged.now_s = 110.0
+        assert [rank.over(1) for rank in staged.ranks] == [Ran(1, 100.0, 10.0)] * 2
+        assert first.over(2) is None and first.opens_s() == 110.0
+        first.enter(WORK)
+        staged.now_s = 115.0
+        assert first.over(2) == Ran(2, 110.0, 5.0), "told from the end of the one before"
 
 
 def test_only_ranks_that_sleep_are_called_and_only_once(three: Ranks) -> None:

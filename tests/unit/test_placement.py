@@ -240,7 +240,8 @@ def test_settings_for_gpus_say_that_they_do_nothing_on_cpus() -> None:
 
 
 def simulated(**settings: Any) -> Plan:
-    return resolve(EngineConfig(device="sim", profile="moe-ep8", **settings), CHECKPOINT, NONE)
+    chosen = {"profile": "moe-ep8", **settings}
+    return resolve(EngineConfig(device="sim", **chosen), CHECKPOINT, NONE)
 
 
 def test_a_profile_says_what_a_simulated_device_holds() -> None:
@@ -249,7 +250,7 @@ def test_a_profile_says_what_a_simulated_device_holds() -> None:
     assert plan.max_model_len == profile.max_model_len > MODEL.max_position
     assert plan.max_num_seqs == profile.max_num_seqs
     assert plan.max_num_batched_tokens == profile.max_num_batched_tokens
-    assert plan.kv_memory == profile.num_kv_tokens * profile.kv_bytes_per_token
+    assert plan.kv_memory is None, "each worker finds what its shape holds"
     assert plan.simulated == Simulated("moe-ep8", 3, MODEL.vocab_size, MODEL.eos_token_ids)
     assert all(place.cpus == place.gpus == () for place in plan.places)
 
@@ -260,6 +261,15 @@ def test_settings_win_over_a_profile() -> None:
     )
     assert (plan.max_model_len, plan.max_num_seqs) == (100, 7)
     assert (plan.max_num_batched_tokens, plan.kv_memory) == (64, 1 << 30)
+
+
+def test_a_family_of_profiles_gives_each_shape_its_own() -> None:
+    """66B of OPT fits no single GPU; a worker that was not told otherwise finds its own memory."""
+    plan = simulated(layout="1p:tp2,1d:tp2", profile="opt-66b-a100")
+    assert plan.simulated is not None and plan.simulated.profile == "opt-66b-a100"
+    assert plan.kv_memory is None and plan.max_model_len == 2048 and not plan.notes
+    (note,) = simulated(layout="1p:tp2,1d").notes
+    assert note == "passes of tp2 by formula, not measured (docs/instances.md)"
 
 
 def test_every_rank_of_a_simulated_instance_is_a_worker() -> None:
@@ -280,6 +290,11 @@ def test_plain_layouts_have_an_instance_for_each_worker() -> None:
 
 SIM_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "devices": ({"layout": "1p:ep4,1d", "gpus": "0-7"}, "3 left over"),
+    "shape of a whole rank": (
+        {"layout": "1m:tp2", "profile": "llama-2-70b-tp8-h100"},
+        "says nothing of tp2",
+    ),
+    "shape without room": ({"layout": "1m", "profile": "opt-66b-a100"}, "no tp1.pp1: use one of"),
     "context": ({"max_model_len": 1 << 20}, "use 2 to 32768"),
     "pages too small": ({"kv_memory": 4096}, "--kv-memory 4096 is below"),
     "pages too large": ({"kv_memory": 10**15}, f"--kv-memory {10**15}: at most 4715"),

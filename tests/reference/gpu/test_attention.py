@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  before the kernels
 from nodeserve.model.gpu.attention import tiles
 from nodeserve.model.gpu.attention.case import TOLERANCE, Case, make_case
 from nodeserve.model.gpu.attention.paged import PagedAttention

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  repairs it
 from bench.gpu import attention as bench
 from bench.gpu import latents
 from nodeserve.model.gpu.attention.latent_parts import LatentHeads, LatentReference
