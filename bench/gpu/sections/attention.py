@@ -15,6 +15,7 @@ AIMED = ("decode", 64, 8192)  # phase, sequences, context
 
 
 def run(bed: Bed) -> None:
+    bed.prepare_kernels()
     ceilings = Ceilings(bed.ceiling("bandwidth_gb_s"), bed.ceiling("gemm_tflop_s"))
     first: dict[str, str] = {}
     steps, repeats = bed.pick(attention.STEPS, attention.TOY), bed.pick(10, 1)

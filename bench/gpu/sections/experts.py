@@ -17,6 +17,7 @@ TINY = (Experts("toy", 6, 4, 2, 48, 40, torch.float32),)
 
 
 def run(bed: Bed) -> None:
+    bed.prepare_kernels()
     ceilings = Ceilings(bed.ceiling("bandwidth_gb_s"), bed.ceiling("gemm_tflop_s"))
     models, tokens = bed.pick((experts.MODELS, experts.TOKENS), (TINY, (1, 20)))
     repeats = bed.pick(10, 2)
