@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from nodeserve.wire.messages import Stop
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import expected_stream
-from tests.process.conftest import Connect, Nodes, RunningNode, names_of
+from tests.process.conftest import Connect, Nodes, names_of
 from tests.process.test_sim_node import prompt_of
 from tests.process.test_stopping import FAILED, STOPPED, gone, left_nothing
 from tests.reference import odd_model
@@ -21,7 +21,7 @@ from tests.reference.odd_model import settings_of
 
 pytestmark = pytest.mark.slow
 
-NUM_TOKENS = 100
+SOME, MANY = 100, 250  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return odd_model.write(tmp_path_factory.mktemp("odd"))
 
 
-async def computing(
-    nodes: Nodes, connect: Connect, model: Path, layout: str
-) -> tuple[RunningNode, RawClient]:
-    """A node, and a client with three requests that have begun to stream."""
-    node = nodes.start(**settings_of(layout, model))
-    client = await connect(node)
+def submit_all(client: RawClient, num_tokens: int) -> None:
     for number in range(3):
-        client.submit(number, [number, 5], max_tokens=NUM_TOKENS)
-    await client.read_until(lambda: len(client.tokens) == 3)
-    return node, client
+        client.submit(number, [number, 5], max_tokens=num_tokens)
 
 
 SHAPES = ["1m:tp2.pp2", "1m:ep2"]
@@ -49,9 +42,10 @@ async def test_a_killed_coordinator_takes_those_in_a_collective_with_it(
     nodes: Nodes, connect: Connect, model: Path, layout: str
 ) -> None:
     """One of them stands still in the step, the others wait for it."""
-    node, client = await computing(nodes, connect, model, layout)
-    workers = node.worker_pids()
+    node = nodes.start(**settings_of(layout, model))
+    client, workers = await connect(node), node.worker_pids()
     order = nodes.order("stop", 1, "decode" if "ep" in layout else "follow")
+    submit_all(client, SOME)
     while order.exists():
         await client.stats()
     node.process.kill()
@@ -67,14 +61,16 @@ async def test_a_killed_coordinator_takes_those_in_a_collective_with_it(
 async def test_a_stop_finds_teams_in_the_middle_of_steps(
     nodes: Nodes, connect: Connect, model: Path, layout: str, drain: bool
 ) -> None:
-    node, client = await computing(nodes, connect, model, layout)
-    workers = node.worker_pids()
+    node = nodes.start(**settings_of(layout, model))
+    client, workers = await connect(node), node.worker_pids()
+    submit_all(client, SOME if drain else MANY)
+    await client.read_until(lambda: len(client.tokens) == 3)
     client.send(Stop(drain))
     await client.read_to_end()
     ends = [end for number in range(3) for end in client.ends[number]]
     if drain:
         assert [end.reason for end in ends] == ["length"] * 3
-        assert [len(client.tokens[number]) for number in range(3)] == [NUM_TOKENS] * 3
+        assert [len(client.tokens[number]) for number in range(3)] == [SOME] * 3
     else:
         assert [end.code for end in ends] == ["shutting_down"] * 3
     _, words = await asyncio.to_thread(node.process.communicate)
