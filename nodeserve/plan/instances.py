@@ -85,7 +85,7 @@ class Rank:
         self._num_received = 0
 
     def load(self) -> Load:
-        return Load(*self.scheduler.load(), self._num_received)
+        return Load._make([*self.scheduler.load(), self._num_received])
 
     def submit(self, sequence: Tokens) -> None:
         """A prompt arrived."""
