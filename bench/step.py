@@ -40,8 +40,9 @@ from bench.report import emit
 from nodeserve import _host
 from nodeserve.config import ModelConfig
 from nodeserve.model import families, kv, rotary
+from nodeserve.model.arena import Arena
 from nodeserve.model.inputs import StepInputs
-from nodeserve.model.ops_cpu import DTYPE_NAMES, Arena, CpuCache, CpuOps
+from nodeserve.model.ops_cpu import DTYPE_NAMES, CpuCache, CpuOps
 
 MODEL = ModelConfig(
     architecture="llama",

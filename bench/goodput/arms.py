@@ -8,9 +8,10 @@ from nodeserve.config import EngineConfig
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
 from nodeserve.plan.efforts import EFFORTS
+from nodeserve.plan.estimates import Estimate
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Estimate, plan
+from nodeserve.plan.planner import plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Verdict, settings_of, verdict

@@ -101,7 +101,6 @@ class Bed:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         # Here and not above: a section that starts processes only need not load it.
         if self.rehearsal:
-            import tests.fakes.interpreter  # noqa: F401  repairs it, before any kernel is loaded
             from tests.fakes.cuda_worker import load
         else:
             from nodeserve.worker.device import load

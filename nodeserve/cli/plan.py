@@ -23,10 +23,11 @@ from nodeserve.errors import ConfigError, ModelError
 from nodeserve.plan.affinity import Placement, place
 from nodeserve.plan.candidates import by_formula
 from nodeserve.plan.efforts import EFFORTS
+from nodeserve.plan.estimates import Estimate
 from nodeserve.plan.evaluate import Question, requests_of
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.named import workload_named
-from nodeserve.plan.planner import Estimate, Report, Tell
+from nodeserve.plan.planner import Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source, described

@@ -2,9 +2,9 @@
 
 Between CPUs sums and exchanges go through shared memory (group_memory.py), hidden states over
 gloo. Between GPUs all goes over NCCL, one communicator for each kind of talk, so that none waits
-behind another. Nothing of torch's global state is used; who meets, and where, is the `Store` that
-`connect` is given. On a GPU no call here waits on the host: what it does is ordered on torch's
-current stream, and sums may be captured in CUDA graphs.
+behind another; group_host.py is for workers that share a GPU. Nothing of torch's global state is
+used; who meets, and where, is the `Store` that `connect` is given. On a GPU no call here waits on
+the host: what it does is ordered on torch's current stream, and sums may be in CUDA graphs.
 """
 
 import datetime
@@ -45,6 +45,24 @@ class Group(Protocol):
         in_counts: Sequence[int],
     ) -> None:
         """The next `in_counts[r]` rows of x to each rank r; `out_counts[r]` of out from there."""
+
+
+class Pipe(Protocol):
+    """The way between the stages of a pipeline. Tensors are contiguous, both ends know their shape.
+
+    What is sent may be overwritten at once; nothing is sent of a tensor without rows.
+    """
+
+    def send(self, x: torch.Tensor) -> None:
+        """To the next stage; does not wait for it."""
+
+    def receive(self, out: torch.Tensor) -> None:
+        """From the stage before."""
+
+    def send_back(self, x: torch.Tensor) -> None:
+        """From the last stage to the first; does not wait for it."""
+
+    def receive_back(self, out: torch.Tensor) -> None: ...
 
 
 class Alone:
@@ -97,7 +115,7 @@ class TorchGroup:
 
 
 class TorchPipe:
-    """What decoder.Pipe asks for; a communicator for each direction.
+    """A pipe of torch's; a communicator for each direction.
 
     With one for both, a send that waits for its receiver would stand before what it waits for.
     Nobody waits to send, for that could be in a circle: of unsent tensors there are no more than
@@ -142,7 +160,8 @@ class Groups:
 
     tp: Group
     ep: Group
-    pipe: TorchPipe | None  # None: one stage
+    pipe: Pipe | None  # None: one stage
+    by_host: bool = False  # calls wait for the device, and no graph can hold them
 
     @staticmethod
     def alone() -> "Groups":

@@ -4,10 +4,12 @@ A token's bits do not depend on what shares its step or on where its prompt was 
 operations promise that. torch's products promise it only for equal shapes, so here every token has
 its own: all heads against a chunk of keys at absolute places, filled up with what nobody sees.
 Chunks are small because of what that wastes. Products of this size want one thread: two of torch's
-wait for each other longer than they compute, and another number of them gives other bits.
+wait for each other longer than they compute, and another number of them gives other bits. So the
+worker's threads take one token each.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -15,6 +17,7 @@ from nodeserve.config import ModelConfig
 from nodeserve.model.mla_torch import mla_of, rotate_pairs, split_up
 from nodeserve.model.ops import Op
 from nodeserve.model.step_torch import TorchStep
+from nodeserve.model.torch_threads import TorchThreads
 
 CHUNK = 256  # keys of one product
 
@@ -48,6 +51,7 @@ class CpuMlaAttention:
         kv_up: torch.Tensor,
         linear: Callable[[torch.Tensor], Op],
         act_dtype: torch.dtype,
+        threads: TorchThreads,
     ) -> None:
         """kv_norm: rows [n, kv_lora_rank] float32 to act; `linear` binds a matrix."""
         self._mla = mla_of(config)
@@ -56,6 +60,7 @@ class CpuMlaAttention:
         self._cos, self._sin = tables
         self._norm = kv_norm
         self._act_dtype = act_dtype
+        self._threads = threads
         keys, values = split_up(config, kv_up)
         self._keys = ByHead([linear(one.t().contiguous()) for one in keys], act_dtype)
         self._values = ByHead([linear(one.t().contiguous()) for one in values], act_dtype)
@@ -81,10 +86,23 @@ class CpuMlaAttention:
     def attend(self, step: TorchStep, query: torch.Tensor, out: torch.Tensor) -> None:
         rows = query.float().view(query.size(0), self._num_heads, -1)
         seen = torch.empty(rows.size(0), self._num_heads, self._mla.kv_lora_rank)
-        for seq, (first, last, context) in enumerate(step.spans):
-            keys = self._keys_of(step, seq, context)
-            for row in range(first, last):
-                seen[row] = self._one_token(rows[row], keys, context - (last - row) + 1)
+        keys = [torch.empty(0)] * len(step.spans)
+
+        def gather(seq: int, context: int) -> None:
+            keys[seq] = self._keys_of(step, seq, context)
+
+        def attend(seq: int, row: int, end: int) -> None:
+            seen[row] = self._one_token(rows[row], keys[seq], end)
+
+        spans = list(enumerate(step.spans))
+        self._threads.run([partial(gather, seq, context) for seq, (_, _, context) in spans])
+        self._threads.run(
+            [
+                partial(attend, seq, row, context - (last - row) + 1)
+                for seq, (first, last, context) in spans
+                for row in range(first, last)
+            ]
+        )
         values = self._values(seen, self._mla.v_head_dim)
         out.view(rows.size(0), self._num_heads, -1).copy_(values)
 

@@ -3,8 +3,6 @@
 A call passes two addresses and a row count; everything else was bound when the model was built.
 """
 
-import contextlib
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from nodeserve import _host
 from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.errors import ModelError
 from nodeserve.model import ops, row_ops
+from nodeserve.model.arena import Arena
 from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared
 from nodeserve.model.experts import Experts, OneByOne, make_experts, one_by_one
 from nodeserve.model.inputs import StepInputs
@@ -24,40 +23,10 @@ from nodeserve.model.mla_torch import mla_of
 from nodeserve.model.ops import Op, Reduce
 from nodeserve.model.quantised import Quantised, Weight, dense, stacked
 from nodeserve.model.step_torch import TorchCache, TorchStep, begin_step, cache_over
+from nodeserve.model.torch_threads import TorchThreads
 from nodeserve.model.workspace import Scratch
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
-_HUGE_PAGE_BYTES = 2 << 20
-_ARENA_BYTES = 64 << 20
-_ALIGN_BYTES = 64
-
-
-class Arena:
-    """Memory for packed weights: few large anonymous maps, on huge pages where the system has them.
-
-    Streaming 270 MB through 4 KiB pages spends a tenth of its time on page walks.
-    """
-
-    def __init__(self) -> None:
-        self._map: mmap.mmap | None = None
-        self._used = 0
-
-    def take(self, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8, zeroed, aligned to a cache line."""
-        size = -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
-        if self._map is None or self._used + size > len(self._map):
-            self._map = self._new_map(size)
-            self._used = 0
-        taken = torch.frombuffer(self._map, dtype=torch.uint8, offset=self._used, count=num_bytes)
-        self._used += size
-        return taken
-
-    def _new_map(self, num_bytes: int) -> mmap.mmap:
-        size = -(-max(num_bytes, _ARENA_BYTES) // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        new = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
-            new.madvise(mmap.MADV_HUGEPAGE)
-        return new
 
 
 class Bound:
@@ -195,6 +164,7 @@ class CpuOps:
         self.dtype = dtype
         self.act_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.engine = _host.CpuEngine(num_threads, list(cpus), isa)
+        self._torch_threads = TorchThreads(num_threads, cpus)
         self._name = DTYPE_NAMES[dtype]
         self._num_heads = config.num_heads
         self._arena = Arena()
@@ -387,13 +357,13 @@ class CpuOps:
         kv_norm: torch.Tensor,
         kv_up: Weight,
     ) -> CpuMlaAttention:
-        mla = mla_of(config)
         return CpuMlaAttention(
             config,
             layer,
             tables,
-            self.rms_norm(kv_norm, mla.norm_eps),
+            self.rms_norm(kv_norm, mla_of(config).norm_eps),
             dense(kv_up),
             self.linear,
             self.act_dtype,
+            self._torch_threads,
         )

@@ -52,7 +52,7 @@ def verdict(report: Report) -> Verdict:
         return Verdict(None, reason, rate, at_winners.share)
     # Far above its goodput everything is late; what it misses first shows a little above it.
     little = min(rate, ABOVE * other.goodput)
-    tally, misses = count(question, other.candidate, little, report.most_requests)
+    tally, misses = count(question, other.candidate, little, report.most_requests, sure)
     seen = dict(misses.most_common())
     reason = f"{head}: {numbers} ({gain:+.0%})"
     if seen:

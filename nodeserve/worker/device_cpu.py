@@ -2,18 +2,20 @@
 
 import os
 from functools import partial
+from typing import Any
 
 import torch
 
 from nodeserve import checkpoint
-from nodeserve.config import WorkerSpec
+from nodeserve.config import ModelConfig, WorkerSpec
 from nodeserve.model import backend, kv, parallel
+from nodeserve.model.families import Model
 from nodeserve.model.loader import open_stored
 from nodeserve.model.ops import Ops
 from nodeserve.model.ops_cpu import CpuCache, CpuOps
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.chunks import attention_weight
-from nodeserve.shards import Shard
+from nodeserve.shards import Place, Shard
 from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor import ModelExecutor, ModelFollower
@@ -35,13 +37,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     progress("device", 0, 1)
     place = place_of(spec)
     shard = Shard(found.config, place)
-    ops = backend.make_ops(
-        shard.config,
-        dtype,
-        block_size=spec.block_size,
-        num_threads=spec.num_threads,
-        cpus=spec.cpus,
-    )
+    ops = _make_ops(spec, shard.config, dtype)
     progress("device", 1, 1)
     layout = kv.layout_of(found.config, spec.block_size, dtype, shard)
     assert spec.kv_memory is not None, "resolved for CPU workers"
@@ -57,15 +53,8 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     if found.config.mla is not None:
         torch.set_num_threads(1)  # model/mla_cpu.py says why
     cache = ops.cache(layout, pool)
-    executor = ModelExecutor(
-        model,
-        cache,
-        Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks),
-        constraints,
-        team,
-        spec.pp,
-        ranks_of(spec),
-    )
+    staging = Staging(spec.max_num_batched_tokens, spec.max_num_seqs, max_blocks)
+    executor = ModelExecutor(model, cache, staging, constraints, team, spec.pp, ranks_of(spec))
     if len(spec.cpus) > 1:
         os.sched_setaffinity(0, spec.cpus[:1])  # the kernels' other threads have the other cores
     progress("warm-up", 0, 1)
@@ -85,12 +74,24 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         kernels=describe(ops),
         handoff=SHARED_MEMORY,
         eos_token_ids=frozenset(found.config.eos_token_ids),
-        following=None
-        if spec.leads
-        else ModelFollower(model, cache, spec.pp, place.is_last and place.tp_rank == 0),
+        following=None if spec.leads else _follower(model, cache, place),
         num_stages=spec.pp,
         attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
     )
+
+
+def _make_ops(spec: WorkerSpec, config: ModelConfig, dtype: torch.dtype) -> Ops:
+    return backend.make_ops(
+        config,
+        dtype,
+        block_size=spec.block_size,
+        num_threads=spec.num_threads,
+        cpus=spec.cpus,
+    )
+
+
+def _follower(model: Model, cache: Any, place: Place) -> ModelFollower:
+    return ModelFollower(model, cache, place.pp, place.is_last and place.tp_rank == 0)
 
 
 def describe(ops: Ops) -> str:

@@ -52,7 +52,7 @@ def load(
 
     layout = kv.layout_of(found.config, spec.block_size, dtype, shard)
     executor = _make_executor(spec, model, parts, runtime, _together(spec, meeting))
-    sizes = _sizes(spec) if parts.capturable else ()
+    sizes = _sizes(spec) if parts.capturable and not meeting.groups.by_host else ()
     progress("warm-up", 0, 1)
     wanted = _wanted(spec, layout.block_bytes, len(sizes))
     _measure(spec, executor, parts, layout, runtime)

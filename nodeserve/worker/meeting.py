@@ -9,7 +9,8 @@ from torch import distributed
 
 from nodeserve.config import WorkerSpec
 from nodeserve.layout import Shape
-from nodeserve.model.group import Groups, connect
+from nodeserve.model.group import Groups
+from nodeserve.model.group_host import connect
 from nodeserve.shards import Place
 
 # Longer than anything takes. A member that ends is noticed at once, and one that hangs by the

@@ -33,6 +33,7 @@ NUM_TOKENS = 40
 PROMPTS = [[(7 * i * i + 11 * n) % EOS for i in range(3 + 17 * n)] for n in range(len(ASKED))]
 LEAVES = len(ASKED)  # the one whose client changes its mind
 NUM_BLOCKS = 17  # one more than a whole context: somebody has to give way
+ONE_POOL = ("1m", "1m:pp2", "1m:tp4")
 Said = tuple[list[int], list[Any]]  # tokens, and what was told of their likelihood
 
 
@@ -52,7 +53,9 @@ async def serve(nodes: Nodes, connect: Connect, model: Path, layout: str) -> lis
     client.send(Abort(LEAVES))
     await client.finish(*range(LEAVES + 1))
     assert [end.reason for end in client.ends[LEAVES]] == ["cancelled"]
-    assert any(client.ends[one][0].timings["num_preemptions"] for one in range(LEAVES))
+    ends = [client.ends[one][0] for one in range(LEAVES)]
+    if layout in ONE_POOL:  # elsewhere requests may wait for each other instead
+        assert any(end.timings["num_preemptions"] for end in ends)
     await settled(client)
     assert not audit(node)
     nodes.end()
@@ -65,7 +68,7 @@ def alone() -> list[Said]:
     return []
 
 
-LAYOUTS = ["1m:pp2", "1m:tp4", "1p:tp2,1d:tp2", "1m:ep4"]
+LAYOUTS = ["1m:pp2", "1m:tp4", "1p:tp2,1d:pp2", "1m:ep4"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

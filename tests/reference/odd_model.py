@@ -36,10 +36,14 @@ def write(folder: Path) -> Path:
 
 
 def settings_of(layout: str, model: Path, num_blocks: int = 64) -> dict[str, Any]:
-    """Of a node of real workers; every team has so many blocks, whatever its members have of
-    them."""
-    shape, config = parse_layout(layout).groups[0].shape, hub.checkpoint_in(model).config
-    shards = [Shard(config, Place.of(shape, rank)) for rank in range(shape.num_workers)]
+    """Of a node of real workers; who has the largest part of a block has so many."""
+    config = hub.checkpoint_in(model).config
+    places = [
+        Place.of(group.shape, rank)
+        for group in parse_layout(layout).groups
+        for rank in range(group.shape.num_workers)
+    ]
+    shards = [Shard(config, place) for place in places]
     parts = [kv.layout_of(config, BLOCK_SIZE, torch.float32, shard) for shard in shards]
     return {
         "layout": layout,

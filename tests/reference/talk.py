@@ -8,15 +8,17 @@ from torch import distributed
 
 from nodeserve.errors import WorkerLost
 from nodeserve.model.group import Group, Groups, TorchGroup, communicator
+from nodeserve.model.group_host import through_host
 from nodeserve.shards import Place
 
 NUM_SENT = 20
 
 
 def group_of(kind: str, place: Place, groups: Groups, folder: str) -> Group:
-    """The one that CPU workers use, or torch's, which GPUs use, here over gloo."""
-    if kind == "memory":
-        return groups.tp
+    """The one that CPU workers use, the one of workers that share a GPU, or torch's, which other
+    GPUs use, here over gloo."""
+    if kind != "torch":
+        return groups.tp if kind == "memory" else through_host(groups).tp
     make: Any = distributed.FileStore  # type: ignore[attr-defined]
     store = make(f"{folder}/torch", place.tp)
     return TorchGroup(communicator(store, place.tp_rank, place.tp, torch.device("cpu"), 30.0))
@@ -39,25 +41,26 @@ def collectives(place: Place, groups: Groups, kind: str, folder: str) -> dict[st
     return {"sum": x.tolist(), "gathered": gathered, "taken": taken[:, 0].tolist()}
 
 
-def stages(place: Place, groups: Groups) -> list[float]:
+def stages(place: Place, groups: Groups, by_host: bool = False) -> list[float]:
     """The first sends all before it takes any, the others pass it on, the last sends it back."""
-    assert groups.pipe is not None
+    pipe = through_host(groups).pipe if by_host else groups.pipe
+    assert pipe is not None
     got, found = torch.zeros(50, 100), []
     for number in range(NUM_SENT if not place.is_first else 0):
-        groups.pipe.receive(got)
+        pipe.receive(got)
         if place.is_last:
-            groups.pipe.send_back(got[:2] + number)
+            pipe.send_back(got[:2] + number)
         else:
-            groups.pipe.send(got)
+            pipe.send(got)
     if place.is_first:
         for number in range(NUM_SENT):
             mine = torch.full((50, 100), float(number))
-            groups.pipe.send(mine)
+            pipe.send(mine)
             mine.fill_(-1.0)  # it is ours again at once
         for _ in range(NUM_SENT):
-            groups.pipe.receive_back(got[:2])
+            pipe.receive_back(got[:2])
             found.append(float(got[1, 99]))
-        groups.pipe.send(got[:0])  # nothing
+        pipe.send(got[:0])  # nothing
     return found
 
 

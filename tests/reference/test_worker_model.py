@@ -1,7 +1,7 @@
 """The real model behind the real scheduler: the same bits, whatever a request went through.
 
 In one process, so that every logit can be looked at: the scheduler, the staging, the pages, the
-handoff's copies and the sampler are the worker's own. A request is the same alone or among 32,
+handoff's copies and the sampler are the worker's own. A request is the same alone or among 20,
 chunked or whole, preempted or not, handed over or not; greedy or drawn with a seed.
 """
 
@@ -97,7 +97,7 @@ def lab(request: pytest.FixtureRequest) -> Lab:
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     rng = random.Random(1)
-    return [[rng.randrange(49_000) for _ in range(rng.randint(2, 90))] for _ in range(32)]
+    return [[rng.randrange(49_000) for _ in range(rng.randint(2, 90))] for _ in range(20)]
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,11 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
-from nodeserve.plan import planner
 from nodeserve.plan.candidates import all_candidates, variations
 from nodeserve.plan.efforts import EFFORTS, Effort
+from nodeserve.plan.estimates import Estimator
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Planner
 from nodeserve.plan.requests import Source
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
@@ -187,7 +186,7 @@ def test_it_plans_for_the_requests_that_bench_sends() -> None:
 def test_a_rate_for_a_data_centre_is_refused_at_once(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner.Planner, "estimate", None)  # nothing is simulated
+    monkeypatch.setattr(Estimator, "estimate", None)  # nothing is simulated
     words = [*ASKED, "--algorithm", algorithm, "--rate", "50000"]
     said = CliRunner().invoke(main, words).output
     found = re.search(r"--rate 50000 needs (\d+) GPUs or more", said)
@@ -293,7 +292,7 @@ def test_start_plans_with_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> N
     question = asked_for[0]
     assert question.context == 600
     candidates = all_candidates(
-        Planner(question, TINY).kinds, 2, 32, question.max_num_batched_tokens, 0.02
+        Estimator(question, TINY).kinds, 2, 32, question.max_num_batched_tokens, 0.02
     )
     assert {one.max_num_batched_tokens for one in candidates} == {256}
     scenario = question.scenario(candidates[0])

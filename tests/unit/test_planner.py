@@ -18,9 +18,10 @@ from nodeserve.plan.candidates import (
     kinds_of,
 )
 from nodeserve.plan.efforts import Effort
+from nodeserve.plan.estimates import Estimator, in_turn
 from nodeserve.plan.evaluate import Question, count
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Planner, Report, in_turn, plan
+from nodeserve.plan.planner import Report, plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Named, start_command, verdict
@@ -68,7 +69,7 @@ def question(
 
 
 def goodput_of(asked: Question, layout: str) -> float:
-    return Planner(asked, FAST).alone(Candidate(layout, 1024)).goodput
+    return Estimator(asked, FAST).alone(Candidate(layout, 1024)).goodput
 
 
 # ---- answers that are known
@@ -113,8 +114,9 @@ def test_prefill_gets_as_many_instances_as_it_needs() -> None:
 def test_a_prefill_instance_serves_what_its_passes_allow() -> None:
     """500 tokens take 60 ms alone, 2 prompts a pass 110 ms: at most 18 a second, and with 300 ms
     most of that."""
-    rate = goodput_of(question(workload="synthetic(500,1)", slo=Slo(0.3, None)), "1m")
-    assert 12.0 < rate <= 20.0
+    asked = question(workload="synthetic(500,1)", slo=Slo(0.3, None))
+    estimator = Estimator(asked, replace(FAST, fine_requests=1000, most_requests=1000))
+    assert 12.0 < estimator.alone(Candidate("1m", 1024)).goodput <= 18.0
 
 
 def test_limits_that_nobody_meets_are_said_to_be_so() -> None:
@@ -211,8 +213,8 @@ def test_memory_bounds_decoding() -> None:
 def test_no_simulation_beats_its_bound(layout: str, slo: Slo) -> None:
     asked = question(workload="synthetic(lognormal:500,20)", slo=slo)
     candidate = Candidate(layout, 1024)
-    planner = Planner(asked, FAST)
-    most = planner.most(candidate)
+    estimator = Estimator(asked, FAST)
+    most = estimator.most(candidate)
     tally, _ = count(asked, candidate, 1.3 * most, 600)
     assert 0.0 < most < 1000.0
     assert tally.share < asked.goal
