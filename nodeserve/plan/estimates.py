@@ -17,6 +17,7 @@ from nodeserve.plan.search import STEP, Found, Probe, SearchOptions
 
 NEAR = 0.9  # of the best so far: what is not surely below stays in the race
 FIRST = 0.75  # of its bound: where to begin with a layout of which nothing is known
+MOST_RATE = 1e6  # requests a second: where a bound is infinite
 
 Run = Callable[[Sequence[Job]], list[Found]]
 
@@ -88,7 +89,7 @@ class Estimator:
     def coarse(self, most: float, least: float) -> SearchOptions:
         """From the rate that it must reach, or a part of its bound if there is none."""
         effort, question = self.effort, self.question
-        start = least or FIRST * min(most, 1e6)
+        start = least or FIRST * min(most, MOST_RATE)
         return SearchOptions(
             start=start,
             low=least,

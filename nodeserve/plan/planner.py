@@ -28,7 +28,7 @@ from nodeserve.plan.candidates import (
     variations,
 )
 from nodeserve.plan.efforts import EFFORTS, Effort
-from nodeserve.plan.estimates import NEAR, Estimate, Estimator, Run, in_turn
+from nodeserve.plan.estimates import MOST_RATE, NEAR, Estimate, Estimator, Run, in_turn
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.phases import PhaseLimits
 
@@ -197,7 +197,7 @@ class Planner:
         groups = parse_layout(candidate.layout).groups
         sizes = {kind.shape: kind.num_gpus for kind in self.estimator.kinds}
         return (
-            -round(log(most) / log(ALIKE)),
+            -round(log(min(most, MOST_RATE)) / log(ALIKE)),
             max(sizes[group.shape] for group in groups),
             -self.estimator.widest(candidate),
         )

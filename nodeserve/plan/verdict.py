@@ -42,7 +42,7 @@ def verdict(report: Report) -> Verdict:
     rate, question = best.goodput, report.question
     # As many as in the closest looks: a short run at a high rate ends before anybody is late.
     sure = question.confidence
-    at_winners, _ = count(question, other.candidate, rate, report.most_requests, sure)
+    at_winners, misses = count(question, other.candidate, rate, report.most_requests, sure)
     numbers = (
         f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
         f" {other.candidate.layout} {other.goodput:.3g}"
@@ -52,7 +52,9 @@ def verdict(report: Report) -> Verdict:
         return Verdict(None, reason, rate, at_winners.share)
     # Far above its goodput everything is late; what it misses first shows a little above it.
     little = min(rate, ABOVE * other.goodput)
-    tally, misses = count(question, other.candidate, little, report.most_requests, sure)
+    tally = at_winners
+    if little < rate:
+        tally, misses = count(question, other.candidate, little, report.most_requests, sure)
     seen = dict(misses.most_common())
     reason = f"{head}: {numbers} ({gain:+.0%})"
     if seen:

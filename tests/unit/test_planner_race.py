@@ -1,5 +1,6 @@
 """Which layouts a search runs, and at which rates: on answers that are given, not simulated."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -7,12 +8,13 @@ import pytest
 
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.efforts import EFFORTS
-from nodeserve.plan.estimates import FIRST, NEAR, Estimate, Estimator
+from nodeserve.plan.estimates import FIRST, MOST_RATE, NEAR, Estimate, Estimator
 from nodeserve.plan.evaluate import Job, Question
 from nodeserve.plan.goodput import Slo, Tally
 from nodeserve.plan.planner import PAPER, Planner
 from nodeserve.plan.requests import Source
 from nodeserve.plan.search import Found, Probe, find_goodput
+from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family
 from tests.unit.test_planner import PLAIN
 
@@ -72,6 +74,13 @@ def test_of_about_the_same_bound_small_instances_are_run_first() -> None:
     found = server.race(at("4m:tp2"), at("8m"))
     assert len(found) == 2 and found[0].most == pytest.approx(found[1].most, rel=0.1)
     assert server.layouts() == ["2m", "2m:tp2"]
+
+
+def test_who_has_no_bound_is_run() -> None:
+    free = replace(PLAIN, cost=StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    server = Server(replace(QUESTION, model=free))
+    (found,) = server.race(at("8m"))
+    assert found.most == math.inf and server.asked[0] == ("2m", FIRST * MOST_RATE)
 
 
 def test_who_cannot_be_better_on_paper_is_not_run() -> None:
