@@ -13,7 +13,7 @@ from nodeserve.model.group_host import through_host
 from nodeserve.shards import Place
 
 NUM_SENT = 20
-_alive: list[Any] = []  # what others may still read from when we have done our part
+_alive: list[TorchPipe] = []  # what is still being sent goes with its pipe
 
 
 def gloo(name: str, folder: str, rank: int, size: int) -> Any:
@@ -23,8 +23,7 @@ def gloo(name: str, folder: str, rank: int, size: int) -> Any:
     options = kind._Options()
     options._devices = [kind.create_device(hostname="127.0.0.1")]
     options._timeout = datetime.timedelta(seconds=30.0)
-    _alive.append(kind(make(f"{folder}/{name}", size), rank, size, options))
-    return _alive[-1]
+    return kind(make(f"{folder}/{name}", size), rank, size, options)
 
 
 def group_of(kind: str, place: Place, groups: Groups, folder: str) -> Group:
@@ -39,7 +38,8 @@ def pipe_of(kind: str, place: Place, groups: Groups, folder: str) -> Pipe:
     """Likewise."""
     if kind == "torch":
         down, back = (gloo(way, folder, place.pp_rank, place.pp) for way in ("down", "back"))
-        return TorchPipe(down, back)
+        _alive.append(TorchPipe(down, back))
+        return _alive[-1]
     pipe = groups.pipe if kind == "memory" else through_host(groups).pipe
     assert pipe is not None
     return pipe
