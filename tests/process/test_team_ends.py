@@ -44,7 +44,7 @@ async def test_a_killed_coordinator_takes_those_in_a_collective_with_it(
     """One of them stands still in the step, the others wait for it."""
     node = nodes.start(**settings_of(layout, model))
     client, workers = await connect(node), node.worker_pids()
-    order = nodes.order("stop", 1, "decode" if "ep" in layout else "follow")
+    order = nodes.order("stop", 1, "follow" if "." in layout else "decode")
     submit_all(client, SOME)
     while order.exists():
         await client.stats()
