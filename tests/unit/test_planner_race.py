@@ -1,8 +1,9 @@
 """Which layouts a search runs, and at which rates: on answers that are given, not simulated."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 
 import pytest
 
@@ -25,7 +26,9 @@ QUESTION = Question(SHAPES, Source("synthetic(500,20)"), Slo(1.0, 1.0), 8)
 class Server:
     """Serves every layout at a share of its bound, `serves` for some; notes what it was asked."""
 
-    def __init__(self, question: Question = QUESTION, **serves: float) -> None:
+    def __init__(
+        self, serves: Mapping[str, float] = MappingProxyType({}), question: Question = QUESTION
+    ) -> None:
         self.question = question
         self.serves = serves
         self.asked: list[tuple[str, float]] = []
@@ -70,7 +73,7 @@ def test_of_about_the_same_bound_small_instances_are_run_first() -> None:
     half = {name: value / 2 for name, value in asdict(PLAIN.cost).items() if value}
     pair = replace(PLAIN, cost=replace(PLAIN.cost, **half), num_gpus=2)
     family = Family("even", "a test", {(1, 1): PLAIN, (2, 1): pair})
-    server = Server(replace(QUESTION, model=family))
+    server = Server(question=replace(QUESTION, model=family))
     found = server.race(at("4m:tp2"), at("8m"))
     assert len(found) == 2 and found[0].most == pytest.approx(found[1].most, rel=0.1)
     assert server.layouts() == ["2m", "2m:tp2"]
@@ -78,13 +81,13 @@ def test_of_about_the_same_bound_small_instances_are_run_first() -> None:
 
 def test_who_has_no_bound_is_run() -> None:
     free = replace(PLAIN, cost=StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
-    server = Server(replace(QUESTION, model=free))
+    server = Server(question=replace(QUESTION, model=free))
     (found,) = server.race(at("8m"))
     assert found.most == math.inf and server.asked[0] == ("2m", FIRST * MOST_RATE)
 
 
 def test_who_cannot_be_better_on_paper_is_not_run() -> None:
-    server = Server(**{"7p1d": 0.92})
+    server = Server({"7p1d": 0.92})
     bounds = [server.estimator.most(at("7p1d")), server.estimator.most(at("6p2d"))]
     assert PAPER * 0.92 * bounds[0] > bounds[1] > NEAR * 0.92 * bounds[0]
     candidates = at("6p2d"), at("7p1d", 1025), at("7p1d", 1024)
@@ -95,7 +98,7 @@ def test_who_cannot_be_better_on_paper_is_not_run() -> None:
 
 
 def test_one_run_puts_out_who_does_not_come_near_the_best() -> None:
-    server = Server(**{"7p1d": 0.7})
+    server = Server({"7p1d": 0.7})
     found = server.race(at("7p1d"), at("8m", 1025), at("8m"))
     assert [one.candidate.layout for one in found] == ["8m", "8m"]
     asked = [rate for layout, rate in server.asked if layout == "7p1d"]
@@ -110,7 +113,7 @@ def test_the_first_of_a_race_begins_at_a_part_of_its_bound() -> None:
 
 def test_no_rate_above_the_bound_is_asked() -> None:
     """Whatever it seems to serve there would not count."""
-    server = Server(**{"6p2d": 1.5, "7p1d": 0.9})
+    server = Server({"6p2d": 1.5, "7p1d": 0.9})
     estimator = Estimator(QUESTION, EFFORTS["normal"], server.run)
     bounds = {layout: estimator.most(at(layout)) for layout in ("6p2d", "7p1d")}
     wanted = [(at(layout), most, 1.1 * most) for layout, most in bounds.items()]
@@ -134,7 +137,7 @@ def test_of_the_kind_that_loses_one_layout_is_looked_at_closely() -> None:
 def test_a_range_has_two_ends() -> None:
     """Where the rates that pass do so barely, a lower one is asked; and a higher one where those
     that fail do."""
-    server = Server(**{"7p1d": 0.8})
+    server = Server({"7p1d": 0.8})
     estimator = Estimator(QUESTION, EFFORTS["normal"], server.run)
     most = estimator.most(at("7p1d"))
     goodput = 0.8 * most
@@ -147,7 +150,7 @@ def test_a_range_has_two_ends() -> None:
 
 @pytest.mark.parametrize("off", [1.04, 0.97, 0.93])
 def test_three_rates_are_enough_from_a_good_guess(off: float) -> None:
-    server = Server(**{"7p1d": 0.8})
+    server = Server({"7p1d": 0.8})
     estimator = Estimator(QUESTION, EFFORTS["normal"], server.run)
     most = estimator.most(at("7p1d"))
     (found,) = estimator.closely([(at("7p1d"), most, off * 0.8 * most)])
