@@ -75,6 +75,7 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink, ends: Sequence[TeamEnd])
         door_s=spec.door_s,
         idle_wait_s=spec.idle_wait_s,
         place=place_of(spec),
+        expert_rows=device.expert_rows,
     )
     ready(device, link, began)
     runner.run()
@@ -94,6 +95,7 @@ def follow(spec: WorkerSpec, load: Load, link: RingLink, end: TeamEnd) -> None:
         device.transfer,
         PeerSeats(device.transfer, place_of(spec)),
         spec.idle_wait_s,
+        device.expert_rows,
     )
     device.executor.on_done(link.wake)
     ready(device, link, began)
