@@ -248,6 +248,8 @@ class EngineConfig:
         "auto"  # auto: the checkpoint's weights; dummy: random ones from a fixed seed
     )
     model_impl: str = "auto"  # whose code computes it: nodeserve, transformers; auto: who can
+    expert_counts: str | None = None  # file of `nodeserve experts`: by it, ranks share experts
+    redundant_experts: int = 0  # second copies of a layer's hot ones, in each instance
     workload: str | None = None  # that layout "auto" is planned for
     # For simulated devices, and to plan with.
     profile: str | None = None  # whose passes are timed: a name that profile_store knows
@@ -306,6 +308,8 @@ class WorkerSpec:
     # follower to its leader.
     team: tuple[dict[str, int | str], ...] = ()
     rendezvous_fd: int = -1  # inherited descriptor of memory in which the instance's workers meet
+    experts_fd: int = -1  # inherited descriptor of expert counts; -1: each rank holds as many
+    redundant_experts: int = 0
     board_fd: int = -1  # inherited descriptor of the memory that the instance's ranks share
     bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its workers, in their order
     simulated: Simulated | None = None  # with device "sim"

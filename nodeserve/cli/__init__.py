@@ -7,6 +7,7 @@ import click
 from nodeserve import __version__
 from nodeserve.cli.bench import bench
 from nodeserve.cli.doctor.command import doctor
+from nodeserve.cli.experts import experts
 from nodeserve.cli.gateway import gateway
 from nodeserve.cli.launch import start
 from nodeserve.cli.plan import plan
@@ -43,6 +44,6 @@ def version() -> None:
 
 for command in (
     *(start, gateway, complete, chat, status, top, stop),
-    *(doctor, simulate, bench, plan, profile, trace),
+    *(doctor, simulate, bench, plan, profile, trace, experts),
 ):
     main.add_command(command)

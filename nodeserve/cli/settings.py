@@ -73,6 +73,10 @@ ENGINE_HELP = {
     "load_format": "auto, or dummy: random weights, the same in every worker, for benchmarks.",
     "model_impl": "Whose code computes the model: nodeserve, transformers (any decoder, slower), or"
     " auto: transformers for what nodeserve does not know.",
+    "expert_counts": "What `nodeserve experts --out` wrote: the ranks of epN get each layer's"
+    " experts so that they are equally busy. [default: as many each, in order]",
+    "redundant_experts": "With it: second copies of each layer's hot experts in every instance"
+    " whose ranks share experts.",
     "profile": f"Whose passes --device sim imitates: {', '.join(PROFILES)}, or one that `nodeserve"
     " profile` stored. With --layout auto: what the layout is planned with.",
     "workload": "With --layout auto: the requests to expect, a name as in `nodeserve plan`."

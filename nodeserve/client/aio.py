@@ -272,6 +272,10 @@ class AsyncClient:
         told = await (await self.connection()).audit()
         return Audit(tuple(told["problems"]), told["requests"], told["workers"])
 
+    async def experts(self) -> dict[str, Any]:
+        """Where rows of ranks that share experts went, as docs/protocol.md lists it."""
+        return await (await self.connection()).experts()
+
     async def stats(self) -> dict[str, Any]:
         """Queues, rates and workers, as docs/protocol.md lists them."""
         return await (await self.connection()).stats()

@@ -29,7 +29,9 @@ from nodeserve.wire.messages import (
     Abort,
     Audit,
     End,
+    Experts,
     GetAudit,
+    GetExperts,
     GetHealth,
     GetStats,
     Goodbye,
@@ -84,7 +86,9 @@ class Connection(asyncio.Protocol):
         self._sleeping: deque[Mailbox[Event]] = deque()  # something came for them
         self._is_waking = False
         self._trace: Mailbox[TraceEvent] = Mailbox()
-        self._answers: dict[type, deque[Answer]] = {Stats: deque(), Health: deque(), Audit: deque()}
+        self._answers: dict[type, deque[Answer]] = {
+            kind: deque() for kind in (Stats, Health, Audit, Experts)
+        }
         self._writable = asyncio.Event()
         self._writable.set()
         self._next_id = 0
@@ -133,6 +137,9 @@ class Connection(asyncio.Protocol):
 
     async def audit(self) -> dict[str, Any]:
         return await self._ask(GetAudit(), Audit)
+
+    async def experts(self) -> dict[str, Any]:
+        return await self._ask(GetExperts(), Experts)
 
     async def _ask(self, question: ToServer, kind: type) -> dict[str, Any]:
         """Answers of a kind come in the order of the questions."""
@@ -202,7 +209,7 @@ class Connection(asyncio.Protocol):
             case End():
                 if mailbox := self._mailboxes.pop(message.request_id, None):
                     mailbox.put(message)
-            case Stats() | Health() | Audit():
+            case Stats() | Health() | Audit() | Experts():
                 self._on_answer(message)
             case Traced():
                 self._trace.put(message)
@@ -253,7 +260,7 @@ class Connection(asyncio.Protocol):
         if self._is_waking:
             self._loop.call_soon(self._wake)
 
-    def _on_answer(self, message: Stats | Health | Audit) -> None:
+    def _on_answer(self, message: Stats | Health | Audit | Experts) -> None:
         waiting = self._answers[type(message)]
         if not waiting:
             name = type(message).__name__

@@ -120,6 +120,10 @@ class Client:
         """As AsyncClient's."""
         return self._wait(self._client.audit())
 
+    def experts(self) -> dict[str, Any]:
+        """As AsyncClient's."""
+        return self._wait(self._client.experts())
+
     def stats(self) -> dict[str, Any]:
         """Queues, rates and workers, as docs/protocol.md lists them."""
         return self._wait(self._client.stats())

@@ -11,21 +11,20 @@ coordinator's own books are compared with each other: every open request waits w
 and has a stream; all that were accepted have ended or are open.
 """
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nodeserve.coordinator.coordinator import Coordinator
 from nodeserve.coordinator.link import WorkerLink
 from nodeserve.coordinator.request import Request
+from nodeserve.coordinator.survey import ANSWER_TIMEOUT_S, Survey, Tell
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Load
 from nodeserve.wire.messages import Count, Counted
 from nodeserve.wire.numbers import unpack_request_ids
 
-ANSWER_TIMEOUT_S = 10.0  # a worker may be within a long pass
 STAGES = ("waiting", "running", "pulling", "pinned", "preempted")
 ANY = frozenset(STAGES)
 # What a request may be on the worker that holds it; a preemption is told when its step ends.
@@ -35,8 +34,6 @@ HOLDER_STAGES = {
     Phase.DECODE: frozenset(("running", "preempted")),
 }
 NUM_SHOWN = 5  # request ids in a sentence
-
-Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass(slots=True)
@@ -54,59 +51,37 @@ class Auditor:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._waiting: list[Tell] = []
-        self._tellers: list[Tell] = []
         self._asked: dict[WorkerLink, Asked] = {}
-        self._number = 0
-        self._deadline: asyncio.TimerHandle | None = None
+        self._survey = Survey(self._begin, self._result)
         coordinator.on_counted = self._on_counted
 
     def ask(self, tell: Tell) -> None:
-        """`tell` gets the result, see `_result`, in ANSWER_TIMEOUT_S after the start at most."""
-        self._waiting.append(tell)
-        if self._deadline is None:
-            self._begin()
+        """`tell` gets the result, see `_result`."""
+        self._survey.ask(tell)
 
-    def _begin(self) -> None:
-        self._tellers, self._waiting = self._waiting, []
-        self._number += 1
+    def _begin(self, number: int) -> Iterable[WorkerLink]:
+        self._asked = {}
         for link in self._coordinator.links:
             if link.alive and link.leads:  # followers book nothing
-                link.send(Count(self._number))
+                link.send(Count(number))
                 link.tail = []
                 self._asked[link] = Asked(link.num_sent, link.account.num_sent)
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(ANSWER_TIMEOUT_S, self._finish)
-        self._finish_if_all()
+        return list(self._asked)
 
     def _on_counted(self, link: WorkerLink, told: Counted) -> None:
-        asked = self._asked.get(link)
-        if asked is None or told.number != self._number:
-            return  # too late
+        if not self._survey.expects(link, told.number):
+            return
+        asked = self._asked[link]
         asked.told = told
         asked.problems = list(worker_problems(link, asked, told, self._coordinator.requests))
         link.tail = None
-        self._finish_if_all()
+        self._survey.answered(link)
 
-    def _finish_if_all(self) -> None:
-        if all(asked.told for asked in self._asked.values()):
-            self._finish()
-
-    def _finish(self) -> None:
-        assert self._deadline is not None
-        self._deadline.cancel()
-        self._deadline = None
-        asked, self._asked = self._asked, {}
+    def _result(self) -> dict[str, Any]:
+        """`problems`, in words, and the figures; it adds up if there are none."""
+        asked = self._asked
         for link in asked:
             link.tail = None
-        result = self._result(asked)
-        for tell in self._tellers:
-            tell(result)
-        if self._waiting:
-            self._begin()
-
-    def _result(self, asked: Mapping[WorkerLink, Asked]) -> dict[str, Any]:
-        """`problems`, in words, and the figures; it adds up if there are none."""
         problems = list(own_problems(self._coordinator))
         for link, one in asked.items():
             if one.told is None and link.alive:

@@ -9,11 +9,12 @@ from nodeserve import __version__
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.coordinator.audit import Auditor
 from nodeserve.coordinator.coordinator import Coordinator
+from nodeserve.coordinator.expert_survey import ExpertSurvey
 from nodeserve.coordinator.health import Pulse, health_of, seat_of
 from nodeserve.coordinator.placement import Plan
 from nodeserve.coordinator.stats import node_stats
 from nodeserve.coordinator.streams import Stream
-from nodeserve.wire.messages import PROTOCOL_VERSION, Audit, Health, Hello, Stats
+from nodeserve.wire.messages import PROTOCOL_VERSION, Audit, Experts, Health, Hello, Stats
 
 MIN_FRAME_LIMIT_BYTES = 4 << 20
 MAX_BACKLOG_BYTES = 8 << 20
@@ -35,6 +36,7 @@ class Desk:
         self._coordinator = coordinator
         self._on_stop = on_stop
         self._auditor = Auditor(coordinator)
+        self.expert_survey = ExpertSurvey(coordinator.links, checkpoint.config)
         self._started_s = time.monotonic()
 
     @property
@@ -78,6 +80,10 @@ class Desk:
     def audit(self, stream: Stream) -> None:
         """The answer follows when all workers have counted."""
         self._auditor.ask(lambda result: stream.send(Audit(result)))
+
+    def experts(self, stream: Stream) -> None:
+        """The answer follows when all ranks that share experts have counted."""
+        self.expert_survey.ask(lambda result: stream.send(Experts(result)))
 
     def stop(self, drain: bool) -> None:
         self._on_stop(drain)

@@ -28,6 +28,7 @@ from nodeserve.wire.messages import (
     TO_SERVER,
     Abort,
     GetAudit,
+    GetExperts,
     GetHealth,
     GetStats,
     Health,
@@ -146,6 +147,9 @@ class Answers(Protocol):
     def health(self) -> Health: ...
     def audit(self, stream: Stream) -> None:
         """The Audit follows."""
+
+    def experts(self, stream: Stream) -> None:
+        """The Experts follow."""
 
     def stop(self, drain: bool) -> None: ...
 
@@ -303,6 +307,8 @@ class Connection(asyncio.Protocol):
                 self.stream.send(self._desk.health())
             case GetAudit():
                 self._desk.audit(self.stream)
+            case GetExperts():
+                self._desk.experts(self.stream)
             case Stop():
                 self._desk.stop(message.drain)
             case Trace():

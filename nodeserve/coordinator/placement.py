@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, Simulated
 from nodeserve.config_readers import MODEL_IMPLS
+from nodeserve.coordinator.copies import choose_counts
 from nodeserve.coordinator.places import (
     Place,
     check_shapes,
@@ -27,6 +28,7 @@ from nodeserve.coordinator.room import (
     choose_kv_memory,
 )
 from nodeserve.errors import ConfigError
+from nodeserve.expert_counts import Counts
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout
 from nodeserve.policy.blocks import blocks_for
@@ -78,6 +80,7 @@ class Plan:
     policies: Policies
     simulated: Simulated | None  # with device "sim"
     notes: tuple[str, ...]  # what a person should know, one line each
+    expert_counts: Counts | None = None  # that ranks share experts by; None: as many each
 
 
 def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
@@ -95,7 +98,11 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     max_model_len = choose_context(config.max_model_len, checkpoint.config.max_position)
     budget = choose_budget(config, max_num_seqs, fills_step(layout, on_gpus))
     check_shapes(layout, checkpoint.config)
-    parts = [largest_part(checkpoint.config, group.shape) for group in layout.groups]
+    counts = choose_counts(config, checkpoint.config, layout)
+    parts = [
+        largest_part(checkpoint.config, group.shape, config.redundant_experts)
+        for group in layout.groups
+    ]
     token_bytes = max(part.kv_bytes_per_token(DTYPE_BYTES[dtype]) for part in parts)
     block_bytes = token_bytes * config.block_size
     least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
@@ -126,6 +133,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
         policies=policies_of(config, max_num_seqs, budget),
         simulated=None,
         notes=(*notes, *foreign),
+        expert_counts=counts,
     )
 
 

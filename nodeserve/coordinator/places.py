@@ -13,7 +13,8 @@ from nodeserve.shards import Shard, check_fits
 from nodeserve.types import Role
 
 GPU_SETTINGS = ("gpu_memory_utilization", "attention_backend", "handoff", "enforce_eager")
-REAL_SETTINGS = ("dtype", "load_format", "model_impl", *GPU_SETTINGS)
+EXPERT_SETTINGS = ("expert_counts", "redundant_experts")
+REAL_SETTINGS = ("dtype", "load_format", "model_impl", *EXPERT_SETTINGS, *GPU_SETTINGS)
 SIM_DEVICES = 8  # unless --gpus or --layout says otherwise
 
 
@@ -135,11 +136,12 @@ def check_shapes(layout: Layout, model: ModelConfig) -> None:
             raise ConfigError(f"layout {layout}: {problem}") from None
 
 
-def largest_part(model: ModelConfig, shape: Shape) -> ModelConfig:
-    """What a worker of such an instance has at most of a model: in layers, heads and widths."""
+def largest_part(model: ModelConfig, shape: Shape, redundant_experts: int = 0) -> ModelConfig:
+    """What a worker of such an instance has at most of a model: in layers, heads, widths, and in
+    experts of a layer, of which so many are there twice."""
     moe = model.moe
-    if moe is not None:
-        moe = replace(moe, num_experts=-(-moe.num_experts // shape.ep))
+    if moe is not None and shape.ep > 1:
+        moe = replace(moe, num_experts=-(-(moe.num_experts + redundant_experts) // shape.ep))
     shards = [Shard(model, ShardPlace.of(shape, rank)) for rank in range(shape.team_size)]
     parts = [replace(one.config, num_layers=len(one.layers), moe=moe) for one in shards]
     return max(parts, key=lambda part: (part.kv_bytes_per_token(1), part.num_weights))

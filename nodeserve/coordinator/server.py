@@ -46,7 +46,7 @@ from nodeserve.log import about, logger
 from nodeserve.policy.metering import Quota
 from nodeserve.types import StartEvent
 from nodeserve.wire.channel import sweep_stale
-from nodeserve.wire.messages import FromWorker
+from nodeserve.wire.messages import ExpertsCounted, FromWorker
 
 MAX_BACKLOGS_BYTES = 128 << 20  # of all connections
 MAX_INCOMING_BYTES = 64 << 20  # of frames that are not complete, of all connections
@@ -194,7 +194,10 @@ class Server:
 
     def on_running(self, link: WorkerLink, message: FromWorker) -> None:
         """What a worker that runs has to say."""
-        self.coordinator.handle(link, message)
+        if isinstance(message, ExpertsCounted):
+            self.desk.expert_survey.counted(link, message)
+        else:
+            self.coordinator.handle(link, message)
 
     # ---- clients
 

@@ -11,6 +11,8 @@ earlier life wrote there nobody is told to read.
 
 import asyncio
 import contextlib
+import fcntl
+import json
 import os
 import signal
 import sys
@@ -26,6 +28,7 @@ from nodeserve.coordinator.placement import Plan
 from nodeserve.coordinator.places import Place
 from nodeserve.coordinator.shared import Shared
 from nodeserve.errors import ConfigError, RingError
+from nodeserve.expert_counts import Counts
 from nodeserve.log import about, logger
 from nodeserve.policy.startup import Start
 from nodeserve.policy.watchdog import Watchdog
@@ -38,6 +41,7 @@ MIN_RING_BYTES = 1 << 20
 EXIT_GRACE_S = 5.0
 DOOR_S = 0.02  # the coordinator answers in a tenth of it; past it a worker goes on by itself
 IDLE_WAIT_S = 1.0  # an idle worker gives a sign of life so often
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 LAST_WORDS_S = 0.2  # for what a worker wrote before it ended
 READ_BYTES = 1 << 16
 MAX_LINE_BYTES = 2000
@@ -67,6 +71,16 @@ def make_pages_fd(node_id: str, index: int) -> int:
     return int(segment.fd)
 
 
+def make_experts_fd(counts: Counts) -> int:
+    """Memory with counts that ranks share experts by, which nobody can change any more: all lives
+    of all ranks read the same, whatever becomes of the file."""
+    fd = os.memfd_create("nodeserve-experts", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with os.fdopen(fd, "wb", closefd=False) as memory:
+        memory.write(json.dumps(counts).encode())
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    return fd
+
+
 class Supervisor:
     """Owns every child process and all that they inherit."""
 
@@ -76,6 +90,7 @@ class Supervisor:
         self._model = model
         self._node_id = node_id
         self._command = command
+        self._experts_fd = -1  # -1: there are no counts
         self._pages_fds: list[int] = []  # one for all lives: peers have inherited it
         self._shared: dict[int, Shared] = {}  # by instance, where it has several workers
         self._stack = contextlib.ExitStack()
@@ -99,6 +114,9 @@ class Supervisor:
         self._stack.close()
 
     def _make_links(self) -> None:
+        if self._plan.expert_counts is not None:
+            self._experts_fd = make_experts_fd(self._plan.expert_counts)
+            self._stack.callback(os.close, self._experts_fd)
         for index in range(len(self._plan.places)):
             pages_fd = make_pages_fd(self._node_id, index)
             self._stack.callback(os.close, pages_fd)
@@ -163,6 +181,8 @@ class Supervisor:
         for link in links:
             shared = self._shared.get(link.instance)
             more = () if shared is None else shared.inherited_by(link.rank)
+            if self._experts_fd >= 0:
+                more = (*more, self._experts_fd)
             link.start = Start(self._plan.startup_timeout_s, time.monotonic())
             link.process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -250,6 +270,8 @@ class Supervisor:
             ep=link.shape.ep,
             team=() if shared is None else shared.team_of(link.rank),
             rendezvous_fd=-1 if shared is None else shared.rendezvous,
+            experts_fd=self._experts_fd,
+            redundant_experts=config.redundant_experts,
             board_fd=-1 if shared is None else shared.lockstep.board,
             bell_fds=() if shared is None else shared.lockstep.bells,
             simulated=self._plan.simulated,

@@ -41,13 +41,14 @@ class Held:
 
 
 class Exchanged:
-    """Experts spread over the ranks of a group. Slots are the places for experts, rank by rank."""
+    """Experts spread over the ranks of a group."""
 
     def __init__(
         self, grouped: Grouped, exchange: Exchange, num_experts: int, device: torch.device
     ) -> None:
         self._grouped = grouped
         self._group = exchange.group
+        self._rows = exchange.rows
         self._num_slots = [len(held) for held in exchange.held]
         table, copies = _slots(exchange.held, num_experts)
         self._table, self._copies = table.to(device), copies.to(device)
@@ -55,6 +56,7 @@ class Exchanged:
     def __call__(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x [rows, hidden] act, ids [rows, k] -> [rows, k, hidden], what each expert makes of it"""
         order, counts = sorted_by(self._slots_of(ids).flatten(), sum(self._num_slots))
+        self._rows.add_(counts)
         to_ranks = [int(part.sum()) for part in torch.split(counts, self._num_slots)]
         wanted = self._exchange_counts(counts)  # [ranks, my slots]
         from_ranks = wanted.sum(1).tolist()

@@ -68,7 +68,7 @@ class SparseMlp:
             shared = Shared(_mlp(weights, f"{prefix}{names.shared}.", names), gate)
         bias = dense(weights(f"{prefix}{_CHOICE_BIAS}")) if config.moe.choice_bias else None
         router = Router(weights(f"{prefix}{names.router}.weight"), bias)
-        self.experts = ops.experts(config.moe, router, expert, shared)
+        self.experts = ops.experts(config.moe, index, router, expert, shared)
         self.add_norm = ops.add_norm(next_norm, config.norm_eps)
 
     def __call__(self, work: MlpBuffers) -> None:

@@ -134,6 +134,7 @@ class Ops(Protocol):
     def experts(
         self,
         moe: MoeConfig,
+        layer: int,
         router: Router,
         expert: Callable[[int], Mlp],
         shared: Shared | None = None,
@@ -143,7 +144,8 @@ class Ops(Protocol):
         """x [rows, hidden] act -> out [rows, hidden] float32, what all experts of a row add up to.
 
         `expert(i)` is asked, once each and in order, for those that this worker holds: all, or its
-        part of what `exchange` says. With one, all of its ranks call this together.
+        part of what `exchange` says. With one, all of its ranks call this together. By `layer`,
+        which counts in the whole model, parallel.py knows who holds them.
         """
 
     def add_norm(

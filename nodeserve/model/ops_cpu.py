@@ -295,6 +295,7 @@ class CpuOps:
     def experts(
         self,
         moe: MoeConfig,
+        layer: int,
         router: Router,
         expert: Callable[[int], Mlp],
         shared: Shared | None = None,

@@ -176,6 +176,7 @@ class TorchOps:
     def experts(
         self,
         moe: MoeConfig,
+        layer: int,
         router: Router,
         expert: Callable[[int], Mlp],
         shared: Shared | None = None,

@@ -11,7 +11,7 @@ ranks' results meet: behind the products that end in the residual stream, behind
 at the leader behind the head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,12 +20,13 @@ import torch
 from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.model import families
 from nodeserve.model.decoder import Progress, Stage
-from nodeserve.model.expert_parts import Exchange, Mlp, Router, Shared, evenly
+from nodeserve.model.expert_parts import Mlp, Router, Shared, Spread
 from nodeserve.model.group import Groups
 from nodeserve.model.loader import StoredSource
 from nodeserve.model.ops import AddNorm, Attention, MlaAttention, Op, Ops
 from nodeserve.model.part import Part
 from nodeserve.model.quantised import Weight, padded
+from nodeserve.model.spread_experts import SpreadExperts
 from nodeserve.model.workspace import Scratch
 from nodeserve.shards import Axis, Shard, check_fits
 
@@ -53,10 +54,12 @@ class ShardOps:
     All that needs nothing of others is the backend's own.
     """
 
-    def __init__(self, ops: Ops, shard: Shard, groups: Groups) -> None:
+    def __init__(
+        self, ops: Ops, shard: Shard, groups: Groups, experts: SpreadExperts | None
+    ) -> None:
         self._ops = ops
         self._shard = shard
-        self._groups = groups
+        self._experts = experts
         self._group = groups.tp
         self._first = shard.layers.start
         self._reduce = groups.tp.all_reduce if groups.tp.size > 1 else None
@@ -120,16 +123,14 @@ class ShardOps:
     def experts(
         self,
         moe: MoeConfig,
+        layer: int,
         router: Router,
         expert: Callable[[int], Mlp],
         shared: Shared | None = None,
     ) -> Op:
         """Whole experts are spread over the ranks that share them."""
-        exchange = None
-        if self._groups.ep.size > 1:
-            held = evenly(moe.num_experts, self._groups.ep.size)
-            exchange = Exchange(self._groups.ep, held)
-        return self._ops.experts(moe, router, expert, shared, exchange=exchange)
+        exchange = None if self._experts is None else self._experts.exchange(layer)
+        return self._ops.experts(moe, layer, router, expert, shared, exchange=exchange)
 
     def attention(
         self,
@@ -159,18 +160,31 @@ def stage_of(shard: Shard, groups: Groups) -> Stage:
     return Stage(shard.layers, whole.num_layers, num_logits, groups.pipe, place.ep > 1)
 
 
+def spread_experts(
+    shard: Shard, ops: Ops, groups: Groups, held: Mapping[int, Spread] | None = None
+) -> SpreadExperts | None:
+    """None where ranks share none."""
+    if shard.whole.moe is None or groups.ep.size == 1:
+        return None
+    return SpreadExperts(groups.ep, shard.whole.moe.num_experts, ops.device, held)
+
+
 def build(
     shard: Shard,
     source: StoredSource,
     ops: Ops,
     groups: Groups,
     progress: Progress | None = None,
+    experts: SpreadExperts | None = None,
 ) -> families.Model:
-    """Bind our part of a file's weights to `ops`, which are made for `shard.config`.
+    """Bind our part of a file's weights to `ops`, which are made for `shard.config`; `experts`:
+    who holds which of those that ranks share, if not each as many.
 
     ModelError for a model of fewer heads or layers than the instance has ranks or stages.
     """
     check_fits(shard.whole, shard.place.shape)
-    shared = cast(Ops, ShardOps(ops, shard, groups))
+    if experts is None:
+        experts = spread_experts(shard, ops, groups)
+    shared = cast(Ops, ShardOps(ops, shard, groups, experts))
     weights = ShardWeights(source, shard)
     return families.build(shard.config, weights, shared, progress, stage_of(shard, groups))

@@ -6,7 +6,7 @@ expert are shared out evenly over its copies.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Placement = tuple[tuple[int, ...], ...]  # the experts that each rank holds, rising
 
@@ -26,15 +26,24 @@ def place(loads: Sequence[float], num_ranks: int, num_spare_slots: int = 0) -> P
     return tuple(tuple(sorted(rank.shares)) for rank in ranks)
 
 
-def imbalance(placement: Placement, loads: Sequence[float]) -> float:
-    """Rows of the busiest rank by those of the mean one: how much longer the experts take than
-    they would in balance. 1.0 where nothing is loaded."""
+def rows_of(placement: Placement, loads: Sequence[float]) -> list[float]:
+    """Rows of each rank, were the rows of every expert shared out evenly over its copies."""
     copies = [0] * len(loads)
     for held in placement:
         for expert in held:
             copies[expert] += 1
-    rows = [sum(loads[expert] / copies[expert] for expert in held) for held in placement]
-    return max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0
+    return [sum(loads[expert] / copies[expert] for expert in held) for held in placement]
+
+
+def imbalance(layers: Iterable[Sequence[float]]) -> float:
+    """Rows of the busiest rank by those of the mean one: how much longer the experts take than
+    they would in balance. 1.0 where nothing is loaded. `layers`: in each of them the rows of every
+    rank; ranks wait for the busiest in each, so its rows are added up."""
+    busiest = mean = 0.0
+    for rows in layers:
+        busiest += max(rows)
+        mean += sum(rows) / len(rows)
+    return busiest / mean if mean else 1.0
 
 
 class _Rank:

@@ -11,10 +11,20 @@ Rings (coordinator <-> worker) need no version, both ends are one commit. The so
 from typing import Any, NamedTuple
 
 from nodeserve.wire import limits
+from nodeserve.wire.audit import Audit as Audit
+from nodeserve.wire.audit import Count as Count
+from nodeserve.wire.audit import Counted as Counted
+from nodeserve.wire.audit import GetAudit as GetAudit
+from nodeserve.wire.experts import CountExperts as CountExperts
+from nodeserve.wire.experts import Experts as Experts
+from nodeserve.wire.experts import ExpertsCounted as ExpertsCounted
+from nodeserve.wire.experts import GetExperts as GetExperts
+from nodeserve.wire.numbers import pack_counts as pack_counts
 from nodeserve.wire.numbers import pack_floats as pack_floats
 from nodeserve.wire.numbers import pack_ids as pack_ids
 from nodeserve.wire.numbers import pack_request_ids as pack_request_ids
 from nodeserve.wire.numbers import pack_times as pack_times
+from nodeserve.wire.numbers import unpack_counts as unpack_counts
 from nodeserve.wire.numbers import unpack_floats as unpack_floats
 from nodeserve.wire.numbers import unpack_ids as unpack_ids
 from nodeserve.wire.numbers import unpack_request_ids as unpack_request_ids
@@ -112,14 +122,17 @@ class DetachPages(NamedTuple):
     worker: int
 
 
-class Count(NamedTuple):
-    """For an audit: count everything. Answer: Counted, with the same number."""
-
-    number: int
-
-
 ToWorker = (
-    AttachPages | Prefill | PullKv | ReleaseKv | Cancel | Shutdown | Probe | DetachPages | Count
+    AttachPages
+    | Prefill
+    | PullKv
+    | ReleaseKv
+    | Cancel
+    | Shutdown
+    | Probe
+    | DetachPages
+    | Count
+    | CountExperts
 )
 TO_WORKER: Tagged[ToWorker] = Tagged(ToWorker, limits.OF_A_RING)
 
@@ -244,30 +257,6 @@ class Alive(NamedTuple):
     load: list[int]
 
 
-class Counted(NamedTuple):
-    """What there really is, not what was kept count of: the pool, and each request that is here.
-
-    Records are those up to Count and this one, since the process began. `num_held` blocks belong to
-    a request, or to a running step that may still write to them. Request ids are of the sequences
-    that wait, run, are being pulled, and are pinned; `preempted` ones are gone, and the StepDone
-    that tells it is to come. `problem` is empty unless the worker finds a fault in its own books.
-    """
-
-    number: int
-    num_records_received: int
-    num_records_sent: int
-    num_blocks: int
-    num_free: int
-    num_held: int
-    waiting: bytes
-    running: bytes
-    pulling: bytes
-    pinned: bytes
-    preempted: bytes
-    load: list[int]
-    problem: str
-
-
 FromWorker = (
     Mapped
     | Loading
@@ -282,6 +271,7 @@ FromWorker = (
     | Failed
     | Alive
     | Counted
+    | ExpertsCounted
 )
 FROM_WORKER: Tagged[FromWorker] = Tagged(FromWorker, limits.OF_A_RING)
 
@@ -322,11 +312,7 @@ class GetHealth(NamedTuple):
     """Ask for Health."""
 
 
-class GetAudit(NamedTuple):
-    """Ask for an Audit."""
-
-
-ToServer = Submit | Abort | GetStats | Stop | GetHealth | GetAudit | Trace
+ToServer = Submit | Abort | GetStats | Stop | GetHealth | GetAudit | Trace | GetExperts
 TO_SERVER: Tagged[ToServer] = Tagged(ToServer, limits.OF_A_CLIENT)
 
 # ---- coordinator -> client
@@ -390,11 +376,5 @@ class Health(NamedTuple):
     health: dict[str, Any]
 
 
-class Audit(NamedTuple):
-    """Answer to GetAudit: do blocks, requests and records add up?"""
-
-    audit: dict[str, Any]
-
-
-ToClient = Hello | Tokens | End | Stats | Goodbye | Health | Audit | Traced
+ToClient = Hello | Tokens | End | Stats | Goodbye | Health | Audit | Traced | Experts
 TO_CLIENT: Tagged[ToClient] = Tagged(ToClient, limits.OF_THE_SERVER)

@@ -40,6 +40,16 @@ def unpack_request_ids(data: bytes) -> "array[int]":
     return _unpack("q", data)
 
 
+def pack_counts(counts: Iterable[int]) -> bytes:
+    """How many there are of something, as little-endian int64."""
+    return _pack("q", counts)
+
+
+def unpack_counts(data: bytes) -> "array[int]":
+    """Inverse of pack_counts; the caller has checked that the length is a multiple of 8."""
+    return _unpack("q", data)
+
+
 def pack_times(seconds: Iterable[float]) -> bytes:
     """Points in time as little-endian float64."""
     return _pack("d", seconds)

@@ -284,6 +284,21 @@ class Transfer(Protocol):
         copy that another engine carries out: `on_done` tells of its end."""
 
 
+class ExpertRows(NamedTuple):
+    """Where our rows went, as wire.experts.ExpertsCounted has it."""
+
+    layers: bytes
+    experts: bytes
+    ranks: bytes
+
+
+NO_ROWS = ExpertRows(b"", b"", b"")
+
+
+def count_nothing() -> ExpertRows:
+    return NO_ROWS
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device that is loaded and warm."""
@@ -302,6 +317,8 @@ class Device:
     following: Following | None = None  # of a follower, whose executor launches nothing
     num_stages: int = 1  # steps, of different sequences, that can be under way at once
     attention_weight: float = 0.0  # where they should take equally long: see policy.batching.Limits
+    # Of ranks that share experts, since the device was warm; may wait for a running step.
+    expert_rows: Callable[[], ExpertRows] = count_nothing
 
 
 Load = Callable[[WorkerSpec, Progress, Team], Device]

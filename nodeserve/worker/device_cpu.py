@@ -19,6 +19,7 @@ from nodeserve.shards import Place, Shard
 from nodeserve.worker.constraints import Constraints
 from nodeserve.worker.contract import Device, Progress, Team
 from nodeserve.worker.executor import ModelExecutor, ModelFollower
+from nodeserve.worker.experts import spreads_of, told
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.meeting import meet, place_of
@@ -49,7 +50,8 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     groups = meet(spec, ops.device, found.config.hidden_size).groups
     progress("instance", 1, 1)
     weights = open_stored(found, dtype, spec.load_format)
-    model = parallel.build(shard, weights, ops, groups, partial(progress, "weights"))
+    experts = parallel.spread_experts(shard, ops, groups, spreads_of(spec, shard))
+    model = parallel.build(shard, weights, ops, groups, partial(progress, "weights"), experts)
     if found.config.mla is not None:
         torch.set_num_threads(1)  # model/mla_cpu.py says why
     cache = ops.cache(layout, pool)
@@ -61,6 +63,8 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     num_common = team.least_blocks(num_blocks)
     if spec.leads:
         executor.warm_up()
+    if experts is not None:
+        experts.forget()
     progress("warm-up", 1, 1)
     return Device(
         executor=executor,
@@ -77,6 +81,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         following=None if spec.leads else _follower(model, cache, place),
         num_stages=spec.pp,
         attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
+        expert_rows=partial(told, experts),
     )
 
 

@@ -12,11 +12,13 @@ from nodeserve import checkpoint
 from nodeserve.config import WorkerSpec
 from nodeserve.model import families, kv, parallel
 from nodeserve.model.loader import open_weights
+from nodeserve.model.spread_experts import SpreadExperts
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.chunks import attention_weight
 from nodeserve.shards import Shard
-from nodeserve.worker.contract import Device, Progress, Team
+from nodeserve.worker.contract import Device, ExpertRows, Progress, Team
 from nodeserve.worker.executor_cuda import CudaExecutor, Together
+from nodeserve.worker.experts import spreads_of, told
 from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
 from nodeserve.worker.meeting import Meeting, meet, place_of
@@ -47,7 +49,8 @@ def load(
     progress("instance", 0, 1)
     meeting = meet(spec, runtime.device, found.config.hidden_size)
     progress("instance", 1, 1)
-    model = _load_model(spec, found, shard, meeting, parts, runtime, progress)
+    experts = parallel.spread_experts(shard, parts.ops, meeting.groups, spreads_of(spec, shard))
+    model = _load_model(spec, found, shard, meeting, parts, runtime, progress, experts)
     torch.set_num_threads(1)  # the step loop's own tensors are small
 
     layout = kv.layout_of(found.config, spec.block_size, dtype, shard)
@@ -65,6 +68,8 @@ def load(
     transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes, meeting.least)
     progress("pages", 1, 1)
     executor.capture(sizes, partial(progress, "graphs"))
+    if experts is not None:
+        runtime.submit(experts.forget)
     executor.team = team
     return Device(
         executor=executor,
@@ -81,7 +86,15 @@ def load(
         following=None if spec.leads else executor,
         num_stages=spec.pp,
         attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
+        expert_rows=partial(expert_rows_of, runtime, experts),
     )
+
+
+def expert_rows_of(runtime: Runtime, experts: SpreadExperts | None) -> ExpertRows:
+    """What was counted in all steps that were launched; waits for them."""
+    found: list[ExpertRows] = []
+    runtime.submit(lambda: found.append(told(experts))).synchronize()
+    return found[0]
 
 
 def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
@@ -115,11 +128,12 @@ def _load_model(
     parts: GpuParts,
     runtime: Runtime,
     progress: Progress,
+    experts: SpreadExperts | None,
 ) -> families.Model:
     upload = Uploader(runtime)
     weights = open_weights(found, kv.dtype_named(spec.dtype), spec.load_format, upload)
-    told = partial(progress, "weights")
-    model = parallel.build(shard, weights, parts.ops, meeting.groups, told)
+    tell = partial(progress, "weights")
+    model = parallel.build(shard, weights, parts.ops, meeting.groups, tell, experts)
     upload.close()
     model.reserve(
         spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_num_seqs, spec.max_model_len

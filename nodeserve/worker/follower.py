@@ -12,7 +12,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from nodeserve.errors import CudaError, NodeServeError, TeamError
-from nodeserve.wire.messages import AttachPages, DetachPages, FromWorker, PagesAttached, ToWorker
+from nodeserve.wire.messages import (
+    AttachPages,
+    CountExperts,
+    DetachPages,
+    ExpertsCounted,
+    FromWorker,
+    PagesAttached,
+    ToWorker,
+)
 from nodeserve.wire.team import (
     Choose,
     CopyFailed,
@@ -30,7 +38,14 @@ from nodeserve.wire.team import (
     ToFollower,
 )
 from nodeserve.worker import contract
-from nodeserve.worker.contract import Following, Moved, Ticket, Transfer
+from nodeserve.worker.contract import (
+    ExpertRows,
+    Following,
+    Moved,
+    Ticket,
+    Transfer,
+    count_nothing,
+)
 from nodeserve.worker.peer_seats import PeerSeats
 
 
@@ -68,6 +83,7 @@ class Follower:
         transfer: Transfer,
         seats: PeerSeats,
         idle_wait_s: float = 1.0,
+        expert_rows: Callable[[], ExpertRows] = count_nothing,
     ) -> None:
         self.stopped = False
         self._link = link
@@ -76,6 +92,7 @@ class Follower:
         self._transfer = transfer
         self._seats = seats
         self._idle_wait_s = idle_wait_s
+        self._expert_rows = expert_rows
         self._num_steps = self._num_chosen = self._num_passed = 0
         self._parts: list[bytes] = []
         self._copies: dict[int, int] = {}  # by request: number of the Pull or Offer under way
@@ -123,6 +140,8 @@ class Follower:
         elif isinstance(message, DetachPages):
             for request_id in self._seats.detach(message.worker):
                 self._copies.pop(request_id, None)  # the leader has the same word, or will
+        elif isinstance(message, CountExperts):
+            self._link.put(ExpertsCounted(message.number, *self._expert_rows()))
         else:
             raise TeamError(f"{type(message).__name__} is for leaders, this worker follows one")
 

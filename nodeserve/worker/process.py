@@ -76,6 +76,7 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink, ends: Sequence[TeamEnd])
         seats(spec, device.pages, transfer),
         door_s=spec.door_s,
         idle_wait_s=spec.idle_wait_s,
+        expert_rows=device.expert_rows,
     )
     ready(device, link, began)
     runner.run()
@@ -95,6 +96,7 @@ def follow(spec: WorkerSpec, load: Load, link: RingLink, end: TeamEnd) -> None:
         device.transfer,
         seats(spec, device.pages, device.transfer),
         spec.idle_wait_s,
+        device.expert_rows,
     )
     device.executor.on_done(link.wake)
     ready(device, link, began)

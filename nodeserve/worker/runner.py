@@ -29,8 +29,10 @@ from nodeserve.wire.messages import (
     AttachPages,
     Cancel,
     Count,
+    CountExperts,
     DetachPages,
     Dropped,
+    ExpertsCounted,
     FromWorker,
     KvPulled,
     KvReady,
@@ -53,6 +55,7 @@ from nodeserve.wire.messages import (
 from nodeserve.worker.contract import (
     CopyFailed,
     Executor,
+    ExpertRows,
     Failure,
     Flight,
     Logprobs,
@@ -61,6 +64,7 @@ from nodeserve.worker.contract import (
     Ran,
     Ticket,
     Transfer,
+    count_nothing,
 )
 from nodeserve.worker.count import counted
 from nodeserve.worker.peer_seats import PeerSeats
@@ -111,6 +115,7 @@ class Runner:
         clock: Callable[[], float] = time.perf_counter,
         door_s: float = 0.0,
         idle_wait_s: float = 1.0,
+        expert_rows: Callable[[], ExpertRows] = count_nothing,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
@@ -125,6 +130,7 @@ class Runner:
         self._ended_s = 0.0  # when the last step ended
         self._door_s = door_s
         self._idle_wait_s = idle_wait_s
+        self._expert_rows = expert_rows
         self._door_until_s = -math.inf  # the next pass waits until then for who may board it
         self._departure = 0  # the newest that we received whole
         self._num_received = 0  # prompts and pulls
@@ -142,6 +148,7 @@ class Runner:
             Shutdown: self._shutdown,
             Probe: self._probe,
             Count: self._count,
+            CountExperts: self._count_experts,
         }
 
     def run(self) -> None:
@@ -305,6 +312,9 @@ class Runner:
         untold = (step.batch for step in self._launched)
         records = self._num_records, self.link.num_sent + 1
         self.link.put(counted(message.number, self.scheduler, untold, self._load(), *records))
+
+    def _count_experts(self, message: CountExperts) -> None:
+        self.link.put(ExpertsCounted(message.number, *self._expert_rows()))
 
     def _shutdown(self, message: Shutdown) -> None:
         self.stopped = True

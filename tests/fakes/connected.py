@@ -15,6 +15,7 @@ from nodeserve.wire.messages import (
     PROTOCOL_VERSION,
     TO_SERVER,
     Audit,
+    Experts,
     Goodbye,
     Health,
     Hello,
@@ -84,6 +85,9 @@ class FakeDesk:
 
     def audit(self, stream: Stream) -> None:
         stream.send(Audit({"problems": []}))
+
+    def experts(self, stream: Stream) -> None:
+        stream.send(Experts({"model": {}, "ranks": [], "silent": []}))
 
     def stop(self, drain: bool) -> None:
         self._on_stop(drain)

@@ -21,7 +21,9 @@ from nodeserve.wire.messages import (
     Abort,
     Audit,
     End,
+    Experts,
     GetAudit,
+    GetExperts,
     GetHealth,
     GetStats,
     Goodbye,
@@ -130,6 +132,7 @@ class FakeServer:
         self.stats: dict[str, Any] = {"model": "fake", "layout": "1p1d"}
         self.health: dict[str, Any] = {"state": "ready", "ready": True, "reasons": []}
         self.audit: dict[str, Any] = {"problems": [], "requests": {}, "workers": []}
+        self.experts: dict[str, Any] = {"model": {}, "ranks": [], "silent": []}
         self.received: list[ToServer] = []
         self.peers: list[Peer] = []
         self.aborted: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
@@ -198,6 +201,8 @@ class FakeServer:
                     peer.send(Health(self.health))
             case GetAudit():
                 peer.send(Audit(self.audit))
+            case GetExperts():
+                peer.send(Experts(self.experts))
             case Stop(drain) if not (drain and self.drains_for_ever):
                 if not self.leaves_socket:
                     self.path.unlink()

@@ -5,6 +5,8 @@ import struct
 from dataclasses import asdict
 from typing import Any
 
+from nodeserve.config import ModelConfig, MoeConfig
+from nodeserve.expert_counts import facts_of
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import (
@@ -227,3 +229,11 @@ def profiles() -> list[bytes]:
     return [
         json.dumps({"format": 1, **asdict(one)}).encode() for one in list(PROFILES.values())[:2]
     ]
+
+
+SPARSE = ModelConfig("mixtral", 8, 4, 6, 1, 1, 1, 4, 16, 1e-5, 1e4, moe=MoeConfig(4, 2, 6))
+
+
+def counts() -> list[bytes]:
+    told = {"model": facts_of(SPARSE), "counts": [[3, 0, 1.5, 10**9]]}
+    return [json.dumps(told).encode(), json.dumps({**told, "counts": [[1, -1]]}).encode()]

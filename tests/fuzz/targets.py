@@ -8,6 +8,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import math
 import random
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ from nodeserve.errors import (
     NodeServeError,
     ProtocolError,
 )
+from nodeserve.expert_counts import read_counts
 from nodeserve.gateway.asked import chat_of, completion_of
 from nodeserve.gateway.engine import packed
 from nodeserve.gateway.fields import json_object
@@ -290,6 +292,13 @@ def profile(data: bytes) -> None:
         profile_store.read(path)
 
 
+def counts(data: bytes) -> None:
+    """How often experts were chosen."""
+    with _file("counts.json", data) as path, _only(ConfigError):
+        (rows,) = read_counts(path, seeds.SPARSE)
+        assert len(rows) == 4 and all(0.0 <= one < math.inf for one in rows)
+
+
 @contextlib.contextmanager
 def _only(*kinds: type[Exception]) -> Iterator[None]:
     """These errors are refusals, and short; any other is our bug."""
@@ -334,5 +343,6 @@ TARGETS = {
         Target("safetensors", safetensors, seeds.safetensors),
         Target("trace", trace, seeds.traces),
         Target("profile", profile, seeds.profiles),
+        Target("counts", counts, seeds.counts),
     )
 }

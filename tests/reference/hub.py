@@ -81,6 +81,25 @@ def write(family: str, folder: Path, seed: int = 7, **changes: Any) -> transform
     return model
 
 
+def write_skewed(
+    family: str, folder: Path, prompts: list[list[int]]
+) -> transformers.PreTrainedModel:
+    """As `write`, with each layer's experts in the order of what these prompts choose, so that the
+    first ranks that share them get the hot ones."""
+    model = reference(family)
+    sparse = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    with torch.no_grad():
+        told = [model(torch.tensor([one]), output_router_logits=True) for one in prompts]
+        for place, mlp in enumerate(sparse):
+            scores = torch.cat([one.router_logits[place] for one in told])
+            chosen = scores.topk(model.config.num_experts_per_tok).indices.flatten()
+            order = torch.bincount(chosen, minlength=scores.size(1)).argsort(descending=True)
+            for parameter in (mlp.gate.weight, *mlp.experts.parameters()):
+                parameter.copy_(parameter[order])  # the experts are the first dimension of each
+    model.save_pretrained(folder)
+    return model
+
+
 def checkpoint_in(folder: Path) -> Checkpoint:
     return Checkpoint(folder, "safetensors", folder_config(folder), folder.name)
 

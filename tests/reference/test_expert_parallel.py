@@ -133,10 +133,10 @@ def run_layer(
         asked.append(number)
         return _mlp(number, 24)
 
-    exchange = Exchange(groups.ep, held) if place.ep > 1 else None
+    exchange = Exchange.between(groups.ep, held, CPU) if place.ep > 1 else None
     shared = Shared(_mlp(9, 8), _random(1, 32, seed=5))
     router = Router(_random(6, 32, seed=4), None)
-    op = ops.experts(MOE, router, expert, shared, exchange=exchange)
+    op = ops.experts(MOE, 0, router, expert, shared, exchange=exchange)
     x = _random((11, 0, 40)[place.ep_rank], 32, seed=place.ep_rank)
     out = torch.full_like(x, torch.nan)
     op(x, out)
@@ -160,7 +160,7 @@ def test_rows_take_the_copies_of_an_expert_in_turn(rank: int) -> None:
     """Slots 0 and 2 hold expert 0, and slot 1 expert 1 alone; ranks begin with another copy."""
     group = Alone()
     group.rank = rank
-    held = Exchange(group, ((0, 1), (0, 2)))
+    held = Exchange.between(group, ((0, 1), (0, 2)), CPU)
     exchanged = Exchanged(one_by_one(CpuOps(LAYER, torch.float32), 0, _never), held, 3, CPU)
     slots = exchanged._slots_of(torch.tensor([[0, 1], [0, 2], [2, 0], [1, 0]]))
     first, second = (0, 2) if rank == 0 else (2, 0)

@@ -207,7 +207,8 @@ async def test_who_asks_during_an_audit_gets_the_next() -> None:
 async def test_a_worker_that_does_not_answer_is_named_unless_it_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodeserve.coordinator.audit.ANSWER_TIMEOUT_S", 0.0)
+    for module in ("audit", "survey"):
+        monkeypatch.setattr(f"nodeserve.coordinator.{module}.ANSWER_TIMEOUT_S", 0.0)
     node = FakeNode([M, M])
     auditor = Auditor(node.coordinator)
     results: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ LONGER: dict[str, str] = {}  # path: why it is one file
 BASE = {
     *("errors", "types", "layout", "config", "metrics", "log"),
     *("gguf", "checkpoint", "model_files", "weight_files", "cuda_build", "gpus", "nvml"),
-    *("socket_path", "blame", "config_readers", "shards"),
+    *("socket_path", "blame", "config_readers", "shards", "expert_counts"),
 }
 MAY_IMPORT = {
     **{name: BASE for name in BASE},

@@ -25,6 +25,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Probe(),
         m.DetachPages(3),
         m.Count(3),
+        m.CountExperts(4),
     ],
     "FROM_WORKER": [
         m.Mapped(4242),
@@ -47,6 +48,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Failed("bad_model", "what happened"),
         m.Alive(LOAD),
         m.Counted(3, 10, 20, 64, 60, 4, b"", m.pack_request_ids([7]), b"", b"", b"", LOAD, ""),
+        m.ExpertsCounted(4, m.pack_ids([1]), m.pack_counts([2**40, 0]), m.pack_counts([1, 2])),
     ],
     "TO_SERVER": [
         m.Submit(0, IDS, {"max_tokens": 5}, {"ttft_ms": 100}, -1),
@@ -57,6 +59,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.GetHealth(),
         m.GetAudit(),
         m.Trace(True),
+        m.GetExperts(),
     ],
     "TO_CLIENT": [
         m.Hello(m.PROTOCOL_VERSION, {"model": "name"}),
@@ -68,6 +71,7 @@ SAMPLES: dict[str, list[Any]] = {
         m.Health({"state": "ready"}),
         m.Audit({"problems": []}),
         m.Traced([[1, 0.5, 7, 100, 20, 0], [3, 0.75, 7, 0, 1, 4096, 0.001]], 3, False),
+        m.Experts({"model": {}, "ranks": [], "silent": [3]}),
     ],
 }
 UNIONS: dict[str, Any] = {

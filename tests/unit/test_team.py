@@ -10,10 +10,17 @@ import pytest
 from nodeserve.errors import HandoffFailed, TeamError
 from nodeserve.policy.copy_plan import PageGeometry, shards
 from nodeserve.wire.channel import CoordinatorEnd, TeamEnd, TeamRings, WorkerEnd
-from nodeserve.wire.messages import AttachPages, DetachPages, PagesAttached, Probe
+from nodeserve.wire.messages import (
+    AttachPages,
+    CountExperts,
+    DetachPages,
+    ExpertsCounted,
+    PagesAttached,
+    Probe,
+)
 from nodeserve.wire.team import FROM_FOLLOWER, Choose, Forget, Pull, Step
 from nodeserve.wire.team import Landed as CopyLanded
-from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Source, Ticket
+from nodeserve.worker.contract import CopyFailed, ExpertRows, Landed, Moved, Offered, Source, Ticket
 from nodeserve.worker.follower import Follower
 from nodeserve.worker.link import LeaderLink
 from nodeserve.worker.peer_seats import PeerSeats
@@ -70,7 +77,9 @@ class Member:
         self.link, self.steps, self.pages = FakeLink(), Steps(), Pages()
         seats = PeerSeats(self.pages, shards(GEOMETRY, tp=2)[1], turn=1)
         leader = LeaderLink(end, self.link.beat)
-        self.loop = Follower(self.link, leader, self.steps, self.pages, seats)
+        rows = ExpertRows(b"l", b"e", b"r")
+        parts = self.link, leader, self.steps, self.pages, seats
+        self.loop = Follower(*parts, expert_rows=lambda: rows)
 
     def turn(self, *moved: Moved) -> None:
         self.pages.moved.extend(moved)
@@ -135,6 +144,13 @@ def test_every_follower_takes_part_in_every_step_in_order(bench: Bench) -> None:
     bench.turn()
     for member in bench.members:
         assert member.steps.plans == [b"one", b"two"] and member.steps.num_choices == 1
+
+
+def test_a_follower_says_what_its_device_counted(bench: Bench) -> None:
+    member = bench.members[0]
+    member.link.inbox.append(CountExperts(3))
+    member.turn()
+    assert member.link.said == [ExpertsCounted(3, b"l", b"e", b"r")]
 
 
 def test_a_plan_larger_than_a_ring_arrives_whole(

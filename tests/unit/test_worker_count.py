@@ -5,8 +5,9 @@ from array import array
 from nodeserve.policy.batching import Limits, Sequence
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling
-from nodeserve.wire.messages import Count, Counted, Shutdown
+from nodeserve.wire.messages import Count, Counted, CountExperts, ExpertsCounted, Shutdown
 from nodeserve.wire.numbers import unpack_request_ids
+from nodeserve.worker.contract import ExpertRows
 from nodeserve.worker.count import counted
 from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.runner import Runner
@@ -90,6 +91,18 @@ def test_a_fault_in_its_own_books_is_told_in_words() -> None:
     told = counted(1, scheduler, [], scheduler.load(), 0, 0)
     assert told.problem.startswith("check: assert ") and "num_free" in told.problem
     assert told.num_free + told.num_held == 7
+
+
+def test_a_leader_says_what_its_device_counted() -> None:
+    link, scheduler = FakeLink(), scheduler_of(8)
+    executor = FakeExecutor(FakeSettings(), bytearray(8 * BLOCK * ENTRY_BYTES), BLOCK)
+    rows = iter((ExpertRows(b"l", b"e", b"r"), ExpertRows(b"l", b"f", b"s")))
+    transfer = FakeTransfer()
+    seats = PeerSeats(transfer, uncut(8))
+    runner = Runner(link, scheduler, executor, transfer, seats, expert_rows=lambda: next(rows))
+    link.inbox = [CountExperts(5), CountExperts(6), Shutdown()]
+    runner.run()
+    assert link.said == [ExpertsCounted(5, b"l", b"e", b"r"), ExpertsCounted(6, b"l", b"f", b"s")]
 
 
 def test_records_are_counted_up_to_the_question_and_the_answer() -> None:

@@ -264,6 +264,7 @@ class CudaOps:
     def experts(
         self,
         moe: MoeConfig,
+        layer: int,
         router: Router,
         expert: Callable[[int], Mlp],
         shared: Shared | None = None,
