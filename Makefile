@@ -7,8 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/fakes/cuda/*/* \
   tests/fakes/cuda/*.h)
 
-.PHONY: help venv build demo check static unit-tests process-tests test slow-tests
-.PHONY: reference-tests kernel-tests
+.PHONY: help venv build demo check static unit-tests process-tests test slow-unit-tests slow-process-tests
+.PHONY: reference-tests kernel-tests e2e-tests test-long
 .PHONY: format sanitize model fuzz bench clean
 .PHONY: gpu-check gpu-wheels
 .PHONY: bench-ring bench-handoff bench-step bench-coordinator bench-policy bench-smoke
@@ -19,6 +19,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
 	@echo "make test    every test: make check, then reference and end-to-end tests"
+	@echo "make test-long  what repeats on random input, many more times; not part of make test"
 	@echo "make check   format, lint, types, import rule, unit and process tests, bench smoke run"
 	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
@@ -72,14 +73,21 @@ unit-tests process-tests: %-tests:
 	$(BIN)/python -m pytest -q -m "not slow" tests/$*
 
 test: check
-	$(MAKE) --jobs=2 --output-sync=target kernel-tests reference-tests slow-tests
-	$(BIN)/python -m pytest -q tests/e2e
+	$(MAKE) --jobs=3 --output-sync=target slow-process-tests e2e-tests kernel-tests reference-tests \
+	  slow-unit-tests
 
-slow-tests:
-	$(BIN)/python -m pytest -q -m slow tests/unit tests/process
+slow-unit-tests slow-process-tests: slow-%-tests:
+	$(BIN)/python -m pytest -q -m slow tests/$*
+
+e2e-tests:
+	$(BIN)/python -m pytest -q tests/e2e
 
 reference-tests:
 	$(BIN)/python -m pytest -q tests/reference --ignore=tests/reference/gpu
+
+# Only repetition: each of its checks is in `make test` as well.
+test-long: venv
+	NODESERVE_LONG_TESTS=1 $(BIN)/python -m pytest -q -m repeats
 
 # Interpreted where there is no GPU, and tests/gpu skipped.
 kernel-tests:

@@ -30,6 +30,7 @@ from torch import distributed
 
 from nodeserve.layout import Shape
 from nodeserve.model.group import Group, connect
+from nodeserve.model.group_memory import Traffic
 from nodeserve.model.inputs import StepInputs
 from nodeserve.shards import Place
 from nodeserve.wire.channel import (
@@ -45,6 +46,7 @@ from nodeserve.worker.plans import PlanReader, packed
 from nodeserve.worker.team import LeaderTeam
 
 SHAPE = Shape(tp=2)
+NO_STAGES = Traffic(0, 0, 0)
 TIMEOUT_S = 60.0
 SLEEP_S = 1e-3  # the other one has gone to sleep by then
 
@@ -187,7 +189,7 @@ def _own(spec: Any) -> Any:
 def _meet(folder: str, rank: int) -> Group:
     torch.set_num_threads(1)
     store = distributed.FileStore(str(Path(folder) / "meeting"), 2)  # type: ignore[attr-defined]
-    return connect(Place.of(SHAPE, rank), store, torch.device("cpu"), TIMEOUT_S).tp
+    return connect(Place.of(SHAPE, rank), store, torch.device("cpu"), NO_STAGES, TIMEOUT_S).tp
 
 
 def follow(channel: dict[str, Any], team: dict[str, Any], folder: str) -> None:

@@ -75,6 +75,25 @@ class Meeting:
 
         ValueError where a member gives another number than is taken."""
 
+def pipe_bytes(room_bytes: int) -> int:
+    """What `Pipe` needs for so many bytes under way, a multiple of 64; each message takes them
+    rounded up, and 64 more."""
+
+class Pipe:
+    """One end of a way for messages between two processes that map the same memory: one of them
+    sends, the other receives. csrc/group/pipe.h has the protocol.
+
+    Addresses are of contiguous memory. RuntimeError when the other end does nothing for
+    `timeout_s`. Calls release the GIL.
+    """
+
+    def __init__(self, memory: Buffer, timeout_s: float) -> None:
+        """`memory` is zero before the first end opens it."""
+    def send(self, x: int, num_bytes: int) -> None:
+        """Waits only while there is no room."""
+    def receive(self, out: int, num_bytes: int) -> None:
+        """ValueError where the message has another length."""
+
 # ---- cpu (csrc/cpu)
 #
 # Addresses are of memory the caller keeps alive; 0 stands for "none" where
@@ -195,5 +214,12 @@ def cpu_read(engine: CpuEngine, address: int, num_bytes: int) -> None:
     """Read every byte once, on all threads: the memory ceiling of a benchmark."""
 
 def copy_blocks(
-    dst: Buffer, src: Buffer, block_bytes: int, dst_ids: Sequence[int], src_ids: Sequence[int]
-) -> None: ...
+    dst: Buffer,
+    src: Buffer,
+    dst_block_bytes: int,
+    src_block_bytes: int,
+    runs: Sequence[tuple[int, int, int]],
+    dst_ids: Sequence[int],
+    src_ids: Sequence[int],
+) -> None:
+    """runs: an offset in the target block, one in the source block, and bytes."""

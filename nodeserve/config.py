@@ -170,9 +170,11 @@ class ModelConfig:
             num_sparse = sum(map(self.is_sparse, range(self.num_layers)))
             sparse = self.moe.num_in_layer(self.hidden_size, num_experts)
             layers += num_sparse * (sparse - dense)
-        return self._num_embedding_weights() + layers
+        return self.num_edge_weights + layers
 
-    def _num_embedding_weights(self) -> int:
+    @property
+    def num_edge_weights(self) -> int:
+        """Those of the embedding and the head."""
         tables = 1 if self.tie_embeddings else 2
         if self.opt is None:
             return tables * self.vocab_size * self.hidden_size
@@ -312,6 +314,11 @@ class WorkerSpec:
     bell_fds: tuple[int, ...] = ()  # an inherited eventfd for each of its workers, in their order
     simulated: Simulated | None = None  # with device "sim"
     model_impl: str = "auto"  # "auto", "nodeserve" or "transformers"
+
+    @property
+    def num_workers(self) -> int:
+        """Of its instance."""
+        return self.team_size * self.ep
 
     @property
     def team_size(self) -> int:

@@ -9,14 +9,16 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nodeserve.errors import ConfigError
+from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.policy.profiles import FAMILIES, PROFILES, find_profile
+from nodeserve.policy.sizes import Anatomy
 from nodeserve.types import brief, shown
 
 FORMAT = 1
@@ -63,12 +65,9 @@ def profile_or_family(name: str) -> Profile | Family:
     return read(path)
 
 
-def one_profile(name: str) -> Profile:
-    """The same where one rank's device is meant: of a family, the shape without parallelism."""
-    found = PROFILES.get(name) or profile_or_family(name)
-    if isinstance(found, Profile):
-        return found
-    raise ConfigError(f"profile {name} is of several shapes: give one of a single device")
+def shaped_profile(name: str, shape: Shape) -> Profile:
+    """Of a rank of an instance of this shape; ConfigError where nothing of this name has it."""
+    return profile_or_family(name).of(shape)
 
 
 def read(path: Path) -> Profile:
@@ -135,9 +134,11 @@ def from_json(values: Mapping[str, Any]) -> Profile:
         raise TypeError("there is no cost in it")
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError(f"format {values['format']!r}, this nodeserve reads {FORMAT}")
-    known = {one.name for one in fields(Profile)}
+    known = {one.name for one in fields(Profile)} - {"by_formula"}  # a stored one was measured
     chosen = {name: value for name, value in values.items() if name in known}
-    profile = Profile(**{**chosen, "cost": _cost(values["cost"])})
+    anatomy = values.get("anatomy")
+    made: Any = {"cost": _cost(values["cost"]), "anatomy": anatomy and _anatomy(anatomy)}
+    profile = Profile(**{**chosen, **made})
     for name in _COUNTS:
         count = getattr(profile, name)
         if type(count) is not int or count < 1:
@@ -147,6 +148,17 @@ def from_json(values: Mapping[str, Any]) -> Profile:
     if not 0.0 <= profile.transit_s < math.inf:
         raise ValueError(f"transit_s is {profile.transit_s!r}, not a number from 0")
     return profile
+
+
+def _anatomy(values: Mapping[str, Any]) -> Anatomy:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"an anatomy is {shown(values)}")
+    anatomy = Anatomy(**values)
+    for one in fields(anatomy):
+        number, least = getattr(anatomy, one.name), one.default is MISSING
+        if not least <= number < math.inf:
+            raise ValueError(f"{one.name} is {number!r}, not a number from {least:d}")
+    return anatomy
 
 
 def _cost(values: Mapping[str, Any]) -> StepCost:

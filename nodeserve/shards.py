@@ -176,6 +176,19 @@ def _scaled(units: range, width: int) -> range:
     return range(units.start * width, units.stop * width)
 
 
+def _narrowest(config: ModelConfig) -> int:
+    """The width of the narrowest MLP or expert of any layer."""
+    moe = config.moe
+    if moe is None:
+        return config.intermediate_size
+    widths = [moe.intermediate_size]
+    if moe.shared_intermediate_size:
+        widths.append(moe.shared_intermediate_size)
+    if moe.dense_layers:
+        widths.append(config.intermediate_size)
+    return min(widths)
+
+
 def check_fits(config: ModelConfig, shape: Shape) -> None:
     """ModelError says which degrees a model admits, if these are too many."""
     if config.foreign is not None and shape.num_workers > 1:
@@ -185,6 +198,7 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
         )
     for name, degree, limit, what in (
         ("tp", shape.tp, config.num_heads, "attention heads"),
+        ("tp", shape.tp, _narrowest(config), "columns in its narrowest MLP"),
         ("pp", shape.pp, config.num_layers, "layers"),
     ):
         if degree > limit:

@@ -1,11 +1,15 @@
-"""Without a GPU, Triton's kernels are interpreted.
+"""What libraries read from the environment when they are first imported, here and in children.
 
-Triton reads the variable when it is first imported, and transformers imports it, so it is set
-before any test file is collected. Nothing else reads it; a test of the compiler takes it away.
+Without a GPU, Triton's kernels are interpreted. Triton reads the variable when it is first
+imported, and transformers imports it, so it is set before any test file is collected. Nothing else
+reads it; a test of the compiler takes it away.
+
+Threads of torch that wait for each other sleep, as they do in workers: suites run side by side.
 """
 
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")

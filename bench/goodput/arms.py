@@ -8,9 +8,10 @@ from nodeserve.config import EngineConfig
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
 from nodeserve.plan.efforts import EFFORTS
+from nodeserve.plan.estimates import Estimate
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Estimate, plan
+from nodeserve.plan.planner import plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source
 from nodeserve.plan.verdict import Verdict, settings_of, verdict
@@ -22,13 +23,14 @@ KINDS = ("mixed", "split")
 @dataclass(slots=True)
 class Arm:
     """One layout under one SLO: what the plan said, and what came of it. `reports` are of its live
-    runs, by rate, the last of each."""
+    runs, by rate, the last of each; `foreign` is the most that others had of the cores in a run."""
 
     kind: str
     predicted: Estimate
     settings: dict[str, str | int]
     bracket: Bracket
     reports: dict[float, Report] = field(default_factory=dict)
+    foreign: float = 0.0
 
     @property
     def error(self) -> float:

@@ -139,6 +139,7 @@ def _arm_values(arm: Arm) -> dict[str, object]:
         "live_low": round(known.low, 3) or None,
         "live_high": round(known.high, 3) if math.isfinite(known.high) else None,
         "curve": _curve(arm.bracket.tallies),
+        "most_foreign": round(arm.foreign, 4),
     }
 
 

@@ -13,12 +13,12 @@ where that is possible, so that launches do not count. Times are medians.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
+from bench.gpu.measure import graphed, median_s
 from bench.report import emit
 from nodeserve.model.gpu.attention import choice, probe
 from nodeserve.model.gpu.attention.case import step_of
@@ -27,14 +27,30 @@ from nodeserve.model.gpu.attention.paged import PagedAttention
 from nodeserve.model.gpu.attention.parts import Heads
 from nodeserve.model.gpu.step import GpuStep
 
-HEADS = Heads(num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=torch.bfloat16)
+LLAMA_8B = Heads(num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=torch.bfloat16)
 ALL = frozenset[int | None]({None})
 COPY_BYTES = 2 << 30
 PRODUCT_SIZE = 8192
 POOL_BYTES = 1 << 30  # several times the cache, at the least
 MAX_LAYERS = 32
-DECODES = [(1, 1024), (1, 8192), (1, 32768), (8, 8192), (64, 1024), (64, 8192), (256, 1024)]
-PREFILLS = [(1, 512, 512), (1, 2048, 2048), (1, 8192, 8192), (1, 2048, 32768), (8, 512, 512)]
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What is measured, of which attention."""
+
+    heads: Heads
+    decodes: tuple[tuple[int, int], ...]  # sequences, context
+    prefills: tuple[tuple[int, int, int], ...]  # sequences, queries, context
+
+
+STEPS = Steps(
+    LLAMA_8B,
+    ((1, 1024), (1, 8192), (1, 32768), (8, 8192), (64, 1024), (64, 8192), (256, 1024)),
+    ((1, 512, 512), (1, 2048, 2048), (1, 8192, 8192), (1, 2048, 32768), (8, 512, 512)),
+)
+SMOKE = Steps(LLAMA_8B, STEPS.decodes[:1], STEPS.prefills[:1])
+TOY = Steps(Heads(4, 2, 16, 16, torch.float32), ((2, 20),), ((1, 20, 40),))  # for rehearsals
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +100,15 @@ def visible_flops(heads: Heads, num_seqs: int, query_len: int, context_len: int)
 # -- measuring ------------------------------------------------------------------------------------
 
 
-def median_us(run: Callable[[], object], repeats: int) -> float:
-    """The median time of `run` on the device, by events; warm from one run before."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
 def measure_ceilings(device: torch.device, repeats: int) -> Ceilings:
     source = torch.ones(COPY_BYTES // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copy_us = median_us(lambda: target.copy_(source), repeats)
+    copy_s = median_s(lambda: target.copy_(source), device, repeats)
     shape = (PRODUCT_SIZE, PRODUCT_SIZE)
     a, b = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)
-    product_us = median_us(lambda: torch.mm(a, b, out=product), repeats)
-    return Ceilings(2 * COPY_BYTES / copy_us / 1e3, 2 * PRODUCT_SIZE**3 / product_us / 1e6)
+    product_s = median_s(lambda: torch.mm(a, b, out=product), device, repeats)
+    return Ceilings(2 * COPY_BYTES / copy_s / 1e9, 2 * PRODUCT_SIZE**3 / product_s / 1e12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +144,15 @@ def make_work(
 
 def layer_us(work: Work, backend: PagedAttention, repeats: int) -> float:
     """Median time of one layer's attention; in a graph where a step of decodes can be in one."""
-    step = work.step
+    step, device = work.step, work.pool.device
+
+    def run() -> None:
+        work.run(backend)
+
     backend.reserve(step.num_tokens, step.num_seqs, step.max_context_len)
-    work.run(backend)
-    torch.cuda.synchronize()
-    if backend.capturable and step.num_decodes == step.num_seqs:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work.run(backend)
-        us = median_us(graph.replay, repeats)
-    else:
-        us = median_us(lambda: work.run(backend), repeats)
-    return us / work.pool.size(1)
+    in_graph = backend.capturable and step.num_decodes == step.num_seqs
+    seconds = median_s(graphed(run, device) if in_graph else run, device, repeats, warm=1)
+    return 1e6 * seconds / work.pool.size(1)
 
 
 def backends(
@@ -170,21 +169,22 @@ def backends(
 
 
 def bench(
-    device: torch.device, ceilings: Ceilings, *, smoke: bool = False, repeats: int = 20
+    device: torch.device, ceilings: Ceilings, steps: Steps = STEPS, *, repeats: int = 20
 ) -> Iterator[Row]:
-    """Measure every kernel on every step. `smoke` takes the first step of each phase only."""
-    for kind, backend in backends(HEADS, Phase.DECODE, device):
-        for num_seqs, context in DECODES[:1] if smoke else DECODES:
-            work = make_work(HEADS, num_seqs, 1, context, device)
+    """Measure every kernel on every step."""
+    heads = steps.heads
+    for kind, backend in backends(heads, Phase.DECODE, device):
+        for num_seqs, context in steps.decodes:
+            work = make_work(heads, num_seqs, 1, context, device)
             us = layer_us(work, backend, repeats)
-            gb_s = visible_bytes(HEADS, num_seqs, context) / us / 1e3
+            gb_s = visible_bytes(heads, num_seqs, context) / us / 1e3
             share = gb_s / ceilings.copy_gb_s
             yield Row("decode", kind.value, num_seqs, 1, context, us, gb_s, share)
-    for kind, backend in backends(HEADS, Phase.PREFILL, device):
-        for num_seqs, queries, context in PREFILLS[:1] if smoke else PREFILLS:
-            work = make_work(HEADS, num_seqs, queries, context, device)
+    for kind, backend in backends(heads, Phase.PREFILL, device):
+        for num_seqs, queries, context in steps.prefills:
+            work = make_work(heads, num_seqs, queries, context, device)
             us = layer_us(work, backend, repeats)
-            tflop_s = visible_flops(HEADS, num_seqs, queries, context) / us / 1e6
+            tflop_s = visible_flops(heads, num_seqs, queries, context) / us / 1e6
             share = tflop_s / ceilings.product_tflop_s
             yield Row("prefill", kind.value, num_seqs, queries, context, us, tflop_s, share)
 
@@ -199,7 +199,7 @@ def main() -> None:
     ceilings = measure_ceilings(device, 20)
     print(f"{torch.cuda.get_device_name(device)}: {ceilings}")
     rows = []
-    for row in bench(device, ceilings, smoke=smoke):
+    for row in bench(device, ceilings, SMOKE if smoke else STEPS):
         rows.append(row)
         print(row, flush=True)
     emit({"bench": "attention", "ceilings": asdict(ceilings), "rows": [asdict(r) for r in rows]})

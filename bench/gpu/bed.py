@@ -96,12 +96,17 @@ class Bed:
         if self.rehearsal:
             os.environ["NODESERVE_FAKE_PLAIN_PARTS"] = "1"
 
+    def prepare_kernels(self) -> None:
+        """To be called before this process runs a kernel: a rehearsal interprets it."""
+        if self.rehearsal:
+            import tests.fakes.interpreter  # noqa: F401  repairs it
+
     def load(self, spec: WorkerSpec) -> Device:
         """The device of a worker, in this process."""
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         # Here and not above: a section that starts processes only need not load it.
+        self.prepare_kernels()
         if self.rehearsal:
-            import tests.fakes.interpreter  # noqa: F401  repairs it, before any kernel is loaded
             from tests.fakes.cuda_worker import load
         else:
             from nodeserve.worker.device import load

@@ -13,8 +13,6 @@ SEED = 5
 
 def write_checkpoint(config: ModelConfig, folder: Path) -> Path:
     """config.json, float32 weights and the smallest tokenizer there is."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(SEED)
@@ -22,9 +20,17 @@ def write_checkpoint(config: ModelConfig, folder: Path) -> Path:
     make: Any = AutoModelForCausalLM.from_config
     model = make(LlamaConfig(**values), dtype=torch.float32)
     model.save_pretrained(folder)
-    words = {f"t{number}": number for number in range(config.vocab_size)}
-    Tokenizer(WordLevel(words, unk_token="t0")).save(str(folder / "tokenizer.json"))
+    write_tokenizer(config.vocab_size, folder)
     return folder
+
+
+def write_tokenizer(vocab_size: int, folder: Path) -> None:
+    """The smallest that there is: t0, t1 and so on."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {f"t{number}": number for number in range(vocab_size)}
+    Tokenizer(WordLevel(words, unk_token="t0")).save(str(folder / "tokenizer.json"))
 
 
 class Reference:

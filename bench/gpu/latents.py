@@ -5,7 +5,8 @@ and by V3's 128. The floor of a step is what takes longer of reading each visibl
 computing every visible pair; with 16 heads that is the reading, with 128 the two are close.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,12 +17,24 @@ from nodeserve.model.gpu.attention.latent_parts import LatentHeads
 from nodeserve.model.gpu.attention.paged import PagedAttention
 
 NUM_HEADS = (16, 128)
-DECODES = [(1, 32768), (8, 8192), (64, 8192), (256, 1024)]  # sequences, context
-PREFILLS = [(1, 2048, 2048), (1, 2048, 8192)]  # sequences, queries, context
+DECODES = ((1, 32768), (8, 8192), (64, 8192), (256, 1024))  # sequences, context
+PREFILLS = ((1, 2048, 2048), (1, 2048, 8192))  # sequences, queries, context
 
 
 def heads_of(num_heads: int) -> LatentHeads:
     return LatentHeads(num_heads, 512, 64, 192**-0.5, 16, torch.bfloat16)
+
+
+class Steps(NamedTuple):
+    """What is measured, of which attention: as `bench.gpu.attention.Steps`, over latents."""
+
+    heads: LatentHeads
+    decodes: tuple[tuple[int, int], ...]
+    prefills: tuple[tuple[int, int, int], ...]
+
+
+STEPS = tuple(Steps(heads_of(num_heads), DECODES, PREFILLS) for num_heads in NUM_HEADS)
+TOY = (Steps(LatentHeads(2, 32, 16, 0.2, 16, torch.float32), ((2, 20),), ((1, 20, 40),)),)
 
 
 def visible_bytes(heads: LatentHeads, num_seqs: int, context_len: int) -> int:
@@ -62,14 +75,15 @@ def make_work(
     return Work(query, pool, step, out)
 
 
-def bench(device: torch.device, ceilings: Ceilings, *, repeats: int = 20) -> Iterator[Row]:
-    """Measure every step with each number of heads; a row's share is that of its floor."""
-    for num_heads in NUM_HEADS:
-        heads = heads_of(num_heads)
+def bench(
+    device: torch.device, ceilings: Ceilings, steps: Sequence[Steps] = STEPS, *, repeats: int = 20
+) -> Iterator[Row]:
+    """Measure every step; a row's share is that of its floor."""
+    for heads, decodes, prefills in steps:
         backend = make_latent_attention(heads, device)
-        for num_seqs, context in DECODES:
+        for num_seqs, context in decodes:
             yield _row(heads, backend, (num_seqs, 1, context), ceilings, repeats, device)
-        for sizes in PREFILLS:
+        for sizes in prefills:
             yield _row(heads, backend, sizes, ceilings, repeats, device)
 
 

@@ -25,6 +25,7 @@ from nodeserve.wire.messages import (
     unpack_request_ids,
 )
 from nodeserve.worker.contract import Device
+from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.process import limits
 from nodeserve.worker.runner import Runner
 
@@ -68,7 +69,8 @@ class LocalWorker:
     def __init__(self, device: Device, spec: WorkerSpec) -> None:
         self.link = LocalLink()
         scheduler = Scheduler(limits(spec, device))
-        self.runner = Runner(self.link, scheduler, device.executor, device.transfer)
+        seats = PeerSeats(device.transfer, device.pages)
+        self.runner = Runner(self.link, scheduler, device.executor, device.transfer, seats)
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Any]] = {}
         self.finished: set[int] = set()

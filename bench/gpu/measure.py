@@ -18,6 +18,18 @@ def median_s(
     )
 
 
+def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`run`, run once and made a CUDA graph, so that launches do not count; on a CPU as it is."""
+    if device.type != "cuda":
+        return run
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def _clock_times(call: Callable[[], object], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):

@@ -34,6 +34,7 @@ SECTIONS = (
     Section("ipc", "pages between two processes", 25, 60, 10, 2),
     Section("tokens", "the same tokens on every road", 70, 120, 20, 3),
     Section("kernels", "kernels against references", 80, 130, 20, 3),
+    Section("ranks", "two workers that compute together", 60, 110, 20, 3),
     Section("graphs", "graph replay against eager", 30, 60, 12, 4),
     Section("kill", "a worker killed during a handoff", 40, 75, 15, 4),
     Section("sanitizer", "compute-sanitizer over the copies", 30, 75, 10, 4),
@@ -42,6 +43,7 @@ SECTIONS = (
     Section("served", "through the server, two workers", 50, 90, 25, 7),
     Section("continuous", "beside transformers", 50, 90, 25, 8),
     Section("attention", "attention alone", 25, 60, 15, 9),
+    Section("experts", "experts alone", 20, 45, 12, 10),
 )
 
 

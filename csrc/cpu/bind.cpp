@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 
 #include "cpu/levels.h"
@@ -97,28 +98,48 @@ void prepare(StepPlan& plan, Engine& engine, const OwnedPages& owned, int num_he
     plan.prepare(owned.pages, arrays, num_heads, engine.num_chunks());
 }
 
-// Whole blocks between two pools; runs of neighbours are one copy. Checks all before it moves any.
-void copy_blocks(const py::buffer& dst, const py::buffer& src, int64_t block_bytes,
-                 const std::vector<int64_t>& dst_ids, const std::vector<int64_t>& src_ids) {
-    require(block_bytes >= 1, "block_bytes must be at least 1");
+// Offsets inside a target and a source block, and bytes.
+using Run = std::array<int64_t, 3>;
+
+void check_runs(const std::vector<Run>& runs, int64_t dst_block_bytes, int64_t src_block_bytes) {
+    for (const auto& [to, from, size] : runs) {
+        require(size >= 1 && to >= 0 && from >= 0, "runs: offsets and bytes must not be negative, nor bytes 0");
+        require(to <= dst_block_bytes && size <= dst_block_bytes - to, "runs: one leaves the block of dst");
+        require(from <= src_block_bytes && size <= src_block_bytes - from, "runs: one leaves the block of src");
+    }
+}
+
+// Runs of blocks between two pools; what goes on in both without a gap is one copy. Checks all before
+// it moves any.
+void copy_blocks(const py::buffer& dst, const py::buffer& src, int64_t dst_block_bytes, int64_t src_block_bytes,
+                 const std::vector<Run>& runs, const std::vector<int64_t>& dst_ids, const std::vector<int64_t>& src_ids) {
+    require(dst_block_bytes >= 1, "dst_block_bytes must be at least 1");
+    require(src_block_bytes >= 1, "src_block_bytes must be at least 1");
+    check_runs(runs, dst_block_bytes, src_block_bytes);
     require(dst_ids.size() == src_ids.size(), "dst_ids and src_ids must be equally long");
     const py::buffer_info to = bytes_of(dst, "dst", true), from = bytes_of(src, "src", false);
     for (const int64_t id : dst_ids)
-        require(id >= 0 && id < to.size * to.itemsize / block_bytes, "dst_ids: a block is outside dst");
+        require(id >= 0 && id < to.size * to.itemsize / dst_block_bytes, "dst_ids: a block is outside dst");
     for (const int64_t id : src_ids)
-        require(id >= 0 && id < from.size * from.itemsize / block_bytes, "src_ids: a block is outside src");
-    char* const out = static_cast<char*>(to.ptr);
-    const char* const in = static_cast<const char*>(from.ptr);
+        require(id >= 0 && id < from.size * from.itemsize / src_block_bytes, "src_ids: a block is outside src");
     const py::gil_scoped_release no_gil;
-    for (size_t i = 0; i < dst_ids.size();) {
-        size_t run = 1;
-        while (i + run < dst_ids.size() && dst_ids[i + run] == dst_ids[i] + static_cast<int64_t>(run) &&
-               src_ids[i + run] == src_ids[i] + static_cast<int64_t>(run))
-            ++run;
-        std::memmove(out + dst_ids[i] * block_bytes, in + src_ids[i] * block_bytes,
-                     run * static_cast<size_t>(block_bytes));
-        i += run;
+    char* out = nullptr;
+    const char* in = nullptr;
+    size_t size = 0;  // of the copy that is still to be made
+    for (size_t i = 0; i < dst_ids.size(); ++i) {
+        for (const Run& run : runs) {
+            char* const next_out = static_cast<char*>(to.ptr) + dst_ids[i] * dst_block_bytes + run[0];
+            const char* const next_in = static_cast<const char*>(from.ptr) + src_ids[i] * src_block_bytes + run[1];
+            if (size == 0 || next_out != out + size || next_in != in + size) {
+                if (size != 0) std::memmove(out, in, size);
+                out = next_out;
+                in = next_in;
+                size = 0;
+            }
+            size += static_cast<size_t>(run[2]);
+        }
     }
+    if (size != 0) std::memmove(out, in, size);
 }
 
 AttentionParams attention_params(int num_heads, int num_kv_heads, int head_dim, float scale, int64_t window,
@@ -194,8 +215,8 @@ void bind_engine(py::module_& module) {
             });
         },
         py::arg("engine"), py::arg("address"), py::arg("num_bytes"), NoGil());
-    module.def("copy_blocks", &copy_blocks, py::arg("dst"), py::arg("src"), py::arg("block_bytes"),
-               py::arg("dst_ids"), py::arg("src_ids"));
+    module.def("copy_blocks", &copy_blocks, py::arg("dst"), py::arg("src"), py::arg("dst_block_bytes"),
+               py::arg("src_block_bytes"), py::arg("runs"), py::arg("dst_ids"), py::arg("src_ids"));
 }
 
 void bind_layers(py::module_& module) {

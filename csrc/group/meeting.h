@@ -5,21 +5,11 @@
 // reads what it needs. There are two slots for each member, used in turn: whoever writes one again
 // has seen all others post the round between, and they posted it after they had read.
 //
-// Who waits spins for a moment, since members of one step are nearly in time with each other, and
-// then sleeps on the word that it waits for. Sums are formed in the order of the members, so all get
-// the same bits, whatever the size of the tensor and wherever a value lies in it.
+// Sums are formed in the order of the members, so all get the same bits, whatever the size of the
+// tensor and wherever a value lies in it.
 #pragma once
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <chrono>
-#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -28,41 +18,24 @@
 #include <string>
 #include <vector>
 
+#include "group/word.h"
+
 namespace nodeserve::group {
-
-using Clock = std::chrono::steady_clock;
-
-constexpr std::size_t kLine = 64;
-constexpr auto kSpin = std::chrono::microseconds(50);
-
-struct alignas(kLine) Member {
-    std::atomic<std::uint32_t> posted;    // the last round that it has written
-    std::atomic<std::uint32_t> sleepers;  // who must be woken when it posts
-};
-static_assert(sizeof(Member) == kLine && std::atomic<std::uint32_t>::is_always_lock_free);
-
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-#endif
-}
 
 class Meeting {
   public:
     static std::size_t memory_bytes(std::size_t size, std::size_t slot_bytes) {
-        return size * (sizeof(Member) + 2 * slot_bytes);
+        return size * (sizeof(Word) + 2 * slot_bytes);
     }
 
     // `memory` is zero before the first member opens it, and the same size for all.
     Meeting(std::span<std::byte> memory, int rank, int size, double timeout_s)
-        : members_(reinterpret_cast<Member*>(memory.data())),
-          slots_(memory.data() + size * sizeof(Member)),
-          slot_bytes_((memory.size() / size - sizeof(Member)) / 2 / kLine * kLine),
+        : posted_(reinterpret_cast<Word*>(memory.data())),
+          slots_(memory.data() + size * sizeof(Word)),
+          slot_bytes_((memory.size() / size - sizeof(Word)) / 2 / kLine * kLine),
           rank_(rank),
           size_(size),
-          timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s))) {}
+          timeout_(seconds(timeout_s)) {}
 
     // x becomes the sum of everybody's.
     void all_reduce(float* x, std::size_t count) {
@@ -125,43 +98,12 @@ class Meeting {
     }
 
     void end_round() {
-        Member& mine = members_[rank_];
-        mine.posted.store(round_, std::memory_order_seq_cst);
-        if (mine.sleepers.load(std::memory_order_seq_cst) != 0) {
-            syscall(SYS_futex, &mine.posted, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-        }
+        posted_[rank_].post(round_);
         for (int member = 0; member < size_; ++member) {
-            if (member != rank_) wait_for(member);
-        }
-    }
-
-    bool has_posted(const Member& member, std::memory_order order) const {
-        return static_cast<std::int32_t>(member.posted.load(order) - round_) >= 0;
-    }
-
-    void wait_for(int number) {
-        Member& member = members_[number];
-        const auto start = Clock::now();
-        do {
-            for (int turn = 0; turn < 32; ++turn) {
-                if (has_posted(member, std::memory_order_acquire)) return;
-                pause();
+            if (member != rank_ && !posted_[member].wait_for(round_, timeout_)) {
+                throw std::runtime_error("member " + std::to_string(member) + " does not come to round " +
+                                         std::to_string(round_));
             }
-        } while (Clock::now() - start < kSpin);
-        member.sleepers.fetch_add(1, std::memory_order_seq_cst);
-        const bool found = sleep_until_posted(member, start + timeout_);
-        member.sleepers.fetch_sub(1, std::memory_order_relaxed);
-        if (!found) throw std::runtime_error("member " + std::to_string(number) + " does not come to round " + std::to_string(round_));
-    }
-
-    bool sleep_until_posted(Member& member, Clock::time_point deadline) const {
-        for (;;) {
-            const std::uint32_t seen = member.posted.load(std::memory_order_seq_cst);
-            if (static_cast<std::int32_t>(seen - round_) >= 0) return true;
-            const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - Clock::now()).count();
-            if (left <= 0) return false;
-            const timespec limit{static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
-            syscall(SYS_futex, &member.posted, FUTEX_WAIT, seen, &limit, nullptr, 0);
         }
     }
 
@@ -200,7 +142,7 @@ class Meeting {
         return all;
     }
 
-    Member* members_;
+    Word* posted_;  // of each member: the last round that it has written
     std::byte* slots_;
     std::size_t slot_bytes_;
     int rank_, size_;

@@ -15,7 +15,7 @@ from nodeserve.coordinator.places import SIM_DEVICES
 from nodeserve.coordinator.policies import policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
-from nodeserve.layout import parse_gpus
+from nodeserve.layout import Shape, parse_gpus
 from nodeserve.plan.efforts import EFFORTS
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.planner import plan
@@ -37,8 +37,9 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
     name = config.profile or measured_name(config, gpus)
     source = Source(config.workload or WORKLOAD, seed=config.seed)
     num_devices = devices_of(config, gpus, name)
-    simulated = config.device == "sim"  # which takes one rank's profile, not a family
-    model = profile_store.one_profile(name) if simulated else profile_store.profile_or_family(name)
+    model = profile_store.profile_or_family(name)
+    if config.device == "sim":  # where a device is one rank, and profiles of several shapes too are
+        model = model.of(Shape())
     # How many in a pass is the question's; how they leave the buffer is as it was asked for.
     policies = policies_of(config, config.max_num_seqs or 1, config.max_num_batched_tokens or 1)
     own = own_context(config, model)

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,15 +21,18 @@ from nodeserve.config import parse_slo
 from nodeserve.coordinator.placement import choose_context
 from nodeserve.errors import ConfigError, ModelError
 from nodeserve.plan.affinity import Placement, place
+from nodeserve.plan.candidates import by_formula
 from nodeserve.plan.efforts import EFFORTS
+from nodeserve.plan.estimates import Estimate
 from nodeserve.plan.evaluate import Question, requests_of
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.named import workload_named
-from nodeserve.plan.planner import Estimate, Report, Tell
+from nodeserve.plan.planner import Report, Tell
 from nodeserve.plan.planner import plan as search_plan
 from nodeserve.plan.pool import searching
 from nodeserve.plan.requests import Source, described
 from nodeserve.plan.verdict import Named, Verdict, start_command, verdict
+from nodeserve.policy.profile import Profile
 from nodeserve.profile_store import profile_or_family
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ MIN_TRACE = 100  # requests: with fewer, a share of them says little
 )
 @click.option("--rate", type=float, help="Requests a second that high and low have to serve.")
 @click.option("--ep", "eps", default="1", show_default=True, help="Expert parallel degrees: 4,8.")
-@click.option("--startable", is_flag=True, help="Only what `nodeserve start` runs on GPUs today.")
+@click.option("--startable", is_flag=True, help="Only instances of one GPU, or one rank.")
+@click.option("--measured", is_flag=True, help="Only shapes that the profile has measured.")
 @click.option("--goal", type=float, default=0.9, show_default=True, help="Share to be in time.")
 @click.option("--effort", type=click.Choice(tuple(EFFORTS)), default="normal", show_default=True)
 @click.option("--max-num-seqs", type=int, help="In one decode step. [default: the profile's]")
@@ -113,8 +117,11 @@ def question_of(options: dict[str, Any]) -> Question:
     if num_seqs is not None and num_seqs < 1:
         raise ConfigError(f"--max-num-seqs {num_seqs}: use 1 or more")
     source = source_of(options)
+    model = profile_or_family(options["profile"])
+    if options["measured"] and isinstance(model, Profile):
+        model = replace(model, anatomy=None)  # that formulas would need
     return Question(
-        model=profile_or_family(options["profile"]),
+        model=model,
         traffic=source,
         slo=slo_of(options["slo"], source),
         num_gpus=options["num_gpus"],
@@ -219,8 +226,19 @@ def show_report(report: Report, said: Verdict, named: Named, seconds: float) -> 
         " were behind;"
         f" {report.num_requests} requests simulated in {seconds:.0f} s"
     )
+    show_unmeasured(question, [one.candidate.layout for one in report.ranked])
     if report.best is not None:
         show_command(report.best, question, named)
+
+
+def show_unmeasured(question: Question, layouts: Sequence[str]) -> None:
+    """The shapes of which nobody measured a pass."""
+    if names := ", ".join(unmeasured_names(question, layouts)):
+        click.echo(f"by formula from one worker's passes, not measured (docs/plan.md): {names}")
+
+
+def unmeasured_names(question: Question, layouts: Sequence[str]) -> list[str]:
+    return [str(shape) for shape in by_formula(question.model, layouts)]
 
 
 def heading(question: Question, profile: str) -> str:
@@ -263,13 +281,10 @@ def cells(one: Estimate, question: Question) -> list[str]:
 
 def show_command(one: Estimate, question: Question, named: Named) -> None:
     command = start_command(one.candidate, question, named)
-    if command is None:
-        click.echo(
-            "nodeserve start runs no instances of several GPUs yet: --startable plans without them"
-        )
-        return
     if "--device sim" in command:
-        click.echo("instances of several GPUs start only as simulated ones so far:")
+        click.echo("the profile does not say what a rank is made of; simulated, it starts by")
+    elif ":" in one.candidate.layout:
+        click.echo("instances of several GPUs have not run on real ones yet (docs/gpu.md):")
     click.echo(command)
 
 
@@ -292,6 +307,7 @@ def as_numbers(report: Report, said: Verdict, named: Named, seconds: float) -> d
         "command": best and start_command(best.candidate, question, named),
         "verdict": asdict(said),
         "ranked": [as_row(one, question.num_gpus) for one in report.ranked],
+        "by_formula": unmeasured_names(question, [one.candidate.layout for one in report.ranked]),
         "num_candidates": report.num_candidates,
         "num_impossible": report.num_impossible,
         "num_bounded": report.num_bounded,
@@ -356,4 +372,5 @@ def show_placement(
         f"{placement.layout} on {placement.num_gpus} GPUs: {whole.goodput:.3g} requests/s in time,"
         f" {whole.goodput / placement.num_gpus:.3g} a GPU, simulated as a whole; {seconds:.0f} s"
     )
+    show_unmeasured(question, [placement.layout])
     show_command(whole, question, named)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nodeserve.errors import ConfigError
-from nodeserve.plan.planner import Estimate, Report
+from nodeserve.plan.estimates import Estimate
+from nodeserve.plan.planner import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,6 +12,7 @@ from nodeserve.cli.settings import ENGINE_OPTIONS, given
 from nodeserve.cli.show import show_table
 from nodeserve.config import EngineConfig
 from nodeserve.errors import ConfigError
+from nodeserve.plan.candidates import by_formula
 from nodeserve.plan.records import Arrival, Engine, Faults, Scenario
 from nodeserve.plan.simulator import simulate as run
 from nodeserve.plan.summary import Spread, Summary, summarize
@@ -110,6 +111,9 @@ def simulate(compare: bool, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(report(scenario, arrivals, summaries)))
         return
     click.echo(heading(scenario, arrivals))
+    assert not isinstance(scenario.profile, str), "read already"
+    if shapes := ", ".join(map(str, by_formula(scenario.profile, [scenario.layout]))):
+        click.echo(f"passes by formula, not measured (docs/instances.md): {shapes}")
     if compare:
         show_table(comparison(summaries))
     else:

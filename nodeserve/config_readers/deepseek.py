@@ -13,7 +13,7 @@ from nodeserve.config_readers.parts import (
     token_id,
     yarn_mscale,
 )
-from nodeserve.model_files import MAX_POSITION, Fields
+from nodeserve.model_files import MAX_POSITION, MAX_SIZE, Fields
 
 
 def read(fields: Fields, folder: Path) -> ModelConfig:
@@ -60,12 +60,13 @@ def _moe(fields: Fields, config: ModelConfig) -> MoeConfig:
     third = config.architecture == "deepseek_v3"
     grouped = third or _v2_groups(fields)
     inner = fields.size("moe_intermediate_size")
+    num_shared = fields.integer("n_shared_experts", 0, min(MAX_EXPERTS, MAX_SIZE // inner))
     dense = range(min(fields.integer("first_k_dense_replace", 0), config.num_layers))
     return MoeConfig(
         num_experts=fields.size("n_routed_experts", most=MAX_EXPERTS),
         num_active=fields.size("num_experts_per_tok", most=MAX_EXPERTS),
         intermediate_size=inner,
-        shared_intermediate_size=fields.integer("n_shared_experts", 0) * inner,
+        shared_intermediate_size=num_shared * inner,
         scoring="sigmoid" if third else "softmax",
         normalize=third and fields.get("norm_topk_prob") is not False,
         routed_scale=fields.number("routed_scaling_factor", 1.0),

@@ -12,6 +12,8 @@ from nodeserve.config_readers.parts import (
     checked,
     end_tokens,
     refuse_quantised,
+    rope_kind,
+    stated_rope,
     token_id,
 )
 from nodeserve.errors import ModelError
@@ -19,6 +21,8 @@ from nodeserve.model_files import MAX_POSITION, Fields
 
 MAX_EXPERTS = 4096
 _LAYER_KINDS = ("full_attention", "sliding_attention")
+_LONG_ROPES = ("longrope", "su")  # the second is its first name
+_BEFORE = "original_max_position_embeddings"
 _CLASSES = ("ForCausalLM", "LMHeadModel")
 
 
@@ -54,9 +58,7 @@ def read(fields: Fields, folder: Path) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads", default=num_heads),
             head_dim=fields.size("head_dim", hidden_size // num_heads),
-            max_position=_size(
-                fields, "max_position_embeddings", "n_positions", "max_seq_len", most=MAX_POSITION
-            ),
+            max_position=_max_position(fields),
             norm_eps=1e-5,  # what follows is the other code's own business
             rope_theta=1.0,
             tie_embeddings=fields.get("tie_word_embeddings") is not False,
@@ -68,6 +70,23 @@ def read(fields: Fields, folder: Path) -> ModelConfig:
 
 
 FOREIGN = "transformers"
+
+
+def _max_position(fields: Fields) -> int:
+    """Of LongRoPE those before it lengthens its waves: it does so for a whole pass, where one
+    sequence is longer, so from there on a request's tokens would depend on the others'."""
+    stated = _size(
+        fields, "max_position_embeddings", "n_positions", "max_seq_len", most=MAX_POSITION
+    )
+    return min([stated, *(_size(one, _BEFORE) for one in _long_ropes(fields))])
+
+
+def _long_ropes(fields: Fields) -> list[Fields]:
+    """One for all layers, or one for each kind of them; some say how long only beside it."""
+    stated = stated_rope(fields)
+    values = [stated.values, *(one for one in stated.values.values() if isinstance(one, dict))]
+    ropes = [Fields({_BEFORE: fields.get(_BEFORE), **one}, stated.where) for one in values]
+    return [rope for rope in ropes if rope_kind(rope) in _LONG_ROPES]
 
 
 def _size(fields: Fields, *names: str, default: int | None = None, most: int = 1 << 24) -> int:

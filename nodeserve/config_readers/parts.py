@@ -53,25 +53,27 @@ def fp8_block(fields: Fields) -> tuple[int, int] | None:
 
 def rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from the keys of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
-    stated = _stated_rope(fields)
+    stated = stated_rope(fields)
     stated.require("partial_rotary_factor", stated.get("partial_rotary_factor") or 1.0, 1.0)
     theta = stated.number("rope_theta", fields.number("rope_theta", 10_000.0))
     return theta, _rope_scaling(fields, stated, theta)
 
 
-def _stated_rope(fields: Fields) -> Fields:
+def stated_rope(fields: Fields) -> Fields:
+    """What the file says of its rotation, nothing in it if that is nothing."""
     raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(raw, dict):
         raise fields.wrong("rope_scaling", "an object", raw)
     return Fields(raw, f"{fields.where}: rope scaling")
 
 
-def _kind(rope: Fields) -> object:
+def rope_kind(rope: Fields) -> object:
+    """Its name for how angles are scaled."""
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def _rope_scaling(fields: Fields, rope: Fields, theta: float) -> RopeScaling | None:
-    match _kind(rope):
+    match rope_kind(rope):
         case "default":
             return None
         case "linear":
@@ -135,8 +137,8 @@ def _mscale(factor: float, weight: float) -> float:
 
 def yarn_mscale(fields: Fields) -> float:
     """The share of YaRN's factor that queries and keys get in all their numbers."""
-    rope = _stated_rope(fields)
-    weight = _weight(rope, "mscale_all_dim") if _kind(rope) == "yarn" else 0.0
+    rope = stated_rope(fields)
+    weight = _weight(rope, "mscale_all_dim") if rope_kind(rope) == "yarn" else 0.0
     return _mscale(_stretch(rope, "factor"), weight) if weight else 1.0
 
 

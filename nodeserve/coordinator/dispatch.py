@@ -53,7 +53,13 @@ class Dispatch:
         self._limits = limits
         self._tracer = tracer
         self._units = [
-            Unit(link.index, link.instance, link.account, link.role is not Role.PREFILL)
+            Unit(
+                link.index,
+                link.instance,
+                link.account,
+                link.role is not Role.PREFILL,
+                link.shape.pp,
+            )
             for link in links
         ]
         prefills = [ranks for ranks in self.instances.values() if ranks[0].prefills]
@@ -235,8 +241,8 @@ class Dispatch:
         }
         roles = {ranks[0].role for ranks in alive.values()}
         alone = roles in ({Role.PREFILL}, {Role.DECODE})
-        for ranks in alive.values():
-            for link in ranks:
+        for link in self._links:  # those that follow as well: their leaders' steps are theirs
+            if link.instance in alive:
                 link.stands_in = alone
         stand_ins = set(alive) if roles == {Role.DECODE} else set()
         for instance in self._stand_ins - stand_ins:

@@ -360,9 +360,20 @@ class Fleet:
         beats = link.channel.outbox.beats
         words = link.watchdog.look(beats, link.busy, elapsed_s, most_tokens)
         if words is not None:
-            link.give_up(words)
+            link.give_up(words + self._beside(link))
         elif link.watchdog.silent_s > 2 * elapsed_s:
             link.channel.nudge()
+
+    def _beside(self, link: WorkerLink) -> str:
+        """Who of its instance stands still as well: in a collective all wait for the one that does
+        not come, and which one that is a person has to find out."""
+        still_s = max(link.watchdog.silent_s, link.watchdog.stuck_s) / 2
+        others = [
+            str(one.index)
+            for one in self._ranks(link.instance)
+            if one is not link and one.watchdog.silent_s > still_s
+        ]
+        return f"; of its instance worker {', '.join(others)} stands still too" if others else ""
 
     def _team(self, link: WorkerLink) -> list[WorkerLink]:
         """Those that compute together with it, itself among them; they open its doorbell too."""

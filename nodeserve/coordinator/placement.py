@@ -5,6 +5,7 @@ with nothing to clean up.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nodeserve.checkpoint import Checkpoint
@@ -31,10 +32,11 @@ from nodeserve.expert_counts import Counts
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout
 from nodeserve.policy.blocks import blocks_for
-from nodeserve.policy.profiles import PROFILES
+from nodeserve.policy.profile import Profile
+from nodeserve.policy.profiles import FAMILIES, PROFILES
 from nodeserve.policy.startup import default_timeout_s
 from nodeserve.policy.units import ADMISSIONS, DECODE_ALLOCATIONS
-from nodeserve.profile_store import one_profile, path_of
+from nodeserve.profile_store import path_of, profile_or_family
 from nodeserve.types import Role
 from nodeserve.weight_files import check_weight_files
 
@@ -73,7 +75,7 @@ class Plan:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    kv_memory: int | None  # bytes for each worker; None: each GPU worker sees what is left
+    kv_memory: int | None  # bytes for each worker; None: what is left of a GPU, or as profiled
     startup_timeout_s: float
     policies: Policies
     simulated: Simulated | None  # with device "sim"
@@ -138,15 +140,17 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
 def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
     """The profile says what a device holds; of the model, tokenizer and vocabulary count."""
     assert config.profile is not None, "check_device asks for one"
-    profile = one_profile(config.profile)
     layout, places, notes = place_simulated(config)
+    profiles = simulated_profiles(config.profile, layout)
+    profile = profiles[0]
     max_model_len = choose_context(config.max_model_len, profile.max_model_len)
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
-    block_bytes = profile.kv_bytes_per_token * config.block_size
-    check_kv_memory(
-        config.kv_memory, block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
-    )
-    check_simulated_memory(config.kv_memory, block_bytes)
+    token_bytes = [
+        one.worker_kv_bytes(group.shape) for one, group in zip(profiles, layout.groups, strict=True)
+    ]
+    least = config.block_size * (blocks_for(max_model_len, config.block_size) + 1)
+    check_kv_memory(config.kv_memory, least * max(token_bytes))
+    check_simulated_memory(config.kv_memory, config.block_size * min(token_bytes))
     resolved = replace(
         config,
         dtype="bfloat16",
@@ -161,17 +165,34 @@ def resolve_simulated(config: EngineConfig, checkpoint: Checkpoint) -> Plan:
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        kv_memory=config.kv_memory or profile.num_kv_tokens * profile.kv_bytes_per_token,
+        kv_memory=config.kv_memory,
         startup_timeout_s=config.startup_timeout or default_timeout_s(0),
         policies=policies_of(config, max_num_seqs, budget),
         simulated=Simulated(
-            config.profile if config.profile in PROFILES else str(path_of(config.profile)),
+            config.profile if is_known(config.profile) else str(path_of(config.profile)),
             config.seed,
             checkpoint.config.vocab_size,
             checkpoint.config.eos_token_ids,
         ),
-        notes=notes,
+        notes=(*notes, *unmeasured_notes(profiles)),
     )
+
+
+def unmeasured_notes(profiles: Iterable[Profile]) -> tuple[str, ...]:
+    """What to know of passes that no profile has measured."""
+    shapes = ", ".join(dict.fromkeys(one.by_formula for one in profiles if one.by_formula))
+    return (f"passes of {shapes} by formula, not measured (docs/instances.md)",) if shapes else ()
+
+
+def simulated_profiles(name: str, layout: Layout) -> list[Profile]:
+    """Of each group's shape; ConfigError where the profile has it not."""
+    found = profile_or_family(name)
+    return [found.of(group.shape) for group in layout.groups]
+
+
+def is_known(profile: str) -> bool:
+    """Whether every worker finds it by this name, wherever stored ones are."""
+    return profile in PROFILES or profile in FAMILIES
 
 
 def check_numbers(config: EngineConfig) -> None:

@@ -122,31 +122,18 @@ def seats(layout: Layout) -> tuple[Seat, ...]:
 
 
 def choose_layout(text: str | None, num_devices: int) -> Layout:
-    """The layout asked for, or half the devices for each phase. ConfigError for a handoff between
-    pages that are cut in unequal ways."""
+    """The layout asked for, or half the devices for each phase."""
     split = f"{num_devices // 2}p{num_devices - num_devices // 2}d" if num_devices > 1 else "1m"
-    layout = parse_layout(split if text is None else text)
-    cuts = {(group.shape.tp, group.shape.pp) for group in layout.groups}
-    if len(cuts) > 1 and Role.PREFILL in layout.roles:
-        raise ConfigError(
-            f"layout {layout}: a handoff between instances of different tp or pp is not supported"
-            " yet; give both phases the same"
-        )
-    return layout
+    return parse_layout(split if text is None else text)
 
 
 def check_shapes(layout: Layout, model: ModelConfig) -> None:
-    """ConfigError for shapes that a model does not admit, or that nobody can compute."""
+    """ConfigError for shapes that a model does not admit."""
     for group in layout.groups:
         try:
             check_fits(model, group.shape)
         except ModelError as problem:
             raise ConfigError(f"layout {layout}: {problem}") from None
-        if group.shape.ep > 1 and group.shape.pp > 1:
-            raise ConfigError(
-                f"layout {layout}: ranks that share experts compute each pass together, without"
-                f" stages: give {replace(group, shape=replace(group.shape, pp=1))}"
-            )
 
 
 def largest_part(model: ModelConfig, shape: Shape, redundant_experts: int = 0) -> ModelConfig:

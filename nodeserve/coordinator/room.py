@@ -12,7 +12,7 @@ from nodeserve.gpus import Gpu
 
 SHM = "/dev/shm"
 MAX_AUTO_KV_BYTES = 1 << 30  # per CPU worker: 46k tokens of the demo model
-MAX_SIM_BLOCKS = 1 << 22  # the imitated memory costs none, but each of its blocks some 50 bytes
+MAX_SIM_BLOCKS = 1 << 22  # the imitated memory costs none, but each of its blocks some 100 bytes
 
 
 def check_kv_memory(asked: int | None, least: int) -> None:

@@ -278,7 +278,9 @@ class Supervisor:
         )
 
     def _holds_door(self, link: WorkerLink) -> bool:
-        return link.role is Role.PREFILL and self._plan.policies.dispatch.holds_door
+        """Where passes follow each other through stages, the next one is never far."""
+        holds = self._plan.policies.dispatch.holds_door
+        return holds and link.role is Role.PREFILL and link.shape.pp == 1
 
     def _idle_wait_s(self) -> float:
         """Well within what makes an idle worker look hung."""

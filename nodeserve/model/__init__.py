@@ -10,9 +10,9 @@ How a worker uses it:
     logits = model.forward(StepInputs(...), cache)  # [num_logits, vocab_size] float32
 
 The logits live in a buffer that the next forward overwrites. One model and its ops belong to one
-thread. A block of the pool is one contiguous run of `layout.block_bytes`, so a handoff is
-`_host.copy_blocks(dst_pool, src_pool, layout.block_bytes, dst_ids, src_ids)`; both ends must use
-the same ops class. The pool must not be closed before the cache is dropped.
+thread. A block of the pool is one contiguous run of `layout.block_bytes`. A handoff copies runs of
+bytes between such blocks (policy/copy_plan.py), so both ends must use the same ops class. The pool
+must not be closed before the cache is dropped.
 
 On a GPU the operations are `gpu.ops.CudaOps(dtype, device, attention)`, the pool is a uint8 tensor
 of device memory with blocks in the order [layer, K or V, KV head, token, head_dim], and a captured

@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from nodeserve.config import ModelConfig
+from nodeserve.model.group import Pipe
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.ops import Op, Ops
 from nodeserve.model.quantised import Weight, dense
@@ -57,24 +58,6 @@ class Layer(Protocol[C]):
 
     def finish(self, work: C) -> None:
         """From `attended` into `hidden`, and `normed` with the norm that comes next."""
-
-
-class Pipe(Protocol):
-    """The way between the stages of a pipeline. Tensors are contiguous, both ends know their shape.
-
-    What is sent may be overwritten at once; nothing is sent of a tensor without rows.
-    """
-
-    def send(self, x: torch.Tensor) -> None:
-        """To the next stage; does not wait for it."""
-
-    def receive(self, out: torch.Tensor) -> None:
-        """From the stage before."""
-
-    def send_back(self, x: torch.Tensor) -> None:
-        """From the last stage to the first; does not wait for it."""
-
-    def receive_back(self, out: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ class PagedAttention:
     ) -> tuple[torch.Tensor, None]:
         """[1, num_tokens, num_heads, head_dim]"""
         self._check(module, key, value, attention_mask, told)
+        self._check_window(module, sliding_window)
         step, layer = self.step, getattr(module, "layer_idx", None)
         assert step is not None and isinstance(layer, int), "outside of a pass"
         self.layers.add(layer)
@@ -87,6 +88,14 @@ class PagedAttention:
             raise self._refusal(f"{', '.join(asked)}, which attention over pages does not do")
         if getattr(module, "is_causal", True) is False:
             raise self._refusal("attention to tokens that come later")
+
+    def _check_window(self, module: torch.nn.Module, window: int | None) -> None:
+        """Some code has its windows in the mask alone, which is not made for us."""
+        config, kinds = module.config, getattr(module.config, "layer_types", None)
+        slides = not kinds or kinds[module.layer_idx] == "sliding_attention"
+        wanted = getattr(config, "sliding_window", None) if slides else None
+        if window is None and wanted is not None and wanted < self._config.max_position:
+            raise self._refusal(f"a window of {wanted} tokens that its attention is not told of")
 
     def _refusal(self, what: str) -> ModelError:
         assert self._config.foreign is not None

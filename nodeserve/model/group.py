@@ -1,16 +1,16 @@
 """What the workers of an instance tell each other while they compute: sums, rows, hidden states.
 
-Between CPUs sums and exchanges go through shared memory (group_memory.py), hidden states over
-gloo. Between GPUs all goes over NCCL, one communicator for each kind of talk, so that none waits
-behind another. Nothing of torch's global state is used; who meets, and where, is the `Store` that
+Between CPUs all goes through shared memory (group_memory.py). Between GPUs all goes over NCCL, one
+communicator for each kind of talk, so that none waits behind another; group_host.py is for workers
+that share a GPU. Nothing of torch's global state is used; who meets, and where, is the `Store` that
 `connect` is given. On a GPU no call here waits on the host: what it does is ordered on torch's
-current stream, and sums may be captured in CUDA graphs.
+current stream, and sums may be in CUDA graphs.
 """
 
 import datetime
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from nodeserve.errors import ConfigError, WorkerLost
-from nodeserve.model.group_memory import MemoryGroup
+from nodeserve.model.group_memory import MemoryGroup, MemoryPipe, Traffic
 from nodeserve.shards import Place
 
 
@@ -45,6 +45,24 @@ class Group(Protocol):
         in_counts: Sequence[int],
     ) -> None:
         """The next `in_counts[r]` rows of x to each rank r; `out_counts[r]` of out from there."""
+
+
+class Pipe(Protocol):
+    """The way between the stages of a pipeline. Tensors are contiguous, both ends know their shape.
+
+    What is sent may be overwritten at once; nothing is sent of a tensor without rows.
+    """
+
+    def send(self, x: torch.Tensor) -> None:
+        """To the next stage; does not wait for it."""
+
+    def receive(self, out: torch.Tensor) -> None:
+        """From the stage before."""
+
+    def send_back(self, x: torch.Tensor) -> None:
+        """From the last stage to the first; does not wait for it."""
+
+    def receive_back(self, out: torch.Tensor) -> None: ...
 
 
 class Alone:
@@ -97,7 +115,7 @@ class TorchGroup:
 
 
 class TorchPipe:
-    """What decoder.Pipe asks for; a communicator for each direction.
+    """A pipe of torch's; a communicator for each direction.
 
     With one for both, a send that waits for its receiver would stand before what it waits for.
     Nobody waits to send, for that could be in a circle: of unsent tensors there are no more than
@@ -142,57 +160,57 @@ class Groups:
 
     tp: Group
     ep: Group
-    pipe: TorchPipe | None  # None: one stage
+    pipe: Pipe | None  # None: one stage
+    by_host: bool = False  # calls wait for the device, and no graph can hold them
 
     @staticmethod
     def alone() -> "Groups":
         return Groups(Alone(), Alone(), None)
 
 
-def connect(place: Place, store: Store, device: torch.device, timeout_s: float) -> Groups:
+def connect(
+    place: Place, store: Store, device: torch.device, traffic: Traffic, timeout_s: float
+) -> Groups:
     """Meet the others of the instance at `store`; every worker calls this.
 
-    Afterwards a peer that says nothing for `timeout_s` is a WorkerLost, as is one that ends.
+    Afterwards a peer that says nothing for `timeout_s` is a WorkerLost. Between GPUs `traffic` is
+    not asked for.
     """
 
-    def meet(name: str, rank: int, size: int) -> Any:
-        named = PrefixStore(name, store)
-        return _begin(communicator, named, rank, size, device, timeout_s)
-
     def group(name: str, rank: int, size: int) -> Group:
+        meeting = PrefixStore(name, store)
         if device.type == "cpu":
-            return MemoryGroup(PrefixStore(name, store), rank, size, timeout_s)
-        return TorchGroup(meet(name, rank, size))
+            return MemoryGroup(meeting, rank, size, timeout_s)
+        return TorchGroup(_begin(communicator, meeting, rank, size, timeout_s))
 
-    tp: Group = Alone()
-    ep: Group = Alone()
-    pipe = None
+    def pipe(name: str, stage: int, num_stages: int) -> Pipe:
+        meeting = PrefixStore(name, store)
+        if device.type == "cpu":
+            return MemoryPipe(meeting, stage, num_stages, traffic, timeout_s)
+        ways = (PrefixStore(way, meeting) for way in ("down", "back"))
+        down, back = (_begin(communicator, way, stage, num_stages, timeout_s) for way in ways)
+        return TorchPipe(down, back)
+
+    groups = Groups.alone()
+    tp_rank, pp_rank, ep_rank = place.tp_rank, place.pp_rank, place.ep_rank
     if place.tp > 1:
-        tp = group(f"tp.{place.ep_rank}.{place.pp_rank}", place.tp_rank, place.tp)
+        groups = replace(groups, tp=group(f"tp.{ep_rank}.{pp_rank}", tp_rank, place.tp))
     if place.ep > 1:
-        ep = group(f"ep.{place.pp_rank}.{place.tp_rank}", place.ep_rank, place.ep)
+        groups = replace(groups, ep=group(f"ep.{pp_rank}.{tp_rank}", ep_rank, place.ep))
     if place.pp > 1:
-        column = f"{place.ep_rank}.{place.tp_rank}"
-        down, back = (meet(f"{way}.{column}", place.pp_rank, place.pp) for way in ("down", "back"))
-        pipe = TorchPipe(down, back)
-    return Groups(tp, ep, pipe)
+        groups = replace(groups, pipe=pipe(f"pipe.{ep_rank}.{tp_rank}", pp_rank, place.pp))
+    return groups
 
 
-def communicator(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if device.type == "cpu":
-        gloo: Any = distributed.ProcessGroupGloo
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timeout
-        return gloo(store, rank, size, options)
+def communicator(store: Store, rank: int, size: int, timeout_s: float) -> Any:
+    """Of GPUs."""
     if not distributed.is_nccl_available():
         raise ConfigError(
             "this torch has no NCCL: instances of several GPUs need it, or --device cpu"
         )
     nccl: Any = distributed.ProcessGroupNCCL
     options = nccl.Options()
-    options._timeout = timeout
+    options._timeout = datetime.timedelta(seconds=timeout_s)
     return nccl(store, rank, size, options)
 
 

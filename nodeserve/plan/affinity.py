@@ -23,9 +23,10 @@ from nodeserve.layout import Group, Layout, Shape, parse_layout
 from nodeserve.plan.bounds import SLACK, capacity
 from nodeserve.plan.candidates import Candidate, Kind
 from nodeserve.plan.efforts import Effort
+from nodeserve.plan.estimates import Estimate, Estimator, Run, in_turn
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import BATCH, Estimate, Planner, Run, Tell, in_turn
+from nodeserve.plan.planner import BATCH, Planner, Tell
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
@@ -83,10 +84,10 @@ def place(
 
 def _check_rate(question: Question, effort: Effort, rate: float) -> None:
     """By what GPUs do at most on paper, before anything is simulated."""
-    planner = Planner(question, effort)
+    estimator = Estimator(question, effort)
     found = [
-        (capacity(one, planner.demand, question.slo, _budget(question), question.num_seqs), one)
-        for one in planner.kinds
+        (capacity(one, estimator.demand, question.slo, _budget(question), question.num_seqs), one)
+        for one in estimator.kinds
     ]
     prefill = max(one.prefill / kind.num_gpus for one, kind in found)
     decode = max(one.decode / kind.num_gpus for one, kind in found)
@@ -112,7 +113,7 @@ def _high(
     phases: list[Phase] = []
     for role in (Role.PREFILL, Role.DECODE):
         most = question.num_gpus - 1  # the other phase needs one
-        kinds = [one for one in Planner(question, effort, run).kinds if one.num_gpus <= most]
+        kinds = [one for one in Estimator(question, effort, run).kinds if one.num_gpus <= most]
         tell(f"{role.value} alone: {len(kinds)} shapes")
         alone = partial(phase_alone, question, role=role, effort=effort, run=run)
         # Each shape's search asks one thing after the other: several at once keep processes busy.
@@ -225,7 +226,7 @@ def free_prefill(shape: Shape, profile: Profile) -> Family:
 def _whole(question: Question, layout: str, guess: float, effort: Effort, run: Run) -> Estimate:
     """One layout, simulated."""
     candidate = Candidate(layout, _budget(question), question.dispatch.window_s)
-    return Planner(question, effort, run).alone(candidate, guess)
+    return Estimator(question, effort, run).alone(candidate, guess)
 
 
 def _budget(question: Question) -> int:
@@ -238,6 +239,7 @@ def _budget(question: Question) -> int:
 
 def _low(question: Question, rate: float | None, effort: Effort, run: Run, tell: Tell) -> Placement:
     planner = Planner(question, effort, run, tell)
+    kinds = planner.estimator.kinds
     budget, window_s = _budget(question), question.dispatch.window_s
     pairs = [
         Candidate(
@@ -245,8 +247,8 @@ def _low(question: Question, rate: float | None, effort: Effort, run: Run, tell:
             budget,
             window_s,
         )
-        for one in planner.kinds
-        for two in planner.kinds
+        for one in kinds
+        for two in kinds
         if one.num_gpus + two.num_gpus <= question.num_gpus
     ]
     units = planner.units(pairs)

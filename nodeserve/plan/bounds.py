@@ -62,13 +62,19 @@ class Capacity:
 
 def capacity(kind: Kind, demand: Demand, slo: Slo, budget: int, max_num_seqs: int) -> Capacity:
     """Of an instance of this kind with so many tokens a pass."""
+    return _least(
+        [_capacity(kind, cost, demand, slo, budget, max_num_seqs) for cost in _costs(kind)]
+    )
+
+
+def _costs(kind: Kind) -> list[StepCost]:
+    """A pass takes the longest of these, so each of them is a bound."""
     cost = kind.profile.cost
-    found = _capacity(kind, cost, demand, slo, budget, max_num_seqs)
-    if not cost.floor:
-        return found
-    # A pass takes the longer of the two, so each of them is a bound.
-    least = _capacity(kind, cost.floor, demand, slo, budget, max_num_seqs)
-    return Capacity(*map(min, astuple(found), astuple(least)))
+    return [cost, cost.floor] if cost.floor else [cost]
+
+
+def _least(found: Sequence[Capacity]) -> Capacity:
+    return Capacity(*map(min, zip(*map(astuple, found), strict=True)))
 
 
 def _capacity(
@@ -118,7 +124,8 @@ def _decode_rate(
     fix_s = cost.decode_fix_s
     most = float(max_num_seqs)
     if demand.context:
-        most = min(most, profile.num_kv_tokens / profile.num_stages / demand.context)
+        most = min(most, profile.num_kv_tokens / demand.context)
+    most /= profile.num_stages
     by_memory = most / (demand.output * fix_s + most * work_s) if fix_s or work_s else inf
     if slo.tpot_s is None:
         return by_memory
@@ -128,8 +135,8 @@ def _decode_rate(
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Requests a second of a layout, by phase: whose instances do it alone, or could; and of mixed
-    ones both. `in_time` is the share whose prompts could make the TTFT."""
+    """Requests a second of a layout, by phase: whose instances do it alone, or could; and `both`
+    when mixed ones share their time. `in_time` is the share whose prompts could make the TTFT."""
 
     prefill: float
     decode: float
@@ -142,18 +149,54 @@ def sides(
 ) -> Sides:
     """What the instances of a layout can serve, added up."""
     known = {kind.shape: kind for kind in kinds}
-    prefill = decode = both = 0.0
+    alone = dict.fromkeys(Role, 0.0)  # of those that do one phase and no other
+    most = dict.fromkeys(Role, 0.0)  # and of mixed ones as well, if they did no other
+    mixed: list[list[Capacity]] = []  # of each mixed instance, by each cost
     in_time = 0.0
     for group in parse_layout(candidate.layout).groups:
-        kind = known[group.shape]
-        one = capacity(kind, demand, slo, candidate.max_num_batched_tokens, max_num_seqs)
+        kind, budget = known[group.shape], candidate.max_num_batched_tokens
+        by_cost = [
+            _capacity(kind, cost, demand, slo, budget, max_num_seqs) for cost in _costs(kind)
+        ]
+        one = _least(by_cost)
+        for phase, rate in ((Role.PREFILL, one.prefill), (Role.DECODE, one.decode)):
+            if group.role is phase:
+                alone[phase] += group.count * rate
+            if group.role in (phase, Role.MIXED):
+                most[phase] += group.count * rate
+        if group.role is Role.MIXED:
+            mixed += [by_cost] * group.count
         if group.role is not Role.DECODE:
-            prefill += group.count * one.prefill
             in_time = max(in_time, one.in_time)
-        if group.role is not Role.PREFILL:
-            decode += group.count * one.decode
-        both += group.count * one.mixed
-    return Sides(prefill, decode, both, in_time)
+    rates = alone[Role.PREFILL], alone[Role.DECODE]
+    both = [_both(*rates, each) for each in zip(*mixed, strict=False)] or [min(rates)]
+    return Sides(most[Role.PREFILL], most[Role.DECODE], min(both), in_time)
+
+
+def _both(prefill: float, decode: float, mixed: Sequence[Capacity]) -> float:
+    """What instances that do one phase alone at these rates serve with these mixed ones.
+
+    Of each request that a mixed instance prefills, and of each that it decodes, a share of its time
+    goes. The formulas of the module's head are linear in both: who serves `mixed` doing both, and
+    `decode` doing nothing else, needs 1 / decode for a request's decoding and what is left of
+    1 / mixed for its prompt. Mixed ones of several shapes count as the best of each.
+    """
+    low, high = sorted((prefill, decode))
+    number = float(len(mixed))
+    decode_s = min(_inverse(one.decode) for one in mixed)
+    prefill_s = min(
+        _inverse(one.mixed) - _inverse(one.decode) if one.mixed else inf for one in mixed
+    )
+    first_s = prefill_s if prefill < decode else decode_s  # what the slower phase lacks
+    if low < high:
+        if first_s * (high - low) >= number:
+            return low + number * _inverse(first_s)
+        number -= first_s * (high - low)
+    return high + number * _inverse(prefill_s + decode_s)
+
+
+def _inverse(value: float) -> float:
+    return 1.0 / value if value else inf
 
 
 def bound(
@@ -169,7 +212,4 @@ def bound(
     found = sides(candidate, kinds, demand, slo, max_num_seqs)
     if found.in_time < goal:
         return 0.0
-    # A mixed instance may do one phase alone, as far as these two know; with nothing but mixed
-    # ones the third is what counts.
-    mixed_only = found.both if candidate.kind == "mixed" else inf
-    return SLACK * min(found.prefill, found.decode, mixed_only) / goal
+    return SLACK * min(found.prefill, found.decode, found.both) / goal

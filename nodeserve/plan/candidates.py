@@ -1,12 +1,15 @@
-"""Layouts that could be planned: what fits the GPUs, in every shape whose passes are known.
+"""Layouts that could be planned: what fits the GPUs, in every shape whose passes are known, or
+follow from those of one worker by formula.
 
 A layout is of a kind: "mixed" has instances that do both phases and no others, "split" has phases
 apart. Layouts that are both are reached from the best of each kind by moves, one instance at a
 time (`neighbours`).
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import gcd
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ from nodeserve.policy.profile import Family, Profile
 from nodeserve.types import Role
 
 MAX_BATCHED_TOKENS = 16_384
+DEGREES, STAGES = (1, 2, 4, 8), (1, 2, 4)  # that are tried where only one worker was measured
 MIXED_CHUNKS = (0.25, 1.0)  # times the profile's own: what mixed instances are tried with
 
 
@@ -53,11 +57,11 @@ def kinds_of(
         if plain:
             ranks = {shape: profile for shape, profile in ranks.items() if shape == Shape()}
     else:
-        ranks = {Shape(): model}
+        ranks = {Shape(): model} if plain else _shapes_of(model, num_gpus, eps)
     kinds = [
         Kind(replace(shape, ep=ep), profile, profile.num_gpus * ep)
         for shape, profile in ranks.items()
-        for ep in (eps if shape.ep == 1 else (shape.ep,))
+        for ep in (eps if shape.ep == 1 and _any_ep(model) else (shape.ep,))
         if profile.num_gpus * ep <= num_gpus
     ]
     if not kinds:
@@ -67,11 +71,41 @@ def kinds_of(
         ]
         least = min(sizes, default=0)
         if not least:
-            raise ConfigError(
-                f"{model.name} has no shape of one GPU, and nodeserve start takes no others yet"
-            )
+            raise ConfigError(f"{model.name} has no shape of one GPU, and no others were asked for")
         raise ConfigError(f"{model.name} needs {least} GPUs or more, {num_gpus} given")
     return sorted(kinds, key=lambda kind: (kind.num_gpus, kind.shape.pp))
+
+
+def _any_ep(model: Profile | Family) -> bool:
+    """Whether it describes a rank of however many."""
+    return isinstance(model, Family) or not (model.anatomy and model.anatomy.num_experts)
+
+
+def _shapes_of(model: Profile, num_gpus: int, eps: Sequence[int]) -> dict[Shape, Profile]:
+    """One worker as it was measured, and what formulas make of it; of a sparse model also ranks
+    that share its experts, of `eps` or, where that is 1 alone, of any degree."""
+    found: dict[Shape, Profile] = {}
+    anatomy = model.anatomy
+    if anatomy is None:
+        return {Shape(): model}
+    if _any_ep(model):
+        eps = (1,)
+    elif tuple(eps) == (1,):
+        eps = [degree for degree in DEGREES if degree <= anatomy.num_experts]
+    for tp, pp, ep in product(DEGREES, STAGES, eps):
+        shape = Shape(tp, pp, ep)
+        if model.num_gpus * shape.num_workers > num_gpus or (ep > 1 and pp > 1):
+            continue
+        with contextlib.suppress(ConfigError):  # no room, or too few layers
+            found[shape] = model.of(shape)
+    return found
+
+
+def by_formula(model: Profile | Family, layouts: Iterable[str]) -> list[Shape]:
+    """The shapes in these layouts whose passes nobody measured."""
+    shapes = {group.shape for layout in layouts for group in parse_layout(layout).groups}
+    unmeasured = (shape for shape in shapes if model.of(shape).by_formula)
+    return sorted(unmeasured, key=lambda shape: (shape.num_workers, shape.pp, shape.ep))
 
 
 def gpus_of(layout: Layout, kinds: Iterable[Kind]) -> int:

@@ -28,7 +28,7 @@ class _Clients(Simulation):
         self._num_first = self._num_sent = min(num_clients, len(arrivals))
 
     def _expect_arrival(self) -> None:
-        if self._num_arrived < self._num_first:
+        if self.num_arrived < self._num_first:
             super()._expect_arrival()
 
     def _over(self, life: Life, outcome: str) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil, floor
+from math import ceil
 
 from nodeserve.errors import ConfigError
 from nodeserve.plan.candidates import Candidate
@@ -16,6 +16,7 @@ from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
 from nodeserve.plan.records import Arrival, Scenario, Served
 from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.search import Found, Probe, SearchOptions, find_goodput
+from nodeserve.plan.sentence import Sentence
 from nodeserve.plan.simulator import Simulation
 from nodeserve.plan.summary import kept
 from nodeserve.plan.workloads import at_rate
@@ -172,51 +173,28 @@ def count(
     sure: float | None = None,
 ) -> tuple[Tally, Counter[str]]:
     """Good requests of a run without its beginning and end; and what the others missed: limits by
-    name, or the error that they ended with. The run ends when so many have missed that it cannot
-    reach the goal any more, with the confidence `sure` if given, even if all the rest were good;
-    and when so many were good that it cannot fail it even if none of the rest were: the longest
-    answers take as long as all the others. The tally has the rest as unknown."""
+    name, or the error that they ended with. The run ends when it has shown enough (`Sentence`),
+    with the confidence `sure` if given; the tally has the rest as unknown."""
     arrivals = question.requests(rate, num_requests)
     counted = kept(arrivals)
     first_s, last_s = counted[0].arrived_s, counted[-1].arrived_s
-    most_bad, least_good = _verdicts(question.goal, len(counted), sure)
+    sentence = Sentence(question.goal, len(counted), sure)
+    num_before = arrivals.index(counted[0])
     misses: Counter[str] = Counter()
-    num_judged = num_bad = 0
 
     def note(served: Served) -> None:
-        nonlocal num_judged, num_bad
         if first_s <= served.arrival.arrived_s <= last_s:
             missed = missed_by(served, question.slo)
-            num_judged += 1
-            num_bad += bool(missed)
+            sentence.note(bool(missed), simulation.num_arrived - num_before)
             misses.update(missed)
 
-    simulation = Simulation(question.scenario(candidate), arrivals)
+    simulation = Simulation(question.scenario(candidate), arrivals, keeps_passes=False)
     simulation.ended = note
     simulation.start()
-    while simulation.num_open and num_bad <= most_bad and num_judged - num_bad < least_good:
+    while simulation.num_open and not sentence.is_over:
         if not simulation.turn():
             raise AssertionError(f"{simulation.num_open} requests wait for nothing")
-    num_left = max(0, len(counted) - num_judged)
-    return Tally(num_judged, num_judged - num_bad, num_left), misses
-
-
-def _verdicts(goal: float, num_requests: int, confidence: float | None) -> tuple[int, int]:
-    """How many of a run may miss before it is known to fail the goal, and how many have to be good
-    before it is known to reach it; with this confidence, if there is one: more of both then."""
-    most_bad = floor((1.0 - goal) * num_requests + 1e-9)
-    least_good = num_requests - most_bad
-    if confidence is None:
-        return most_bad, least_good
-
-    def interval(num_good: int) -> tuple[float, float]:
-        return Tally(num_requests, num_good).interval(confidence)
-
-    while most_bad < num_requests - 1 and interval(num_requests - most_bad - 1)[1] >= goal:
-        most_bad += 1
-    while least_good <= num_requests and interval(least_good)[0] < goal:
-        least_good += 1
-    return most_bad, least_good
+    return sentence.tally, misses
 
 
 def missed_by(served: Served, slo: Slo) -> tuple[str, ...]:

@@ -6,13 +6,14 @@ together: all plan when a pass starts, it lasts what the cost model says of the 
 commit when it ends. A rank without work takes part idle. A pass cannot be interrupted; what arrives
 meanwhile waits for the next one.
 
-An instance with pipeline stages is simulated as several, one for each stage, which share the stages
-and split the memory: its lanes. Each has a batch of its own in flight, so passes of
-different lanes overlap, and a sequence never waits for itself.
+An instance with pipeline stages has as many passes under way, of different sequences or of chunks
+of a prompt that follow each other, as real workers do (docs/instances.md). The next is planned when
+the first stage is free; what a pass is told to take begins when the one before it ended.
 """
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,7 +23,8 @@ from nodeserve.plan.records import Engine, Pass, Scenario
 from nodeserve.policy.account import Account
 from nodeserve.policy.batching import Batch, Limits
 from nodeserve.policy.batching import Sequence as Tokens
-from nodeserve.policy.cost import IDLE, RankWork
+from nodeserve.policy.cost import IDLE
+from nodeserve.policy.pipeline import Pipeline
 from nodeserve.policy.profile import Profile, pass_factor
 from nodeserve.policy.units import Unit
 from nodeserve.types import Load, Role
@@ -45,34 +47,28 @@ class RankDone(NamedTuple):
 
 
 class InstanceDone(NamedTuple):
-    """What all ranks of an instance tell of a pass."""
+    """What all ranks of an instance tell of a pass, its `step`-th."""
 
+    record: Pass
     step: int
-    began_s: float
-    seconds: float
-    works: tuple[RankWork, ...]
     ranks: list[RankDone]
 
 
-class Pipeline:
-    """Stages that passes go through in order, each stage one pass at a time."""
+class QuietDone(NamedTuple):
+    """What all ranks tell of a pass in which nobody began or ended."""
 
-    def __init__(self, num_stages: int = 1) -> None:
-        self.num_stages = num_stages
-        self._free_s = [-math.inf] * num_stages
+    record: Pass
+    step: int
+    loads: list[Load]
 
-    @property
-    def opens_s(self) -> float:
-        """When the first stage can take the next pass."""
-        return self._free_s[0]
 
-    def run(self, now_s: float, seconds: float) -> float:
-        """Send a pass through that takes so long alone; when it is out. O(stages)."""
-        ends_s = now_s
-        for stage, free_s in enumerate(self._free_s):
-            ends_s = max(ends_s, free_s) + seconds / self.num_stages
-            self._free_s[stage] = ends_s
-        return ends_s
+class Flight(NamedTuple):
+    """A pass under way."""
+
+    record: Pass
+    step: int
+    batches: list[Batch | None]  # of each rank; None: it takes part idle
+    ends_s: float
 
 
 class Rank:
@@ -81,7 +77,8 @@ class Rank:
     def __init__(
         self, index: int, instance: int, role: Role, limits: Limits, prefill_first: bool = False
     ) -> None:
-        self.unit = Unit(index, instance, Account(limits.num_blocks), role is Role.MIXED)
+        mixed, num_stages = role is Role.MIXED, limits.num_stages
+        self.unit = Unit(index, instance, Account(limits.num_blocks), mixed, num_stages)
         self.scheduler = PrefillFirst(limits) if prefill_first else BulkScheduler(limits)
         self.held: dict[int, Tokens] = {}  # of requests that may still get tokens here
         self.link_free_s = 0.0
@@ -138,7 +135,7 @@ class Rank:
 
 
 class Instance:
-    """Ranks in lockstep."""
+    """Ranks in lockstep, or one with stages."""
 
     def __init__(
         self,
@@ -146,29 +143,31 @@ class Instance:
         role: Role,
         ranks: Sequence[Rank],
         profile: Profile,
-        pipeline: Pipeline,
         engine: Engine,
         noise: float,
         seed: int,
     ) -> None:
         self.index = index
         self.role = role
+        self.prefills = role is not Role.DECODE
+        self.decodes = role is not Role.PREFILL
         self.ranks = list(ranks)
         self.alive = True
         self.lost = False  # declared dead
-        self.passes: list[Pass] = []
+        self.last: Pass | None = None  # that ended
         self.profile = profile
-        self.pipeline = pipeline
+        self.num_stages = profile.num_stages
+        self._pipeline = Pipeline(profile.num_stages)
         self._looks_s = -math.inf  # when it will look again whether the first stage is free
         self._engine = engine
         self._noise = noise
         self._seed = seed
         self._factors = _factors(noise, seed, index)
-        self._running: list[Batch | None] | None = None
-        self.is_quiet = False  # of the pass that runs: it has decodes alone, and ends nobody
-        self._works: tuple[RankWork, ...] = ()
-        self._began_s = 0.0
-        self._ends_s = 0.0
+        self._flights: deque[Flight] = deque()  # they end in this order
+        self.is_quiet = False  # of the newest: it has decodes alone, and ends nobody
+        self._num_passes = 0
+        self._ends_s = 0.0  # of the newest
+        self._delays = bool(engine.delay_passes)
         self._flush_s: float | None = None  # when a delayed pass starts at the latest
         self.door_s = 0.0  # how long the next pass waits at most for who may board it
         self._door_until_s = -math.inf
@@ -178,79 +177,81 @@ class Instance:
         """Its ranks, as dispatch knows them."""
         return [rank.unit for rank in self.ranks]
 
-    @property
-    def prefills(self) -> bool:
-        return self.role is not Role.DECODE
-
-    @property
-    def decodes(self) -> bool:
-        return self.role is not Role.PREFILL
-
     def begin(self, now_s: float) -> tuple[float, bool] | None:
         """Start a pass if one can start: when it ends, and True; or when to look again, and False;
-        None: nothing to do, or a pass runs."""
-        if self._running is not None or not self.alive:
+        None: nothing to do, or as many passes run as can."""
+        flights = self._flights
+        if len(flights) == self.num_stages or not self.alive:
             return None
-        if self._engine.delay_passes and (flush_s := self._delayed_until(now_s)) > now_s:
+        if self._delays and (flush_s := self._delayed_until(now_s)) > now_s:
             return flush_s, False
         if now_s < self._door_until_s:
             return self._door_until_s, False
-        if now_s < self.pipeline.opens_s:
-            return self._look_again()
-        batches = [rank.scheduler.next_batch() for rank in self.ranks]
+        if now_s < self._pipeline.opens_s:
+            return self.look_again()
+        batches = self._next_batches()
         if not any(batches):
             return None
-        self._works = tuple(work_of(batch) if batch else IDLE for batch in batches)
-        self.is_quiet = all(isinstance(one, BulkBatch) and one.is_quiet for one in batches)
-        factor = self._factor(len(self.passes) + 1)
-        ends_s = self.pipeline.run(now_s, self.profile.cost.pass_s(self._works) * factor)
-        seconds = ends_s - now_s
-        gap_s = now_s - self._ends_s if self.passes else 0.0
-        self.passes.append(Pass(self.index, now_s, seconds, gap_s, self._works))
-        self._running, self._began_s, self._ends_s = batches, now_s, ends_s
+        works = tuple([work_of(batch) if batch else IDLE for batch in batches])
+        self.is_quiet = all([isinstance(one, BulkBatch) and one.is_quiet for one in batches])
+        self._num_passes = step = self._num_passes + 1
+        alone_s = self.profile.cost.pass_s(works) * self._factor(step)
+        before_s, ends_s = self._ends_s, self._pipeline.run(now_s, alone_s)
+        began_s = max(now_s, before_s) if flights else now_s
+        gap_s = began_s - before_s if step > 1 else 0.0
+        record = Pass(self.index, began_s, ends_s - began_s, gap_s, works)
+        flights.append(Flight(record, step, batches, ends_s))
+        self._ends_s = ends_s
         self._flush_s = None
-        return self._ends_s, True
+        return ends_s, True
 
     def end(self) -> InstanceDone:
-        """The pass is over."""
-        assert self._running is not None
-        batches, self._running = self._running, None
+        """The oldest pass is over."""
+        self.last, step, batches, ends_s = self._flights.popleft()
         ranks = [rank.finish(batch) for rank, batch in zip(self.ranks, batches, strict=True)]
-        seconds = self._ends_s - self._began_s
         if self.door_s and any(rank.scheduler.load()[1] for rank in self.ranks):
-            self._door_until_s = self._ends_s + self.door_s
-        return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+            self._door_until_s = ends_s + self.door_s
+        return InstanceDone(self.last, step, ranks)
 
-    def end_quietly(self) -> InstanceDone:
-        """A quiet pass is over."""
-        batches, self._running = self._running, None
-        assert batches is not None
+    def end_quietly(self) -> QuietDone:
+        """The oldest pass is over, a quiet one."""
+        self.last, step, batches, _ = self._flights.popleft()
+        loads = []
         for rank, batch in zip(self.ranks, batches, strict=True):
-            assert isinstance(batch, BulkBatch) and isinstance(rank.scheduler, BulkScheduler)
             rank.scheduler.commit_quietly(batch)
-        ranks = [RankDone(rank.load(), [], [], [], []) for rank in self.ranks]
-        seconds = self._ends_s - self._began_s
-        return InstanceDone(len(self.passes), self._began_s, seconds, self._works, ranks)
+            loads.append(rank.load())
+        return QuietDone(self.last, step, loads)
+
+    def _next_batches(self) -> list[Batch | None]:
+        """Of each rank, beside those that it has under way."""
+        flights = self._flights
+        if not flights:
+            return [rank.scheduler.next_batch() for rank in self.ranks]
+        return [
+            rank.scheduler.next_batch(any(one.batches[place] for one in flights))
+            for place, rank in enumerate(self.ranks)
+        ]
+
+    def look_again(self) -> tuple[float, bool] | None:
+        """When the first stage is free for what there is to do, unless it was said already."""
+        opens_s = self._pipeline.opens_s
+        if self._looks_s >= opens_s or len(self._flights) == self.num_stages:
+            return None
+        if not any(rank.scheduler.has_idle_work for rank in self.ranks):
+            return None
+        self._looks_s = opens_s
+        return opens_s, False
 
     def _factor(self, number: int) -> float:
         """Of the time of a pass, by its number from 1 on."""
         factors = self._factors
         while len(factors) < number:
-            factor = pass_factor(self._noise, self._seed, self.index, len(factors) + 1)
-            factors.append(factor)
+            factors.append(pass_factor(self._noise, self._seed, self.index, len(factors) + 1))
         return factors[number - 1]
 
     def close_door(self) -> None:
         """Who may board is here."""
         self._door_until_s = -math.inf
-
-    def _look_again(self) -> tuple[float, bool] | None:
-        """When the first stage is free, unless it was said already."""
-        opens_s = self.pipeline.opens_s
-        if self._looks_s >= opens_s or not any(map(_has_work, self.ranks)):
-            return None
-        self._looks_s = opens_s
-        return opens_s, False
 
     def _delayed_until(self, now_s: float) -> float:
         """An engine that holds a prefill pass back while only some of its ranks have work."""
@@ -265,35 +266,29 @@ class Instance:
         return self._flush_s
 
 
-def _has_work(rank: Rank) -> bool:
-    num_running, num_waiting, *_ = rank.scheduler.load()
-    return num_running + num_waiting > 0
-
-
 def build_instances(scenario: Scenario) -> list[Instance]:
-    """The lanes of the layout's instances, in its order; ranks are numbered through."""
+    """The layout's instances, in its order; ranks are numbered through."""
     instances: list[Instance] = []
     num_ranks = 0
-    for role, shape, profile in scenario.instances:
-        pipeline = Pipeline(profile.num_stages)
+    engine = scenario.engine
+    for index, (role, shape, profile) in enumerate(scenario.instances):
         limits = Limits(
-            profile.num_kv_tokens // profile.num_stages // scenario.block_size,
+            profile.num_kv_tokens // scenario.block_size,
             scenario.block_size,
             profile.max_model_len,
             scenario.dispatch.max_num_seqs,
             scenario.dispatch.budget,
+            num_stages=profile.num_stages,
+            attention_weight=profile.attention_weight,
         )
         noise = profile.noise if scenario.noise is None else scenario.noise
-        engine = scenario.engine
         prefill_first = engine.prefill_first and role is Role.MIXED
-        for _ in range(profile.num_stages):
-            index, first = len(instances), num_ranks
-            num_ranks += shape.ep
-            ranks = [Rank(at, index, role, limits, prefill_first) for at in range(first, num_ranks)]
-            instance = Instance(index, role, ranks, profile, pipeline, engine, noise, scenario.seed)
-            if scenario.dispatch.holds_door and role is Role.PREFILL:
-                instance.door_s = 4 * scenario.message_s + 0.001
-            instances.append(instance)
+        first, num_ranks = num_ranks, num_ranks + shape.ep
+        ranks = [Rank(at, index, role, limits, prefill_first) for at in range(first, num_ranks)]
+        instance = Instance(index, role, ranks, profile, engine, noise, scenario.seed)
+        if scenario.dispatch.holds_door and role is Role.PREFILL and profile.num_stages == 1:
+            instance.door_s = 4 * scenario.message_s + 0.001
+        instances.append(instance)
     return instances
 
 

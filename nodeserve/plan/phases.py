@@ -6,14 +6,14 @@ fewer of them, serves no more. So a search need not run every pair of shapes in 
 one that is limited by its decodes wants as many instances for them as fit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from nodeserve.layout import Group, parse_layout
 from nodeserve.plan.bounds import Sides
 from nodeserve.plan.candidates import Candidate, part_of
 from nodeserve.types import Role
 
-FAR_MORE = 4 / 3  # of one phase's bound in the other's
+FAR_MORE = 1.2  # of one phase's bound in the other's
 
 
 class PhaseLimits:
@@ -25,30 +25,51 @@ class PhaseLimits:
         self._most: dict[Group, float] = {}
 
     def note(self, candidate: Candidate, served: float) -> None:
-        """It serves so many, or less. Nothing is known by that where both phases are about as fast,
-        where one is not of instances that do it alone, and of what was run in part: the whole
-        serves more than so many of its parts."""
-        prefill, decode = _groups(candidate.layout)
-        if prefill is None or decode is None or part_of(candidate)[1] > 1:
-            return
-        sides = self._sides_of(candidate)
-        if sides.prefill * FAR_MORE <= sides.decode:
-            self._most[prefill] = max(self._most.get(prefill, 0.0), served)
-        elif sides.decode * FAR_MORE <= sides.prefill:
-            self._most[decode] = max(self._most.get(decode, 0.0), served)
+        """It serves so many, or less."""
+        slower = self._slower(candidate)
+        if slower is not None:
+            self._most[slower] = max(self._most.get(slower, 0.0), served)
 
     def allow(self, candidate: Candidate, rate: float) -> bool:
         """Whether it may serve more than this, for all that runs of others say."""
-        mine = [one for one in _groups(candidate.layout) if one is not None]
         return not any(
-            most <= rate and one.count <= known.count and _alike(one, known)
-            for known, most in self._most.items()
-            for one in mine
+            most <= rate and _has(candidate, known) for known, most in self._most.items()
         )
 
+    def apart(self, candidates: Iterable[Candidate], number: int) -> list[Candidate]:
+        """The first so many of which none may be settled by what a run of another will show."""
+        chosen: list[Candidate] = []
+        awaited: list[Group] = []
+        for candidate in candidates:
+            if len(chosen) == number:
+                break
+            if not any(_has(candidate, slower) for slower in awaited):
+                chosen.append(candidate)
+                slower = self._slower(candidate)
+                awaited += [slower] if slower else []
+        return chosen
 
-def _alike(one: Group, other: Group) -> bool:
-    return (one.role, one.shape) == (other.role, other.shape)
+    def _slower(self, candidate: Candidate) -> Group | None:
+        """The instances of the phase that a run of it measures. None where both are about as fast,
+        where one is not of instances that do it alone, and of what is run in part: the whole serves
+        more than so many of its parts."""
+        prefill, decode = _groups(candidate.layout)
+        if prefill is None or decode is None or part_of(candidate)[1] > 1:
+            return None
+        sides = self._sides_of(candidate)
+        if sides.prefill * FAR_MORE <= sides.decode:
+            return prefill
+        return decode if sides.decode * FAR_MORE <= sides.prefill else None
+
+
+def _has(candidate: Candidate, known: Group) -> bool:
+    """Whether a phase is done by these instances, or by fewer of them."""
+    return any(
+        one is not None
+        and (one.role, one.shape) == (known.role, known.shape)
+        and one.count <= known.count
+        for one in _groups(candidate.layout)
+    )
 
 
 def _groups(layout: str) -> tuple[Group | None, Group | None]:

@@ -16,47 +16,28 @@ question gives the same plan, in however many processes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from math import log
 
 from nodeserve.layout import parse_layout
-from nodeserve.plan.bounds import Demand, Sides, bound, demand_of, sides
 from nodeserve.plan.candidates import (
     Candidate,
-    Kind,
     all_candidates,
     gpus_of,
-    kinds_of,
     neighbours,
-    part_of,
     variations,
 )
 from nodeserve.plan.efforts import EFFORTS, Effort
-from nodeserve.plan.evaluate import Job, Question, decided_range, search, stay_s, with_start
-from nodeserve.plan.goodput import crossing
+from nodeserve.plan.estimates import MOST_RATE, NEAR, Estimate, Estimator, Run, in_turn
+from nodeserve.plan.evaluate import Question
 from nodeserve.plan.phases import PhaseLimits
-from nodeserve.plan.search import STEP, Found, Probe, SearchOptions
 
 BATCH = 2  # jobs that are given out together
-NEAR = 0.85  # of the best so far: what is not surely below stays in the race
+PAPER = 0.95  # of the best so far: who cannot serve more even on paper is not run
+ALIKE = 1.1  # times one bound is another that says the same
 GAIN = 1.03  # that a change around the best must bring
 
-Run = Callable[[Sequence[Job]], list[Found]]
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A candidate's goodput, in requests a second of the whole node. `low` to `high` is where it
-    lies with the question's confidence; None: higher than anything asked. `most` is the bound."""
-
-    candidate: Candidate
-    goodput: float
-    low: float
-    high: float | None
-    most: float
-    num_gpus: int  # that the layout takes
-    probes: tuple[Probe, ...] = ()
-    fine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +63,6 @@ class Report:
         return next((one for one in self.ranked if one.candidate.kind == kind), None)
 
 
-def in_turn(jobs: Sequence[Job]) -> list[Found]:
-    """One after the other, in this process."""
-    return [search(job) for job in jobs]
-
-
 def plan(
     question: Question,
     effort: Effort = EFFORTS["normal"],
@@ -106,37 +82,32 @@ class Planner:
     run: Run = in_turn
     tell: Tell = lambda _: None
     by_gpu: bool = False  # what counts is goodput over the GPUs that a layout takes
-    kinds: list[Kind] = field(init=False)
-    demand: Demand = field(init=False)
     num_impossible: int = 0
     num_bounded: int = 0
     num_behind: int = 0
-    num_requests: int = 0
-    _stay_s: float = field(init=False)
+    estimator: Estimator = field(init=False)
 
     def __post_init__(self) -> None:
-        question = self.question
-        self.kinds = kinds_of(question.model, question.num_gpus, question.eps, question.plain)
-        self.demand = demand_of(question.lengths())
-        self._stay_s = stay_s(question, self.demand.output + 1.0)
+        self.estimator = Estimator(self.question, self.effort, self.run)
 
     def plan(self) -> Report:
         """All four rounds."""
         question = self.question
         candidates = all_candidates(
-            self.kinds,
+            self.estimator.kinds,
             question.num_gpus,
             question.num_seqs,
             question.max_num_batched_tokens,
             question.dispatch.window_s,
         )
         self.tell(f"{len(candidates)} layouts")
-        finalists: list[Estimate] = []
-        for kind in ("mixed", "split"):
-            coarse = self.race([one for one in candidates if one.kind == kind])
-            fine = self.refine(coarse)
-            finalists += fine
-        finalists = self.improve(finalists)
+        races = [
+            self.race([one for one in candidates if one.kind == kind])
+            for kind in ("mixed", "split")
+        ]
+        top = max((one.goodput for found in races for one in found), default=0.0)
+        near = [one for found in races for one in self.finalists(found, top)]
+        finalists = self.improve(self.refine(near))
         return Report(
             question,
             tuple(sorted(finalists, key=self.order)),
@@ -144,77 +115,97 @@ class Planner:
             self.num_impossible,
             self.num_bounded,
             self.num_behind,
-            self.num_requests,
+            self.estimator.num_requests,
             self.effort.most_requests,
         )
 
     def units(self, candidates: Sequence[Candidate]) -> list[Estimate]:
         """The first three rounds over these, by goodput a GPU of their own; the best first."""
         self.by_gpu = True
-        return sorted(self.refine(self.race(candidates)), key=self.order)
-
-    def alone(self, candidate: Candidate, guess: float = 0.0) -> Estimate:
-        """One layout, closely; `guess` is about where its goodput may be."""
-        most = self.most(candidate)
-        if guess <= 0.0 and most > 0.0:
-            guess = self.estimate([(candidate, most, self._coarse(most, 0.0))])[0].goodput
-        if guess <= 0.0 or most <= 0.0:
-            return self._estimate(candidate, most, ())
-        return self.closely([(candidate, most, guess)])[0]
+        coarse = self.race(candidates)
+        top = self._worth(coarse[0]) if coarse else 0.0
+        return sorted(self.refine(self.finalists(coarse, top)), key=self.order)
 
     def order(self, one: Estimate) -> tuple[float, int, int, str, int]:
         """The most goodput first; then the fewest GPUs, mixed before split."""
         candidate = one.candidate
         return (
-            -one.goodput / self._size(candidate),
+            -self._worth(one),
             one.num_gpus,
             candidate.kind != "mixed",
             candidate.layout,
             candidate.max_num_batched_tokens,
         )
 
+    def _worth(self, one: Estimate) -> float:
+        """What two are compared by."""
+        return one.goodput / self._size(one.candidate)
+
+    @property
+    def _paper(self) -> float:
+        return NEAR if self.effort.every else PAPER
+
     def _size(self, candidate: Candidate) -> int:
         """What a goodput is divided by when two are compared."""
-        return gpus_of(parse_layout(candidate.layout), self.kinds) if self.by_gpu else 1
+        return gpus_of(parse_layout(candidate.layout), self.estimator.kinds) if self.by_gpu else 1
 
     # ---- the rounds
 
     def race(self, candidates: Sequence[Candidate]) -> list[Estimate]:
         """Coarse estimates of those that may be among the best; the best first."""
-        queue = [(one, most) for one in candidates if (most := self.most(one)) > 0.0]
+        bounds = {one: self.estimator.most(one) for one in candidates}
+        queue = sorted((one for one in candidates if bounds[one] > 0.0), key=self._promise)
         self.num_impossible += len(candidates) - len(queue)
-        queue.sort(key=lambda pair: -pair[1] / self._size(pair[0]))
         found: list[Estimate] = []
-        limits = PhaseLimits(self.sides)
+        limits = PhaseLimits(self.estimator.sides)
         best = 0.0  # for each unit of size
         while queue:
             hopeful = [
-                (one, most)
-                for one, most in queue
-                if most > NEAR * (top := best * self._size(one))
+                one
+                for one in queue
+                if bounds[one] > self._paper * (top := best * self._size(one))
                 and (self.effort.every or limits.allow(one, top))
             ]
             self.num_bounded += len(queue) - len(hopeful)
-            batch, queue = hopeful[:BATCH], hopeful[BATCH:]
-            tried = [(one, most, NEAR * best * self._size(one)) for one, most in batch]
-            estimates = self.in_part(tried)
+            batch = hopeful[:BATCH] if self.effort.every else limits.apart(hopeful, BATCH)
+            queue = [one for one in hopeful if one not in batch]
+            tried = [(one, bounds[one], NEAR * best * self._size(one)) for one in batch]
+            estimates = self.estimator.in_part(tried)
             for (one, _, least), estimate in zip(tried, estimates, strict=True):
                 if served := estimate.goodput or least:  # less, where it did not reach the least
                     limits.note(one, served)
             self.num_behind += sum(one.goodput <= 0.0 for one in estimates)
             found += [one for one in estimates if one.goodput > 0.0]
-            best = max([best, *(one.goodput / self._size(one.candidate) for one in found)])
+            best = max([best, *map(self._worth, found)])
             self.tell(f"{len(queue)} to try, best so far {best:.2f}/s")
         return sorted(found, key=self.order)
 
+    def finalists(self, coarse: Sequence[Estimate], top: float) -> list[Estimate]:
+        """The best one, and a few more that may be as good as the best of all, worth `top`."""
+        near = [
+            one for place, one in enumerate(coarse) if not place or self._worth(one) > NEAR * top
+        ]
+        chosen = near[: self.effort.finalists]
+        self.num_behind += len(coarse) - len(chosen)
+        return chosen
+
+    def _promise(self, candidate: Candidate) -> tuple[int, int, float]:
+        """The higher the bound the better. Of about the same, small instances come first: they need
+        not wait for each other, and are run as a small part of the node. Of those that share their
+        slower phase the one whose other phase can do most says the most about all of them."""
+        most = self.estimator.most(candidate) / self._size(candidate)
+        groups = parse_layout(candidate.layout).groups
+        sizes = {kind.shape: kind.num_gpus for kind in self.estimator.kinds}
+        return (
+            -round(log(min(most, MOST_RATE)) / log(ALIKE)),
+            max(sizes[group.shape] for group in groups),
+            -self.estimator.widest(candidate),
+        )
+
     def refine(self, coarse: Sequence[Estimate]) -> list[Estimate]:
-        """Fine estimates of the best few."""
-        worth = [one.goodput / self._size(one.candidate) for one in coarse]
-        near = [one for one, value in zip(coarse, worth, strict=True) if value > NEAR * worth[0]]
-        finalists = near[: self.effort.finalists]
-        self.num_behind += len(coarse) - len(finalists)
-        self.tell(f"{len(finalists)} to look at closely")
-        return self.closely([(one.candidate, one.most, one.goodput) for one in finalists])
+        """Fine estimates."""
+        self.tell(f"{len(coarse)} to look at closely")
+        return self.estimator.closely([(one.candidate, one.most, one.goodput) for one in coarse])
 
     def improve(self, finalists: list[Estimate]) -> list[Estimate]:
         """What is around the best of each kind, as long as it gains."""
@@ -241,15 +232,15 @@ class Planner:
             todo = [one for one in around if one not in seen]
             seen.update(todo)
             asked = GAIN * best.goodput
-            hopeful = [(one, most) for one in todo if (most := self.most(one)) > asked]
+            hopeful = [(one, most) for one in todo if (most := self.estimator.most(one)) > asked]
             self.tell(f"{len(hopeful)} around {best.candidate.layout}")
-            options = self._coarse(asked, asked)  # that rate and no other
-            tries = self.estimate([(one, most, options) for one, most in hopeful])
+            options = self.estimator.coarse(asked, asked)  # that rate and no other
+            tries = self.estimator.estimate([(one, most, options) for one, most in hopeful])
             ahead = sorted(
                 (one for one in tries if one.goodput > 0.0),
                 key=lambda one: -one.probes[-1].tally.share,
             )[:1]
-            fine = self.closely([(one.candidate, one.most, one.goodput) for one in ahead])
+            fine = self.estimator.closely([(one.candidate, one.most, one.goodput) for one in ahead])
             if not fine or fine[0].goodput < asked:
                 break
             best = fine[0]
@@ -258,139 +249,7 @@ class Planner:
 
     def _moves(self, candidate: Candidate) -> list[Candidate]:
         """Within the GPUs there are, and with shapes as before."""
-        kinds, most = self.kinds, self.question.num_gpus
+        kinds, most = self.estimator.kinds, self.question.num_gpus
         return [
             one for one in neighbours(candidate) if gpus_of(parse_layout(one.layout), kinds) <= most
         ]
-
-    # ---- searches of one rate each
-
-    def sides(self, candidate: Candidate) -> Sides:
-        """What its phases can serve on paper."""
-        question = self.question
-        return sides(candidate, self.kinds, self.demand, question.slo, question.num_seqs)
-
-    def most(self, candidate: Candidate) -> float:
-        """Its bound, in requests a second."""
-        question = self.question
-        return bound(
-            candidate, self.kinds, self.demand, question.slo, question.goal, question.num_seqs
-        )
-
-    def _coarse(self, most: float, least: float) -> SearchOptions:
-        """From the rate that it must reach, or somewhere below its bound if there is none."""
-        effort, question = self.effort, self.question
-        start = least or min(most, 1e6) / 2
-        return SearchOptions(
-            start=start,
-            low=least,
-            high=max(start, most),
-            goal=question.goal,
-            confidence=question.confidence,
-            tolerance=0.2,
-            min_requests=effort.coarse_requests,
-            max_requests=effort.coarse_requests,
-            max_probes=12,
-            step=1.0 / NEAR if least else STEP,  # the next rate is that of the best
-        )
-
-    def closely(self, wanted: Sequence[tuple[Candidate, float, float]]) -> list[Estimate]:
-        """Of candidates with their bound and a first guess: from it up and down until both sides
-        are found."""
-        effort, question = self.effort, self.question
-        options = SearchOptions(
-            start=1.0,
-            goal=question.goal,
-            confidence=question.confidence,
-            tolerance=effort.tolerance,
-            min_requests=effort.fine_requests,
-            max_requests=4 * effort.fine_requests,
-            max_probes=10,
-        )
-        probes: dict[Candidate, list[Probe]] = {one: [] for one, _, _ in wanted}
-        left = list(wanted)
-        for _ in range(6):
-            tried = self.estimate(
-                [
-                    (one, most, with_start(options, start, 0.8 * start, 1.2 * start))
-                    for one, most, start in left
-                ]
-            )
-            again: list[tuple[Candidate, float, float]] = []
-            for (candidate, most, start), one in zip(left, tried, strict=True):
-                probes[candidate] += one.probes
-                passed = [probe.tally.share >= question.goal for probe in one.probes]
-                if all(passed):
-                    again.append((candidate, most, 1.4 * start))
-                elif not any(passed):
-                    again.append((candidate, most, 0.6 * start))
-            left = again
-        sure = options.look_confidence
-        return [
-            replace(self._estimate(candidate, most, probes[candidate], sure), fine=True)
-            for candidate, most, _ in wanted
-        ]
-
-    def in_part(self, wanted: Sequence[tuple[Candidate, float, float]]) -> list[Estimate]:
-        """Coarse estimates of candidates with their bound and a rate to reach, by a small node of
-        the same proportions: it costs a part of what the whole does, and serves a little less than
-        that part, since fewer instances even each other out."""
-        parts = [part_of(candidate) for candidate, _, _ in wanted]
-        found = self.estimate(
-            [
-                (part, most / number, self._coarse(most / number, least / number))
-                for (part, number), (_, most, least) in zip(parts, wanted, strict=True)
-            ]
-        )
-        return [
-            self._estimate(
-                candidate,
-                most,
-                [replace(probe, rate=number * probe.rate) for probe in one.probes],
-            )
-            for (candidate, most, _), (_, number), one in zip(wanted, parts, found, strict=True)
-        ]
-
-    def estimate(self, wanted: Sequence[tuple[Candidate, float, SearchOptions]]) -> list[Estimate]:
-        """One search each."""
-        jobs = [
-            Job(self.question, one, options, self._stay_s, self.effort.most_requests)
-            for one, _, options in wanted
-        ]
-        estimates = [
-            self._estimate(candidate, most, found.probes)
-            for (candidate, most, _), found in zip(wanted, self.run(jobs), strict=True)
-        ]
-        self.num_requests += sum(
-            probe.tally.num_offered for one in estimates for probe in one.probes
-        )
-        return estimates
-
-    def _estimate(
-        self,
-        candidate: Candidate,
-        most: float,
-        probes: Sequence[Probe],
-        confidence: float | None = None,
-    ) -> Estimate:
-        """Where attainment crosses the goal, by the run with the most requests of each rate.
-        `confidence` of each look; None: there was one."""
-        question = self.question
-        last = {
-            probe.rate: probe for probe in sorted(probes, key=lambda one: one.tally.num_planned)
-        }
-        points = [(rate, probe.tally.share) for rate, probe in last.items()]
-        low, high = decided_range(
-            list(last.values()), question.goal, confidence or question.confidence
-        )
-        # More than the bound is what a run too short for a queue to grow would seem to serve.
-        rate = min(most, crossing(points, question.goal) or 0.0)
-        return Estimate(
-            candidate,
-            rate,
-            min(low, rate),
-            high,
-            most,
-            gpus_of(parse_layout(candidate.layout), self.kinds),
-            tuple(sorted(last.values(), key=lambda one: one.rate)),
-        )

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
+from nodeserve.plan.estimates import Run, in_turn
 from nodeserve.plan.evaluate import Job, search
-from nodeserve.plan.planner import Run, in_turn
 from nodeserve.plan.search import Found
 
 

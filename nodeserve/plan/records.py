@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape, parse_layout
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.flow import FlowOptions
@@ -54,7 +53,7 @@ class Simulated(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """A node to simulate. The budget and the number of sequences in `dispatch` are also those of
-    its ranks, whatever the profile suggests. A layout with shapes needs a family of profiles."""
+    its ranks, whatever the profile suggests."""
 
     layout: str
     profile: str | Profile | Family
@@ -86,21 +85,9 @@ class Scenario:
             for group in parse_layout(self.layout).instances
         )
 
-    @property
-    def lanes(self) -> tuple[Simulated, ...]:
-        """The same, once for each of an instance's pipeline stages: what `Pass.instance` counts."""
-        return tuple(one for one in self.instances for _ in range(one.profile.num_stages))
-
     def _profile_of(self, shape: Shape) -> Profile:
         found = find_profile(self.profile) if isinstance(self.profile, str) else self.profile
-        if isinstance(found, Family):
-            return found.of(shape)
-        if shape.tp > 1 or shape.pp > 1:
-            raise ConfigError(
-                f"layout {self.layout}: profile {found.name} describes a whole rank, whatever it is"
-                " made of; give ranks of an instance as epN, for example 4p:ep8,1d:ep8"
-            )
-        return found
+        return found.of(shape)
 
 
 @dataclass(slots=True)
@@ -116,9 +103,10 @@ class Served:
 
 
 class Pass(NamedTuple):
-    """One pass of one instance."""
+    """One pass of one instance. Where several are under way in its stages, each begins for our
+    purposes when the one before it ended, so that they take all of the instance's time together."""
 
-    instance: int  # its place in Scenario.lanes
+    instance: int  # its place in Scenario.instances
     began_s: float
     seconds: float
     gap_s: float  # since the pass before ended

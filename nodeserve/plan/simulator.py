@@ -15,12 +15,14 @@ from nodeserve.plan.handoffs import Handoffs
 from nodeserve.plan.instances import (
     Instance,
     InstanceDone,
+    QuietDone,
     Rank,
     RankDone,
     build_instances,
     smallest_limits,
 )
 from nodeserve.plan.lives import Life
+from nodeserve.plan.quiet import QuietPasses
 from nodeserve.plan.records import Arrival, Outcome, Pass, Scenario, Served
 from nodeserve.plan.supervisor import Supervisor
 from nodeserve.policy.decode_allocation import DecodeAllocator
@@ -29,7 +31,7 @@ from nodeserve.policy.flow import Buffered, Verdict, judge
 from nodeserve.policy.foresight import Foresight
 from nodeserve.policy.lifecycle import Event, Phase
 from nodeserve.policy.units import Departure, PassDone
-from nodeserve.types import Role, Sampling, Slo
+from nodeserve.types import Load, Role, Sampling, Slo
 
 MAX_IDLE_WAKES = 10_000  # in a row: a policy that only asks to be asked again is stuck
 
@@ -42,7 +44,9 @@ def simulate(scenario: Scenario, arrivals: Sequence[Arrival]) -> Outcome:
 class Simulation:
     """One run: the coordinator's side, and what goes wrong."""
 
-    def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival]) -> None:
+    def __init__(
+        self, scenario: Scenario, arrivals: Sequence[Arrival], keeps_passes: bool = True
+    ) -> None:
         self.scenario = scenario
         self.message_s = scenario.message_s
         self.clock = Clock()
@@ -72,14 +76,13 @@ class Simulation:
         self.lives: dict[int, Life] = {}
         self.served: list[Served | None] = [None] * len(self.arrivals)
         self.ended: Callable[[Served], None] = lambda served: None  # told of each request's end
-        self.passes: list[Pass] = []
+        self.passes: list[Pass] = []  # that have ended, if they are kept
+        self._keeps_passes = keeps_passes
         self.num_open = len(self.arrivals)
-        self._num_arrived = self._num_idle_wakes = 0
+        self.num_arrived = self._num_idle_wakes = 0
         self._samplings: dict[int, Sampling] = {}
         self._touched: dict[Instance, None] = {}
-        self._quiet = (
-            Clock()
-        )  # ends of passes that end nobody's prompt or answer, and their reports
+        self._quiet = QuietPasses(self.message_s, self._pass_ended, self._quiet_report)
         self._undecided = False
         self._wake_s: float | None = None
         self._loss = Random(f"loss {scenario.seed}")
@@ -105,8 +108,7 @@ class Simulation:
         self._roll()
         if not self.clock.advance():
             return False
-        self._quiet.now_s = self.clock.now_s
-        self._quiet.act()
+        self._quiet.act(self.clock.now_s)
         while self.clock.act() or self._undecided:
             if self._undecided:
                 self._decide()
@@ -117,10 +119,9 @@ class Simulation:
         """To the next moment at which more happens than that whoever decodes gets a token. Nobody
         has to decide anything for these, unless somebody waits."""
         clock, quiet = self.clock, self._quiet
-        while quiet.next_s < clock.next_s:
-            quiet.advance()
-            clock.now_s = quiet.now_s
-            quiet.act()
+        while (now_s := quiet.next_s) < clock.next_s:
+            clock.now_s = now_s
+            quiet.act(now_s)
             while self._undecided:
                 self._decide()
             self._begin_passes()
@@ -128,12 +129,12 @@ class Simulation:
     # ---- arrivals
 
     def _expect_arrival(self) -> None:
-        if self._num_arrived < len(self.arrivals):
-            self.clock.at(self.arrivals[self._num_arrived].arrived_s, self._arrive)
+        if self.num_arrived < len(self.arrivals):
+            self.clock.at(self.arrivals[self.num_arrived].arrived_s, self._arrive)
 
     def _arrive(self, _: None) -> None:
-        arrival, request_id = self.arrivals[self._num_arrived], self._num_arrived
-        self._num_arrived += 1
+        arrival, request_id = self.arrivals[self.num_arrived], self.num_arrived
+        self.num_arrived += 1
         self._expect_arrival()
         num_output = arrival.num_output_tokens
         sampling = self._samplings.get(num_output)
@@ -243,31 +244,29 @@ class Simulation:
             if begun is not None:
                 when_s, runs = begun
                 if runs and instance.is_quiet:
-                    self._quiet.at(when_s, self._quiet_over, instance)
+                    self._quiet.begin(when_s, instance)
                 else:
                     self.clock.at(when_s, self._pass_over if runs else self._touch, instance)
+                if runs and instance.num_stages > 1 and (again := instance.look_again()):
+                    self.clock.at(again[0], self._touch, instance)
 
-    def _quiet_over(self, instance: Instance) -> None:
-        if instance.alive:
-            done = instance.end_quietly()
-            self.passes.append(instance.passes[-1])
-            self._touched[instance] = None
-            self._quiet.after(self.message_s, self._quiet_report, (instance, done))
+    def _pass_ended(self, instance: Instance) -> None:
+        if self._keeps_passes:
+            assert instance.last is not None
+            self.passes.append(instance.last)
+        self._touched[instance] = None
 
-    def _quiet_report(self, told: tuple[Instance, InstanceDone]) -> None:
+    def _quiet_report(self, instance: Instance, done: QuietDone) -> None:
         """Of a pass whose work was nothing but decodes, and of whom nobody ended."""
-        instance, done = told
-        if not instance.lost:
-            self._take_news(instance, done)
-            if len(self.dispatcher) or self.handoffs.parked:
-                self._changed()
+        self._take_news(instance, *done)
+        if len(self.dispatcher) or self.handoffs.parked:
+            self._changed()
 
     def _pass_over(self, instance: Instance) -> None:
         if not instance.alive:
             return
         done = instance.end()
-        self.passes.append(instance.passes[-1])
-        self._touched[instance] = None
+        self._pass_ended(instance)
         self.clock.after(self.message_s, self._report, (instance, done))
 
     def _report(self, told: tuple[Instance, InstanceDone]) -> None:
@@ -277,37 +276,37 @@ class Simulation:
         if instance.lost:
             return
         loss = self.scenario.faults.report_loss
-        lossy = loss > 0.0 and any(work.prefill_tokens for work in done.works)
+        lossy = loss > 0.0 and any(work.prefill_tokens for work in done.record.ranks)
         if not lossy or self._loss.random() >= loss:
-            self._take_news(instance, done)
+            self._take_news(instance, done.record, done.step, [one.load for one in done.ranks])
         for rank, rank_done in zip(instance.ranks, done.ranks, strict=True):
-            self._take_tokens(instance, rank, done, rank_done)
+            self._take_tokens(instance, rank, done.record, rank_done)
         self._changed()
 
-    def _take_news(self, instance: Instance, done: InstanceDone) -> None:
-        now_s, prefills = self.clock.now_s, instance.prefills
-        for rank, rank_done, work in zip(instance.ranks, done.ranks, done.works, strict=True):
+    def _take_news(
+        self, instance: Instance, record: Pass, step: int, loads: Sequence[Load]
+    ) -> None:
+        _, began_s, seconds, _, works = record
+        for rank, load, work in zip(instance.ranks, loads, works, strict=True):
             unit = rank.unit
-            unit.account.report(rank_done.load)
-            if prefills:
-                word = PassDone(done.step, done.began_s, done.seconds, work)
-                self.dispatcher.on_pass(unit.index, word, now_s)
+            unit.account.report(load)
+            if instance.prefills:
+                word = PassDone(step, began_s, seconds, work)
+                self.dispatcher.on_pass(unit.index, word, self.clock.now_s)
         if instance.decodes:
-            if self._learns and not any(work.prefill_tokens for work in done.works):
-                self.handoffs.allocator.observe(done.works, done.seconds)
+            if self._learns and not any([work.prefill_tokens for work in works]):
+                self.handoffs.allocator.observe(works, seconds)
             self.handoffs.room_changed()
 
-    def _take_tokens(
-        self, instance: Instance, rank: Rank, done: InstanceDone, told: RankDone
-    ) -> None:
+    def _take_tokens(self, instance: Instance, rank: Rank, record: Pass, told: RankDone) -> None:
         lives = self.lives
         for sequence in told.started:
             life = lives[sequence.request_id]
             if life.first_token_s is None:
-                life.received_s, life.started_s = sequence.received_s, done.began_s
+                life.received_s, life.started_s = sequence.received_s, record.began_s
         for request_id in told.prefilled:
             life = lives[request_id]
-            self._first_token(life, done)
+            self._first_token(life, record)
             if instance.role is Role.PREFILL:
                 life.on(Event.KV_READY)
                 life.source = rank.unit.index
@@ -318,7 +317,7 @@ class Simulation:
         for request_id in told.finished:
             life = lives[request_id]
             if life.phase is Phase.PREFILL:
-                self._first_token(life, done)
+                self._first_token(life, record)
             life.on(Event.FINISHED)
             self.handoffs.finish(life)
             self.foresight.ended(*life.stay(self.clock.now_s))
@@ -329,10 +328,10 @@ class Simulation:
             life.on(Event.PREEMPTED)
             self._put_back(life)
 
-    def _first_token(self, life: Life, done: InstanceDone) -> None:
+    def _first_token(self, life: Life, record: Pass) -> None:
         life.num_tokens += 1
         if life.first_token_s is None:
-            life.prefilled_s = done.began_s + done.seconds
+            life.prefilled_s = record.began_s + record.seconds
             life.first_token_s = self.clock.now_s
             if life.forecast is not None:
                 ttft_s = life.first_token_s - life.arrival.arrived_s
@@ -362,12 +361,11 @@ class Simulation:
         self.handoffs.room_changed()
         self._changed()
 
-    def _lose(self, lanes: Sequence[Instance]) -> None:
+    def _lose(self, instance: Instance) -> None:
         """An instance is declared dead: what it held waits again, with the tokens it has."""
-        mine = {rank.unit.index: rank for lane in lanes for rank in lane.ranks}
-        for lane in lanes:
-            self.dispatcher.lose(lane.index)
-            self.handoffs.lose(lane)
+        mine = {rank.unit.index: rank for rank in instance.ranks}
+        self.dispatcher.lose(instance.index)
+        self.handoffs.lose(instance)
         for life in list(self.lives.values()):
             rank = mine.get(life.holder)
             if rank is None:
@@ -392,9 +390,9 @@ class Simulation:
         self._undecided = False
         for life in list(self.lives.values()):
             self._over(life, WorkerLost.code)
-        while self._num_arrived < len(self.arrivals):
-            arrival = self.arrivals[self._num_arrived]
+        while self.num_arrived < len(self.arrivals):
+            arrival = self.arrivals[self.num_arrived]
             self.clock.now_s = max(self.clock.now_s, arrival.arrived_s)
-            life = self._live(self._num_arrived, arrival, Sampling())
-            self._num_arrived += 1
+            life = self._live(self.num_arrived, arrival, Sampling())
+            self.num_arrived += 1
             self._over(life, WorkerLost.code)

@@ -133,20 +133,22 @@ def _over(count: float, seconds: float) -> float:
 def _prefill_passes(
     passes: Sequence[Pass], scenario: Scenario, began_s: float, ended_s: float
 ) -> PrefillPasses | None:
-    lanes = scenario.lanes
+    instances = scenario.instances
     inside = [
         one
         for one in passes
-        if began_s <= one.began_s <= ended_s and lanes[one.instance].role is not Role.DECODE
+        if began_s <= one.began_s <= ended_s and instances[one.instance].role is not Role.DECODE
     ]
     filled = [one for one in inside if any(work.prefill_tokens for work in one.ranks)]
     if not filled:
         return None
-    costs = [[lanes[one.instance].profile.cost.own_s(work) for work in one.ranks] for one in filled]
+    costs = [
+        [instances[one.instance].profile.cost.own_s(work) for work in one.ranks] for one in filled
+    ]
     balances = [sum(own) / len(own) / max(own) for own in costs if max(own)]
     room = sum(len(one.ranks) for one in filled) * scenario.dispatch.budget
     active = [sum(work.prefill_tokens > 0 for work in one.ranks) for one in filled]
-    num_instances = sum(lane.role is not Role.DECODE for lane in lanes)
+    num_instances = sum(one.role is not Role.DECODE for one in instances)
     return PrefillPasses(
         num_passes=len(filled),
         mean_s=math.fsum(one.seconds for one in filled) / len(filled),

@@ -1,8 +1,7 @@
 """Deaths in a simulation, and how they are found out.
 
 A killed instance is silent: it computes nothing and answers nothing. It is declared dead when it
-has left probes unanswered, or after a longer silence even if nobody asked. The lanes of an instance
-with pipeline stages are one thing here: they fall silent and are declared dead together.
+has left probes unanswered, or after a longer silence even if nobody asked.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +18,7 @@ HEARTBEAT_S = 5.0  # after so much silence it is dead even if nobody asked
 
 
 class Supervisor:
-    """`heard` is told of answers, when the accounts have their loads; `lose` of deaths, once, with
-    all lanes of the instance."""
+    """`heard` is told of answers, when the accounts have their loads; `lose` of deaths, once."""
 
     def __init__(
         self,
@@ -28,7 +26,7 @@ class Supervisor:
         instances: Sequence[Instance],
         transit_s: float,
         heard: Callable[[Instance], None],
-        lose: Callable[[Sequence[Instance]], None],
+        lose: Callable[[Instance], None],
     ) -> None:
         if not 0.0 <= 2 * transit_s < PROBE_TIMEOUT_S:
             raise ConfigError(
@@ -48,28 +46,22 @@ class Supervisor:
         victim = faults.kill_instance
         if victim is None:
             return
-        firsts = [one for one in self._instances if self._lanes_of(one)[0] is one]
-        if not 0 <= victim < len(firsts):
+        number = len(self._instances)
+        if not 0 <= victim < number:
             raise ConfigError(
-                f"there is no instance {victim} to kill: the layout has {len(firsts)}, counted"
-                " from 0"
+                f"there is no instance {victim} to kill: the layout has {number}, counted from 0"
             )
         if not faults.kill_at_s >= 0.0:
             raise ConfigError(f"an instance killed at {faults.kill_at_s:g} s: use 0 or later")
-        self._clock.at(faults.kill_at_s, self._kill, firsts[victim])
+        self._clock.at(faults.kill_at_s, self._kill, self._instances[victim])
 
     def probe(self, instance: Instance) -> None:
         """Ask whether it lives, unless that has been asked already."""
         if instance not in self._probed:
             self._send(instance, 0)
 
-    def _lanes_of(self, instance: Instance) -> list[Instance]:
-        """All that share its stages, itself among them."""
-        return [one for one in self._instances if one.pipeline is instance.pipeline]
-
     def _kill(self, instance: Instance) -> None:
-        for lane in self._lanes_of(instance):
-            lane.alive = False
+        instance.alive = False
         self._clock.after(HEARTBEAT_S, self._dead, instance)
 
     def _send(self, instance: Instance, num_unanswered: int) -> None:
@@ -105,7 +97,5 @@ class Supervisor:
     def _dead(self, instance: Instance) -> None:
         if instance.lost:
             return
-        lanes = self._lanes_of(instance)
-        for lane in lanes:
-            lane.alive, lane.lost = False, True
-        self._lose(lanes)
+        instance.alive, instance.lost = False, True
+        self._lose(instance)

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nodeserve.layout import Shape, parse_layout
+from nodeserve.layout import parse_layout
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.evaluate import Question, count
 from nodeserve.plan.planner import Report
@@ -42,7 +42,7 @@ def verdict(report: Report) -> Verdict:
     rate, question = best.goodput, report.question
     # As many as in the closest looks: a short run at a high rate ends before anybody is late.
     sure = question.confidence
-    at_winners, _ = count(question, other.candidate, rate, report.most_requests, sure)
+    at_winners, misses = count(question, other.candidate, rate, report.most_requests, sure)
     numbers = (
         f"{best.candidate.layout} serves {best.goodput:.3g} requests/s in time,"
         f" {other.candidate.layout} {other.goodput:.3g}"
@@ -52,7 +52,9 @@ def verdict(report: Report) -> Verdict:
         return Verdict(None, reason, rate, at_winners.share)
     # Far above its goodput everything is late; what it misses first shows a little above it.
     little = min(rate, ABOVE * other.goodput)
-    tally, misses = count(question, other.candidate, little, report.most_requests)
+    tally = at_winners
+    if little < rate:
+        tally, misses = count(question, other.candidate, little, report.most_requests, sure)
     seen = dict(misses.most_common())
     reason = f"{head}: {numbers} ({gain:+.0%})"
     if seen:
@@ -103,15 +105,14 @@ def context_of(question: Question, own: int | None) -> int | None:
     return None if own is not None and own <= question.context else question.context
 
 
-def start_command(candidate: Candidate, question: Question, named: Named) -> str | None:
-    """How a node like this is started, on simulated devices where real ones cannot be like this
-    yet; None where `nodeserve start` knows no such instances at all."""
+def start_command(candidate: Candidate, question: Question, named: Named) -> str:
+    """How a node like this is started; on simulated devices where a profile says nothing of what a
+    rank is made of."""
     shapes = [group.shape for group in parse_layout(candidate.layout).groups]
-    one_rank = isinstance(question.model, Profile)
-    wide = one_rank and question.any_profile.num_gpus > 1
-    simulated = wide or any(shape != Shape() for shape in shapes)
-    if simulated and not (one_rank and all(shape == Shape(ep=shape.ep) for shape in shapes)):
-        return None
+    model = question.model
+    simulated = isinstance(model, Profile) and (
+        model.num_gpus > 1 or any(shape.ep > 1 and model.of(shape) is model for shape in shapes)
+    )
     words = ["nodeserve", "start", *([named.model] if named.model else [])]
     own_context = named.own_context
     if simulated:

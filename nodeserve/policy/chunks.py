@@ -12,6 +12,15 @@ tokens without any attention; `weight` is what one pair of tokens in attention i
 
 import math
 
+from nodeserve.config import ModelConfig
+
+
+def attention_weight(config: ModelConfig) -> float:
+    """`weight` of a model: multiplications for a pair of tokens in attention, over those for a
+    token anywhere else."""
+    pair = 2 * config.num_layers * config.num_heads * config.head_dim
+    return pair / config.num_active_weights
+
 
 def chunk_cost(num_tokens: int, context: int, weight: float) -> float:
     """In tokens without attention."""

@@ -5,11 +5,13 @@ A block holds the KV of `block_size` tokens in one contiguous run,
 different parts of the model: a shard is some layers (pipeline stages) and some KV heads (tensor
 ranks) of it. A plan is a few runs of bytes inside a block, the same for every block, and it depends
 on nothing but the two shards. An MLA model has one latent vector per token instead of K and V of
-several heads: `parts` is 1, and there is one "head" that every tensor rank holds.
+several heads: `parts` is 1, and there is one "head" that every tensor rank holds. Where a device
+keeps K and V of a head side by side, `parts` is 1 as well, and the two are one page.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nodeserve.errors import ConfigError
 from nodeserve.shards import kv_head_range, share
@@ -26,7 +28,7 @@ class PageGeometry:
     block_size: int  # tokens
     head_dim: int
     value_bytes: int
-    parts: int = 2  # K and V; 1: one latent page
+    parts: int = 2  # K and V; 1: one latent page, or both in one
 
     @property
     def page_bytes(self) -> int:
@@ -67,8 +69,7 @@ class PageShard:
         return page * self.geometry.page_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CopyRun:
+class CopyRun(NamedTuple):
     """Offsets inside a target and a source block, in bytes; the columns of `copy_pages`' runs."""
 
     target: int
@@ -118,20 +119,27 @@ def copy_runs(target: PageShard, source: PageShard) -> tuple[CopyRun, ...]:
 def pulls(target: PageShard, sources: Sequence[PageShard], first: int = 0) -> tuple[Pull, ...]:
     """What to copy from which source so that each byte of the target's block arrives once.
 
-    Sources that hold the same (heads are replicated above `num_kv_heads` tensor ranks) are asked in
-    turn from `first` on: with the worker's own number, equal instances pull rank from rank and
-    replicas share the work. ConfigError when a page is nowhere, or two sources overlap in part.
+    Of sources that hold the same (heads are replicated above `num_kv_heads` tensor ranks), number
+    `first`, counted around, is asked: with the worker's own number, equal instances pull rank from
+    rank and replicas share the work. ConfigError when a page is nowhere, or two sources overlap in
+    part.
     """
+    holders: dict[tuple[range, range], list[int]] = {}  # of common layers and heads
+    for index, source in enumerate(sources):
+        layers = _common(target.layers, source.layers)
+        heads = _common(target.kv_heads, source.kv_heads)
+        if layers and heads:
+            holders.setdefault((layers, heads), []).append(index)
     missing = target.cells
     found = []
-    for turn in range(len(sources)):
-        index = (first + turn) % len(sources)
-        common = target.cells & sources[index].cells
-        if common and common <= missing:
-            found.append(Pull(index, copy_runs(target, sources[index])))
-            missing -= common
-        elif common & missing:
+    for (layers, heads), indices in holders.items():
+        common = {(layer, head) for layer in layers for head in heads}
+        if not common <= missing:
+            index = indices[0]
             raise ConfigError(f"source {index} overlaps in part with another: {sources[index]}")
+        missing -= common
+        index = indices[first % len(indices)]
+        found.append(Pull(index, copy_runs(target, sources[index])))
     if missing:
         layer, head = min(missing)
         raise ConfigError(f"no source has layer {layer}, KV head {head} of the pages")

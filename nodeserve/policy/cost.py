@@ -46,7 +46,7 @@ def rank_work(batch: Batch) -> RankWork:
 
 def prefill_pairs(chunks: Sequence[Work]) -> float:
     """Pairs of tokens that attention looks at in these chunks of prompts."""
-    return sum(chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in chunks)
+    return sum((chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in chunks), 0.0)
 
 
 @dataclass(frozen=True, slots=True)

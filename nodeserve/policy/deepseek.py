@@ -14,7 +14,7 @@ from nodeserve.config import MlaConfig, ModelConfig, MoeConfig
 from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
-from nodeserve.policy.sizes import rank_kv_bytes_per_token, rank_weights
+from nodeserve.policy.sizes import anatomy_of
 
 GPUS = {"h100": 80e9, "h200": 141e9}  # bytes of memory
 RANKS = (8, 16, 32, 64, 72, 144)
@@ -62,11 +62,15 @@ def deepseek_family(gpu: str) -> Family:
 
 
 def _kv_bytes() -> int:
-    return rank_kv_bytes_per_token(V3, Shape(), 2)
+    return V3.kv_bytes_per_token(2)
+
+
+def _weight_bytes(ranks: int) -> float:
+    return anatomy_of(V3, value_bytes=1).worker_weight_bytes(Shape(ep=ranks))
 
 
 def _num_tokens(gpu: str, ranks: int) -> int:
-    free = USED * GPUS[gpu] - BUFFERS_BYTES - rank_weights(V3, Shape(ep=ranks))
+    free = USED * GPUS[gpu] - BUFFERS_BYTES - _weight_bytes(ranks)
     return int(free / _kv_bytes())
 
 
@@ -86,7 +90,7 @@ def _profile(name: str, gpu: str, ranks: int, num_tokens: int) -> Profile:
 
 
 def _cost(gpu: str, ranks: int) -> StepCost:
-    weights_s = rank_weights(V3, Shape(ep=ranks)) / READ_BYTES_PER_S[gpu]
+    weights_s = _weight_bytes(ranks) / READ_BYTES_PER_S[gpu]
     sparse = sum(map(V3.is_sparse, range(V3.num_layers)))
     expert_s = TOKEN_S * _routed_share()
     return StepCost(

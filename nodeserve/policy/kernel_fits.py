@@ -16,8 +16,11 @@ prints them and how far they are off where they were not fitted.
 
 from typing import NamedTuple
 
+from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Family, Profile
+from nodeserve.policy.shapes import Alone
+from nodeserve.policy.sizes import Anatomy
 
 Terms = tuple[float, float, float]
 
@@ -50,6 +53,14 @@ class Model(NamedTuple):
     num_layers: int
     weight_bytes: float
     kv_bytes_per_token: int
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """All have 8 KV heads, activations and an embedding and a head of 16 bits."""
+        edge_bytes = 2 * 2 * self.vocab_size * self.hidden_size
+        return Anatomy(self.num_layers, 8, 2 * self.hidden_size, self.weight_bytes, edge_bytes)
 
 
 AICONFIGURATOR = "aiconfigurator's kernel times, put together and fitted"
@@ -59,10 +70,11 @@ GPUS = {
     "h200": Gpu(141e9, 245e9, AICONFIGURATOR),
 }
 MODELS = {
-    "llama-3.1-8b-bf16": Model(32, 16.1e9, 131_072),
-    "llama-3.1-70b-bf16": Model(80, 141.2e9, 327_680),
-    "llama-3.1-70b-fp8": Model(80, 72.7e9, 327_680),  # 8 bits but for the embedding and the head
-    "qwen3-32b-bf16": Model(64, 65.5e9, 262_144),
+    "llama-3.1-8b-bf16": Model(32, 16.1e9, 131_072, 4096, 128_256),
+    "llama-3.1-70b-bf16": Model(80, 141.2e9, 327_680, 8192, 128_256),
+    # 8 bits but for the embedding and the head.
+    "llama-3.1-70b-fp8": Model(80, 72.7e9, 327_680, 8192, 128_256),
+    "qwen3-32b-bf16": Model(64, 65.5e9, 262_144, 5120, 151_936),
 }
 # By model and GPU, then by tensor parallel degree.
 FITS = {
@@ -151,21 +163,23 @@ FITS = {
 
 def kernel_family(name: str) -> Family:
     """`name` is a key of FITS. In every shape whose memory holds the model and two requests of full
-    length for each stage. Stages add nothing to a pass: what they send each other takes
-    microseconds on NVLink."""
+    length for each stage. Tensor parallel degrees are those of FITS; what stages send each other is
+    added by formula (shapes.py)."""
     model, _, kind = name.rpartition("-")
     size, gpu = MODELS[model], GPUS[kind]
     shapes = {
         (tp, pp): _profile(name, size, gpu, fit, tp, pp, num_tokens)
         for tp, fit in FITS[name].items()
         for pp in STAGES
-        if (num_tokens := _num_tokens(size, gpu.num_bytes * tp * pp)) >= 2 * pp * MAX_MODEL_LEN
+        if (num_tokens := _num_tokens(size.anatomy, size, gpu, Shape(tp, pp)))
+        >= 2 * pp * MAX_MODEL_LEN
     }
     return Family(name, gpu.kernels, shapes)
 
 
-def _num_tokens(size: Model, num_bytes: float) -> int:
-    return int((USED * num_bytes - size.weight_bytes) / size.kv_bytes_per_token)
+def _num_tokens(anatomy: Anatomy, size: Model, gpu: Gpu, shape: Shape) -> int:
+    room = USED * gpu.num_bytes - anatomy.worker_weight_bytes(shape)
+    return int(room / (size.kv_bytes_per_token * anatomy.worker_kv_share(shape)))
 
 
 def _profile(
@@ -174,7 +188,7 @@ def _profile(
     return Profile(
         name,
         f"kernel times of tp{tp}, in {pp} stages; handoff: two GPUs' all-gather; noise assumed",
-        _cost(fit, fit.small, _cost(fit, fit.large, None)),
+        _staged(_cost(fit, fit.small, _cost(fit, fit.large, None)), size, gpu, pp),
         noise=NOISE,
         num_kv_tokens=num_tokens,
         kv_bytes_per_token=size.kv_bytes_per_token,
@@ -185,6 +199,11 @@ def _profile(
         num_stages=pp,
         num_gpus=tp * pp,
     )
+
+
+def _staged(cost: StepCost, size: Model, gpu: Gpu, pp: int) -> StepCost:
+    whole = Alone(size.anatomy, cost, 0, size.kv_bytes_per_token, gpu.nvlink_bytes_per_s)
+    return whole.cost_in(Shape(pp=pp))
 
 
 def _cost(fit: Fit, decode: Terms, large: StepCost | None) -> StepCost:

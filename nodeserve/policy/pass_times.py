@@ -12,7 +12,6 @@ fit so far says that, and the better it gets the better it says it.
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Sequence
-from operator import mul, sub
 
 from nodeserve.policy.cost import RankWork
 
@@ -133,9 +132,9 @@ class _Fit:
                 self._learn(self._features(early), seconds, seconds)
             self._first.clear()
 
-    def _features(self, ranks: Sequence[RankWork]) -> list[float]:
+    def _features(self, ranks: Sequence[RankWork]) -> Sequence[float]:
         if len(ranks) == 1:
-            return [*ranks[0], 0.0]
+            return (*ranks[0], 0.0)
         token_s, attention_s, seq_s, kv_token_s, _ = self.weights
         slowest, longest_s, num_tokens = ranks[0], -1.0, 0
         for work in ranks:
@@ -145,11 +144,13 @@ class _Fit:
             own_s += seq_s * decodes + kv_token_s * kv_tokens
             if own_s > longest_s or (own_s == longest_s and work > slowest):
                 slowest, longest_s = work, own_s
-        return [*slowest, num_tokens / len(ranks)]  # of one rank, the latter says nothing
+        return (*slowest, num_tokens / len(ranks))  # of one rank, the latter says nothing
 
-    def _line(self, features: list[float]) -> float:
-        offsets = map(sub, features, self._means)
-        return self._mean_s + sum(map(mul, self.weights, offsets), 0.0)
+    def _line(self, features: Sequence[float]) -> float:
+        weights, means, offset_s = self.weights, self._means, 0.0
+        for i in self._varied:  # the weights of all others are 0
+            offset_s += weights[i] * (features[i] - means[i])
+        return self._mean_s + offset_s
 
     def _cut(self, off_s: float, usual_s: float) -> float:
         """An outlier's distance from its prediction is cut, less so that of one after another."""
@@ -160,36 +161,39 @@ class _Fit:
             self._error += (abs(cut_s) / usual_s - self._error) / 16
         return cut_s
 
-    def _learn(self, features: list[float], seconds: float, usual_s: float) -> None:
+    def _learn(self, features: Sequence[float], seconds: float, usual_s: float) -> None:
         """Errors are a share of what a pass takes: `usual_s` says how much this one counts. So of
         the first few, an outlier counts next to nothing."""
         self.num_learned += 1
         trust = 1 / max(usual_s, 1e-9) ** 2
         self._trust += trust - self._trust / self.memory
         share = trust / self._trust
-        keep, means, covariances = 1 - share, self._means, self._covariances
-        off = list(map(sub, features, means))
+        keep, means, covariances, with_s = 1 - share, self._means, self._covariances, self._with_s
         off_s = share * (seconds - self._mean_s)
         self._mean_s += off_s
         varied = self._varied
-        if len(varied) < len(off):
-            varied = self._varied = [i for i, offset in enumerate(off) if offset or i in varied]
-        for i in varied:
-            offset, row = off[i], covariances[i]
-            means[i] += share * offset
-            self._with_s[i] = keep * (self._with_s[i] + off_s * offset)
+        if len(varied) < len(means):
+            varied = self._varied = [i for i, value in enumerate(features) if value or i in varied]
+        off = [features[i] - means[i] for i in varied]
+        for i, offset in zip(varied, off, strict=True):
+            row = covariances[i]
             step = share * offset
-            for j in varied:
-                row[j] = keep * (row[j] + step * off[j])
+            means[i] += step
+            with_s[i] = keep * (with_s[i] + off_s * offset)
+            for j, other in zip(varied, off, strict=True):
+                row[j] = keep * (row[j] + step * other)
         self._descend()
 
     def _descend(self) -> None:
         ridge = RIDGE + FIRST_RIDGE / self.num_learned
-        weights, with_s = self.weights, self._with_s
-        for i in self._varied:
+        weights, means, with_s, varied = self.weights, self._means, self._with_s, self._varied
+        for i in varied:
             row = self._covariances[i]
-            drawn = row[i] + ridge * (row[i] + self._means[i] ** 2)
+            own = row[i]
+            drawn = own + ridge * (own + means[i] ** 2)
             if drawn > 0:
-                others = sum(map(mul, row, weights)) - row[i] * weights[i]
-                weight = (with_s[i] - others) / drawn
+                others = 0.0
+                for j in varied:
+                    others += row[j] * weights[j]
+                weight = (with_s[i] - (others - own * weights[i])) / drawn
                 weights[i] = weight if weight > 0.0 else 0.0

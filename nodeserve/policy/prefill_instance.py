@@ -46,7 +46,9 @@ class PrefillInstance:
         self.probe_s = math.inf  # when to ask next
         self._times = times
         self._budget = budget
-        self._holds_door = holds_door and not units[0].decodes
+        num_stages = units[0].num_stages
+        self._holds_door = holds_door and not units[0].decodes and num_stages == 1
+        self._ahead = budget * num_stages  # tokens that may wait behind a running pass
         self._queues = {unit.index: PrefillQueue() for unit in units}
         self._running: dict[int, int] = {}  # tokens by unit; none: no pass runs
         self._patience = 1.0
@@ -76,12 +78,15 @@ class PrefillInstance:
         """Whether it may be boarded now.
 
         Instances that hold the door can be boarded when no pass runs. A mixed one cannot wait, its
-        decodes go on: what boards it joins the next step, which is never far.
+        decodes go on: what boards it joins the next step, which is never far. Nor can one with
+        stages: while a pass is in one of them, the others want more.
         """
         return not self._holds_door or not self._running
 
     def rooms(self) -> dict[int, int]:
-        """By unit index, prompt tokens that still fit the pass that begins next."""
+        """By unit index, prompt tokens that still fit the pass that begins next. With stages: the
+        passes under way beside the one that ends next, and one behind them, so that chunks are full
+        when their turn comes."""
         return {unit.index: self._room(unit) for unit in self.units}
 
     def opens_s(self, now_s: float) -> float:
@@ -113,7 +118,10 @@ class PrefillInstance:
         if done.step > self._step:
             self._step, self._reports = done.step, {}
         self._reports[index] = done
-        self._decoding[index] = done.work._replace(prefill_tokens=0, attention=0.0)
+        work = done.work
+        if work.prefill_tokens:
+            work = work._replace(prefill_tokens=0, attention=0.0)
+        self._decoding[index] = work
         if len(self._reports) < len(self.units):
             return None
         works = [self._reports[one.index].work for one in self.units]
@@ -180,7 +188,7 @@ class PrefillInstance:
     def _room(self, unit: Unit) -> int:
         account = unit.account
         following = account.outstanding_tokens - self._taken(unit)
-        return self._budget - account.load.num_running - following
+        return self._ahead - account.load.num_running - following
 
     def _taken(self, unit: Unit) -> int:
         """Tokens of this unit that the running pass computes."""

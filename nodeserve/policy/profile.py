@@ -1,12 +1,14 @@
 """What simulated passes cost and devices hold: for one rank, and for a model in many shapes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
+from nodeserve.policy.shapes import Alone
+from nodeserve.policy.sizes import Anatomy
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,9 @@ class Profile:
     """One rank's device with one model. `source` says where the numbers are from.
 
     With pipeline stages, `cost` is of a pass through all of them; it occupies each for an equal
-    share of its time. Tokens, and bytes a second, are of all GPUs of the rank together.
+    share of its time. Tokens, and bytes a second, are of all GPUs of the rank together, bytes of a
+    token those that all of them keep of it. A profile of one GPU with an `anatomy` can be asked
+    about shapes that nobody measured (`of`).
     """
 
     name: str
@@ -30,6 +34,63 @@ class Profile:
     num_stages: int = 1
     num_gpus: int = 1
     transit_s: float = 0.0025  # of a message from the coordinator to a worker, or back
+    anatomy: Anatomy | None = None  # None: it is one whole rank, whatever that is made of
+    by_formula: str = ""  # the shape, where nobody measured it
+
+    @property
+    def attention_weight(self) -> float:
+        """What a pair of tokens in attention is worth, in tokens, for chunks that stages work on
+        side by side (chunks.py); 0 without stages."""
+        cost = self.cost
+        return cost.attention_s / cost.token_s if self.num_stages > 1 and cost.token_s else 0.0
+
+    def worker_kv_bytes(self, shape: Shape) -> int:
+        """Bytes of a token in the pages of each worker, where this is a rank of that shape."""
+        return -(-self.kv_bytes_per_token // shape.team_size)
+
+    def of(self, shape: Shape) -> "Profile":
+        """Of a rank of an instance of this shape, by the formulas of shapes.py: of one worker, or
+        of ranks without experts, that is this. ConfigError where the formulas know too little, or
+        where a worker has no room."""
+        anatomy = self.anatomy
+        if shape.team_size == 1 and (shape.ep == 1 or not (anatomy and anatomy.num_experts)):
+            return self
+        if anatomy is None:
+            raise ConfigError(
+                f"profile {self.name} describes a whole rank, whatever it is made of, and says"
+                f" nothing of {shape}: give ranks of an instance as epN, for example 4p:ep8,1d:ep8,"
+                " or measure a profile with `nodeserve profile`"
+            )
+        alone = Alone(
+            anatomy,
+            self.cost,
+            self.num_kv_tokens,
+            self.kv_bytes_per_token,
+            self.handoff_bytes_per_s,
+        )
+        size, num_tokens = shape.team_size, alone.num_tokens_in(shape)
+        if shape.pp > anatomy.num_layers:
+            raise ConfigError(
+                f"profile {self.name}: {shape} cuts {anatomy.num_layers} layers: use"
+                f" pp{anatomy.num_layers} or less"
+            )
+        if num_tokens < self.max_model_len:
+            raise ConfigError(
+                f"profile {self.name}: in {shape} no worker has room for a request of"
+                f" {self.max_model_len} tokens beside its weights"
+            )
+        return replace(
+            self,
+            source=f"{self.source}; {shape} by formula, not measured",
+            by_formula=str(shape),
+            cost=alone.cost_in(shape),
+            num_kv_tokens=num_tokens,
+            kv_bytes_per_token=round(size * alone.worker_kv_bytes(shape)),
+            handoff_bytes_per_s=size * self.handoff_bytes_per_s,
+            num_stages=shape.pp,
+            num_gpus=size * self.num_gpus,
+            anatomy=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

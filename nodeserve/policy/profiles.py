@@ -4,9 +4,10 @@ from nodeserve.errors import ConfigError
 from nodeserve.layout import Shape
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.deepseek import GPUS, deepseek_family
-from nodeserve.policy.kernel_fits import FITS, kernel_family
+from nodeserve.policy.kernel_fits import FITS, MODELS, kernel_family
 from nodeserve.policy.opt_a100 import opt_family
 from nodeserve.policy.profile import Family, Profile
+from nodeserve.policy.sizes import Anatomy
 
 FAMILIES = {
     family.name: family
@@ -40,6 +41,8 @@ PROFILES = {
             max_num_batched_tokens=4096,
             max_num_seqs=256,
             max_model_len=32_768,
+            # Of one rank: its experts are the rank's own, and latents are on all tensor ranks.
+            anatomy=Anatomy(61, 1, row_bytes=14_336, weight_bytes=88e9, edge_bytes=1.9e9),
         ),
         # Of the three below the passes are measured by others, at the sizes that the limits here
         # allow. Coefficients with the least largest relative error; tests/unit/test_profiles.py
@@ -66,6 +69,7 @@ PROFILES = {
             max_num_batched_tokens=2048,
             max_num_seqs=256,
             max_model_len=65_536,
+            anatomy=MODELS["llama-3.1-8b-bf16"].anatomy,
         ),
         FAMILIES["opt-13b-a100"].of(Shape()),
         Profile(

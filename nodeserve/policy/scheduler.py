@@ -174,7 +174,7 @@ class Scheduler:
             len(self._waiting),
             self._num_pinned,
             self.blocks.num_free - self._spoken_for,
-            self._waiting_tokens + sum(batch.num_prefill_tokens for batch in self._launched),
+            self._waiting_tokens + sum([batch.num_prefill_tokens for batch in self._launched]),
         ]
 
     # ---- planning

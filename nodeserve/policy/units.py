@@ -16,6 +16,7 @@ class Unit:
     instance: int
     account: Account
     decodes: bool = False  # besides prefilling: a mixed one
+    num_stages: int = 1  # passes that can be under way at once
 
 
 @dataclass(slots=True, eq=False)

@@ -5,14 +5,19 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig
+from nodeserve.config import EngineConfig, ModelConfig
+from nodeserve.coordinator.placement import DTYPE_BYTES
 from nodeserve.coordinator.server import OnEvent
 from nodeserve.gpus import Gpus
 from nodeserve.plan.fit import Errors, errors_of, fit_cost, spread_of
 from nodeserve.policy.profile import Profile
+from nodeserve.policy.sizes import Anatomy, anatomy_of
 from nodeserve.profiling.experiments import Measured, Tell, measure_handoffs, measure_passes
 from nodeserve.profiling.node import Node, with_node
 
+# Between two processes with a core each, in memory: half of what an all-reduce of one row takes
+# with two, by `make bench-step` (docs/instances.md).
+CPU_HOP_S = 1.2e-6
 UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
 
 
@@ -62,7 +67,9 @@ def measure_profile(
             pair, checkpoint, gpus, on_event, lambda node: measure_handoffs(node, tell)
         )
         rate = rate_of(pulls)
-        profile = replace(profile, handoff_bytes_per_s=rate)
+        profile = replace(
+            profile, handoff_bytes_per_s=rate, anatomy=anatomy_here(checkpoint.config, config, gpus)
+        )
         handoff = handoff_errors(held, rate)
     return _result(profile, measured, handoff)
 
@@ -85,6 +92,18 @@ def _profile(node: Node, name: str, measured: Measured) -> Profile:
         max_model_len=plan.max_model_len,
         transit_s=measured.transit_s,
     )
+
+
+def anatomy_here(model: ModelConfig, config: EngineConfig, gpus: Gpus) -> Anatomy | None:
+    """Of the model on these devices, between which the rate of copies is known; None for models
+    that run on one worker an instance."""
+    if model.foreign is not None:
+        return None
+    dtype_bytes = DTYPE_BYTES["bfloat16" if config.dtype == "auto" else config.dtype]
+    value_bytes = 1 if model.fp8_block else dtype_bytes
+    if config.device != "cpu" and gpus.usable:
+        return anatomy_of(model, value_bytes, dtype_bytes)
+    return anatomy_of(model, value_bytes, 4, CPU_HOP_S, fixed_pool=True)  # sums are of float32
 
 
 def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Result:

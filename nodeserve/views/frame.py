@@ -52,13 +52,15 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker. `busy` is its share of the time between two frames."""
+    """One worker. `busy` is its share of the time between two frames. Of one that follows all of
+    its team's numbers are its leader's to tell, and its own are 0."""
 
     index: int
     role: str
     acting: str  # what it does now
     instance: int
     rank: int
+    leader: int  # who plans the steps that it takes part in: itself, or the one that it follows
     gpu: int | None
     state: str
     reason: str  # why its last life ended
@@ -74,6 +76,10 @@ class Worker:
     prompt_tokens_per_s: float
     waiting_tokens: int
     ring: dict[str, int]
+
+    @property
+    def leads(self) -> bool:
+        return self.leader == self.index
 
 
 @dataclass(frozen=True, slots=True)

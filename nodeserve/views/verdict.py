@@ -148,11 +148,16 @@ def mean_busy(workers: Iterable[Worker]) -> float | None:
 
 
 def decoders(frame: Frame) -> list[Worker]:
-    return [one for one in frame.workers if one.state == "ready" and one.acting != "prefill"]
+    return [one for one in serving(frame) if one.acting != "prefill"]
 
 
 def prefillers(frame: Frame) -> list[Worker]:
-    return [one for one in frame.workers if one.state == "ready" and one.acting != "decode"]
+    return [one for one in serving(frame) if one.acting != "decode"]
+
+
+def serving(frame: Frame) -> list[Worker]:
+    """Whose numbers tell of an instance: one that follows would seem to be idle."""
+    return [one for one in frame.workers if one.state == "ready" and one.leads]
 
 
 def most(workers: list[Worker], key: Callable[[Worker], float]) -> Worker | None:

@@ -34,7 +34,7 @@ class Choose(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """Copy your part of a peer's blocks. Answer: Landed or CopyFailed with this `number`."""
+    """Copy your part of another team's blocks. Answer: Landed or CopyFailed with this `number`."""
 
     number: int
     request_id: int

@@ -4,13 +4,14 @@ The step loop, the rings, the scheduler and the handoff are the same for every d
 brings an `Executor` that computes batches and a `Transfer` that moves pages. Tests bring fakes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import NodeServeError
 from nodeserve.policy.batching import Batch
+from nodeserve.policy.copy_plan import CopyRun, PageShard
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -71,6 +72,31 @@ class Computed:
         return self._sampled
 
 
+class Passing:
+    """The `number`-th step of a team, on its way through several stages. When the last one has sent
+    what the step gave, `choose` begins the choice of its tokens."""
+
+    def __init__(self, team: "Team", number: int, choose: Callable[[], Flight]) -> None:
+        self._team = team
+        self._number = number
+        self._choose = choose
+        self._choice: Flight | None = None
+
+    def done(self) -> bool:
+        if self._choice is None:
+            if not self._team.has_passed(self._number):
+                return False
+            self._choice = self._begin()
+        return self._choice.done()
+
+    def result(self) -> Sampled:
+        return (self._choice or self._begin()).result()
+
+    def _begin(self) -> Flight:
+        self._team.choose()
+        return self._choose()
+
+
 class Executor(Protocol):
     """Computes batches: writes their KV into the worker's pages and chooses tokens."""
 
@@ -82,6 +108,10 @@ class Executor(Protocol):
         device. At most one launched step waits behind the one that runs.
         """
 
+    def opens_s(self) -> float:
+        """When the first of several stages is free, on the worker's clock: a batch planned earlier
+        would only miss who comes meanwhile. -inf: at any time."""
+
     def called(self, departure: int) -> bool:
         """Whether other ranks of the instance wait for this one, which has received all up to this
         departure, and know of no later one: then it launches an empty batch if it has no other.
@@ -92,7 +122,12 @@ class Executor(Protocol):
 
         The batch's sequences change afterwards: tokens of earlier steps are appended, blocks are
         added, a sequence may be cancelled. Its blocks are nobody else's until the step has ended.
+        ShuttingDown, and nothing begun, where other ranks of the instance stop.
         """
+
+    def leave(self) -> bool:
+        """We stop: no step begins any more on any rank. Whether other ranks are in one that does
+        not end without us, so that an empty batch has to be launched for them."""
 
     def on_done(self, wake: Callable[[], None]) -> None:
         """Call `wake`, from any thread, whenever a step has ended that was not over when `launch`
@@ -105,11 +140,12 @@ class Team(Protocol):
     @property
     def num_followers(self) -> int: ...
 
-    def step(self, plan: Callable[[], bytes]) -> None:
-        """Let the followers begin a step; `plan` is what their `Following.follow` gets."""
+    def step(self, plan: Callable[[], bytes]) -> int:
+        """Let the followers begin a step; `plan` is what their `Following.follow` gets. The step's
+        number, the first being 1."""
 
     def has_passed(self, number: int) -> bool:
-        """Whether the last stage has sent us what step `number` gave, the first being 1."""
+        """Whether the last stage has sent us what step `number` gave."""
 
     def wait(self) -> None:
         """Until a follower may have said something."""
@@ -128,8 +164,8 @@ class Alone:
     def num_followers(self) -> int:
         return 0
 
-    def step(self, plan: Callable[[], bytes]) -> None:
-        pass
+    def step(self, plan: Callable[[], bytes]) -> int:
+        return 0
 
     def has_passed(self, number: int) -> bool:
         return True
@@ -150,20 +186,35 @@ ALONE: Team = Alone()
 class Following(Protocol):
     """A follower's part of steps, in the order of its leader's."""
 
-    def follow(self, plan: bytes) -> bool:
-        """Take part in a step. Whether this sends the leader what it waits for: its results."""
+    def follow(self, plan: bytes) -> None:
+        """Take part in a step. May compute at once."""
+
+    def num_passed(self) -> int:
+        """Of how many steps more than at the last call this has sent the leader what it waits for:
+        the results. The executor's `on_done` tells when one has passed outside of `follow`."""
 
     def choose(self) -> None:
         """Take part in the choice of tokens of the oldest step without."""
 
 
 class Ticket(NamedTuple):
-    """One pull: copy a peer's `source_ids` blocks into our `target_ids`, pairwise."""
+    """One pull: copy a team's `source_ids` blocks into our `target_ids`, pairwise."""
 
     request_id: int
-    source: int
+    source: int  # the team's leader
     source_ids: bytes  # int32
     target_ids: bytes
+
+
+class Source(NamedTuple):
+    """The pages of one worker of a team, and what we copy of each of its blocks."""
+
+    worker: int
+    fd: int
+    num_bytes: int
+    handle: bytes
+    block_bytes: int  # of a block there
+    runs: tuple[CopyRun, ...]
 
 
 class Landed(NamedTuple):
@@ -202,12 +253,14 @@ class Transfer(Protocol):
         """Call `wake`, from any thread, whenever a `poll` would answer something that was not
         there before, unless it is `busy`. One call too many is harmless."""
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        """Map a peer's pool: by `handle` if there is one, else the memory behind `fd`."""
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
+        """Map the pools that pulls from this team need, together they have all of our part of a
+        block: by `handle` where there is one, else the memory behind `fd`. Again after the team was
+        started again. `team` is its leader's number."""
 
-    def detach(self, worker: int) -> list[int]:
-        """Unmap the pool of a peer that has ended, if it was mapped. The requests whose pulls from
-        there were not over: no page is read or written for them any more."""
+    def detach(self, team: int) -> list[int]:
+        """Unmap the pools of a team that has ended, if they were mapped. The requests whose pulls
+        from there were not over: no page is read or written for them any more."""
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
         """Let peers read these computed blocks: the ids to tell them, or None when `poll` will
@@ -254,6 +307,7 @@ class Device:
     transfer: Transfer
     num_blocks: int
     block_bytes: int
+    pages: PageShard  # our part of every block
     pages_bytes: int  # what a peer maps to pull from here
     pages_handle: bytes  # how: a CUDA IPC handle, or empty for the memory behind pages_fd
     num_threads: int

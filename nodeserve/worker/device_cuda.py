@@ -14,6 +14,7 @@ from nodeserve.model import families, kv, parallel
 from nodeserve.model.loader import open_weights
 from nodeserve.model.spread_experts import SpreadExperts
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.policy.chunks import attention_weight
 from nodeserve.shards import Shard
 from nodeserve.worker.contract import Device, ExpertRows, Progress, Team
 from nodeserve.worker.executor_cuda import CudaExecutor, Together
@@ -21,6 +22,7 @@ from nodeserve.worker.experts import spreads_of, told
 from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
 from nodeserve.worker.meeting import Meeting, meet, place_of
+from nodeserve.worker.page_shard import page_shard
 from nodeserve.worker.ranks import NO_RANKS, ranks_of
 from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
 from nodeserve.worker.staging_cuda import CudaStaging
@@ -45,7 +47,7 @@ def load(
     parts = parts_of(spec, shard.config, dtype, runtime)
     progress("device", 1, 1)
     progress("instance", 0, 1)
-    meeting = meet(spec, runtime.device)
+    meeting = meet(spec, runtime.device, found.config.hidden_size)
     progress("instance", 1, 1)
     experts = parallel.spread_experts(shard, parts.ops, meeting.groups, spreads_of(spec, shard))
     model = _load_model(spec, found, shard, meeting, parts, runtime, progress, experts)
@@ -53,7 +55,7 @@ def load(
 
     layout = kv.layout_of(found.config, spec.block_size, dtype, shard)
     executor = _make_executor(spec, model, parts, runtime, _together(spec, meeting))
-    sizes = _sizes(spec) if parts.capturable else ()
+    sizes = _sizes(spec) if parts.capturable and not meeting.groups.by_host else ()
     progress("warm-up", 0, 1)
     wanted = _wanted(spec, layout.block_bytes, len(sizes))
     _measure(spec, executor, parts, layout, runtime)
@@ -63,7 +65,7 @@ def load(
     progress("pages", 0, 1)
     pool = runtime.cuda.Pool(runtime.index, (num_blocks + 1) * layout.block_bytes)
     executor.use(parts.ops.cache(layout, runtime.view(pool)), spare_block=num_blocks)
-    transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes)
+    transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes, meeting.least)
     progress("pages", 1, 1)
     executor.capture(sizes, partial(progress, "graphs"))
     if experts is not None:
@@ -74,6 +76,7 @@ def load(
         transfer=transfer,
         num_blocks=team.least_blocks(num_blocks),
         block_bytes=layout.block_bytes,
+        pages=page_shard(found.config, layout),
         pages_bytes=transfer.pages_bytes,
         pages_handle=transfer.pages_handle,
         num_threads=spec.num_threads,
@@ -81,6 +84,8 @@ def load(
         handoff=route.description,
         eos_token_ids=frozenset(found.config.eos_token_ids),
         following=None if spec.leads else executor,
+        num_stages=spec.pp,
+        attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
         expert_rows=partial(expert_rows_of, runtime, experts),
     )
 
@@ -93,8 +98,9 @@ def expert_rows_of(runtime: Runtime, experts: SpreadExperts | None) -> ExpertRow
 
 
 def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
-    """Tokens are chosen on the first stage, and only its members take inputs from them."""
-    reduce = meeting.groups.tp.all_reduce
+    """With several stages nobody needs the leader's tokens: a sequence's next step is launched when
+    they are known."""
+    reduce, place = meeting.groups.tp.all_reduce, meeting.place
 
     def share(tokens: torch.Tensor) -> None:
         values = tokens.float()  # what groups sum; ids are far below 2^24, so none is rounded
@@ -103,8 +109,10 @@ def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
 
     return Together(
         spec.leads,
-        share if spec.tp > 1 and meeting.place.is_first else _keep,
+        share if spec.tp > 1 and spec.pp == 1 else _keep,
         ranks_of(spec) if spec.leads else NO_RANKS,
+        spec.pp,
+        has_results=spec.pp > 1 and place.is_last and place.tp_rank == 0,
     )
 
 
@@ -146,6 +154,7 @@ def _make_executor(
         max_seqs=spec.max_num_seqs,
         max_context_len=spec.max_model_len,
         max_blocks=blocks_for(spec.max_model_len, spec.block_size),
+        num_steps=max(spec.pp, 2),
     )
     return CudaExecutor(runtime, model, staging, parts.sampler, parts.feed_tokens, together)
 

@@ -5,6 +5,7 @@ and the step is over when the last stage says that its rows are on their way her
 chooses tokens. Meanwhile the first stage works on other sequences' steps.
 """
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -15,28 +16,13 @@ from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.policy.cost import rank_work
 from nodeserve.types import Sampling
 from nodeserve.worker.constraints import Constraints
-from nodeserve.worker.contract import ALONE, Computed, Flight, Sampled, Team
+from nodeserve.worker.contract import ALONE, Computed, Flight, Passing, Sampled, Team
 from nodeserve.worker.inputs import Staging
 from nodeserve.worker.plans import PlanReader, packed
 from nodeserve.worker.ranks import NO_RANKS, Ranks
 from nodeserve.worker.sampler import sample
 
 WARM_UP_TOKENS = 16
-
-
-class Passing:
-    """A step on its way through the stages, the `number`-th."""
-
-    def __init__(self, executor: "ModelExecutor", batch: Batch, number: int) -> None:
-        self._executor = executor
-        self._batch = batch
-        self._number = number
-
-    def done(self) -> bool:
-        return self._executor.team.has_passed(self._number)
-
-    def result(self) -> Sampled:
-        return self._executor.choose_of(self._batch)
 
 
 class ModelExecutor:
@@ -60,11 +46,13 @@ class ModelExecutor:
         self._constraints = constraints
         self._num_stages = num_stages
         self._ranks = ranks
-        self._num_launched = 0
 
     @property
     def overlaps(self) -> bool:
         return False
+
+    def opens_s(self) -> float:
+        return -math.inf  # a launch has computed the first stage's part when it returns
 
     def called(self, departure: int) -> bool:
         return self._ranks.called(departure)
@@ -76,18 +64,16 @@ class ModelExecutor:
     def launch(self, batch: Batch) -> Flight:
         began = self._ranks.enter(rank_work(batch))
         inputs = self._staging.build(batch)
-        self.team.step(lambda: packed(inputs))
-        self._num_launched += 1
+        number = self.team.step(lambda: packed(inputs))
         self._model.advance(inputs, self._cache)
-        if self._num_stages > 1:
-            return Passing(self, batch, self._num_launched)
-        sampled = self._sample(batch)
-        return Computed(sampled._replace(ran=self._ranks.ran(began)))
 
-    def choose_of(self, batch: Batch) -> Sampled:
-        """The tokens of the oldest step without."""
-        self.team.choose()
-        return self._sample(batch)
+        def choose() -> Flight:
+            return Computed(self._sample(batch)._replace(ran=self._ranks.ran(began)))
+
+        return Passing(self.team, number, choose) if self._num_stages > 1 else choose()
+
+    def leave(self) -> bool:
+        return self._ranks.leave()
 
     def _sample(self, batch: Batch) -> Sampled:
         sequences = batch.sampled
@@ -123,15 +109,20 @@ class ModelFollower:
         self._has_results = has_results
         self._reader = PlanReader()
         self._unchosen: deque[int] = deque()  # rows of the steps without tokens
+        self._untold = 0  # steps whose results went to the leader's stage
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         inputs = self._reader.read(plan)
         self._model.advance(inputs, self._cache)
         self._unchosen.append(inputs.logit_rows.numel())
         if self._num_stages == 1:
             self.choose()
-            return False
-        return self._has_results
+        elif self._has_results:
+            self._untold += 1
+
+    def num_passed(self) -> int:
+        count, self._untold = self._untold, 0
+        return count
 
     def choose(self) -> None:
         self._model.logits(self._unchosen.popleft())

@@ -4,10 +4,16 @@ A step is one copy of inputs, the forward pass, the choice of tokens, and their 
 memory. Steps of decodes alone replay a captured graph of the next larger size. The tokens chosen
 stay on the device as well, where the step behind takes its inputs from (`Work.feed`), so it may be
 launched before anybody has read them.
+
+With several stages a step is submitted in two pieces: our stage's layers, and the choice of tokens
+when the last stage has passed. Between the two other sequences' steps may be submitted. A choice
+that was submitted earlier would wait for its rows on the device, and all that is behind it as well.
 """
 
 import gc
+import math
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +27,7 @@ from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import rank_work
 from nodeserve.types import Sampling
-from nodeserve.worker.contract import ALONE, Sampled, Team
+from nodeserve.worker.contract import ALONE, Flight, Passing, Sampled, Team
 from nodeserve.worker.gpu_runtime import Mark, Runtime
 from nodeserve.worker.ranks import NO_RANKS, Began, Ranks
 from nodeserve.worker.sizing import bucket_for
@@ -30,9 +36,11 @@ from nodeserve.worker.watcher import Watcher
 
 
 class Model(Protocol):
-    """A decoder whose step reads no tensor on the host."""
+    """A decoder whose step reads no tensor on the host; see model.decoder.Decoder."""
 
-    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor: ...
+    def advance(self, inputs: StepInputs, cache: Any) -> None: ...
+
+    def logits(self, num_rows: int) -> torch.Tensor: ...
 
 
 class Launched(Protocol):
@@ -56,6 +64,7 @@ class Sampler(Protocol):
         """
 
 
+Choose = Callable[[torch.Tensor], None]
 FeedTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """feed_tokens(token_ids, feed, sampled): token_ids[i] = sampled[feed[i]] where feed[i] >= 0"""
 
@@ -67,26 +76,29 @@ def _nobody(tokens: torch.Tensor) -> None:
 @dataclass(frozen=True, slots=True)
 class Together:
     """Who computes a step with us. `share` makes the leader's tokens everybody's, on the device:
-    the next step may take its inputs from them. `ranks`: of other DP ranks."""
+    the next step may take its inputs from them. `ranks`: of other DP ranks. `has_results`: the
+    leader waits for us, of its followers on the last of several stages."""
 
     leads: bool = True
     share: Callable[[torch.Tensor], None] = _nobody
     ranks: Ranks = NO_RANKS
+    num_stages: int = 1
+    has_results: bool = False
 
 
 BY_ITSELF = Together()
 
 
 class CudaFlight:
-    """A step on the device."""
+    """A step on the device; among several stages, the choice of its tokens."""
 
-    __slots__ = ("_ranks", "began", "launched", "mark")
+    __slots__ = ("_began", "_ranks", "launched", "mark")
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, began: Began | None) -> None:
         self.mark: Mark | None = None
         self.launched: Launched | None = None
-        self.began: Began | None = None
         self._ranks = ranks
+        self._began = began
 
     def done(self) -> bool:
         assert self.mark is not None
@@ -96,7 +108,7 @@ class CudaFlight:
         assert self.mark is not None
         self.mark.synchronize()
         sampled = Sampled([], None) if self.launched is None else self.launched.result()
-        return sampled._replace(ran=self._ranks.ran(self.began))
+        return sampled._replace(ran=self._ranks.ran(self._began))
 
 
 class CudaExecutor:
@@ -121,14 +133,24 @@ class CudaExecutor:
         self._cache: Any = None
         self._graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
         self._sizes: tuple[int, ...] = ()
+        # Of a follower among several stages: rows of the steps without tokens, and what the leader
+        # waits for, as far as it is not on its way to it.
+        self._unchosen: deque[int] = deque()
+        self._unsent: deque[Mark] = deque()
         self._watcher = Watcher("steps", runtime.thread_begins)
 
     @property
     def overlaps(self) -> bool:
         return self._together.ranks is NO_RANKS  # those wait for each other before each pass
 
+    def opens_s(self) -> float:
+        return -math.inf
+
     def called(self, departure: int) -> bool:
         return self._together.ranks.called(departure)
+
+    def leave(self) -> bool:
+        return self._together.ranks.leave()
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
@@ -148,57 +170,106 @@ class CudaExecutor:
 
     # ---- steps
 
-    def launch(self, batch: Batch) -> CudaFlight:
+    def launch(self, batch: Batch) -> Flight:
         size = None
         if batch.num_decodes == len(batch.work):
             size = bucket_for(batch.num_decodes, self._sizes)
-        flight = CudaFlight(self._together.ranks)
-        flight.began = self._together.ranks.enter(rank_work(batch))
-        staging = self._staging
+        ranks, staging = self._together.ranks, self._staging
+        flight = CudaFlight(ranks, ranks.enter(rank_work(batch)))
         staged = staging.build(batch) if size is None else staging.build_decodes(batch, size)
-        self.team.step(lambda: staging.plan_of(staged))
+        number = self.team.step(lambda: staging.plan_of(staged))
         sequences = batch.sampled
         places = [work.num_output for work in batch.work if work.samples]
 
         def choose(logits: torch.Tensor) -> None:
             flight.launched = self._sampler.launch(logits, sequences, places)
 
-        flight.mark = self._submit(staged, choose)
-        self._watcher.watch(flight.mark)
-        return flight
+        if self._together.num_stages == 1:
+            flight.mark = self._whole(staged, choose)
+            return flight
+        self._advance(staged)
 
-    def follow(self, plan: bytes) -> bool:
+        def begin_choice() -> Flight:
+            flight.mark = self._choice(len(sequences), choose)
+            return flight
+
+        return Passing(self.team, number, begin_choice)
+
+    def follow(self, plan: bytes) -> None:
         """Take part in a step of our leader's; whoever waits for it waits there."""
-        self._watcher.watch(self._submit(self._staging.read(plan), None))
-        return False
+        staged = self._staging.read(plan)
+        if self._together.num_stages == 1:
+            self._whole(staged, None)
+            return
+        self._unchosen.append(staged.counts.num_sampled)
+        mark = self._advance(staged)
+        if self._together.has_results:
+            self._unsent.append(mark)
+
+    def num_passed(self) -> int:
+        """A step whose rows are computed: sending them is submitted, and waits for nobody."""
+        count = 0
+        while self._unsent and self._unsent[0].query():
+            self._unsent.popleft()
+            count += 1
+        return count
 
     def choose(self) -> None:
-        """Tokens are chosen within the step."""
+        """With one stage tokens are chosen within the step."""
+        if self._together.num_stages > 1:
+            self._choice(self._unchosen.popleft(), None)
 
-    def _submit(self, staged: Staged, choose: Callable[[torch.Tensor], None] | None) -> Mark:
-        """A step; the leader's `choose` gets the logits of those that want a token, and all that
-        are in it get the tokens."""
+    def _whole(self, staged: Staged, choose: Choose | None) -> Mark:
+        """A step of one stage."""
         size, count = staged.counts.size, staged.counts.num_sampled
 
         def step() -> None:
             self._staging.upload(staged)
             logits = self._replay(size) if size else self._eager(staged)
-            if not count:
-                return
-            tokens = self._sampler.tokens[:count]
-            if choose is not None and self._together.leads:
-                choose(logits[:count])
-            else:
-                tokens.zero_()
-            self._together.share(tokens)
+            self._choose_among(logits[:count], choose)
 
-        mark = staged.half.reader = self._runtime.submit(step)
+        mark = staged.buffer.reader = self._submit(step)
+        return mark
+
+    def _advance(self, staged: Staged) -> Mark:
+        """Our stage's part of a step."""
+
+        def step() -> None:
+            self._staging.upload(staged)
+            self._model.advance(staged.inputs, self._cache)
+
+        mark = staged.buffer.reader = self._submit(step)
+        return mark
+
+    def _choice(self, count: int, choose: Choose | None) -> Mark:
+        """Tokens of the step that advanced first of those that have none."""
+        return self._submit(lambda: self._choose_among(self._model.logits(count), choose))
+
+    def _choose_among(self, logits: torch.Tensor, choose: Choose | None) -> None:
+        """The leader's `choose` gets the logits of those that want a token, and all that are in
+        the step get the tokens."""
+        if not len(logits):
+            return
+        tokens = self._sampler.tokens[: len(logits)]
+        if choose is not None and self._together.leads:
+            choose(logits)
+        else:
+            tokens.zero_()
+        self._together.share(tokens)
+
+    def _submit(self, work: Callable[[], None]) -> Mark:
+        mark = self._runtime.submit(work)
+        self._watcher.watch(mark)
         return mark
 
     def _eager(self, staged: Staged) -> torch.Tensor:
         if staged.feed is not None:
             self._feed_tokens(staged.inputs.token_ids, staged.feed, self._sampler.tokens)
-        return self._model.forward(staged.inputs, self._cache)
+        return self._forward(staged.inputs)
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        self._model.advance(inputs, self._cache)
+        return self._model.logits(inputs.logit_rows.numel())
 
     def _replay(self, size: int) -> torch.Tensor:
         replay, logits = self._graphs[size]
@@ -231,7 +302,7 @@ class CudaExecutor:
 
         def step() -> None:
             self._feed_tokens(inputs.token_ids, feed, self._sampler.tokens)
-            found[:] = [self._model.forward(inputs, self._cache)]
+            found[:] = [self._forward(inputs)]
 
         # Once for real: kernels are compiled and libraries make their workspaces outside a capture.
         staged = self._staging.build_decodes(idle_decodes(size, self._staging.spare_block), size)
@@ -259,7 +330,8 @@ class CudaExecutor:
         for lengths in warm_up_prompts(max_tokens, max_seqs, longest):
             self.launch(idle_prefills(lengths, block, block_size)).result()
         self.launch(idle_decodes(max_seqs, block, drawn=True)).result()
-        self.launch(idle_decodes(1, block, fed=True)).result()
+        if self._together.num_stages == 1:  # with more, nobody takes inputs from a step under way
+            self.launch(idle_decodes(1, block, fed=True)).result()
 
 
 def warm_up_prompts(max_tokens: int, max_seqs: int, longest: int) -> list[list[int]]:

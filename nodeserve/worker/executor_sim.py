@@ -35,6 +35,23 @@ class Tokens:
         values = [-(place + 1) * math.log(2) for place in range(max(count, 1))]
         return Logprobs(row, values[0], pack_ids(top_ids), pack_floats(values[:count]))
 
+    def sampled(self, batch: Batch) -> Sampled:
+        """What a step with this batch gives."""
+        sampling = [work for work in batch.work if work.samples]
+        token_ids = [self._next(work) for work in sampling]
+        asked = [work.sequence.sampling.logprobs for work in sampling]
+        logprobs = [
+            self.logprobs(row, token_id, num_top)
+            for row, (token_id, num_top) in enumerate(zip(token_ids, asked, strict=True))
+            if num_top is not None
+        ]
+        return Sampled(token_ids, logprobs or None)
+
+    def _next(self, work: Work) -> int:
+        last, sampling = work.start + work.num_tokens - 1, work.sequence.sampling
+        seed = 0 if sampling.greedy else sampling.seed or 0
+        return self.after(work.sequence.token_ids[last], last, seed)
+
 
 class SimFlight:
     """A pass on its way."""
@@ -55,7 +72,7 @@ class SimFlight:
 
 class SimExecutor:
     """Passes in lockstep with the other workers of the instance. A follower's part of a pass is to
-    enter it: then it cannot begin without it, as no collective could."""
+    enter it, of whatever stage it is: then it cannot begin without it, as no collective could."""
 
     overlaps = False
 
@@ -66,37 +83,39 @@ class SimExecutor:
         self._alarm = alarm
         self._tokens = tokens
         self._team = team
+        self._told_s = 0.0  # when the first stage opens, as the alarm knows it
+
+    def opens_s(self) -> float:
+        return self._lockstep.opens_s()
 
     def called(self, departure: int) -> bool:
         return self._lockstep.called(departure)
 
     def on_done(self, wake: Callable[[], None]) -> None:
-        self._alarm.start(self._lockstep.look, wake)
+        self._alarm.start(self._look, wake)
+
+    def _look(self) -> float | None:
+        """The loop hears of the end of a pass, and of the first stage's before it."""
+        at_s, opens_s = self._lockstep.look(), self._lockstep.opens_s()
+        if at_s is not None and self._told_s < opens_s < at_s:
+            self._told_s = opens_s
+            self._alarm.wake_at(opens_s)
+        return at_s
 
     def launch(self, batch: Batch) -> SimFlight:
         self._team.step(bytes)
         number = self._lockstep.enter(rank_work(batch))
-        return SimFlight(self._lockstep, number, self._sample(batch))
+        return SimFlight(self._lockstep, number, self._tokens.sampled(batch))
 
-    def follow(self, plan: bytes) -> bool:
-        self._lockstep.enter(IDLE)
+    def leave(self) -> bool:
+        """No flight waits for other ranks."""
         return False
+
+    def follow(self, plan: bytes) -> None:
+        self._lockstep.enter(IDLE)
+
+    def num_passed(self) -> int:
+        return 0
 
     def choose(self) -> None:
         """Tokens are made up by leaders."""
-
-    def _sample(self, batch: Batch) -> Sampled:
-        sampling = [work for work in batch.work if work.samples]
-        token_ids = [self._next(work) for work in sampling]
-        asked = [work.sequence.sampling.logprobs for work in sampling]
-        logprobs = [
-            self._tokens.logprobs(row, token_id, num_top)
-            for row, (token_id, num_top) in enumerate(zip(token_ids, asked, strict=True))
-            if num_top is not None
-        ]
-        return Sampled(token_ids, logprobs or None)
-
-    def _next(self, work: Work) -> int:
-        last, sampling = work.start + work.num_tokens - 1, work.sequence.sampling
-        seed = 0 if sampling.greedy else sampling.seed or 0
-        return self._tokens.after(work.sequence.token_ids[last], last, seed)

@@ -93,7 +93,7 @@ class Follower:
         self._seats = seats
         self._idle_wait_s = idle_wait_s
         self._expert_rows = expert_rows
-        self._num_steps = self._num_chosen = 0
+        self._num_steps = self._num_chosen = self._num_passed = 0
         self._parts: list[bytes] = []
         self._copies: dict[int, int] = {}  # by request: number of the Pull or Offer under way
         transfer.on_done(link.wake)
@@ -119,10 +119,12 @@ class Follower:
         said = self._link.drain()
         for message in said:
             self._from_coordinator(message)
+        self._pass()
         plans = self._leader.drain()
         for plan in plans:
             self._link.beat()
             self._take[type(plan)](plan)
+            self._pass()
         moved = self._transfer.poll()
         for one in moved:
             self._tell(one)
@@ -152,12 +154,17 @@ class Follower:
         self._num_steps = _next(message.number, self._num_steps, "step")
         plan = b"".join([*self._parts, message.data]) if self._parts else message.data
         self._parts.clear()
-        if self._following.follow(plan):
-            self._leader.put(Passed(message.number))
+        self._following.follow(plan)
 
     def _choose(self, message: Choose) -> None:
         self._num_chosen = _next(message.number, self._num_chosen, "choice")
         self._following.choose()
+
+    def _pass(self) -> None:
+        """Tell the leader whose results are on their way to it."""
+        for _ in range(self._following.num_passed()):
+            self._num_passed += 1
+            self._leader.put(Passed(self._num_passed))
 
     # ---- pages
 

@@ -1,8 +1,9 @@
 """The pull side of a handoff between two processes of one host.
 
-A pool is block-major, so a block is one contiguous run of bytes in the peer's pool and in ours, and
-a handoff is one copy per block straight from the peer's shared memory: nothing is packed, staged or
-sent. The peer keeps the blocks pinned until the coordinator, told by our KvPulled, releases them.
+A pool is block-major, so a block is one contiguous run of bytes in the peer's pool and in ours. A
+handoff between equal shapes is one copy per block straight from the peer's shared memory, between
+others one for each run of the plan: nothing is packed, staged or sent. The peers keep the blocks
+pinned until the coordinator, told by our KvPulled, releases them.
 
 The copies run in `poll`, between two steps, without the interpreter lock. A thread of their own
 would not help: the cores a worker is pinned to are busy with the step.
@@ -10,12 +11,13 @@ would not help: the cores a worker is pinned to are busy with the step.
 
 import mmap
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from nodeserve import _host
-from nodeserve.wire.messages import unpack_ids
-from nodeserve.worker.contract import Landed, Moved, Ticket
+from nodeserve.worker.contract import Landed, Moved, Source, Ticket
 from nodeserve.worker.pages import map_peer
 from nodeserve.worker.tickets import ids_of, unattached
 
@@ -23,14 +25,21 @@ SHARED_MEMORY = "shared memory"
 BYTES_PER_POLL = 64 << 20  # about 4 ms: what running sequences may wait for a newcomer's pages
 
 
+@dataclass(frozen=True, slots=True)
+class _Pull:
+    ticket: Ticket
+    source_ids: "array[int]"
+    target_ids: "array[int]"
+
+
 class HostTransfer:
-    """Copies whole blocks between shared-memory pools."""
+    """Copies parts of blocks between shared-memory pools; `block_bytes`: of a block in ours."""
 
     def __init__(self, pool: mmap.mmap, block_bytes: int) -> None:
         self._pool = pool
         self._block_bytes = block_bytes
-        self._peers: dict[int, mmap.mmap] = {}
-        self._queue: deque[Ticket] = deque()
+        self._teams: dict[int, list[tuple[mmap.mmap, Source]]] = {}
+        self._queue: deque[_Pull] = deque()
 
     @property
     def busy(self) -> bool:
@@ -39,21 +48,23 @@ class HostTransfer:
     def on_done(self, wake: Callable[[], None]) -> None:
         """Copies run in `poll`: nobody waits for one."""
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        """Map a peer's pool; again after the peer was restarted. `fd` stays open for that."""
-        assert not handle, "pages of a GPU cannot be read by a CPU worker"
-        peer = map_peer(fd, num_bytes)
-        if old := self._peers.get(worker):
-            old.close()
-        self._peers[worker] = peer
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
+        """Map a team's pools; again after it was started again. Their `fd`s stay open for that."""
+        assert not any(one.handle for one in sources), "a CPU worker cannot read a GPU's pages"
+        mapped = [(map_peer(one.fd, one.num_bytes), one) for one in sources]
+        self._unmap(team)
+        self._teams[team] = mapped
 
-    def detach(self, worker: int) -> list[int]:
-        lost = [ticket.request_id for ticket in self._queue if ticket.source == worker]
+    def detach(self, team: int) -> list[int]:
+        lost = [one.ticket.request_id for one in self._queue if one.ticket.source == team]
         for request_id in lost:
             self.cancel(request_id)
-        if peer := self._peers.pop(worker, None):
-            peer.close()
+        self._unmap(team)
         return lost
+
+    def _unmap(self, team: int) -> None:
+        for peer, _ in self._teams.pop(team, ()):
+            peer.close()
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes:
         return block_ids  # our pool is shared memory: peers read it as it is
@@ -62,11 +73,11 @@ class HostTransfer:
         pass
 
     def begin(self, ticket: Ticket) -> None:
-        peer = self._peers.get(ticket.source)
-        if peer is None:
+        team = self._teams.get(ticket.source)
+        if team is None:
             raise unattached(ticket)
-        ids_of(ticket, len(peer) // self._block_bytes)
-        self._queue.append(ticket)
+        num_blocks = min(len(peer) // source.block_bytes for peer, source in team)
+        self._queue.append(_Pull(ticket, *ids_of(ticket, num_blocks)))
 
     def poll(self) -> list[Moved]:
         landed: list[Moved] = []
@@ -78,17 +89,22 @@ class HostTransfer:
         return landed
 
     def cancel(self, request_id: int) -> None:
-        for ticket in self._queue:
-            if ticket.request_id == request_id:
-                self._queue.remove(ticket)
+        for pull in self._queue:
+            if pull.ticket.request_id == request_id:
+                self._queue.remove(pull)
                 return
 
-    def _copy(self, ticket: Ticket) -> Landed:
+    def _copy(self, pull: _Pull) -> Landed:
         began = time.perf_counter()
-        source_ids = unpack_ids(ticket.source_ids)
-        target_ids = unpack_ids(ticket.target_ids)
-        _host.copy_blocks(
-            self._pool, self._peers[ticket.source], self._block_bytes, target_ids, source_ids
-        )
-        num_bytes = len(source_ids) * self._block_bytes
-        return Landed(ticket.request_id, num_bytes, time.perf_counter() - began)
+        for peer, source in self._teams[pull.ticket.source]:
+            _host.copy_blocks(
+                self._pool,
+                peer,
+                self._block_bytes,
+                source.block_bytes,
+                source.runs,
+                pull.target_ids,
+                pull.source_ids,
+            )
+        num_bytes = len(pull.source_ids) * self._block_bytes
+        return Landed(pull.ticket.request_id, num_bytes, time.perf_counter() - began)

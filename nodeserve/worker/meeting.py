@@ -9,11 +9,13 @@ from torch import distributed
 
 from nodeserve.config import WorkerSpec
 from nodeserve.layout import Shape
-from nodeserve.model.group import Groups, connect
+from nodeserve.model.group import Groups
+from nodeserve.model.group_host import connect
+from nodeserve.model.group_memory import Traffic
 from nodeserve.shards import Place
 
-# Longer than anything takes. A member that ends is noticed at once, and one that hangs by the
-# coordinator: this is for nobody's rescue.
+# Longer than anything takes. The coordinator notices a member that ends or hangs and ends the
+# others: this is for nobody's rescue.
 SILENCE_S = 24 * 3600.0
 
 
@@ -39,7 +41,13 @@ def place_of(spec: WorkerSpec) -> Place:
     return Place.of(Shape(spec.tp, spec.pp, spec.ep), spec.rank)
 
 
-def meet(spec: WorkerSpec, device: torch.device) -> Meeting:
+def traffic_of(spec: WorkerSpec, hidden_size: int) -> Traffic:
+    """Between our stages: a step for each may be under way, whose rows are float32 at most."""
+    row_bytes = hidden_size * torch.float32.itemsize
+    return Traffic(spec.pp, spec.max_num_batched_tokens * row_bytes, spec.max_num_seqs * row_bytes)
+
+
+def meet(spec: WorkerSpec, device: torch.device, hidden_size: int) -> Meeting:
     """Connected to everybody this worker talks to; waits for them, in memory that nobody else
     has."""
     place = place_of(spec)
@@ -48,4 +56,5 @@ def meet(spec: WorkerSpec, device: torch.device) -> Meeting:
     path = f"/proc/self/fd/{spec.rendezvous_fd}"
     store = distributed.FileStore(path, place.shape.num_workers)  # type: ignore[attr-defined]
     store.set_timeout(datetime.timedelta(seconds=SILENCE_S))  # else it gives up in five minutes
-    return Meeting(place, connect(place, store, device, SILENCE_S), store)
+    groups = connect(place, store, device, traffic_of(spec, hidden_size), SILENCE_S)
+    return Meeting(place, groups, store)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from nodeserve.errors import HandoffFailed
 from nodeserve.wire.messages import pack_ids, unpack_ids
 from nodeserve.worker.contract import CopyFailed, Offered
-from nodeserve.worker.page_copies import Blocks, PageCopies
+from nodeserve.worker.page_copies import Blocks, PageCopies, Part, whole_block
 
 
 class Offers(Protocol):
@@ -105,21 +105,20 @@ class HostOffers:
         copies: PageCopies,
         pool: Blocks,
         segment: Blocks,
-        num_slots: int,
+        pages_bytes: int,
         keep: object = None,
     ) -> None:
-        """pool: our pages on the device; segment: pinned memory with room for `num_slots` blocks;
-        keep: what must live as long as the segment is used"""
+        """pool: our pages on the device; segment: pinned memory, a slot is a block of it; keep:
+        what must live as long as the segment is used"""
         self._keep = keep
         self._copies = copies
-        self._pool = pool
+        self._parts = [Part(pool, whole_block(pool.block_bytes))]
         self._segment = segment
-        self._free = deque(range(num_slots))
-        self._num_slots = num_slots
+        self._free = deque(range(segment.num_blocks))
         self._offers: dict[int, _Offer] = {}
         self._queue: deque[_Offer] = deque()
         self._failed: list[CopyFailed] = []
-        self.pages_bytes = segment.num_bytes
+        self.pages_bytes = pages_bytes
         self.pages_handle = b""
 
     @property
@@ -128,7 +127,7 @@ class HostOffers:
 
     def offer(self, request_id: int, block_ids: bytes) -> None:
         offer = _Offer(request_id, unpack_ids(block_ids).tolist())
-        assert len(offer.block_ids) <= self._num_slots, "the segment holds a full context"
+        assert len(offer.block_ids) <= self._segment.num_blocks, "the segment holds a full context"
         self._offers[request_id] = offer
         self._queue.append(offer)
         self._start_queued()
@@ -167,7 +166,7 @@ class HostOffers:
             offer.state = _State.COPYING
             try:
                 self._copies.begin(
-                    offer.request_id, self._segment, self._pool, offer.slots, offer.block_ids
+                    offer.request_id, self._segment, self._parts, offer.slots, offer.block_ids
                 )
             except HandoffFailed as problem:
                 self._failed.append(CopyFailed(offer.request_id, problem))

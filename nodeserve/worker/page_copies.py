@@ -1,4 +1,4 @@
-"""Copies of whole blocks on a stream of their own: begun, watched, timed, and waited for."""
+"""Copies of blocks or parts of them on a stream of their own: begun, watched, timed, waited for."""
 
 import time
 from collections import deque
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from nodeserve.errors import CudaError, HandoffFailed
+from nodeserve.policy.copy_plan import CopyRun
 from nodeserve.worker.contract import CopyFailed, Landed
 from nodeserve.worker.watcher import Watcher
 
@@ -18,11 +20,37 @@ LONGEST_LOOK_S = (
 )
 
 
+Runs = npt.NDArray[np.int64]
+"""[n, 3]: an offset in the target block, one in the source block, and bytes."""
+
+
 class Blocks(NamedTuple):
     """Memory in which blocks lie one after the other."""
 
     address: int
-    num_bytes: int
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+class Part(NamedTuple):
+    """What is copied of each block from one memory, behind the event `after`."""
+
+    source: Blocks
+    runs: Runs
+    after: Any | None = None
+
+
+def as_runs(runs: Sequence[CopyRun]) -> Runs:
+    return np.array(runs, np.int64)
+
+
+def whole_block(num_bytes: int) -> Runs:
+    """Of this size, on both sides."""
+    return as_runs([CopyRun(0, 0, num_bytes)])
 
 
 @dataclass(slots=True)
@@ -46,15 +74,12 @@ class PageCopies:
         self,
         cuda: Any,
         device: int,
-        block_bytes: int,
         watcher: Watcher,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cuda = cuda
         self._device = device
-        self._block_bytes = block_bytes
         self._watcher = watcher
-        self._runs = np.array([[0, 0, block_bytes]], np.int64)
         self._stream = cuda.Stream(device)
         self._under_way: deque[_Copy] = deque()
         self._spare: list[tuple[Any, Any]] = []  # pairs of timed events
@@ -66,23 +91,22 @@ class PageCopies:
         self,
         request_id: int,
         target: Blocks,
-        source: Blocks,
+        parts: Sequence[Part],
         target_ids: Sequence[int],
         source_ids: Sequence[int],
-        after: Any | None = None,
     ) -> None:
-        """Copy block source_ids[i] to target_ids[i], behind the event `after`.
+        """Copy the parts of block source_ids[i] to target_ids[i].
 
         HandoffFailed if it cannot be begun: then nothing is written any more.
         """
         pairs = np.array([target_ids, source_ids], np.int32).T.copy()
         try:
             began, ended = self._spare.pop() if self._spare else self._new_events()
-            self._launch(pairs, target, source, after, began, ended)
+            self._launch(pairs, target, parts, began, ended)
         except self._cuda.CudaError as problem:
             self.settle()
             raise HandoffFailed(f"the pages cannot be copied: {problem}") from None
-        num_bytes = len(pairs) * self._block_bytes
+        num_bytes = len(pairs) * sum(int(part.runs[:, 2].sum()) for part in parts)
         self._under_way.append(_Copy(request_id, num_bytes, began, ended))
 
     def poll(self) -> list[Landed | CopyFailed]:
@@ -135,23 +159,25 @@ class PageCopies:
         return event(self._device, timed=True), event(self._device, timed=True)
 
     def _launch(
-        self, pairs: Any, target: Blocks, source: Blocks, after: Any | None, began: Any, ended: Any
+        self, pairs: Any, target: Blocks, parts: Sequence[Part], began: Any, ended: Any
     ) -> None:
         stream = self._stream.handle
-        if after is not None:
-            after.make_wait(stream)
+        for part in parts:
+            if part.after is not None:
+                part.after.make_wait(stream)
         began.record(stream)
-        self._cuda.copy_pages(
-            target.address,
-            target.num_bytes,
-            source.address,
-            source.num_bytes,
-            pairs,
-            self._runs,
-            target_stride=self._block_bytes,
-            source_stride=self._block_bytes,
-            stream=stream,
-        )
+        for source, runs, _ in parts:
+            self._cuda.copy_pages(
+                target.address,
+                target.num_bytes,
+                source.address,
+                source.num_bytes,
+                pairs,
+                runs,
+                target_stride=target.block_bytes,
+                source_stride=source.block_bytes,
+                stream=stream,
+            )
         ended.record(stream)
         # One of the watcher's own: these two may serve another copy while it still waits.
         signal = self._cuda.Event(self._device)

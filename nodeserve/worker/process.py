@@ -20,10 +20,11 @@ from nodeserve.config import WorkerSpec
 from nodeserve.errors import ConfigError, NodeServeError
 from nodeserve.log import tell_keeper
 from nodeserve.policy.batching import Limits
+from nodeserve.policy.copy_plan import PageShard
 from nodeserve.policy.scheduler import Scheduler
 from nodeserve.wire.channel import TeamEnd
 from nodeserve.wire.messages import Failed, Loading, Mapped, Ready
-from nodeserve.worker.contract import ALONE, Device, Load, Progress
+from nodeserve.worker.contract import ALONE, Device, Load, Progress, Transfer
 from nodeserve.worker.follower import Follower
 from nodeserve.worker.link import LeaderLink, RingLink
 from nodeserve.worker.peer_seats import PeerSeats
@@ -72,9 +73,9 @@ def serve(spec: WorkerSpec, load: Load, link: RingLink, ends: Sequence[TeamEnd])
         Scheduler(limits(spec, device)),
         device.executor,
         transfer,
+        seats(spec, device.pages, transfer),
         door_s=spec.door_s,
         idle_wait_s=spec.idle_wait_s,
-        place=place_of(spec),
         expert_rows=device.expert_rows,
     )
     ready(device, link, began)
@@ -93,7 +94,7 @@ def follow(spec: WorkerSpec, load: Load, link: RingLink, end: TeamEnd) -> None:
         LeaderLink(end, link.beat),
         device.following,
         device.transfer,
-        PeerSeats(device.transfer, place_of(spec)),
+        seats(spec, device.pages, device.transfer),
         spec.idle_wait_s,
         device.expert_rows,
     )
@@ -120,10 +121,10 @@ def ready(device: Device, link: RingLink, began_s: float) -> None:
     )
 
 
-def place_of(spec: WorkerSpec) -> tuple[int, int, int, int]:
-    """Our part of every block, as AttachPages has it."""
-    pp_rank, tp_rank = divmod(spec.rank % spec.team_size, spec.tp)
-    return tp_rank, spec.tp, pp_rank, spec.pp
+def seats(spec: WorkerSpec, pages: PageShard, transfer: Transfer) -> PeerSeats:
+    """Workers of a node's instances of one shape each have another turn, and among peers of their
+    own shape their own number."""
+    return PeerSeats(transfer, pages, spec.instance * spec.num_workers + spec.rank)
 
 
 def limits(spec: WorkerSpec, device: Device) -> Limits:

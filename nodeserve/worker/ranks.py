@@ -33,10 +33,13 @@ class Ranks(Protocol):
         """Call `wake`, from any thread, when others wait for us."""
 
     def enter(self, work: RankWork) -> Began | None:
-        """We begin a pass."""
+        """We begin a pass. ShuttingDown if another rank has left, and no pass begins any more."""
 
     def ran(self, began: Began | None) -> Ran | None:
-        """It is over. None: nobody but us counts passes."""
+        """It is over, and so are all before it. None: nobody but us counts passes."""
+
+    def leave(self) -> bool:
+        """See contract.Executor."""
 
 
 class NoRanks:
@@ -54,6 +57,9 @@ class NoRanks:
     def ran(self, began: Began | None) -> Ran | None:
         return None
 
+    def leave(self) -> bool:
+        return False
+
 
 NO_RANKS: Ranks = NoRanks()
 
@@ -70,6 +76,7 @@ class InStep:
         self._lockstep = lockstep
         self._alarm = alarm
         self._clock = clock
+        self._ended_s = 0.0  # when the last pass was over
 
     def called(self, departure: int) -> bool:
         return self._lockstep.called(departure)
@@ -81,8 +88,14 @@ class InStep:
         return Began(self._lockstep.enter(work), self._clock())
 
     def ran(self, began: Began | None) -> Ran | None:
+        """From where it began, or the pass before it was over: with several stages some are under
+        way at once."""
         assert began is not None
-        return Ran(began.number, began.at_s, self._clock() - began.at_s)
+        began_s, self._ended_s = max(began.at_s, self._ended_s), self._clock()
+        return Ran(began.number, began_s, self._ended_s - began_s)
+
+    def leave(self) -> bool:
+        return self._lockstep.leave()
 
 
 def ranks_of(spec: WorkerSpec) -> Ranks:

@@ -38,6 +38,10 @@ def choose_route(
         return Route(IPC, "CUDA IPC")
     if wish == IPC:
         raise ConfigError(f"--handoff ipc: {reason}; use --handoff auto or host")
+    return through_host(reason)
+
+
+def through_host(reason: str) -> Route:
     return Route(HOST, f"pinned host memory: {reason}")
 
 

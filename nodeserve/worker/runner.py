@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nodeserve.errors import CudaError, HandoffFailed, NodeServeError
+from nodeserve.errors import CudaError, HandoffFailed, NodeServeError, ShuttingDown
 from nodeserve.policy.batching import Batch, Outcome, Sequence, Stage
 from nodeserve.policy.cost import rank_work
 from nodeserve.policy.pacing import Pacer
@@ -67,7 +67,7 @@ from nodeserve.worker.contract import (
     count_nothing,
 )
 from nodeserve.worker.count import counted
-from nodeserve.worker.peer_seats import WHOLE, PeerSeats
+from nodeserve.worker.peer_seats import PeerSeats
 
 
 class Link(Protocol):
@@ -103,7 +103,7 @@ class Launched:
 
 class Runner:
     """Carries out what the scheduler decides. `clock` is monotonic, in seconds; `idle_wait_s`
-    bounds the age of the last sign of life, nothing else; `place`: our part of every block."""
+    bounds the age of the last sign of life, nothing else."""
 
     def __init__(
         self,
@@ -111,17 +111,17 @@ class Runner:
         scheduler: Scheduler,
         executor: Executor,
         transfer: Transfer,
+        seats: PeerSeats,
         clock: Callable[[], float] = time.perf_counter,
         door_s: float = 0.0,
         idle_wait_s: float = 1.0,
-        place: Iterable[int] = WHOLE,
         expert_rows: Callable[[], ExpertRows] = count_nothing,
     ) -> None:
         self.link = link
         self.scheduler = scheduler
         self.executor = executor
         self.transfer = transfer
-        self._seats = PeerSeats(transfer, place)
+        self._seats = seats
         self.stopped = False
         self._clock = clock
         self._pacer = Pacer()
@@ -155,8 +155,11 @@ class Runner:
         """Turn until told to stop; then no step writes to the pages any more."""
         while not self.stopped:
             self.turn()
-        for launched in self._launched:
-            launched.flight.result()
+        flights = [launched.flight for launched in self._launched]
+        if self.executor.leave():
+            flights.append(self.executor.launch(Batch()))
+        for flight in flights:
+            flight.result()
 
     def turn(self) -> None:
         """What has come, then what can begin; sleeps if nothing can."""
@@ -184,7 +187,12 @@ class Runner:
         )
         if batch is None:
             return self._idle_wait_s
-        self._launched.append(Launched(batch, self.executor.launch(batch), now_s))
+        try:
+            flight = self.executor.launch(batch)
+        except ShuttingDown:  # another rank of our instance was told first
+            self.stopped = True
+            return 0.0
+        self._launched.append(Launched(batch, flight, now_s))
         if not batch.num_prefill_tokens:
             self._pacer.launched(self._clock() - now_s)
         self._land()  # if launching was computing
@@ -194,7 +202,7 @@ class Runner:
         """When the next step may be planned."""
         num_stages = self.scheduler.limits.num_stages
         if len(self._launched) < num_stages:
-            return -math.inf
+            return self.executor.opens_s()
         if num_stages > 1 or len(self._launched) > 1 or not self.executor.overlaps:
             return math.inf
         running = self._launched[0]

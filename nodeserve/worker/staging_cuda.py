@@ -1,8 +1,9 @@
 """A step's inputs on their way to the GPU: written on the host, copied there at once.
 
 All arrays of a step lie one behind the other, in pinned memory and at the same places in one buffer
-on the device, so a single copy brings them over. There are two pinned buffers: one is written while
-the other is read. The device needs only one, since copies and steps take turns there.
+on the device, so a single copy brings them over. There is a pinned buffer for each step that may be
+under way: one is written while the others are read. The device needs only one, since copies and
+steps take turns there.
 
 A captured step reads the same addresses every time. So steps of decodes alone have an arrangement
 of their own, with small arrays at fixed places, and their block table, which travels as narrow as
@@ -39,7 +40,7 @@ class Fields:
         return [memory[first : first + size] for first, size in self._places]
 
 
-class Half:
+class Buffer:
     """One pinned buffer, seen in both arrangements."""
 
     def __init__(self, memory: torch.Tensor, kinds: tuple[Fields, ...]) -> None:
@@ -79,7 +80,7 @@ class Staged:
     """A step that is written down. Its tensors are on the device and hold it after the copy."""
 
     counts: Counts
-    half: Half
+    buffer: Buffer
     source: torch.Tensor  # pinned
     target: torch.Tensor
     inputs: StepInputs
@@ -88,7 +89,7 @@ class Staged:
 
 
 class CudaStaging:
-    """Both buffers and the device's."""
+    """The pinned buffers and the device's. `num_steps`: how many may be under way."""
 
     def __init__(
         self,
@@ -98,11 +99,12 @@ class CudaStaging:
         max_seqs: int,
         max_context_len: int,
         max_blocks: int,
+        num_steps: int = 2,
     ) -> None:
         self._decodes, self._any = Fields(max_seqs, max_seqs), Fields(max_tokens, max_seqs)
         kinds = (self._decodes, self._any)
         size = max(fields.table for fields in kinds) + max_seqs * max_blocks
-        self._halves = [Half(runtime.pinned(size, torch.int32), kinds) for _ in range(2)]
+        self._buffers = [Buffer(runtime.pinned(size, torch.int32), kinds) for _ in range(num_steps)]
         self._device = torch.zeros(size, dtype=torch.int32, device=runtime.device)
         self._views = {fields: fields.views(self._device) for fields in kinds}
         self._table = torch.zeros((max_seqs, max_blocks), dtype=torch.int32, device=runtime.device)
@@ -112,13 +114,13 @@ class CudaStaging:
 
     def build(self, batch: Batch) -> Staged:
         """Any step, at its own size."""
-        half = self._next_half()
-        arrays, feed = half.arrays(self._any)
+        buffer = self._next_buffer()
+        arrays, feed = buffer.arrays(self._any)
         num_tokens, num_rows = arrays.fill(batch)
         num_seqs, width = len(batch.work), table_width(batch.work)
-        self._write_table(half, self._any, batch, num_seqs, width)
+        self._write_table(buffer, self._any, batch, num_seqs, width)
         return self._staged(
-            half,
+            buffer,
             Counts(
                 size=0,
                 num_sampled=num_rows,
@@ -136,8 +138,8 @@ class CudaStaging:
     def build_decodes(self, batch: Batch, size: int) -> Staged:
         """A step of decodes alone as the captured one of `size` reads it, filled up with rows of
         one token at place 0 of the spare block."""
-        half = self._next_half()
-        arrays, feed = half.arrays(self._decodes)
+        buffer = self._next_buffer()
+        arrays, feed = buffer.arrays(self._decodes)
         count, width = len(batch.work), table_width(batch.work)
         arrays.fill(batch)
         _fill_feed(feed, batch, size)
@@ -146,10 +148,10 @@ class CudaStaging:
         arrays.lens[count:size] = 1
         arrays.starts[count + 1 : size + 1] = range(count + 1, size + 1)
         arrays.rows[count:size] = range(count, size)
-        self._write_table(half, self._decodes, batch, size, width)
+        self._write_table(buffer, self._decodes, batch, size, width)
         longest = self._max_context_len
         return self._staged(
-            half, Counts(size, count, size, size, size, width, size, 1, longest, True)
+            buffer, Counts(size, count, size, size, size, width, size, 1, longest, True)
         )
 
     def plan_of(self, staged: Staged) -> bytes:
@@ -159,10 +161,10 @@ class CudaStaging:
     def read(self, plan: bytes) -> Staged:
         """The step that a leader wrote down, whose staging is made for the same sizes."""
         counts = Counts(*_COUNTS.unpack_from(plan))
-        half = self._next_half()
+        buffer = self._next_buffer()
         ints = np.frombuffer(plan, np.int32, offset=_COUNTS.size)
-        half.flat[: ints.size] = ints
-        return self._staged(half, counts)
+        buffer.flat[: ints.size] = ints
+        return self._staged(buffer, counts)
 
     def decode_inputs(self, size: int) -> tuple[StepInputs, torch.Tensor]:
         """The inputs and the feed of every captured step of `size`: the same each time."""
@@ -180,20 +182,20 @@ class CudaStaging:
 
     # ---- parts
 
-    def _next_half(self) -> Half:
-        self._turn ^= 1
-        half = self._halves[self._turn]
-        if half.reader is not None:  # the step before the last: over, unless nobody waited for it
-            half.reader.synchronize()
-            half.reader = None
-        return half
+    def _next_buffer(self) -> Buffer:
+        self._turn = (self._turn + 1) % len(self._buffers)
+        buffer = self._buffers[self._turn]
+        if buffer.reader is not None:  # the oldest step: over, unless nobody waited for it
+            buffer.reader.synchronize()
+            buffer.reader = None
+        return buffer
 
     def _write_table(
-        self, half: Half, fields: Fields, batch: Batch, num_rows: int, width: int
+        self, buffer: Buffer, fields: Fields, batch: Batch, num_rows: int, width: int
     ) -> None:
         """The table [num_rows, width] as it travels."""
         end = fields.table + num_rows * width
-        table = half.flat[fields.table : end].reshape(num_rows, width)
+        table = buffer.flat[fields.table : end].reshape(num_rows, width)
         fill_table(table[: len(batch.work)], batch.work)
         table[len(batch.work) :] = self.spare_block
 
@@ -211,8 +213,8 @@ class CudaStaging:
             max_context_len=counts.longest_context,
         )
 
-    def _staged(self, half: Half, counts: Counts) -> Staged:
-        """What `half` holds, arranged as the counts say."""
+    def _staged(self, buffer: Buffer, counts: Counts) -> Staged:
+        """What `buffer` holds, arranged as the counts say."""
         fields = self._decodes if counts.size else self._any
         used = fields.table + counts.num_seqs * counts.width
         narrow = self._device[fields.table : used].view(counts.num_seqs, counts.width)
@@ -223,8 +225,8 @@ class CudaStaging:
             inputs, feed = self.decode_inputs(counts.size)
         else:
             inputs = self._inputs(fields, counts, narrow)
-        source, target = half.memory[:used], self._device[:used]
-        return Staged(counts, half, source, target, inputs, feed, spread)
+        source, target = buffer.memory[:used], self._device[:used]
+        return Staged(counts, buffer, source, target, inputs, feed, spread)
 
 
 def _fill_feed(feed: Ints, batch: Batch, num_tokens: int) -> bool:

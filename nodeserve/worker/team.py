@@ -51,15 +51,16 @@ class LeaderTeam:
     def num_followers(self) -> int:
         return len(self._ends)
 
-    def step(self, plan: Callable[[], bytes]) -> None:
+    def step(self, plan: Callable[[], bytes]) -> int:
         self._num_steps += 1
         if not self._ends:
-            return
+            return self._num_steps
         data = plan()
         while len(data) > PART_BYTES:
             self.post(Part(data[:PART_BYTES]))
             data = data[PART_BYTES:]
         self.post(Step(self._num_steps, data))
+        return self._num_steps
 
     def has_passed(self, number: int) -> bool:
         self._listen()

@@ -6,12 +6,20 @@ that comes behind it, so the pages are free for what the leader launches next; w
 read of the source by then comes to nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nodeserve.errors import HandoffFailed, from_code
 from nodeserve.wire import team as wire
-from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ticket, Transfer
+from nodeserve.worker.contract import (
+    CopyFailed,
+    Landed,
+    Moved,
+    Offered,
+    Source,
+    Ticket,
+    Transfer,
+)
 from nodeserve.worker.team import LeaderTeam
 
 
@@ -34,6 +42,7 @@ class TeamTransfer:
         self._team = team
         self._offers_at_once = offers_at_once
         self._open: dict[int, Open] = {}  # by request
+        self._offered: set[int] = set()  # requests that followers offer pages of
         self._number = 0  # of the newest; answers to an earlier one of a request are too late
 
     @property
@@ -43,12 +52,12 @@ class TeamTransfer:
     def on_done(self, wake: Callable[[], None]) -> None:
         self._own.on_done(wake)  # followers ring our bell
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        self._own.attach(worker, fd, num_bytes, handle)
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
+        self._own.attach(team, sources)
 
-    def detach(self, worker: int) -> list[int]:
-        self._own.detach(worker)
-        lost = [request_id for request_id, one in self._open.items() if one.source == worker]
+    def detach(self, team: int) -> list[int]:
+        self._own.detach(team)
+        lost = [request_id for request_id, one in self._open.items() if one.source == team]
         for request_id in lost:
             self._forget(request_id)
         return lost
@@ -60,12 +69,13 @@ class TeamTransfer:
         opened = self._begin(request_id)
         if ids is not None:
             opened.answers.append(Offered(request_id, ids))
+        self._offered.add(request_id)
         self._team.post(wire.Offer(opened.number, request_id, block_ids))
         return None
 
     def withdraw(self, request_id: int) -> None:
         self._own.withdraw(request_id)
-        if not self._offers_at_once:
+        if request_id in self._offered:
             self._forget(request_id)
 
     def begin(self, ticket: Ticket) -> None:
@@ -108,6 +118,7 @@ class TeamTransfer:
     def _forget(self, request_id: int) -> None:
         """No member copies for it, or keeps pages for it, any more."""
         self._open.pop(request_id, None)
+        self._offered.discard(request_id)
         self._team.post(wire.Forget(request_id))
 
 

@@ -1,17 +1,18 @@
 """Handoff between GPUs: pulls from peers beside the steps, and our own pages offered to peers.
 
-A pull is one launch on a copy stream. It does not wait for our steps: the scheduler gives out a
-block only when no launched step writes to it any more, and runs the request once the pages are
-here. It does wait, on the device, for the peer's word that the pages are complete.
+A pull is one launch on a copy stream for each worker that has a part of ours. It does not wait for
+our steps: the scheduler gives out a block only when no launched step writes to it any more, and
+runs the request once the pages are here. It does wait, on the device, for the peers' word that the
+pages are complete.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nodeserve.errors import ConfigError
-from nodeserve.worker.contract import Moved, Ticket
+from nodeserve.worker.contract import Moved, Source, Ticket
 from nodeserve.worker.offers import Offers
-from nodeserve.worker.page_copies import Blocks, PageCopies
+from nodeserve.worker.page_copies import Blocks, PageCopies, Part, as_runs
 from nodeserve.worker.peers import Peer, open_device_pages, open_host_pages
 from nodeserve.worker.tickets import ids_of, unattached
 from nodeserve.worker.watcher import Watcher
@@ -25,7 +26,6 @@ class CudaTransfer:
         cuda: Any,
         device: int,
         pool: Blocks,
-        block_bytes: int,
         pulls: PageCopies,
         offers: Offers,
         watcher: Watcher,
@@ -33,12 +33,11 @@ class CudaTransfer:
         self._cuda = cuda
         self._device = device
         self._pool = pool
-        self._block_bytes = block_bytes
         self._pulls = pulls
         self._offers = offers
         self._watcher = watcher
-        self._peers: dict[int, Peer] = {}
-        self._sources: dict[int, int] = {}  # of the pulls under way, by request
+        self._teams: dict[int, list[tuple[Peer, Part]]] = {}
+        self._sources: dict[int, int] = {}  # teams of the pulls under way, by request
         self.pages_bytes = offers.pages_bytes  # what a peer maps
         self.pages_handle = offers.pages_handle
 
@@ -50,32 +49,49 @@ class CudaTransfer:
     def busy(self) -> bool:
         return self._offers.busy
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        """Open a peer's pages; again after the peer was restarted. `fd` stays open for that."""
-        if old := self._peers.pop(worker, None):
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
+        """Open a team's pages; again after it was started again. Their `fd`s stay open for that."""
+        if team in self._teams:
             self._pulls.settle()
-            old.close()
-        try:
-            self._peers[worker] = self._open(fd, num_bytes, handle)
-        except self._cuda.CudaError as problem:
-            advice = "; --handoff host does without" if handle else ""
-            raise ConfigError(
-                f"the pages of worker {worker} cannot be opened here: {problem}{advice}"
-            ) from None
+            self._close(team)
+        self._teams[team] = self._open_all(sources)
 
-    def detach(self, worker: int) -> list[int]:
-        lost = [request_id for request_id, source in self._sources.items() if source == worker]
+    def detach(self, team: int) -> list[int]:
+        lost = [request_id for request_id, source in self._sources.items() if source == team]
         for request_id in lost:
             self._pulls.drop(request_id)
             del self._sources[request_id]
-        if peer := self._peers.pop(worker, None):
-            peer.close()
+        self._close(team)
         return lost
 
-    def _open(self, fd: int, num_bytes: int, handle: bytes) -> Peer:
-        if handle:
-            return open_device_pages(self._cuda, self._device, handle, num_bytes)
-        return open_host_pages(self._cuda, self._device, fd, num_bytes)
+    def _close(self, team: int) -> None:
+        for peer, _ in self._teams.pop(team, ()):
+            peer.close()
+
+    def _open_all(self, sources: Sequence[Source]) -> list[tuple[Peer, Part]]:
+        opened: list[tuple[Peer, Part]] = []
+        for source in sources:
+            try:
+                opened.append(self._open(source))
+            except Exception as problem:
+                for peer, _ in opened:
+                    peer.close()
+                if not isinstance(problem, self._cuda.CudaError):
+                    raise
+                advice = "; --handoff host does without" if source.handle else ""
+                raise ConfigError(
+                    f"the pages of worker {source.worker} cannot be opened here: {problem}{advice}"
+                ) from None
+        return opened
+
+    def _open(self, source: Source) -> tuple[Peer, Part]:
+        cuda, device, num_bytes = self._cuda, self._device, source.num_bytes
+        if source.handle:
+            peer = open_device_pages(cuda, device, source.handle, num_bytes)
+        else:
+            peer = open_host_pages(cuda, device, source.fd, num_bytes)
+        blocks = Blocks(peer.address, num_bytes // source.block_bytes, source.block_bytes)
+        return peer, Part(blocks, as_runs(source.runs), peer.written)
 
     def offer(self, request_id: int, block_ids: bytes) -> bytes | None:
         return self._offers.offer(request_id, block_ids)
@@ -84,14 +100,11 @@ class CudaTransfer:
         self._offers.withdraw(request_id)
 
     def begin(self, ticket: Ticket) -> None:
-        peer = self._peers.get(ticket.source)
-        if peer is None:
+        parts = [part for _, part in self._teams.get(ticket.source, ())]
+        if not parts:
             raise unattached(ticket)
-        source_ids, target_ids = ids_of(ticket, peer.num_bytes // self._block_bytes)
-        source = Blocks(peer.address, peer.num_bytes)
-        self._pulls.begin(
-            ticket.request_id, self._pool, source, target_ids, source_ids, after=peer.written
-        )
+        source_ids, target_ids = ids_of(ticket, min(part.source.num_blocks for part in parts))
+        self._pulls.begin(ticket.request_id, self._pool, parts, target_ids, source_ids)
         self._sources[ticket.request_id] = ticket.source
 
     def poll(self) -> list[Moved]:

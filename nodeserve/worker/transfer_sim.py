@@ -1,19 +1,27 @@
-"""A handoff between simulated devices: real pages, tiny ones, in the time that true ones take."""
+"""A handoff between simulated devices: real pages, tiny ones, in the time that true ones take.
+
+What a simulated model is made of nobody says. Its pages are cut as those of 8 layers with 8 KV
+heads would be, of which each has a byte of every block, and K and V are one.
+"""
 
 import mmap
 import time
 from collections.abc import Callable
 
+from nodeserve.policy.copy_plan import PageGeometry
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Landed, Moved, Ticket
 from nodeserve.worker.handoff import HostTransfer
 
+GEOMETRY = PageGeometry(8, 8, block_size=1, head_dim=1, value_bytes=1, parts=1)
+
 
 class SimTransfer(HostTransfer):
-    """Copies land one after the other, as over one link into this device.
+    """Copies land one after the other, as over one link into this device, and take as long as the
+    link out of that device of the other team which sends its readers most.
 
-    block_bytes: of a block in the pool; true_block_bytes: on the imitated device, whose link takes
-    `bytes_per_s`.
+    block_bytes: of our part of a block in the pool; true_block_bytes: on the imitated device. Each
+    device has a link that takes `bytes_per_s`.
     """
 
     def __init__(
@@ -45,10 +53,11 @@ class SimTransfer(HostTransfer):
 
     def poll(self) -> list[Moved]:
         landed: list[Moved] = []
-        while self._queue and self._due_s[self._queue[0].request_id] <= self._clock():
-            ticket = self._queue.popleft()
+        while self._queue and self._due_s[self._queue[0].ticket.request_id] <= self._clock():
+            pull = self._queue.popleft()
+            ticket = pull.ticket
             del self._due_s[ticket.request_id]
-            self._copy(ticket)
+            self._copy(pull)
             landed.append(Landed(ticket.request_id, self._num_bytes(ticket), self._seconds(ticket)))
         return landed
 
@@ -60,4 +69,5 @@ class SimTransfer(HostTransfer):
         return len(ticket.source_ids) // 4 * self._true_block_bytes
 
     def _seconds(self, ticket: Ticket) -> float:
-        return self._num_bytes(ticket) / self._bytes_per_s
+        sent = max(source.block_bytes for _, source in self._teams[ticket.source])
+        return self._num_bytes(ticket) * max(1.0, sent / self._block_bytes) / self._bytes_per_s

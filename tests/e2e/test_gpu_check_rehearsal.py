@@ -15,7 +15,6 @@ ONLY_ON_A_GPU = {
     "compute-sanitizer memcheck over the copies",
     "compute-sanitizer racecheck over the copies",
     "float32: the demo model, 1p1d, gives the tokens of transformers",
-    "attention over pages, decode and prefill",
 }
 
 

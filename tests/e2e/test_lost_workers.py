@@ -85,8 +85,15 @@ async def compare(
     assert (await all_ready(calm, 1))["workers"][worker]["restarts"] == before + 1
 
 
-@pytest.mark.parametrize("fault", ["kill", "exception"])
-@pytest.mark.parametrize(("worker", "phase"), [(0, "prefill"), (0, "handoff"), (1, "decode")])
+@pytest.mark.parametrize(
+    ("fault", "worker", "phase"),
+    [  # every pair of fault and phase: tests/process/test_fault_matrix.py
+        ("kill", 0, "prefill"),
+        ("kill", 0, "handoff"),
+        ("kill", 1, "decode"),
+        ("exception", 0, "handoff"),
+    ],
+)
 async def test_a_pair(
     pair: tuple[Nodes, RunningNode],
     clients: list[RawClient],

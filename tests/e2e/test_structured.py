@@ -18,11 +18,12 @@ from tests.e2e.conftest import served
 from tests.fakes.gateway import sdk
 from tests.fakes.schemas import random_schema
 from tests.reference.embedded import needs_embedded_model
+from tests.repeats import repeats
 
 pytestmark = [needs_embedded_model, pytest.mark.timeout(400)]
 
 MODEL = "SmolLM2-135M-Instruct"
-NUM_SCHEMAS = 100
+NUM_SCHEMAS = repeats(25, 100)
 WHOLE_S = 380.0  # for all of them at once
 MAX_TOKENS = 700  # above what any of the schemas can need with white space everywhere
 ROADS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
         yield socket, http
 
 
+@pytest.mark.repeats
 async def test_random_schemas_are_always_met(node: tuple[Path, Path]) -> None:
     """Greedy and drawn ones; half of them as streams."""
     schemas = [random_schema(random.Random(1000 + seed)) for seed in range(NUM_SCHEMAS)]

@@ -8,7 +8,14 @@ Stats = dict[str, Any]
 def worker(index: int, role: str, **values: Any) -> Stats:
     return {
         **{"index": index, "role": role, "acting": role, "instance": index, "rank": 0},
-        **{"gpu": None, "state": "ready", "reason": "", "restarts": 0, "pid": 100 + index},
+        **{
+            "leader": index,
+            "gpu": None,
+            "state": "ready",
+            "reason": "",
+            "restarts": 0,
+            "pid": 100 + index,
+        },
         **{"running": 0, "waiting": 0, "pinned": 0, "waiting_tokens": 0},
         **{"num_blocks": 100, "free_blocks": 100, "pinned_blocks": 0, "step_ms": 20.0},
         **{"busy_s": 0.0, "tokens_per_s": 0.0, "prompt_tokens_per_s": 0.0},

@@ -43,10 +43,14 @@ def plain_parts(
 
 
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
+    import torch
+
+    import tests.fakes.interpreter  # noqa: F401  repairs it
     from nodeserve.worker import device_cuda
     from nodeserve.worker.gpu_model import make_parts
     from tests.fakes.gpu_runtime import FakeRuntime
 
+    torch.set_num_threads(1)  # small operations, and workers that share the cores
     parts = plain_parts if PLAIN_PARTS in os.environ else make_parts
     return device_cuda.load(spec, progress, team, FakeRuntime(), parts)
 

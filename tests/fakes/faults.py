@@ -122,7 +122,8 @@ class FaultyExecutor:
     def __init__(self, inner: Executor, fault: Fault) -> None:
         self._inner = inner
         self._fault = fault
-        self.called, self.on_done = inner.called, inner.on_done
+        self.called, self.leave, self.on_done = inner.called, inner.leave, inner.on_done
+        self.opens_s = inner.opens_s
 
     @property
     def overlaps(self) -> bool:
@@ -142,11 +143,11 @@ class FaultyFollowing:
     def __init__(self, inner: Following, fault: Fault) -> None:
         self._inner = inner
         self._fault = fault
-        self.choose = inner.choose
+        self.choose, self.num_passed = inner.choose, inner.num_passed
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         self._fault.meet("follow")
-        return self._inner.follow(plan)
+        self._inner.follow(plan)
 
 
 class FaultyTransfer:

@@ -6,11 +6,12 @@
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
 from nodeserve.config import WorkerSpec
-from nodeserve.worker.contract import Device, Progress, Team
+from nodeserve.worker.contract import Device, Progress, Source, Team
 from nodeserve.worker.handoff import HostTransfer
 from nodeserve.worker.process import main
 from tests.fakes import worker
@@ -33,7 +34,7 @@ class Deaf(HostTransfer):
     def __init__(self, transfer: HostTransfer) -> None:
         self.__dict__ = transfer.__dict__
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
         stand_still()
 
 

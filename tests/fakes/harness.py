@@ -35,8 +35,8 @@ from nodeserve.wire.messages import (
     unpack_ids,
     unpack_request_ids,
 )
-from nodeserve.worker.peer_seats import WHOLE
 from tests.fakes.model import FakeSettings
+from tests.fakes.pages import WHOLE
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
 DEADLINE_S = 20.0
@@ -119,7 +119,7 @@ class WorkerProcess:
     def attach(self, source: "WorkerProcess") -> None:
         ready, spec = source.ready, source.spec
         pages = spec.pages_fd, ready.pages_bytes, ready.pages_handle
-        self.send(AttachPages(spec.index, *pages, spec.index, list(WHOLE)))
+        self.send(AttachPages(spec.index, *pages, spec.index, WHOLE))
 
     @property
     def ready(self) -> Ready:

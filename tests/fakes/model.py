@@ -6,6 +6,7 @@ changes the stream. `expected_stream` says what the stream must be.
 """
 
 import json
+import math
 import mmap
 import os
 import signal
@@ -107,8 +108,14 @@ class FakeExecutor:
     def overlaps(self) -> bool:
         return False
 
+    def opens_s(self) -> float:
+        return -math.inf
+
     def called(self, departure: int) -> bool:
         return self.is_called
+
+    def leave(self) -> bool:
+        return False
 
     def on_done(self, wake: Callable[[], None]) -> None:
         pass

@@ -7,6 +7,7 @@ config.json, the workers are GPU workers over the fake CUDA runtime (tests/fakes
 With device "sim" they are simulated ones (tests/fakes/sim_worker.py), with "real" those that serve
 `model`, or the embedded one, on the processor (cpu_worker.py), with `leak` simulated ones that lose
 something (leaky_worker.py), with `hang` one never starts (hanging_worker.py).
+With `exit_grace_s` workers have so long to end by themselves before they are killed.
 `tokenizer` is the path of one with TEXT_VOCAB tokens, for clients that send text; `log_level` logs
 everything from that level on, of all loggers, to stderr.
 """
@@ -25,6 +26,7 @@ import uvloop
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.checkpoint import resolve as resolve_checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
+from nodeserve.coordinator import supervisor
 from nodeserve.coordinator.placement import resolve
 from nodeserve.coordinator.server import Server
 from nodeserve.errors import NodeServeError
@@ -54,6 +56,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     fake = json.dumps(settings.pop("fake", {}))
     gpu_model, is_real = settings.pop("gpu_model", None), settings.pop("real", False)
+    supervisor.EXIT_GRACE_S = settings.pop("exit_grace_s", supervisor.EXIT_GRACE_S)
     leak, hang = settings.pop("leak", None), settings.pop("hang", None)
     if (log_level := settings.pop("log_level", None)) is not None:
         logging.basicConfig(level=log_level)

@@ -40,7 +40,7 @@ def worker(index: int, role: str, **changes: Any) -> dict[str, Any]:
     kv_use = (0.31 + 0.04 * index) if is_prefill else (0.55 + 0.06 * index)
     values = {
         **{"index": index, "role": role, "acting": role, "instance": index, "rank": 0},
-        **{"gpu": index, "state": "ready", "reason": "", "restarts": 0},
+        **{"leader": index, "gpu": index, "state": "ready", "reason": "", "restarts": 0},
         **{"running": 3 if is_prefill else 41 + index, "waiting": 2 if is_prefill else 0},
         **{"pinned": 5 if is_prefill else 0, "waiting_tokens": 2048 if is_prefill else 0},
         "blocks": {"total": 8192, "free": 4000, "pinned": 60, "active": 4132},

@@ -14,6 +14,7 @@ from nodeserve.coordinator.shared import make_lockstep
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.profiles import PROFILES
+from nodeserve.policy.sizes import Anatomy
 from nodeserve.worker.device import load
 from nodeserve.worker.executor_sim import Tokens
 from nodeserve.worker.process import main
@@ -35,6 +36,7 @@ QUICK = Profile(
     max_num_batched_tokens=64,
     max_num_seqs=16,
     max_model_len=1024,
+    anatomy=Anatomy(8, 8, row_bytes=1000, weight_bytes=1e6),
 )
 # Pages take a second for each block: a fault meets them on their way for certain.
 FAR_APART = replace(QUICK, name="far-apart", handoff_bytes_per_s=16e3)

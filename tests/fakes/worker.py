@@ -20,6 +20,7 @@ from nodeserve.worker.process import main
 from tests.fakes.faults import faulty
 from tests.fakes.late_model import ThreadedExecutor
 from tests.fakes.model import FakeExecutor, FakeSettings
+from tests.fakes.pages import uncut
 
 # It ends with the node: nobody else has that pipe's other end.
 CHILD = ("sh", "-c", "while echo >&2; do sleep 0.05; done")
@@ -54,6 +55,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         transfer=HostTransfer(pool, block_bytes),
         num_blocks=num_blocks,
         block_bytes=block_bytes,
+        pages=uncut(block_bytes),
         pages_bytes=num_blocks * block_bytes,
         pages_handle=b"",
         num_threads=spec.num_threads,

@@ -1,9 +1,11 @@
-"""Ranks that share experts, as processes with gloo between them: the tokens of one worker."""
+"""Ranks that share experts, as processes: the tokens of one worker."""
 
 from pathlib import Path
 
 import pytest
 
+from nodeserve.layout import parse_layout
+from nodeserve.wire.messages import Stop
 from tests.process.conftest import Connect, Nodes, audit
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
@@ -49,7 +51,7 @@ def expected() -> list[list[int]]:
     return []
 
 
-@pytest.mark.parametrize("layout", ["1m:ep2", "1p:ep2,1d:ep2", "1m:tp2.ep2"])
+@pytest.mark.parametrize("layout", ["1m:ep2", "1p:ep2,1d:ep2", "1m:tp2.ep2", "1m:pp2.ep2"])
 async def test_ranks_give_the_tokens_of_one_worker(
     nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]], layout: str
 ) -> None:
@@ -59,19 +61,45 @@ async def test_ranks_give_the_tokens_of_one_worker(
     assert await serve(nodes, connect, model, layout) == expected
 
 
+@pytest.mark.parametrize(
+    ("layout", "victim", "phase"),
+    [("1m:ep2", 1, "decode"), ("1m:tp2.ep2", 3, "follow"), ("1m:pp2.ep2", 3, "follow")],
+)
 async def test_a_rank_lost_in_a_pass_costs_no_token(
-    nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]]
+    nodes: Nodes,
+    connect: Connect,
+    model: Path,
+    expected: list[list[int]],
+    layout: str,
+    victim: int,
+    phase: str,
 ) -> None:
+    """It, or one that follows it: the other rank waits for it in a layer's exchange."""
     if not expected:
         expected += await serve(nodes, connect, model, "1m")
-    node = nodes.start(layout="1m:ep2", model=str(model), restart_delay=0.0, **SETTINGS)
+    node = nodes.start(layout=layout, model=str(model), restart_delay=0.0, **SETTINGS)
     client = await connect(node)
     for number, prompt in enumerate(PROMPTS):
         client.submit(number, prompt, max_tokens=NUM_TOKENS)
     await client.read_until(lambda: len(client.tokens) == len(PROMPTS))
-    order = nodes.order("kill", 1, "decode")
+    order = nodes.order("kill", victim, phase)
     await client.finish(*range(len(PROMPTS)))
     assert [client.tokens[number] for number in range(len(PROMPTS))] == expected[:-1]
     assert not order.exists()
-    ranks = workers_by_instance(await all_ready(client, restarts=2))[0]
-    assert [worker["restarts"] for worker in ranks] == [1, 1]
+    num_workers = parse_layout(layout).num_workers
+    ranks = workers_by_instance(await all_ready(client, restarts=num_workers))[0]
+    assert [worker["restarts"] for worker in ranks] == [1] * num_workers
+
+
+@pytest.mark.parametrize("layout", ["1m:ep2", "1m:pp2.ep2"])
+async def test_ranks_that_are_told_to_stop_end_by_themselves(
+    nodes: Nodes, connect: Connect, model: Path, layout: str
+) -> None:
+    """One that stopped left the others in a pass, and they were killed when their time was over."""
+    node = nodes.start(layout=layout, model=str(model), exit_grace_s=3600.0, **SETTINGS)
+    client = await connect(node)
+    client.submit(1, PROMPTS[0], max_tokens=200)
+    await client.read_until(lambda: 1 in client.tokens)
+    client.send(Stop(False))
+    await client.read_to_end()
+    assert node.wait() == 0

@@ -1,5 +1,9 @@
 """The embedded model on instances of several workers gives the tokens of one worker."""
 
+import contextlib
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +21,23 @@ PROMPTS = [
 ]
 
 
+def ports(pid: int) -> set[str]:
+    """TCP sockets of a process, by inode, in whatever state."""
+    known: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        rows = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        known.update(f"socket:[{row.split()[9]}]" for row in rows)
+    held: set[str] = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            held.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return known & held
+
+
 async def streams(nodes: Nodes, connect: Connect, layout: str, **settings: Any) -> list[list[int]]:
     """Greedy tokens of all prompts at once, from a node that then goes."""
     node = nodes.start(layout=layout, real=True, **settings)
+    assert not any(ports(pid) for pid in node.worker_pids()), "others could connect there"
     client = await connect(node)
     for number, prompt in enumerate(PROMPTS):
         client.submit(number, prompt, max_tokens=NUM_TOKENS)
@@ -34,6 +52,11 @@ async def streams(nodes: Nodes, connect: Connect, layout: str, **settings: Any) 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[int]]]:
     return {}
+
+
+def test_a_port_would_be_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)):
+        assert ports(os.getpid())
 
 
 @pytest.mark.parametrize(
@@ -74,3 +97,5 @@ async def test_a_follower_lost_in_a_step_costs_no_token(
     assert [one["restarts"] for one in workers] == [1, 1]
     if fault == "kill":
         assert "worker 1 was killed by SIGKILL" in workers[0]["reason"]
+    else:  # its leader, which waits for it, may have been found first
+        assert "worker 1 " in workers[0]["reason"] and "hung" in workers[0]["reason"]

@@ -323,7 +323,15 @@ async def test_a_node_of_gpu_workers_serves_clients(
     assert any(moved.values()), "it is back, and its pages are read where they are now"
 
 
-@pytest.mark.parametrize("layout", ["1m:tp2", "1m:pp2", "1p:tp2,1d:tp2"])
+@pytest.mark.parametrize(
+    ("layout", "handoff"),
+    [
+        ("1m:tp2", "auto"),
+        ("1m:tp2.pp2", "auto"),
+        ("1p:pp2,1d:tp2", "auto"),
+        ("1p:tp2,1d:pp2", "host"),
+    ],
+)
 async def test_teams_of_gpus_give_the_same_tokens(
     nodes: Nodes,
     connect: Connect,
@@ -331,6 +339,7 @@ async def test_teams_of_gpus_give_the_same_tokens(
     expected: dict[int, list[int]],
     monkeypatch: pytest.MonkeyPatch,
     layout: str,
+    handoff: str,
 ) -> None:
     """Steps overlap, and decodes replay what was captured: a follower's inputs come from the
     tokens that its leader chose and nobody on the host has read."""
@@ -340,6 +349,7 @@ async def test_teams_of_gpus_give_the_same_tokens(
         gpu_model=model,
         load_format="dummy",
         layout=layout,
+        handoff=handoff,
         dtype="float32",
         max_model_len=CONTEXT,
         max_num_seqs=4,
@@ -351,3 +361,5 @@ async def test_teams_of_gpus_give_the_same_tokens(
         client.submit(request_id, prompt, **SAMPLING[request_id])
     await client.finish(*PROMPTS)
     assert client.tokens == expected
+    moved = [ends[0].timings["handoff_bytes"] for ends in client.ends.values()]
+    assert any(moved) == ("p:" in layout)

@@ -82,7 +82,7 @@ async def test_no_level_of_the_log_has_prompts_or_outputs(
 async def test_a_worker_that_fails_over_a_request_does_not_tell_of_it(
     nodes: Nodes, connect: Connect, fault: dict[str, int]
 ) -> None:
-    node = nodes.start(layout="1m", log_level=logging.DEBUG, fake=fault)
+    node = nodes.start(layout="1m", log_level=logging.DEBUG, fake=fault, restart_delay=0.0)
     client = await connect(node)
     client.submit(1, PROMPT, max_tokens=40)
     await client.finish(1)  # after some lives of the worker

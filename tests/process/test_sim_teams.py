@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from nodeserve.policy.blocks import blocks_for
 from nodeserve.wire.messages import Abort, Stop
 from tests.fakes.faults import TIMEOUT_S
-from tests.fakes.sim_worker import expected_stream
+from tests.fakes.sim_worker import QUICK, expected_stream
 from tests.process.conftest import Connect, Nodes, names_of
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
@@ -21,11 +22,15 @@ def followers(stats: dict[str, Any]) -> list[int]:
     return [one["index"] for one in stats["workers"] if one["leader"] != one["index"]]
 
 
+COUNTED = ("tokens", "prompt_tokens", "handoffs")  # once, whoever took part
 LAYOUTS = {
     "1m:tp2": [1],
     "2p:tp2,2d:tp2": [1, 3, 5, 7],
     "1p:tp2.pp2,1d:tp2.pp2": [1, 2, 3, 5, 6, 7],
     "1p:tp2.ep2,1d:tp2.ep2": [1, 3, 5, 7],
+    "1m:pp2.ep2": [1, 3],
+    "2p:tp2,4d": [1, 3],
+    "1p:ep2,1d:tp2.pp2": [3, 4, 5],
 }
 
 
@@ -35,8 +40,19 @@ async def test_a_team_serves_as_one(nodes: Nodes, connect: Connect, layout: str)
     assert not names_of(node.pid), "no name is left once everybody has mapped everything"
     client = await connect(node)
     await serve_many(client, 20, 12)
+    if "p:" in layout:  # all of a request's pages came over, each part of them once
+        for number in range(20):
+            num_bytes = client.ends[number][0].timings["handoff_bytes"]
+            num_tokens = 16 * blocks_for(len(prompt_of(number)), 16)
+            assert num_bytes == num_tokens * QUICK.kv_bytes_per_token
     stats = await settled(client)
     assert followers(stats) == LAYOUTS[layout]
+    counted = {name: sum(one[name] for one in stats["workers"]) for name in COUNTED}
+    assert counted == {
+        "tokens": 20 * 12,
+        "prompt_tokens": sum(len(prompt_of(number)) for number in range(20)),
+        "handoffs": 20 * ("p" in layout.split(":")[0]),
+    }
     for worker in stats["workers"]:
         follows = worker["index"] in LAYOUTS[layout]
         assert worker["state"] == "ready" and bool(worker["steps"]) is not follows

@@ -58,11 +58,12 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {  # transformers' class, and 
 }
 
 
-def reference(family: str, seed: int = 7) -> transformers.PreTrainedModel:
-    """Random weights, none of them zero or one: a missing bias or norm would show."""
+def reference(family: str, seed: int = 7, **changes: Any) -> transformers.PreTrainedModel:
+    """Random weights, none of them zero or one: a missing bias or norm would show. `changes`: of
+    the family's settings."""
     kind, settings = SETTINGS[family]
     make: Any = transformers.AutoModelForCausalLM.from_config
-    model: transformers.PreTrainedModel = make(kind(**settings)).eval()
+    model: transformers.PreTrainedModel = make(kind(**{**settings, **changes})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,9 +74,9 @@ def reference(family: str, seed: int = 7) -> transformers.PreTrainedModel:
     return model
 
 
-def write(family: str, folder: Path, seed: int = 7) -> transformers.PreTrainedModel:
+def write(family: str, folder: Path, seed: int = 7, **changes: Any) -> transformers.PreTrainedModel:
     """The model, which lies in `folder` by the hub's names afterwards."""
-    model = reference(family, seed)
+    model = reference(family, seed, **changes)
     model.save_pretrained(folder)
     return model
 

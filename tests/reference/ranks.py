@@ -15,9 +15,13 @@ from torch import distributed
 
 from nodeserve.layout import Shape
 from nodeserve.model.group import Groups, connect
+from nodeserve.model.group_memory import Traffic
 from nodeserve.shards import Place
 
 TIMEOUT_S = 100.0
+TRAFFIC = Traffic(
+    num_messages=2, down_bytes=1 << 12, back_bytes=1 << 16
+)  # longer ones go in pieces
 
 Task = Callable[..., Any]  # (place, groups, *arguments); importable by name
 
@@ -77,7 +81,7 @@ def _member(
         if place.shape.num_workers > 1:
             make: Any = distributed.FileStore  # type: ignore[attr-defined]
             store = make(f"{folder}/meeting", place.shape.num_workers)
-            groups = connect(place, store, torch.device("cpu"), timeout_s)
+            groups = connect(place, store, torch.device("cpu"), TRAFFIC, timeout_s)
         connection.send(("result", task(place, groups, *arguments)))
     except BaseException:
         connection.send(("failed", f"rank {place.rank} of {place.shape}: {traceback.format_exc()}"))

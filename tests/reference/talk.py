@@ -1,25 +1,48 @@
 """What members of a group say to each other, for test_group."""
 
+import datetime
 import os
 from typing import Any
 
 import torch
 from torch import distributed
 
-from nodeserve.errors import WorkerLost
-from nodeserve.model.group import Group, Groups, TorchGroup, communicator
+from nodeserve.errors import TeamError, WorkerLost
+from nodeserve.model.group import Group, Groups, Pipe, TorchGroup, TorchPipe
+from nodeserve.model.group_host import through_host
 from nodeserve.shards import Place
 
 NUM_SENT = 20
+_alive: list[TorchPipe] = []  # what is still being sent goes with its pipe
+
+
+def gloo(name: str, folder: str, rank: int, size: int) -> Any:
+    """A communicator as GPUs have it over NCCL."""
+    make: Any = distributed.FileStore  # type: ignore[attr-defined]
+    kind: Any = distributed.ProcessGroupGloo
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname="127.0.0.1")]
+    options._timeout = datetime.timedelta(seconds=30.0)
+    return kind(make(f"{folder}/{name}", size), rank, size, options)
 
 
 def group_of(kind: str, place: Place, groups: Groups, folder: str) -> Group:
-    """The one that CPU workers use, or torch's, which GPUs use, here over gloo."""
-    if kind == "memory":
-        return groups.tp
-    make: Any = distributed.FileStore  # type: ignore[attr-defined]
-    store = make(f"{folder}/torch", place.tp)
-    return TorchGroup(communicator(store, place.tp_rank, place.tp, torch.device("cpu"), 30.0))
+    """The one that CPU workers use, the one of workers that share a GPU, or torch's, which other
+    GPUs use."""
+    if kind != "torch":
+        return groups.tp if kind == "memory" else through_host(groups).tp
+    return TorchGroup(gloo("tp", folder, place.tp_rank, place.tp))
+
+
+def pipe_of(kind: str, place: Place, groups: Groups, folder: str) -> Pipe:
+    """Likewise."""
+    if kind == "torch":
+        down, back = (gloo(way, folder, place.pp_rank, place.pp) for way in ("down", "back"))
+        _alive.append(TorchPipe(down, back))
+        return _alive[-1]
+    pipe = groups.pipe if kind == "memory" else through_host(groups).pipe
+    assert pipe is not None
+    return pipe
 
 
 def collectives(place: Place, groups: Groups, kind: str, folder: str) -> dict[str, Any]:
@@ -39,26 +62,50 @@ def collectives(place: Place, groups: Groups, kind: str, folder: str) -> dict[st
     return {"sum": x.tolist(), "gathered": gathered, "taken": taken[:, 0].tolist()}
 
 
-def stages(place: Place, groups: Groups) -> list[float]:
+def stages(place: Place, groups: Groups, kind: str, folder: str) -> list[float]:
     """The first sends all before it takes any, the others pass it on, the last sends it back."""
-    assert groups.pipe is not None
+    pipe = pipe_of(kind, place, groups, folder)
     got, found = torch.zeros(50, 100), []
     for number in range(NUM_SENT if not place.is_first else 0):
-        groups.pipe.receive(got)
+        pipe.receive(got)
         if place.is_last:
-            groups.pipe.send_back(got[:2] + number)
+            pipe.send_back(got[:2] + number)
         else:
-            groups.pipe.send(got)
+            pipe.send(got)
     if place.is_first:
         for number in range(NUM_SENT):
             mine = torch.full((50, 100), float(number))
-            groups.pipe.send(mine)
+            pipe.send(mine)
             mine.fill_(-1.0)  # it is ours again at once
         for _ in range(NUM_SENT):
-            groups.pipe.receive_back(got[:2])
+            pipe.receive_back(got[:2])
             found.append(float(got[1, 99]))
-        groups.pipe.send(got[:0])  # nothing
+        pipe.send(got[:0])  # nothing
     return found
+
+
+def strangers(place: Place, groups: Groups) -> str:
+    """Both stages know another shape; what the one that receives is told."""
+    assert groups.pipe is not None
+    if place.is_first:
+        groups.pipe.send(torch.zeros(3))
+        return ""
+    try:
+        groups.pipe.receive(torch.zeros(4))
+    except TeamError as error:
+        return str(error)
+    return "nothing"
+
+
+def disagree(place: Place, groups: Groups) -> str:
+    """The first gives a row less than the second takes; what that one is told."""
+    x, out = torch.zeros(4, 2), torch.zeros(4, 2)
+    counts = [2, 1] if place.tp_rank == 0 else [2, 2]
+    try:
+        groups.tp.all_to_all(out, x, [2, 2], counts)
+    except (TeamError, WorkerLost) as error:
+        return str(error)
+    return "nothing"
 
 
 def left_alone(place: Place, groups: Groups) -> str:

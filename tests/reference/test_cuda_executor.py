@@ -45,13 +45,14 @@ def runtime() -> FakeRuntime:
     return FakeRuntime()
 
 
-def staging_of(runtime: FakeRuntime) -> CudaStaging:
+def staging_of(runtime: FakeRuntime, num_steps: int = 2) -> CudaStaging:
     staging = CudaStaging(
         runtime,
         max_tokens=MAX_TOKENS,
         max_seqs=MAX_SEQS,
         max_context_len=CONTEXT,
         max_blocks=MAX_BLOCKS,
+        num_steps=num_steps,
     )
     staging.spare_block = SPARE
     return staging
@@ -132,9 +133,10 @@ def test_captured_inputs_have_the_same_addresses_each_time(runtime: FakeRuntime)
     assert staged.feed is not None and staged.feed.data_ptr() == feed_before.data_ptr()
 
 
-def test_the_next_step_is_written_while_the_last_one_waits(runtime: FakeRuntime) -> None:
-    """Two steps are on their way at most: the third finds its buffer read."""
-    staging, seen, most = staging_of(runtime), [], 0
+@pytest.mark.parametrize("num_steps", [2, 3])
+def test_steps_are_written_while_others_wait(runtime: FakeRuntime, num_steps: int) -> None:
+    """So many are on their way at most: the next one finds its buffer read."""
+    staging, seen, most = staging_of(runtime, num_steps), [], 0
     batches = [Batch([decode(sequence_of(n))], num_decodes=1) for n in (5, 9, 13, 21)]
     for batch in batches:
         staged = staging.build(batch)
@@ -143,9 +145,9 @@ def test_the_next_step_is_written_while_the_last_one_waits(runtime: FakeRuntime)
             staging.upload(staged)
             seen.append(int(staged.inputs.token_ids[0]))
 
-        staged.half.reader = runtime.submit(read)
+        staged.buffer.reader = runtime.submit(read)
         most = max(most, runtime.queue.num_given - runtime.queue.num_done)
-    assert most == 2
+    assert most == num_steps
     runtime.mark()
     assert seen == [batch.work[0].sequence.token_ids[-1] for batch in batches]
 
@@ -157,11 +159,11 @@ class Model:
     """Next token = (7 * token + 3 * position + block of the position) % VOCAB."""
 
     def __init__(self) -> None:
-        self.logits = torch.zeros(MAX_TOKENS, VOCAB)
+        self.memory = torch.zeros(MAX_TOKENS, VOCAB)
         self.num_calls = 0
         self.sizes: list[int] = []
 
-    def forward(self, inputs: StepInputs, cache: Any) -> torch.Tensor:
+    def advance(self, inputs: StepInputs, cache: Any) -> None:
         self.num_calls += 1
         self.sizes.append(inputs.token_ids.numel())
         rows = inputs.logit_rows.long()
@@ -170,9 +172,11 @@ class Model:
         position = inputs.positions[rows].long()
         block = inputs.block_table[seqs, position // BLOCK].long()
         best = (7 * inputs.token_ids[rows].long() + 3 * position + block) % VOCAB
-        logits = self.logits[:count].zero_()
+        logits = self.memory[:count].zero_()
         logits[torch.arange(count), best] = 1.0
-        return logits
+
+    def logits(self, num_rows: int) -> torch.Tensor:
+        return self.memory[:num_rows]
 
 
 def after(token: int, position: int, block: int) -> int:
@@ -340,7 +344,7 @@ def test_the_loop_is_woken_when_a_step_ended(runtime: FakeRuntime) -> None:
 
 def test_work_that_fails_is_an_error_for_who_waits(runtime: FakeRuntime) -> None:
     executor, model, _ = executor_of(runtime)
-    model.logits = torch.zeros(0, VOCAB)
+    model.memory = torch.zeros(0, VOCAB)
     flight = executor.launch(Batch([decode(sequence_of(5))], num_decodes=1))
     with pytest.raises(RuntimeError, match="failed"):
         flight.result()

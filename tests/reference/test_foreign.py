@@ -36,6 +36,34 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "phi": (transformers.PhiConfig, {**hub.SHAPE, "intermediate_size": 120}),
+    "phi3": (
+        transformers.Phi3Config,
+        {
+            **hub.SHAPE,
+            "intermediate_size": 120,
+            "num_key_value_heads": 2,
+            "sliding_window": 24,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "starcoder2": (
+        transformers.Starcoder2Config,
+        {
+            **hub.SHAPE,
+            "intermediate_size": 120,
+            "num_key_value_heads": 2,
+            "sliding_window": 24,
+        },
+    ),
+    "phimoe": (
+        transformers.PhimoeConfig,
+        {
+            **hub.SHAPE,
+            "intermediate_size": 40,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+        },
+    ),
     "olmoe": (
         transformers.OlmoeConfig,
         {
@@ -111,6 +139,22 @@ def test_what_cannot_run_is_refused_from_its_file(
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ModelError, match=message):
         folder_config(tmp_path)
+
+
+def test_positions_end_where_longrope_lengthens_its_waves(tmp_path: Path) -> None:
+    """For all of a pass at once: a request of 61 tokens beside one of 90 had other logits."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    changes = {"original_max_position_embeddings": 64, "sliding_window": None}
+    model = write("phi3", tmp_path, rope_parameters={**rope, "rope_theta": 1e4}, **changes)
+    assert folder_config(tmp_path).max_position == 64
+    found = ours(tmp_path).whole(PROMPTS[:1])[0]
+    assert (found - hub.logits_of(model, PROMPTS[:1])).abs().max() < 1e-4
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused_by_name(tmp_path: Path) -> None:
+    write("phimoe", tmp_path, sliding_window=24)
+    with pytest.raises(ModelError, match="phimoe cannot be served: it wants a window of 24 tokens"):
+        ours(tmp_path).whole(PROMPTS)
 
 
 def test_only_families_of_ours_where_that_is_asked_for(tmp_path: Path) -> None:

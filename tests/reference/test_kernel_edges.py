@@ -1,6 +1,7 @@
 """The edge of the native kernels: pages, blocks, and every bad argument named."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from nodeserve import _host
 ENGINE = _host.CpuEngine()
 PAGE = torch.zeros(1 << 16, dtype=torch.uint8)
 AT = PAGE.data_ptr()
+
+
+def _copy(**changes: Any) -> None:
+    """Of 2 bytes from blocks of 2 to blocks of 4."""
+    ids = {"dst_ids": [0], "src_ids": [0]}
+    sizes = {"dst_block_bytes": 4, "src_block_bytes": 2}
+    usual = {"dst": bytearray(8), "src": bytes(8), "runs": [(0, 0, 2)], **sizes, **ids}
+    _host.copy_blocks(**{**usual, **changes})
 
 
 def _attention(**changes: object) -> _host.CpuAttention:
@@ -140,11 +149,18 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     ),
     "plan negative block": ("block_table", lambda: _prepare(block_table=[0, -1])),
     "plan block too high": ("block_table", lambda: _prepare(block_table=[0, 8])),
-    "copy block_bytes": ("block_bytes", lambda: _host.copy_blocks(bytearray(8), b"", 0, [], [])),
-    "copy lengths": ("dst_ids", lambda: _host.copy_blocks(bytearray(8), bytes(8), 4, [0], [])),
-    "copy dst": ("dst ", lambda: _host.copy_blocks(bytes(8), bytes(8), 4, [0], [0])),
-    "copy dst_ids": ("dst_ids", lambda: _host.copy_blocks(bytearray(8), bytes(8), 4, [2], [0])),
-    "copy src_ids": ("src_ids", lambda: _host.copy_blocks(bytearray(8), bytes(8), 4, [0], [-1])),
+    "copy dst_block_bytes": ("dst_block_bytes", lambda: _copy(dst_block_bytes=0)),
+    "copy src_block_bytes": ("src_block_bytes", lambda: _copy(src_block_bytes=0)),
+    "copy lengths": ("dst_ids", lambda: _copy(dst_ids=[])),
+    "copy dst": ("dst ", lambda: _copy(dst=bytes(8))),
+    "copy dst_ids": ("dst_ids", lambda: _copy(dst_ids=[2])),
+    "copy src_ids": ("src_ids", lambda: _copy(src_ids=[-1])),
+    "copy no bytes": ("runs", lambda: _copy(runs=[(0, 0, 0)])),
+    "copy before dst": ("runs", lambda: _copy(runs=[(-1, 0, 1)])),
+    "copy before src": ("runs", lambda: _copy(runs=[(0, -1, 1)])),
+    "copy beyond dst": ("runs: one leaves the block of dst", lambda: _copy(runs=[(1, 0, 4)])),
+    "copy beyond src": ("runs: one leaves the block of src", lambda: _copy(runs=[(0, 1, 2)])),
+    "copy far": ("runs: one leaves", lambda: _copy(runs=[(1 << 62, 0, 1 << 62)])),
 }
 
 
@@ -157,11 +173,19 @@ def test_a_bad_argument_is_named(case: str) -> None:
 
 def test_copy_blocks_moves_whole_blocks() -> None:
     src, dst = bytearray(range(60)), bytearray(80)
-    _host.copy_blocks(dst, src, 10, [7, 1, 2, 0], [0, 3, 4, 5])
+    _host.copy_blocks(dst, src, 10, 10, [(0, 0, 10)], [7, 1, 2, 0], [0, 3, 4, 5])
     assert dst[70:80] == src[:10]
     assert dst[10:30] == src[30:50]
     assert dst[:10] == src[50:60]
     assert dst[30:70] == bytes(40)
+
+
+def test_copy_blocks_moves_runs_of_blocks_of_another_size() -> None:
+    src, dst = bytearray(range(60)), bytearray(40)
+    _host.copy_blocks(dst, src, 8, 20, [(1, 5, 2), (3, 7, 1), (6, 0, 2)], [4, 0], [2, 1])
+    assert dst[32:40] == bytes([0, 45, 46, 47, 0, 0, 40, 41])
+    assert dst[:8] == bytes([0, 25, 26, 27, 0, 0, 20, 21])
+    assert dst[8:32] == bytes(24)
 
 
 def test_pages_count_the_whole_blocks_of_their_pool() -> None:

@@ -22,6 +22,8 @@ MODELS = {
     **{name: FAMILIES[name] for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")},
     # Windows that begin in the second stage; heads that do not divide, as SmolLM2's.
     "windowed": replace(FAMILIES["mistral"], first_window_layer=2, num_heads=9),
+    # The last of four tensor ranks have no words.
+    "few-words": replace(FAMILIES["llama-tied"], vocab_size=67),
 }
 OPTS = ("opt", "opt-post-norm", "opt-bare")
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
@@ -33,6 +35,7 @@ SHAPES = [
     Shape(tp=2, pp=2),
     Shape(ep=2),
     Shape(ep=4),
+    Shape(pp=2, ep=2),
 ]
 Cases = dict[str, tuple[Case, list[torch.Tensor]]]
 

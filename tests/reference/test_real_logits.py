@@ -4,6 +4,7 @@ Printed (pytest -s): max and mean difference to transformers' fp32 logits, and t
 Kullback-Leibler divergence of the next-token distributions, over all positions of one prompt.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from tests.reference.export import export_folder
 
 pytestmark = needs_embedded_model
 
-NUM_TOKENS = 500
+NUM_TOKENS = 256
 BLOCK_SIZE = 16
 Logits = Callable[[torch.dtype], torch.Tensor]
 
@@ -91,20 +92,26 @@ def ours(checkpoint: Checkpoint, prompt: list[int], dtype: torch.dtype) -> torch
 
 
 @pytest.fixture(scope="module")
+def embedded(prompt: list[int]) -> Logits:
+    """Ours, computed once in each type."""
+    return functools.cache(lambda dtype: ours(resolve(), prompt, dtype))
+
+
+@pytest.fixture(scope="module")
 def reference(theirs: Logits) -> torch.Tensor:
     return theirs(torch.float32)
 
 
-def test_fp32_logits_equal_transformers(prompt: list[int], reference: torch.Tensor) -> None:
-    found = Distance.between(ours(resolve(), prompt, torch.float32), reference)
+def test_fp32_logits_equal_transformers(embedded: Logits, reference: torch.Tensor) -> None:
+    found = Distance.between(embedded(torch.float32), reference)
     print(f"fp32: {found}")
     assert found.largest < 2e-3 and found.same_choice == 1.0
 
 
 def test_bf16_is_as_near_to_fp32_as_transformers_own(
-    prompt: list[int], theirs: Logits, reference: torch.Tensor
+    embedded: Logits, theirs: Logits, reference: torch.Tensor
 ) -> None:
-    mine = Distance.between(ours(resolve(), prompt, torch.bfloat16), reference)
+    mine = Distance.between(embedded(torch.bfloat16), reference)
     its = Distance.between(theirs(torch.bfloat16), reference)
     print(f"\nbf16 ours:         {mine}\nbf16 transformers: {its}")
     assert mine.mean <= its.mean and mine.divergence <= its.divergence
@@ -113,7 +120,6 @@ def test_bf16_is_as_near_to_fp32_as_transformers_own(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_safetensors_and_gguf_give_the_same_logits(
-    prompt: list[int], folder: Path, dtype: torch.dtype
+    embedded: Logits, prompt: list[int], folder: Path, dtype: torch.dtype
 ) -> None:
-    from_folder = ours(resolve(str(folder)), prompt, dtype)
-    assert torch.equal(from_folder, ours(resolve(), prompt, dtype))
+    assert torch.equal(ours(resolve(str(folder)), prompt, dtype), embedded(dtype))

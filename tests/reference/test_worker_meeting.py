@@ -18,6 +18,7 @@ def test_nobody_gives_up_on_a_member_that_loads_for_long(monkeypatch: pytest.Mon
     descriptor = os.memfd_create("rendezvous")
     values: dict[str, Any] = dict.fromkeys(field.name for field in fields(WorkerSpec))
     values |= {"tp": 2, "pp": 1, "ep": 1, "rank": 0, "rendezvous_fd": descriptor}
+    values |= {"max_num_batched_tokens": 512, "max_num_seqs": 16}
     waits_s: list[float] = []
 
     def connect(place: object, store: Any, *rest: object) -> Groups:
@@ -26,7 +27,7 @@ def test_nobody_gives_up_on_a_member_that_loads_for_long(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(meeting, "connect", connect)
     try:
-        met = meeting.meet(WorkerSpec(**values), torch.device("cpu"))
+        met = meeting.meet(WorkerSpec(**values), torch.device("cpu"), 64)
         waits_s.append(met.store.timeout.total_seconds())
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """The real model behind the real scheduler: the same bits, whatever a request went through.
 
 In one process, so that every logit can be looked at: the scheduler, the staging, the pages, the
-handoff's copies and the sampler are the worker's own. A request is the same alone or among 32,
+handoff's copies and the sampler are the worker's own. A request is the same alone or among 20,
 chunked or whole, preempted or not, handed over or not; greedy or drawn with a seed.
 """
 
@@ -97,7 +97,7 @@ def lab(request: pytest.FixtureRequest) -> Lab:
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     rng = random.Random(1)
-    return [[rng.randrange(49_000) for _ in range(rng.randint(2, 90))] for _ in range(32)]
+    return [[rng.randrange(49_000) for _ in range(rng.randint(2, 90))] for _ in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,9 @@ def test_handed_over(lab: Lab, prompts: list[list[int]], alone: dict[int, Seen])
             pulled = sequence_of(prompts, request_id, emitted=seen[request_id].tokens)
             if target.scheduler.begin_pull(pulled):
                 here = pulled.block_ids[: len(block_ids)]
-                _host.copy_blocks(target.pool, source.pool, lab.layout.block_bytes, here, block_ids)
+                size = lab.layout.block_bytes
+                runs = [(0, 0, size)]
+                _host.copy_blocks(target.pool, source.pool, size, size, runs, here, block_ids)
                 target.scheduler.finish_pull(request_id)
                 source.scheduler.release(request_id)
                 del source.pinned[request_id]

@@ -17,6 +17,7 @@ from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling
 from tests.fakes.late_model import LateExecutor, LateFlight
 from tests.fakes.model import ENTRY_BYTES, VOCAB_SIZE, FakeExecutor, FakeSettings, expected_stream
+from tests.repeats import repeats
 
 BLOCK = 16
 CONTEXT = 160
@@ -224,9 +225,14 @@ class Simulation:
         raise AssertionError([life.place for life in self.lives.values()])
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("side", [Side, LateSide])
 @pytest.mark.parametrize(
-    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 16))]
+    "seed",
+    [
+        *range(4),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, repeats(8, 64))),
+    ],
 )
 def test_random_lives_end_once_with_the_right_tokens(seed: int, side: type[Side]) -> None:
     simulation = Simulation(seed, side)

@@ -24,8 +24,8 @@ from bench.goodput.tables import aims, judged, picture, values
 from nodeserve.loadgen.bench import Result
 from nodeserve.loadgen.measure import measure
 from nodeserve.plan.candidates import Candidate
+from nodeserve.plan.estimates import Estimate
 from nodeserve.plan.goodput import Slo, Tally
-from nodeserve.plan.planner import Estimate
 from nodeserve.plan.search import Probe
 from nodeserve.plan.verdict import Verdict
 from tests.unit.test_loadgen_measure import sample

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from random import Random
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,10 @@ class Real(Scheduler):
 
     def num_tokens(self, sequence: Sequence) -> int:
         return len(sequence.token_ids)
+
+    @property
+    def has_idle_work(self) -> bool:
+        return self.has_prompts or any(not one.num_launched for one in self._running)
 
 
 def served(scenario: Scenario, arrivals: list[Arrival]) -> str:
@@ -103,6 +108,46 @@ def test_shortage_of_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert num_ended > 0  # and begun again
     assert sum(one.timings.num_preemptions for one in outcome.served) > 0
     assert served(scenario, arrivals) == with_real(scenario, arrivals)
+
+
+@pytest.mark.parametrize("layout", ["1m", "1p1d", "2m"])
+def test_stages_take_as_long_as_with_the_real_scheduler(layout: str) -> None:
+    """Which sequences are in a pass together differs: in bulk they are dealt out once."""
+    in_bulk, real = staged_runs(layout, 16_000)
+    assert in_bulk.duration_s == pytest.approx(real.duration_s, rel=0.01)
+    for mean in (mean_ttft_s, mean_tpot_s):
+        assert mean(in_bulk) == pytest.approx(mean(real), rel=0.02)
+
+
+def test_stages_that_are_short_of_blocks_preempt_and_go_on() -> None:
+    """Not the same sequences: who is in a pass together decides who finds no block."""
+    in_bulk, real = staged_runs("1m", 1200)
+    assert {one.outcome for one in in_bulk.served} == {"length"}
+    preempted = [sum(one.timings.num_preemptions for one in run.served) for run in (in_bulk, real)]
+    assert preempted[0] > 10 and preempted[1] > 10
+    assert in_bulk.duration_s == pytest.approx(real.duration_s, rel=0.05)
+
+
+def staged_runs(layout: str, num_kv_tokens: int) -> tuple[Outcome, Outcome]:
+    """With three stages: in bulk, and with the real scheduler."""
+    random = Random(layout)
+    times = sorted(random.uniform(0.0, 6.0) for _ in range(60))
+    arrivals = [Arrival(at_s, random.randint(1, 200), random.randint(1, 150)) for at_s in times]
+    scenario = node(layout, num_kv_tokens, 5)
+    profile = replace(scenario.resolved_profile, num_stages=3, noise=0.0)
+    scenario = replace(scenario, profile=profile)
+    in_bulk = simulate(scenario, arrivals)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instances, "BulkScheduler", Real)
+        return in_bulk, simulate(scenario, arrivals)
+
+
+def mean_ttft_s(outcome: Outcome) -> float:
+    return fmean(one.timings.ttft_s for one in outcome.served)
+
+
+def mean_tpot_s(outcome: Outcome) -> float:
+    return fmean(one.tpot_s for one in outcome.served if one.tpot_s is not None)
 
 
 @pytest.mark.parametrize("layout", ["1m", "3m", "1p1d", "2p2d", "1p,2m", "1p:ep2,1d:ep2"])

@@ -15,12 +15,11 @@ from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpus
-from nodeserve.plan import planner
 from nodeserve.plan.candidates import all_candidates, variations
 from nodeserve.plan.efforts import EFFORTS, Effort
+from nodeserve.plan.estimates import Estimator
 from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo
-from nodeserve.plan.planner import Planner
 from nodeserve.plan.requests import Source
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
@@ -33,6 +32,7 @@ MINE = replace(
     noise=0.0,
     max_num_batched_tokens=1024,
     max_num_seqs=64,
+    anatomy=None,
 )
 OF_ANY = (
     *("plan", "some/model", "--profile", "mine", "--gpus", "2", "--slo", "ttft=1s,tpot=1s"),
@@ -70,6 +70,21 @@ def test_it_prints_a_ranking_the_reason_and_the_command() -> None:
         "nodeserve start some/model --layout 2m --max-num-seqs 64 --max-num-batched-tokens" in said
     )
     assert "--slo ttft=1000ms,tpot=1000ms" in said
+
+
+def test_shapes_that_nobody_measured_are_named() -> None:
+    """With prompts as long as the limit on one worker, and half as long on two."""
+    shaped = replace(MINE, name="shaped", anatomy=PROFILES["llama-3.1-8b-h100"].anatomy)
+    profile_store.write(shaped, {})
+    asked = (
+        *("plan", "--profile", "shaped", "--gpus", "2", "--slo", "ttft=80ms"),
+        *("--effort", "quick", "--processes", "1", "--workload", "synthetic(800,2)"),
+    )
+    said = run(*asked)
+    assert "by formula from one worker's passes, not measured (docs/plan.md): tp2" in said
+    assert "nodeserve start --layout 1m:tp2" in said
+    assert json.loads(run(*asked, "--json"))["by_formula"] == ["tp2"]
+    assert "no layout of 2 GPUs" in run(*asked, "--measured")
 
 
 def folder_of(path: Path, context: int) -> Path:
@@ -171,7 +186,7 @@ def test_it_plans_for_the_requests_that_bench_sends() -> None:
 def test_a_rate_for_a_data_centre_is_refused_at_once(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner.Planner, "estimate", None)  # nothing is simulated
+    monkeypatch.setattr(Estimator, "estimate", None)  # nothing is simulated
     words = [*ASKED, "--algorithm", algorithm, "--rate", "50000"]
     said = CliRunner().invoke(main, words).output
     found = re.search(r"--rate 50000 needs (\d+) GPUs or more", said)
@@ -277,7 +292,7 @@ def test_start_plans_with_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> N
     question = asked_for[0]
     assert question.context == 600
     candidates = all_candidates(
-        Planner(question, TINY).kinds, 2, 32, question.max_num_batched_tokens, 0.02
+        Estimator(question, TINY).kinds, 2, 32, question.max_num_batched_tokens, 0.02
     )
     assert {one.max_num_batched_tokens for one in candidates} == {256}
     scenario = question.scenario(candidates[0])
@@ -306,8 +321,8 @@ def test_auto_says_what_it_needs() -> None:
         auto.planned(asked(device="sim", profile=None), Gpus())
     with pytest.raises(ConfigError, match="run `nodeserve profile`"):
         auto.planned(asked(device="cpu", profile=None), Gpus())
-    with pytest.raises(ConfigError, match="is of several shapes"):
-        auto.planned(asked(device="sim", profile="llama-3.1-8b-bf16-h100"), Gpus())
+    with pytest.raises(ConfigError, match=r"has no tp1\.pp1: use one of tp2"):
+        auto.planned(asked(device="sim", profile="opt-66b-a100"), Gpus())
     with pytest.raises(ConfigError, match="no shape of one GPU"):
         auto.planned(asked(device="cpu", profile="opt-66b-a100", gpus="0,1"), Gpus())
     with pytest.raises(ConfigError, match="loosen the limits"):

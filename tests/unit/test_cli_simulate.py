@@ -86,7 +86,7 @@ def test_a_node_that_serves_nobody_says_so() -> None:
     ("options", "words"),
     [
         ("--layout 4p", "nobody for decode"),
-        ("--layout 1p:tp2,1d", "epN"),
+        ("--layout 1p:tp2,1d --profile llama-2-70b-tp8-h100", "epN"),
         ("--profile none", "no profile 'none'"),
         ("--admission none", "--admission none: use round-robin"),
         ("--decode-allocation x", "--decode-allocation x: use"),
@@ -123,3 +123,10 @@ def test_it_loads_nothing_large() -> None:
         " assert not {'torch', 'numpy', 'tokenizers', 'nodeserve._host'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_shape_by_formula_is_named() -> None:
+    asked = ("--profile", "llama-3.1-8b-h100", "--rate", "5", "--requests", "20")
+    said = run("--layout", "1p:tp2,1d", *asked).output
+    assert "passes by formula, not measured (docs/instances.md): tp2\n" in said
+    assert "by formula" not in run("--layout", "1p1d", *asked).output

@@ -1,5 +1,6 @@
 """The copy plan against numpy: a whole model's block is cut into shards and put together again."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_a_latent_page_is_whole_on_every_rank() -> None:
     (pull,) = pulls(shards(latent, 4)[2], shards(latent, 2), first=2)
     assert pull.source_index == 0
     assert pull.runs == (CopyRun(0, 0, 3 * 16 * 576 * 2),)
+
+
+def test_readers_of_latents_ask_each_holder_equally_often() -> None:
+    latent = PageGeometry(3, 1, block_size=16, head_dim=576, value_bytes=2, parts=1)
+    sources, readers = shards(latent, tp=2, pp=3), shards(latent, tp=4)
+    asked = Counter(
+        pull.source_index
+        for rank, reader in enumerate(readers)
+        for pull in pulls(reader, sources, first=rank)
+    )
+    assert asked == dict.fromkeys(range(6), 2)
 
 
 def test_what_nobody_has_is_named() -> None:

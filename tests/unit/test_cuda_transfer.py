@@ -13,11 +13,13 @@ from nodeserve.config import WorkerSpec
 from nodeserve.errors import ConfigError, CudaError, HandoffFailed
 from nodeserve.wire.messages import pack_ids, unpack_ids
 from nodeserve.worker import transfer_setup
-from nodeserve.worker.contract import CopyFailed, Landed, Offered, Ticket
+from nodeserve.worker.contract import CopyFailed, Landed, Offered, Source, Ticket
 from nodeserve.worker.offers import DirectOffers
+from nodeserve.worker.transfer_cuda import CudaTransfer
 from nodeserve.worker.transfer_setup import make_transfer
 from tests.fakes.cuda import bytes_at
 from tests.fakes.harness import default_spec
+from tests.fakes.pages import whole_blocks
 
 BLOCK_BYTES, NUM_BLOCKS = 256, 12
 
@@ -56,6 +58,15 @@ def blocks_of(pool: Any) -> list[int]:
     return [int(number) for number in rows[:, 0]]
 
 
+def alone(name: str, value: int) -> int:
+    """What a team of one worker agrees on."""
+    return value
+
+
+def pages_of(owner: CudaTransfer, fd: int) -> tuple[Source, ...]:
+    return whole_blocks(0, fd, owner.pages_bytes, BLOCK_BYTES, owner.pages_handle)
+
+
 def spec_of(fd: int, **changes: Any) -> WorkerSpec:
     values: dict[str, Any] = {"pages_fd": fd, "gpus": (0,), "role": "prefill", "max_model_len": 64}
     return default_spec(**{**values, **changes})
@@ -71,14 +82,14 @@ class Pair:
         self.cuda = cuda
         self.source_pool, self.target_pool = numbered(cuda), numbered(cuda, 100)
         self.source, route = make_transfer(
-            spec_of(fd, handoff="host"), edge, self.source_pool, BLOCK_BYTES
+            spec_of(fd, handoff="host"), edge, self.source_pool, BLOCK_BYTES, alone
         )
         assert route.description == "pinned host memory"
         self.target, _ = make_transfer(
-            spec_of(fd, role="decode"), edge, self.target_pool, BLOCK_BYTES
+            spec_of(fd, role="decode"), edge, self.target_pool, BLOCK_BYTES, alone
         )
         self.woken = threading.Semaphore(0)
-        self.target.attach(0, fd, self.source.pages_bytes, self.source.pages_handle)
+        self.target.attach(0, pages_of(self.source, fd))
 
     def watch(self) -> None:
         """From now on copies end by themselves, as somebody waits for them."""
@@ -212,7 +223,7 @@ def test_a_peer_attached_again_is_read_where_it_is_now(pair: MakePair, fd: int) 
     both.source.offer(1, pack_ids([7]))
     slots = both.offered(1)[1]
     both.pull(1, slots, [0])
-    both.target.attach(0, fd, both.source.pages_bytes, both.source.pages_handle)
+    both.target.attach(0, pages_of(both.source, fd))
     both.pull(2, slots, [1])
     both.landed(1, 2)
     assert blocks_of(both.target_pool)[:2] == [7, 7]
@@ -230,7 +241,7 @@ def test_pulls_from_a_peer_that_ended_are_over_when_detach_returns(pair: MakePai
     assert both.target.poll() == []
     with pytest.raises(HandoffFailed, match="not attached"):
         both.pull(3, slots, [2])
-    both.target.attach(0, fd, both.source.pages_bytes, both.source.pages_handle)
+    both.target.attach(0, pages_of(both.source, fd))
     both.pull(4, slots, [3])
     both.landed(4)
     assert blocks_of(both.target_pool)[3] == 7
@@ -316,7 +327,7 @@ def test_an_offer_that_cannot_begin_fails_alone(pair: MakePair, cuda: Any) -> No
 def test_a_pool_that_can_be_read_is_offered_as_it_is(cuda: Any, fd: int) -> None:
     pool = numbered(cuda)
     edge: Any = Edge(cuda)
-    transfer, route = make_transfer(spec_of(fd, gpus=(0, 1)), edge, pool, BLOCK_BYTES)
+    transfer, route = make_transfer(spec_of(fd, gpus=(0, 1)), edge, pool, BLOCK_BYTES, alone)
     assert route.description == "CUDA IPC"
     assert transfer.pages_bytes == pool.num_bytes and len(transfer.pages_handle) == 128
     assert transfer.offer(1, pack_ids([3, 4])) == pack_ids([3, 4])
@@ -328,7 +339,7 @@ def test_a_pool_that_can_be_read_is_offered_as_it_is(cuda: Any, fd: int) -> None
 def test_a_gpu_that_exports_nothing_goes_through_the_host(cuda: Any, fd: int) -> None:
     cuda.fake.fail("cudaIpcGetMemHandle", 1, 801)
     edge: Any = Edge(cuda)
-    transfer, route = make_transfer(spec_of(fd), edge, numbered(cuda), BLOCK_BYTES)
+    transfer, route = make_transfer(spec_of(fd), edge, numbered(cuda), BLOCK_BYTES, alone)
     assert route.description.startswith("pinned host memory: this GPU's memory cannot be exported")
     assert transfer.pages_handle == b"" and transfer.pages_bytes == os.fstat(fd).st_size > 0
 
@@ -339,12 +350,14 @@ def test_too_little_shared_memory_says_what_it_is_for(
     monkeypatch.setattr("nodeserve.worker.pages.free_bytes", lambda fd: 100.0)
     edge: Any = Edge(cuda)
     with pytest.raises(ConfigError, match=r"leave this GPU through shared memory.*--shm-size"):
-        make_transfer(spec_of(fd, handoff="host"), edge, numbered(cuda), BLOCK_BYTES)
+        make_transfer(spec_of(fd, handoff="host"), edge, numbered(cuda), BLOCK_BYTES, alone)
 
 
 def test_a_worker_that_does_not_prefill_has_nothing_to_offer(cuda: Any, fd: int) -> None:
     edge: Any = Edge(cuda)
-    transfer, route = make_transfer(spec_of(fd, role="mixed"), edge, numbered(cuda), BLOCK_BYTES)
+    transfer, route = make_transfer(
+        spec_of(fd, role="mixed"), edge, numbered(cuda), BLOCK_BYTES, alone
+    )
     assert (transfer.pages_bytes, transfer.pages_handle) == (0, b"")
     assert route.description == "pulls only"
     with pytest.raises(HandoffFailed):
@@ -353,24 +366,26 @@ def test_a_worker_that_does_not_prefill_has_nothing_to_offer(cuda: Any, fd: int)
 
 def test_a_foreign_handle_is_refused(cuda: Any, fd: int) -> None:
     edge: Any = Edge(cuda)
-    transfer, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES)
+    transfer, _ = make_transfer(
+        spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES, alone
+    )
     with pytest.raises(HandoffFailed, match="another version"):
-        transfer.attach(0, fd, 4096, b"x" * 64)
+        transfer.attach(0, whole_blocks(0, fd, 4096, BLOCK_BYTES, b"x" * 64))
 
 
 def test_pages_that_cannot_be_opened_end_the_worker_with_advice(cuda: Any, fd: int) -> None:
     edge: Any = Edge(cuda)
     pool = numbered(cuda)
-    owner, _ = make_transfer(spec_of(fd), edge, pool, BLOCK_BYTES)
-    reader, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES)
+    owner, _ = make_transfer(spec_of(fd), edge, pool, BLOCK_BYTES, alone)
+    reader, _ = make_transfer(spec_of(fd, role="decode"), edge, numbered(cuda), BLOCK_BYTES, alone)
     with pytest.raises(ConfigError, match=r"worker 0 cannot be opened .*--handoff host"):
-        reader.attach(0, fd, owner.pages_bytes, owner.pages_handle)  # not in one process
+        reader.attach(0, pages_of(owner, fd))  # not in one process
     os.ftruncate(fd, 4096)
     cuda.fake.fail("cudaHostRegister")
     with pytest.raises(ConfigError, match=r"worker 0 cannot be opened .*cudaHostRegister"):
-        reader.attach(0, fd, 4096, b"")
+        reader.attach(0, whole_blocks(0, fd, 4096, BLOCK_BYTES))
     with pytest.raises(ConfigError, match="8192 were announced"):
-        reader.attach(0, fd, 8192, b"")
+        reader.attach(0, whole_blocks(0, fd, 8192, BLOCK_BYTES))
 
 
 def test_pages_offered_directly_are_complete_before_anybody_hears_of_them(cuda: Any) -> None:

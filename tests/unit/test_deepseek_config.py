@@ -149,6 +149,11 @@ def with_quantisation(**changes: object) -> dict[str, Any]:
         (with_yarn(factor=1e-320), "factor is 1e-320, must be"),
         ({**V3, "moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported"),
         ({**V3, "scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+        ({**V3, "n_shared_experts": 4097}, "n_shared_experts is 4097, must be a count up to 4096"),
+        (
+            {**V3, "n_shared_experts": 9, "moe_intermediate_size": 1 << 21},
+            "n_shared_experts is 9, must be a count up to 8",
+        ),
         ({**V3, "n_group": 7}, "256 experts cannot be in 7 groups"),
         ({**V3, "topk_group": 9}, "8 groups of which 9 are chosen"),
         ({**V3, "n_group": 256, "topk_group": 16}, "16 groups of 1 cannot be chosen"),

@@ -12,7 +12,7 @@ from nodeserve.policy.cost import RankWork
 from nodeserve.policy.deepseek import V3
 from nodeserve.policy.profile import Family, Profile
 from nodeserve.policy.profiles import find_profile
-from nodeserve.policy.sizes import rank_kv_bytes_per_token, rank_weights
+from nodeserve.policy.sizes import anatomy_of
 
 LLAMA_70B = ModelConfig("llama", 128_256, 8192, 28_672, 80, 64, 8, 128, 8192, 1e-5, 5e5)
 
@@ -50,9 +50,15 @@ def test_a_rank_without_work_waits_for_the_others() -> None:
 def test_ranks_hold_their_share_of_the_experts() -> None:
     """671 billion weights, 654 of them in experts."""
     assert V3.num_routed_weights == 58 * 256 * 3 * 7168 * 2048
-    assert rank_weights(V3, Shape(ep=32)) == pytest.approx(17.1e9 + 654e9 / 32, rel=0.01)
-    assert rank_weights(V3, Shape(tp=8)) == pytest.approx(671e9 / 8, rel=0.01)
-    assert rank_weights(LLAMA_70B, Shape(tp=4, pp=2)) == pytest.approx(70.5e9 / 8, rel=0.01)
+    assert anatomy_of(V3, value_bytes=1).worker_weight_bytes(Shape(ep=32)) == pytest.approx(
+        17.1e9 + 654e9 / 32, rel=0.01
+    )
+    assert anatomy_of(V3, value_bytes=1).worker_weight_bytes(Shape(tp=8)) == pytest.approx(
+        671e9 / 8, rel=0.01
+    )
+    assert anatomy_of(LLAMA_70B, value_bytes=1).worker_weight_bytes(Shape(tp=8)) == pytest.approx(
+        70.5e9 / 8, rel=0.01
+    )
 
 
 def test_eight_h100_do_not_hold_the_model_and_eight_h200_do() -> None:
@@ -74,9 +80,17 @@ def test_a_planner_tries_the_ranks_that_the_family_knows() -> None:
 
 
 def test_latents_are_on_every_tensor_rank_and_heads_are_split() -> None:
-    assert rank_kv_bytes_per_token(V3, Shape(), 2) == 61 * 576 * 2
-    assert rank_kv_bytes_per_token(V3, Shape(tp=8), 2) == 61 * 576 * 2
-    assert rank_kv_bytes_per_token(V3, Shape(pp=2), 2) == 31 * 576 * 2
-    assert rank_kv_bytes_per_token(LLAMA_70B, Shape(tp=4), 2) == 80 * 2 * 2 * 128 * 2
-    few = replace(LLAMA_70B, num_kv_heads=2)
-    assert rank_kv_bytes_per_token(few, Shape(tp=4), 2) == 80 * 2 * 128 * 2
+    latents, heads = anatomy_of(V3), anatomy_of(LLAMA_70B)
+    assert latents.worker_kv_share(Shape()) == latents.worker_kv_share(Shape(tp=8)) == 1.0
+    assert latents.worker_kv_share(Shape(pp=2)) == 31 / 61
+    assert heads.worker_kv_share(Shape(tp=4)) == 1 / 4
+    few = anatomy_of(replace(LLAMA_70B, num_kv_heads=2))
+    assert few.worker_kv_share(Shape(tp=4)) == 1 / 2
+
+
+def test_the_first_stage_has_the_embedding_and_the_head() -> None:
+    whole = anatomy_of(LLAMA_70B, value_bytes=1)
+    edges = 2 * 128_256 * 8192
+    inner = whole.weight_bytes - edges
+    assert whole.worker_weight_bytes(Shape(pp=2)) == pytest.approx(inner / 2 + edges)
+    assert whole.worker_weight_bytes(Shape(tp=4, pp=2)) == pytest.approx((inner / 2 + edges) / 4)

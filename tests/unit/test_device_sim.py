@@ -14,16 +14,18 @@ import pytest
 
 from nodeserve.errors import ConfigError, HandoffFailed
 from nodeserve.policy.batching import Batch, Sequence, Work
+from nodeserve.policy.copy_plan import CopyRun
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import pass_factor
 from nodeserve.policy.profiles import PROFILES, profile_named
 from nodeserve.types import Sampling
 from nodeserve.wire.messages import pack_ids, unpack_floats, unpack_ids
 from nodeserve.worker.alarm import Alarm
-from nodeserve.worker.contract import Landed, Ticket
+from nodeserve.worker.contract import Landed, Source, Ticket
 from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.pages import make_pool
 from nodeserve.worker.transfer_sim import SimTransfer
+from tests.fakes.pages import whole_blocks
 
 PAGE, TRUE_BYTES = 8, 1000
 
@@ -82,7 +84,7 @@ class Link:
         self.clock = Clock()
         alarm = Alarm(bell_fd, self.clock)  # not started: the test looks by itself
         self.transfer = SimTransfer(self.pool, PAGE, TRUE_BYTES, TRUE_BYTES, alarm, self.clock)
-        self.transfer.attach(3, source_fd, 8 * PAGE, b"")
+        self.transfer.attach(3, whole_blocks(3, source_fd, 8 * PAGE, PAGE))
 
     def begin(self, request_id: int, *blocks: int) -> None:
         ids = pack_ids(blocks)
@@ -116,6 +118,17 @@ def test_copies_land_one_after_the_other_in_their_time(link: Link) -> None:
     assert link.landed_at(110.9) == [] and link.landed_at(111.0) == [(3, TRUE_BYTES, 1.0)]
 
 
+def test_a_team_of_few_sends_no_faster_than_its_links(link: Link) -> None:
+    """Its worker has twice our part of a block, and sends the other half to our neighbour."""
+    other_fd = os.memfd_create("other")
+    make_pool(other_fd, 8 * 2 * PAGE)
+    half = (CopyRun(0, 0, PAGE),)
+    link.transfer.attach(4, (Source(4, other_fd, 8 * 2 * PAGE, b"", 2 * PAGE, half),))
+    os.close(other_fd)
+    link.transfer.begin(Ticket(1, 4, pack_ids([1]), pack_ids([1])))
+    assert link.landed_at(101.9) == [] and link.landed_at(102.0) == [(1, TRUE_BYTES, 2.0)]
+
+
 def test_a_cancelled_copy_writes_nothing_and_the_next_one_lands(link: Link) -> None:
     link.begin(1, 1)
     link.begin(2, 2)
@@ -129,7 +142,7 @@ def test_a_cancelled_copy_writes_nothing_and_the_next_one_lands(link: Link) -> N
 def test_copies_from_a_peer_that_ended_are_over_and_no_others(link: Link) -> None:
     other_fd = os.memfd_create("other")
     make_pool(other_fd, 8 * PAGE)[2 * PAGE] = 77
-    link.transfer.attach(4, other_fd, 8 * PAGE, b"")
+    link.transfer.attach(4, whole_blocks(4, other_fd, 8 * PAGE, PAGE))
     os.close(other_fd)
     link.begin(1, 1)
     link.transfer.begin(Ticket(2, 4, pack_ids([2]), pack_ids([2])))

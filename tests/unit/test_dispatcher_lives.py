@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from nodeserve.policy.units import ADMISSIONS, DispatchOptions
 from tests.fakes.dispatch_instance import Request, World
 from tests.fakes.dispatch_life import Death, Node
+from tests.repeats import repeats
 
 MAX_BUDGET = 100
 MIN_BLOCKS = 12
@@ -103,8 +104,9 @@ def test_everybody_is_served_once(
 
 
 @pytest.mark.slow
+@pytest.mark.repeats
 @pytest.mark.timeout(400)  # a failure is made smaller for five minutes
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=repeats(150, 2000), deadline=None)
 @given(worlds, crowds, st.lists(deaths, max_size=5), seeds)
 def test_everybody_is_served_once_in_many_lives(
     world: World, arriving: list[Request], dying: list[Death], seed: int

@@ -1,5 +1,6 @@
 """What the sections of gpu-check conclude from what they saw, right, wrong or half-right."""
 
+import math
 import struct
 from array import array
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu import experts
 from bench.gpu.bed import Bed, NoCeiling
 from bench.gpu.drive import Room, decode_s, sequences
-from bench.gpu.lines import FAIL, INFO, NOT_REACHED, PASS, Sheet, read_sheet
+from bench.gpu.lines import FAIL, INFO, NOT_REACHED, PASS, Sheet
 from bench.gpu.plan import SECTIONS
 from bench.gpu.sections import build, continuous, graphs, ipc, kernels, sanitizer, served, tokens
+from bench.gpu.sections import experts as section
 from bench.gpu.sections.sanitizer import TOOLS
 from bench.gpu.serving import Answer
 from bench.gpu.shards import Whole, ranks_of, values
@@ -243,7 +246,13 @@ class Steps:
         self.overlaps = overlaps
         self.batches: list[list[tuple[int, int, int | None]]] = []
 
+    def opens_s(self) -> float:
+        return -math.inf
+
     def called(self, departure: int) -> bool:
+        return False
+
+    def leave(self) -> bool:
         return False
 
     def launch(self, batch: Batch) -> Computed:
@@ -295,10 +304,28 @@ def test_unmet_requirements_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_makes_no_sense_without_a_gpu_is_not_passed(bed: Bed, tmp_path: Path) -> None:
     rehearsal = Bed(bed.sheet, {}, True)
-    from bench.gpu.sections import attention
-
-    attention.run(rehearsal)
-    [line] = read_sheet(tmp_path / "sheet.jsonl").lines
+    line = tokens.demo(rehearsal, tmp_path)
     assert (line.state, line.note) == (NOT_REACHED, "only on a GPU")
     assert rehearsal.aim(0.8) is None and bed.aim(0.8) == 0.8
-    assert len(SECTIONS) == 13
+    assert len(SECTIONS) == 15
+
+
+# ---- experts alone
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "reading", "us", "state"),
+    [
+        (8, True, 150.0, PASS),
+        (8, True, 250.0, FAIL),
+        (2048, False, 1000.0, INFO),
+        (8192, False, 240.0, PASS),
+        (8192, False, 260.0, FAIL),
+        (8, True, 50.0, FAIL),  # faster than its floor: the clock or the ceiling is wrong
+    ],
+)
+def test_experts_against_what_bounds_them(
+    bed: Bed, num_tokens: int, reading: bool, us: float, state: str
+) -> None:
+    row = experts.Row(experts.MODELS[0], num_tokens, 6 * num_tokens, us, 100.0, reading)
+    assert section.line_of(row, bed).state == state

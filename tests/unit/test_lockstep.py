@@ -4,6 +4,7 @@ Every `Board` opens the memory again, so ranks in one process exclude each other
 """
 
 import contextlib
+import math
 import os
 import select
 import threading
@@ -14,10 +15,12 @@ from random import Random
 import pytest
 
 from nodeserve.coordinator.shared import make_lockstep
+from nodeserve.errors import ShuttingDown
 from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Ran
 from nodeserve.worker.lockstep import Board, Lockstep
+from nodeserve.worker.ranks import InStep
 
 WORK = RankWork(prefill_tokens=10, attention=2.5, num_decodes=3, kv_tokens=40)
 GIVE_UP_S = 20.0  # only ends a broken test
@@ -27,14 +30,16 @@ class Ranks:
     """An instance whose time is the test's; a pass takes 1 s for each prompt token of the rank that
     has most."""
 
-    def __init__(self, owner: contextlib.ExitStack, num_ranks: int) -> None:
+    def __init__(self, owner: contextlib.ExitStack, num_ranks: int, num_stages: int = 1) -> None:
         fds = make_lockstep(num_ranks)
         owner.callback(fds.close)
         self.now_s = 100.0
         self.asked: list[tuple[int, list[RankWork]]] = []
         self.bells = fds.bells
         self.ranks = [
-            Lockstep(Board(fds.board, num_ranks), rank, fds.bells, self.duration, self.clock)
+            Lockstep(
+                Board(fds.board, num_ranks), rank, fds.bells, self.duration, self.clock, num_stages
+            )
             for rank in range(num_ranks)
         ]
 
@@ -74,6 +79,26 @@ def test_a_pass_begins_with_the_last_rank_and_ends_for_all_at_once(three: Ranks)
     assert not any(rank.over(1) for rank in three.ranks)
     three.now_s = 113.0
     assert [rank.over(1) for rank in three.ranks] == [Ran(1, 103.0, 10.0)] * 3
+
+
+def test_with_stages_a_pass_follows_the_one_before_once_the_first_is_free() -> None:
+    with contextlib.ExitStack() as owner:
+        staged = Ranks(owner, 2, num_stages=2)
+        first, second = staged.ranks
+        assert first.enter(WORK) == 1
+        assert first.opens_s() == math.inf, "it has not begun"
+        second.enter(IDLE)
+        assert [rank.look() for rank in staged.ranks] == [110.0] * 2
+        assert [rank.opens_s() for rank in staged.ranks] == [105.0] * 2
+        staged.now_s = 105.0
+        assert first.enter(RankWork(prefill_tokens=4)) == second.enter(WORK) == 2
+        assert [rank.look() for rank in staged.ranks] == [115.0] * 2
+        staged.now_s = 110.0
+        assert [rank.over(1) for rank in staged.ranks] == [Ran(1, 100.0, 10.0)] * 2
+        assert first.over(2) is None and first.opens_s() == 110.0
+        first.enter(WORK)
+        staged.now_s = 115.0
+        assert first.over(2) == Ran(2, 110.0, 5.0), "told from the end of the one before"
 
 
 def test_only_ranks_that_sleep_are_called_and_only_once(three: Ranks) -> None:
@@ -125,6 +150,40 @@ def test_a_rank_of_its_own_needs_nobody() -> None:
         (rank,) = alone.ranks
         assert not rank.called(0) and rank.enter(WORK) == 1
         assert alone.rung() == [0] and rank.look() == 110.0
+
+
+def test_a_rank_that_leaves_is_waited_for_by_nobody(three: Ranks) -> None:
+    """The pass that gathers still runs, with all of them, and none after it."""
+    first, second, third = three.ranks
+    first.enter(WORK)
+    assert second.leave()
+    assert second.enter(IDLE) == 1
+    assert not second.leave() and not first.leave() and third.leave()
+    assert third.enter(WORK) == 1
+    assert three.asked == [(1, [WORK, IDLE, WORK])]
+    for rank in three.ranks:
+        assert not rank.leave() and not rank.called(0)
+        with pytest.raises(ShuttingDown, match="a rank of this instance has left"):
+            rank.enter(WORK)
+
+
+def test_no_pass_begins_once_a_rank_has_left(three: Ranks) -> None:
+    first, second, _ = three.ranks
+    assert not first.leave()
+    with pytest.raises(ShuttingDown):
+        second.enter(WORK)
+    assert three.rung() == [] and not second.leave()
+
+
+def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:
+    """As stages have them: the second begins while the first is under way."""
+    times_s = iter([1.0, 2.0, 5.0, 6.0])
+    with contextlib.ExitStack() as owner:
+        alone = Ranks(owner, 1)
+        ranks = InStep(alone.ranks[0], Alarm(alone.bells[0]), lambda: next(times_s))
+        first, second = ranks.enter(WORK), ranks.enter(WORK)
+        assert ranks.ran(first) == Ran(1, 1.0, 4.0)
+        assert ranks.ran(second) == Ran(2, 5.0, 1.0)
 
 
 def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:

@@ -6,11 +6,18 @@ import pytest
 
 from nodeserve.errors import CudaError
 from nodeserve.worker.contract import Landed
-from nodeserve.worker.page_copies import LONGEST_LOOK_S, STUCK_S, Blocks, PageCopies
+from nodeserve.worker.page_copies import (
+    LONGEST_LOOK_S,
+    STUCK_S,
+    Blocks,
+    PageCopies,
+    Part,
+    whole_block,
+)
 from nodeserve.worker.watcher import Watcher
 
-MEMORY = Blocks(0, 1 << 20)
 BLOCK_BYTES = 256
+MEMORY = Blocks(0, 4096, BLOCK_BYTES)
 
 
 class Event:
@@ -50,10 +57,11 @@ class Copies:
         self.now_s = 0.0
         self.cuda = Cuda()
         watcher = Watcher("copies", lambda: None)
-        self._copies = PageCopies(self.cuda, 0, BLOCK_BYTES, watcher, lambda: self.now_s)
+        self._copies = PageCopies(self.cuda, 0, watcher, lambda: self.now_s)
 
     def begin(self, request_id: int) -> None:
-        self._copies.begin(request_id, MEMORY, MEMORY, [0, 1], [2, 3])
+        parts = [Part(MEMORY, whole_block(BLOCK_BYTES))]
+        self._copies.begin(request_id, MEMORY, parts, [0, 1], [2, 3])
 
     def look_after(self, seconds: float) -> list[int]:
         """The requests whose copies ended."""

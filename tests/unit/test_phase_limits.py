@@ -32,7 +32,7 @@ def test_the_slower_phase_is_known_by_one_run() -> None:
 @pytest.mark.parametrize(
     ("layout", "sides"),
     [
-        ("3p1d", (10.0, 13.0)),  # about as fast: each may have held the other up
+        ("3p1d", (10.0, 11.5)),  # about as fast: each may have held the other up
         ("4p4d", (10.0, 20.0)),  # run as 2p2d, which serves less than the whole
         ("1p1d1m", (10.0, 20.0)),
         ("2m", (10.0, 20.0)),
@@ -56,3 +56,22 @@ def test_the_better_of_two_runs_counts() -> None:
     known.note(Candidate("2p,1d:tp2", 1024), 7.0)
     assert allowed(known, 8.5, "2p,1d:tp8") == ["2p,1d:tp8"]
     assert not allowed(known, 9.0, "2p,1d:tp8")
+
+
+def test_runs_that_are_made_together_do_not_settle_each_other() -> None:
+    known = limits(
+        {
+            "2p,1d:tp2": (10.0, 20.0),
+            "2p,1d:tp4": (10.0, 11.0),
+            "1p,1d:tp4": (5.0, 11.0),
+            "3p,1d:tp4": (15.0, 11.0),
+            "2p:tp2,1d": (9.0, 9.0),
+        }
+    )
+    order = [
+        Candidate(one, 1024)
+        for one in ("2p,1d:tp2", "2p,1d:tp4", "1p,1d:tp4", "3p,1d:tp4", "2p:tp2,1d")
+    ]
+    assert [one.layout for one in known.apart(order, 2)] == ["2p,1d:tp2", "3p,1d:tp4"]
+    assert [one.layout for one in known.apart(order[1:], 2)] == ["2p,1d:tp4", "1p,1d:tp4"]
+    assert [one.layout for one in known.apart(order, 9)] == ["2p,1d:tp2", "3p,1d:tp4", "2p:tp2,1d"]

@@ -1,7 +1,7 @@
 """The step loop's turns, one by one: the test is the coordinator, the device and the clock."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -31,12 +31,13 @@ from nodeserve.wire.messages import (
     unpack_ids,
     unpack_request_ids,
 )
-from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Ticket
-from nodeserve.worker.peer_seats import WHOLE
+from nodeserve.worker.contract import CopyFailed, Landed, Moved, Offered, Ran, Source, Ticket
+from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.runner import Runner
 from tests.fakes.late_model import LateExecutor
 from tests.fakes.link import FakeLink
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings, expected_stream
+from tests.fakes.pages import WHOLE, uncut
 
 BLOCK, NUM_BLOCKS = 16, 32
 PROMPT = [11, 22, 33, 44]
@@ -56,11 +57,11 @@ class FakeTransfer:
     def on_done(self, wake: Callable[[], None]) -> None:
         self.wake = wake
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
         """Any peer's pages will do."""
 
-    def detach(self, worker: int) -> list[int]:
-        lost = [ticket for ticket in self.begun if ticket.source == worker]
+    def detach(self, team: int) -> list[int]:
+        lost = [ticket for ticket in self.begun if ticket.source == team]
         self.begun = [ticket for ticket in self.begun if ticket not in lost]
         return [ticket.request_id for ticket in lost]
 
@@ -93,8 +94,9 @@ class Bench:
         self.device = LateExecutor(FakeSettings(), pool, BLOCK)
         executor = self.device if late else FakeExecutor(FakeSettings(), pool, BLOCK)
         self.scheduler = Scheduler(Limits(NUM_BLOCKS, BLOCK, 256, 8, 64))
+        seats = PeerSeats(self.transfer, uncut(BLOCK * ENTRY_BYTES))
         self.runner = Runner(
-            self.link, self.scheduler, executor, self.transfer, clock=lambda: self.now_s
+            self.link, self.scheduler, executor, self.transfer, seats, clock=lambda: self.now_s
         )
 
     @property
@@ -303,7 +305,7 @@ def test_a_pull_that_cannot_begin_fails_alone_unless_the_device_is_lost() -> Non
 def test_pulls_from_a_peer_that_ended_fail_alone() -> None:
     bench = Bench()
     for peer in (0, 5):
-        assert bench.turn(AttachPages(peer, -1, 0, b"", peer, list(WHOLE))) == [PagesAttached(peer)]
+        assert bench.turn(AttachPages(peer, -1, 0, b"", peer, WHOLE)) == [PagesAttached(peer)]
     [] = bench.turn(pull(2))
     assert bench.turn(DetachPages(5)) == []
     [failed] = bench.turn(DetachPages(0))

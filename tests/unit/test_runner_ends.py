@@ -1,10 +1,13 @@
 """How the step loop ends, and how it gives up one request of a step."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from nodeserve.errors import InvalidRequest
+from nodeserve.errors import InvalidRequest, ShuttingDown
+from nodeserve.policy.batching import Batch
 from nodeserve.wire.messages import Cancel, Dropped, RequestFailed, Shutdown, StepDone
-from nodeserve.worker.contract import Failure
+from nodeserve.worker.contract import Failure, Flight
 from tests.unit.test_runner import Bench, prefill, tokens_of
 
 
@@ -18,6 +21,32 @@ def test_a_shutdown_waits_for_the_steps_on_their_way(monkeypatch: pytest.MonkeyP
     bench.link.inbox.append(Shutdown())
     bench.runner.run()
     assert waited == [0, 1]
+
+
+def test_a_rank_that_stops_takes_part_in_the_step_that_others_are_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They came to wait for it after it had asked."""
+    bench = Bench()
+    waited: list[bool] = []
+    flight = SimpleNamespace(result=lambda: waited.append(True))
+    monkeypatch.setattr(bench.device, "leave", lambda: True)
+    monkeypatch.setattr(bench.device, "launch", lambda batch: flight if not batch.work else None)
+    bench.link.inbox.append(Shutdown())
+    bench.runner.run()
+    assert waited == [True]
+
+
+def test_a_rank_whose_neighbour_has_left_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+
+    def launch(batch: Batch) -> Flight:
+        raise ShuttingDown("a rank of this instance has left")
+
+    monkeypatch.setattr(bench.device, "launch", launch)
+    assert bench.turn(prefill(1)) == []
+    bench.runner.run()
+    assert bench.runner.stopped and not bench.link.said
 
 
 def test_a_step_that_failed_is_the_worker_s_end() -> None:

@@ -1,12 +1,13 @@
 """Parts of a model: together they are the whole, and each rank can compute with its own."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, MoeConfig
 from nodeserve.errors import ModelError
 from nodeserve.layout import Shape
 from nodeserve.shards import Axis, Cut, Place, Shard, check_fits, inner_range, share
@@ -124,3 +125,24 @@ def test_shapes_that_do_not_fit_are_refused_with_what_does(shape: Shape, message
     with pytest.raises(ModelError, match=message):
         check_fits(model(8, 2), shape)
     check_fits(model(8, 2), Shape(tp=8, pp=7))
+
+
+@pytest.mark.parametrize(
+    ("dense", "moe"),
+    [
+        (3, None),
+        (200, MoeConfig(4, 2, intermediate_size=3)),
+        (200, MoeConfig(4, 2, intermediate_size=8, shared_intermediate_size=3)),
+        (3, MoeConfig(4, 2, intermediate_size=8, dense_layers=(0,))),
+    ],
+)
+def test_every_tensor_rank_needs_a_column_of_every_mlp(dense: int, moe: MoeConfig | None) -> None:
+    config = replace(model(8, 2), intermediate_size=dense, moe=moe)
+    with pytest.raises(ModelError, match="a model of 3 columns in its narrowest MLP: use tp3"):
+        check_fits(config, Shape(tp=4))
+    check_fits(config, Shape(tp=3))
+
+
+def test_the_width_of_an_mlp_that_no_layer_has_does_not_count() -> None:
+    config = replace(model(8, 2), intermediate_size=3, moe=MoeConfig(4, 2, intermediate_size=8))
+    check_fits(config, Shape(tp=8))

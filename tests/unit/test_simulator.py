@@ -170,6 +170,15 @@ def test_a_preempted_request_comes_back_with_its_tokens() -> None:
     assert num_decodes == 4 * 149 - num_preemptions
 
 
+def test_who_only_counts_requests_does_not_keep_passes() -> None:
+    arrivals = at_once(4, num_output=20)
+    simulation = Simulation(scenario("1p1d"), arrivals, keeps_passes=False)
+    outcome = simulation.run()
+    assert outcome.passes == []
+    kept = simulate(scenario("1p1d"), arrivals)
+    assert kept.passes and outcome.served == kept.served
+
+
 # ---- refusals
 
 

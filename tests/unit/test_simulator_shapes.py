@@ -2,22 +2,25 @@
 
 from array import array
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
 from nodeserve.errors import ConfigError
-from nodeserve.plan.instances import Pipeline, build_instances
+from nodeserve.plan.instances import build_instances
 from nodeserve.plan.records import Arrival, Engine, Faults, Outcome, Scenario
 from nodeserve.plan.simulator import simulate
 from nodeserve.policy.batching import Sequence as Tokens
+from nodeserve.policy.pipeline import Pipeline
 from nodeserve.policy.profile import Family
 from nodeserve.policy.profiles import find_profile
 from nodeserve.policy.units import DispatchOptions
-from nodeserve.types import Role, Sampling
+from nodeserve.types import Sampling
 from tests.fakes.simulation import PASS_S, STEP_S, TRANSIT_S, profile, scenario
 
 HEARD_S = 2 * TRANSIT_S
 AT_ONCE = DispatchOptions("shortest-queue", budget=4096)
+TIGHT = DispatchOptions("shortest-queue", budget=256)
 
 
 def family(*shapes: tuple[int, int], **changes: int) -> Family:
@@ -45,8 +48,7 @@ def test_prompts_follow_each_other_through_stages() -> None:
     """One has the whole pass to wait; of four that come together each is a stage later."""
     made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=AT_ONCE)
     assert ttfts(simulate(made, [Arrival(1.0, 32, 1)])) == pytest.approx([PASS_S])
-    full = DispatchOptions("shortest-queue", budget=256)
-    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=full)
+    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=TIGHT)
     waits = sorted(ttfts(simulate(made, [Arrival(1.0, 256, 1)] * 4)))
     assert waits == pytest.approx([PASS_S, 1.5 * PASS_S, 2 * PASS_S, 2.5 * PASS_S])
 
@@ -57,23 +59,54 @@ def test_stages_decode_a_batch_each() -> None:
     outcome = simulate(made, [Arrival(1.0, 32, 101)] * 2)
     assert [one.tpot_s for one in outcome.served] == pytest.approx([STEP_S] * 2, rel=0.1)
     decodes = [one for one in outcome.passes if one.instance > 0]
-    assert {one.instance for one in decodes} == {1, 2}
+    assert {one.instance for one in decodes} == {1} and len(decodes) == 200
     assert all(one.ranks[0].num_decodes == 1 for one in decodes)
-    assert [lane.role for lane in made.lanes] == [Role.PREFILL, Role.DECODE, Role.DECODE]
+    busy_s = [one.seconds for one in decodes[10:-10]]
+    assert busy_s == pytest.approx([STEP_S / 2] * len(busy_s), rel=0.1), "one of two is over"
+
+
+def test_chunks_of_one_prompt_follow_each_other_through_stages() -> None:
+    """A prompt of four chunks is through two stages after five turns of half a pass, not eight."""
+    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=TIGHT)
+    outcome = simulate(made, [Arrival(1.0, 1024, 1)])
+    assert ttfts(outcome) == pytest.approx([2.5 * PASS_S])
+    assert [one.ranks[0].prefill_tokens for one in outcome.passes] == [256] * 4
+
+
+@pytest.mark.parametrize("admission", ["staggered", "pull"])
+def test_stages_are_kept_busy_by_departures(admission: str) -> None:
+    """A pass must not be over before the next one departs: the other stage would have nothing."""
+    dispatch = DispatchOptions(admission, budget=256)
+    made = scenario("1p:pp2,1d", profile=family((1, 1), (1, 2)), dispatch=dispatch)
+    outcome = simulate(made, [Arrival(1.0 + 0.5 * PASS_S * one, 256, 1) for one in range(40)])
+    assert outcome.duration_s - 1.0 == pytest.approx(40 * 0.5 * PASS_S, rel=0.1)
+
+
+def test_departures_fill_chunks_as_well_as_dispatch_on_arrival_does() -> None:
+    """Prompts that do not fit a pass evenly, as many as the stages can take."""
+    means = {}
+    for admission in ("staggered", "shortest-queue"):
+        dispatch = DispatchOptions(admission, budget=256)
+        made = scenario("1p:pp4,1d", profile=family((1, 1), (1, 4)), dispatch=dispatch)
+        arrivals = [Arrival(1.0 + 0.022 * one, 30 + 41 * one % 400, 1) for one in range(200)]
+        means[admission] = fmean(ttfts(simulate(made, arrivals)))
+    assert means["staggered"] < 1.02 * means["shortest-queue"]
 
 
 def test_stages_that_are_busy_are_not_asked_again_and_again() -> None:
-    first, second, idle = build_instances(scenario("1m:pp3", profile=family((1, 3))))
-    for request_id, lane in enumerate((first, second)):
-        lane.ranks[0].submit(Tokens(request_id, array("i", [0] * 32), 32, Sampling(max_tokens=4)))
-    begun = [first.begin(0.0), second.begin(0.0), second.begin(0.01), idle.begin(0.01)]
+    [made] = build_instances(scenario("1m:pp3", profile=family((1, 3)), dispatch=TIGHT))
+    for request_id in range(3):
+        tokens = Tokens(request_id, array("i", [0] * 256), 256, Sampling(max_tokens=4))
+        made.ranks[0].submit(tokens)
     stage_s = PASS_S / 3
+    begun = [made.begin(at_s) for at_s in (0.0, 0.01, 0.02, stage_s, 2 * stage_s, 3 * stage_s)]
     assert begun[2] is None  # it looks again already
-    assert begun[3] is None  # it has nothing to run
-    assert begun[0] and begun[0][1] and begun[0][0] == pytest.approx(PASS_S)
-    assert begun[1] and not begun[1][1] and begun[1][0] == pytest.approx(stage_s)
-    again = second.begin(begun[1][0])
-    assert again and again[1] and again[0] == pytest.approx(stage_s + PASS_S)
+    assert begun[5] is None  # three are under way
+    told = [one for one in begun if one is not None]
+    assert [runs for _, runs in told] == [True, False, True, True]
+    ends = [PASS_S, stage_s, stage_s + PASS_S, 2 * stage_s + PASS_S]
+    assert [when_s for when_s, _ in told] == pytest.approx(ends)
+    assert [made.end().step for _ in range(3)] == [1, 2, 3]
 
 
 def test_each_group_has_the_memory_of_its_shape() -> None:
@@ -98,7 +131,7 @@ def test_a_shape_without_a_family_is_refused() -> None:
     with pytest.raises(ConfigError, match="epN"):
         simulate(scenario("1m:tp2"), [Arrival(0.0, 32, 1)])
     with pytest.raises(ConfigError, match=r"no tp3\.pp1.*tp1\.pp1, tp2\.pp1"):
-        Scenario("1m:tp3", family((1, 1), (2, 1))).lanes  # noqa: B018
+        Scenario("1m:tp3", family((1, 1), (2, 1))).instances  # noqa: B018
     with pytest.raises(ConfigError, match="opt-66b-a100"):
         find_profile("opt-67b")
 
@@ -118,25 +151,23 @@ def test_prefill_first_stops_decodes_for_prompts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "first", "lanes", "killed_s"),
-    [("2p:pp2,1d", 0, {0, 1}, 1.22), ("1p,2d:pp3", 1, {1, 2, 3}, 1.6)],
+    ("layout", "victim", "killed_s"), [("2p:pp2,1d", 0, 1.22), ("1p,2d:pp3", 1, 1.6)]
 )
 def test_a_killed_instance_falls_silent_in_all_its_stages(
-    layout: str, first: int, lanes: set[int], killed_s: float
+    layout: str, victim: int, killed_s: float
 ) -> None:
-    """Its requests go to the other; a lane left over would go on with a part of an instance."""
+    """Its requests go to the other, also those of the passes that were under way."""
     made = scenario(
         layout,
         profile=family((1, 1), (1, 2), (1, 3)),
         dispatch=AT_ONCE,
-        faults=Faults(kill_instance=first, kill_at_s=killed_s),
+        faults=Faults(kill_instance=victim, kill_at_s=killed_s),
     )
     arrivals = [Arrival(1.0 + 0.02 * number, 32, 60) for number in range(12)]
     outcome = simulate(made, arrivals)
     assert {one.outcome for one in outcome.served} == {"length"}
     assert any(one.timings.num_preemptions for one in outcome.served)
-    of_it = [one for one in outcome.passes if one.instance in lanes]
-    assert {one.instance for one in of_it} == lanes
+    of_it = [one for one in outcome.passes if one.instance == victim]
     assert max(one.began_s for one in of_it) <= killed_s
     assert max(one.began_s for one in outcome.passes) > killed_s + 1.0
 

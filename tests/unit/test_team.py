@@ -1,13 +1,14 @@
 """A leader's records and its followers' answers, over real rings in one process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from nodeserve.errors import HandoffFailed, TeamError
+from nodeserve.policy.copy_plan import PageGeometry, shards
 from nodeserve.wire.channel import CoordinatorEnd, TeamEnd, TeamRings, WorkerEnd
 from nodeserve.wire.messages import (
     AttachPages,
@@ -19,7 +20,15 @@ from nodeserve.wire.messages import (
 )
 from nodeserve.wire.team import FROM_FOLLOWER, Choose, Forget, Pull, Step
 from nodeserve.wire.team import Landed as CopyLanded
-from nodeserve.worker.contract import CopyFailed, ExpertRows, Landed, Moved, Offered, Ticket
+from nodeserve.worker.contract import (
+    CopyFailed,
+    ExpertRows,
+    Landed,
+    Moved,
+    Offered,
+    Source,
+    Ticket,
+)
 from nodeserve.worker.follower import Follower
 from nodeserve.worker.link import LeaderLink
 from nodeserve.worker.peer_seats import PeerSeats
@@ -28,17 +37,23 @@ from nodeserve.worker.team_transfer import TeamTransfer
 from tests.fakes.link import FakeLink
 from tests.unit.test_runner import FakeTransfer
 
+GEOMETRY = PageGeometry(num_layers=4, num_kv_heads=4, block_size=1, head_dim=8, value_bytes=2)
+
 
 class Pages(FakeTransfer):
-    """Also says who was cancelled, and which peers' pages are mapped."""
+    """Also says who was cancelled, and which peers' pages are mapped, by team."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cancelled: list[int] = []
-        self.peers: list[int] = []
+        self.peers: dict[int, list[int]] = {}
 
-    def attach(self, worker: int, fd: int, num_bytes: int, handle: bytes) -> None:
-        self.peers.append(worker)
+    def attach(self, team: int, sources: Sequence[Source]) -> None:
+        self.peers[team] = [one.worker for one in sources]
+
+    def detach(self, team: int) -> list[int]:
+        self.peers.pop(team, None)
+        return super().detach(team)
 
     def cancel(self, request_id: int) -> None:
         self.cancelled.append(request_id)
@@ -50,11 +65,14 @@ class Steps:
     def __init__(self) -> None:
         self.plans: list[bytes] = []
         self.num_choices = 0
-        self.passes = False
+        self.num_sent = 0  # results that went to the leader, and it was not told
 
-    def follow(self, plan: bytes) -> bool:
+    def follow(self, plan: bytes) -> None:
         self.plans.append(plan)
-        return self.passes
+
+    def num_passed(self) -> int:
+        count, self.num_sent = self.num_sent, 0
+        return count
 
     def choose(self) -> None:
         self.num_choices += 1
@@ -65,7 +83,7 @@ class Member:
 
     def __init__(self, end: TeamEnd) -> None:
         self.link, self.steps, self.pages = FakeLink(), Steps(), Pages()
-        seats = PeerSeats(self.pages, [1, 2, 0, 1])
+        seats = PeerSeats(self.pages, shards(GEOMETRY, tp=2)[1], turn=1)
         leader = LeaderLink(end, self.link.beat)
         rows = ExpertRows(b"l", b"e", b"r")
         parts = self.link, leader, self.steps, self.pages, seats
@@ -162,11 +180,14 @@ def test_a_follower_that_is_out_of_step_ends(bench: Bench, record: Step | Choose
 
 
 def test_a_leader_hears_how_far_the_last_stage_is(bench: Bench) -> None:
-    bench.members[1].steps.passes = True
-    for _ in range(2):
-        bench.team.step(bytes)
-    bench.turn()
-    assert [bench.team.has_passed(number) for number in (1, 2, 3)] == [True, True, False]
+    """Also when results go out long after their step was begun, and nothing new has come."""
+    assert [bench.team.step(bytes) for _ in range(3)] == [1, 2, 3]
+    told = []
+    for num_sent in (0, 2, 1):
+        bench.members[1].steps.num_sent = num_sent
+        bench.turn()
+        told.append([bench.team.has_passed(number) for number in (1, 2, 3)])
+    assert told == [[False] * 3, [True, True, False], [True] * 3]
 
 
 def test_the_smallest_member_says_how_many_blocks_there_are(bench: Bench) -> None:
@@ -178,8 +199,7 @@ def test_the_smallest_member_says_how_many_blocks_there_are(bench: Bench) -> Non
 
 def test_an_answer_ends_the_leaders_wait(bench: Bench) -> None:
     """Its inbox is empty; the time only ends a broken test."""
-    bench.members[0].steps.passes = True
-    bench.team.step(bytes)
+    bench.members[0].steps.num_sent = 1
     bench.members[0].turn()
     assert bench.inbox.wait(5.0) is True
 
@@ -246,18 +266,74 @@ def test_pages_that_all_must_copy_first_are_offered_when_all_have(bench: Bench) 
     assert isinstance(failed, CopyFailed) and "different pages" in str(failed.problem)
 
 
-def test_a_member_maps_the_pages_of_its_own_place(bench: Bench) -> None:
+def test_what_followers_copied_out_they_forget_when_it_was_read(bench: Bench) -> None:
+    """Or the room for it is gone for ever, where pages leave through the host."""
+    transfer = TeamTransfer(bench.pages, bench.team, offers_at_once=True)
+    bench.pages.offers_late = True
+    assert transfer.offer(7, b"\1\0\0\0") is None
+    bench.turn()
+    bench.pages.moved.append(Offered(7, b"\1\0\0\0"))
+    assert transfer.poll() == [Offered(7, b"\1\0\0\0")]
+    transfer.withdraw(7)
+    transfer.withdraw(8)
+    bench.turn()
+    assert [member.pages.cancelled for member in bench.members] == [[7], [7]]
+
+
+def told(member: Member, leader: int, tp: int, pp: int) -> None:
+    """The coordinator tells of a team's pages, the last member's first."""
+    for rank in reversed(range(tp * pp)):
+        place = [rank % tp, tp, rank // tp, pp]
+        member.link.inbox.append(AttachPages(leader + rank, -1, 0, b"", leader, place))
+
+
+def test_a_member_maps_the_pages_that_hold_parts_of_its_own(bench: Bench) -> None:
+    """It has the second half of the heads of all layers."""
     member = bench.members[0]
-    for worker, place in ((4, [0, 2, 0, 1]), (5, [1, 2, 0, 1])):
-        member.link.inbox.append(AttachPages(worker, -1, 0, b"", 4, place))
+    told(member, 10, tp=2, pp=1)  # equal
+    told(member, 20, tp=1, pp=1)
+    told(member, 30, tp=4, pp=2)
+    told(member, 40, tp=1, pp=3)
+    told(member, 50, tp=8, pp=1)  # every head twice
     member.turn()
-    assert member.link.said == [PagesAttached(4), PagesAttached(5)]
-    assert member.pages.peers == [4], "under the name that pulls give"
+    answered = [one.worker for one in member.link.said if isinstance(one, PagesAttached)]
+    assert len(answered) == 2 + 1 + 8 + 3 + 8, "also those of which it maps nothing"
+    mapped = {team: sorted(workers) for team, workers in member.pages.peers.items()}
+    assert mapped == {10: [11], 20: [20], 30: [32, 33, 36, 37], 40: [40, 41, 42], 50: [55, 57]}
+
+
+def test_a_team_is_mapped_once_all_of_it_that_matters_is_known(bench: Bench) -> None:
+    member = bench.members[0]
+    told(member, 4, tp=4, pp=1)
+    last = member.link.inbox[:2]  # of ranks 3 and 2
+    member.link.inbox[:] = [last[0], *member.link.inbox[2:]]
+    member.turn()
+    assert member.pages.peers == {}
+    member.link.inbox.append(last[1])
+    member.turn()
+    assert sorted(member.pages.peers[4]) == [6, 7]
+
+
+def test_a_teams_pages_go_with_the_first_of_it_that_ended_and_come_back_with_all(
+    bench: Bench,
+) -> None:
+    member = bench.members[0]
+    told(member, 4, tp=1, pp=2)
+    member.turn()
     bench.transfer.begin(ticket(7))
     member.turn()
-    member.link.inbox.append(DetachPages(5))
+    assert member.pages.begun == [ticket(7)]
+    for worker in (5, 4, 9):
+        member.link.inbox.append(DetachPages(worker))
     member.turn()
-    assert member.pages.begun == []
+    assert member.pages.begun == [] and member.pages.peers == {}
+    told(member, 4, tp=1, pp=2)
+    again = member.link.inbox.pop()
+    member.turn()
+    assert member.pages.peers == {}, "half a team is no team"
+    member.link.inbox.append(again)
+    member.turn()
+    assert sorted(member.pages.peers[4]) == [4, 5]
 
 
 def test_what_is_for_leaders_ends_a_follower(bench: Bench) -> None:

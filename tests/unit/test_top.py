@@ -69,6 +69,12 @@ def test_a_node_of_eight_fits_the_smallest_terminal() -> None:
     assert lines[23] == "q quit  p pause  s sort: id  r reverse  up/down scroll"
 
 
+def test_who_follows_is_named_with_its_leader() -> None:
+    lines = texts(frame_of(workers=[worker(0, "mixed"), worker(1, "mixed", rank=1, leader=0)]))
+    assert lines[14].startswith("w0  mixed    ready          0    0   0  ")
+    assert lines[15] == "w1  mixed    ready       computes with w0"
+
+
 SIZES = list(product((0, 1, 8, 40), (1, 20, 80, 200), (1, 5, 24, 60)))
 
 

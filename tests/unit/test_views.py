@@ -142,6 +142,15 @@ def test_slow_tokens_of_workers_that_hardly_compute(busy_s: float, words: str) -
     assert frame.verdict == f"{words}: 100% of misses in 10 s"
 
 
+def test_who_follows_is_not_taken_for_idle() -> None:
+    """What a team computes its leader tells of: half of these two were taken for the mean."""
+    history, spans = History(), [span(10, 0, buffer=20), span(60), span(300)]
+    for uptime_s, busy_s in ((100.0, 0.0), (102.0, 1.9)):
+        workers = [worker(0, "mixed", busy_s=busy_s), worker(1, "mixed", rank=1, leader=0)]
+        frame = history.add(answer(uptime_s, spans, workers=workers))
+    assert frame.verdict.startswith("prefill too slow, 0 wait in the buffer, workers 95% busy")
+
+
 def test_what_is_refused_is_refused_for_a_reason() -> None:
     spans = [span(10, 0, refused=20), span(60), span(300)]
     held = {"queued": 9, "running": 9, "parked": 3}

@@ -9,9 +9,11 @@ from nodeserve.wire.messages import Count, Counted, CountExperts, ExpertsCounted
 from nodeserve.wire.numbers import unpack_request_ids
 from nodeserve.worker.contract import ExpertRows
 from nodeserve.worker.count import counted
+from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.runner import Runner
 from tests.fakes.link import FakeLink
 from tests.fakes.model import ENTRY_BYTES, FakeExecutor, FakeSettings
+from tests.fakes.pages import uncut
 from tests.unit.test_runner import FakeTransfer
 
 BLOCK = 16
@@ -95,7 +97,9 @@ def test_a_leader_says_what_its_device_counted() -> None:
     link, scheduler = FakeLink(), scheduler_of(8)
     executor = FakeExecutor(FakeSettings(), bytearray(8 * BLOCK * ENTRY_BYTES), BLOCK)
     rows = iter((ExpertRows(b"l", b"e", b"r"), ExpertRows(b"l", b"f", b"s")))
-    runner = Runner(link, scheduler, executor, FakeTransfer(), expert_rows=lambda: next(rows))
+    transfer = FakeTransfer()
+    seats = PeerSeats(transfer, uncut(8))
+    runner = Runner(link, scheduler, executor, transfer, seats, expert_rows=lambda: next(rows))
     link.inbox = [CountExperts(5), CountExperts(6), Shutdown()]
     runner.run()
     assert link.said == [ExpertsCounted(5, b"l", b"e", b"r"), ExpertsCounted(6, b"l", b"f", b"s")]
@@ -103,8 +107,8 @@ def test_a_leader_says_what_its_device_counted() -> None:
 
 def test_records_are_counted_up_to_the_question_and_the_answer() -> None:
     link, pool = FakeLink(), bytearray(8 * BLOCK * ENTRY_BYTES)
-    executor = FakeExecutor(FakeSettings(), pool, BLOCK)
-    runner = Runner(link, scheduler_of(8), executor, FakeTransfer())
+    executor, transfer = FakeExecutor(FakeSettings(), pool, BLOCK), FakeTransfer()
+    runner = Runner(link, scheduler_of(8), executor, transfer, PeerSeats(transfer, uncut(8)))
     link.inbox = [Count(1), Count(2), Shutdown()]
     runner.turn()
     first, second = link.said

@@ -13,6 +13,7 @@ from nodeserve.worker import handoff
 from nodeserve.worker.contract import Landed, Ticket
 from nodeserve.worker.handoff import HostTransfer
 from nodeserve.worker.pages import make_pool, map_peer, num_blocks_in
+from tests.fakes.pages import whole_blocks
 
 BLOCK_BYTES = 4096
 
@@ -70,7 +71,7 @@ def attached(fd: int) -> Iterator[tuple[HostTransfer, mmap.mmap]]:
         source[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = bytes([block]) * BLOCK_BYTES
     target = mmap.mmap(-1, 4 * BLOCK_BYTES)
     transfer = HostTransfer(target, BLOCK_BYTES)
-    transfer.attach(3, fd, 8 * BLOCK_BYTES, b"")
+    transfer.attach(3, whole_blocks(3, fd, 8 * BLOCK_BYTES, BLOCK_BYTES))
     yield transfer, target
 
 

@@ -7,7 +7,7 @@ choice would take: the first of each phase, and ours over latents with few heads
 from bench.gpu import attention, latents
 from bench.gpu.attention import Ceilings, Row
 from bench.gpu.bed import Bed
-from bench.gpu.lines import Line, share, unrehearsed
+from bench.gpu.lines import Line, share
 
 DECODE_AIM = 0.8
 LATENTS_AIM = 0.6  # a latent is read once, but used by 16 rows of 576: tensor cores wait for it too
@@ -15,16 +15,16 @@ AIMED = ("decode", 64, 8192)  # phase, sequences, context
 
 
 def run(bed: Bed) -> None:
-    if bed.rehearsal:
-        bed.sheet.add(unrehearsed("attention over pages, decode and prefill"))
-        return
+    bed.prepare_kernels()
     ceilings = Ceilings(bed.ceiling("bandwidth_gb_s"), bed.ceiling("gemm_tflop_s"))
     first: dict[str, str] = {}
-    for row in attention.bench(bed.device, ceilings, repeats=10):
+    steps, repeats = bed.pick(attention.STEPS, attention.TOY), bed.pick(10, 1)
+    for row in attention.bench(bed.device, ceilings, steps, repeats=repeats):
         chosen = first.setdefault(row.phase, row.kind) == row.kind
         bed.sheet.add(line_of(row, DECODE_AIM if chosen else None))
     fewest = latents.NUM_HEADS[0]
-    for row in latents.bench(bed.device, ceilings, repeats=10):
+    over_latents = bed.pick(latents.STEPS, latents.TOY)
+    for row in latents.bench(bed.device, ceilings, over_latents, repeats=repeats):
         aimed = row.kind.endswith(f" {fewest} heads")
         bed.sheet.add(line_of(row, LATENTS_AIM if aimed else None))
 

@@ -243,10 +243,14 @@ def heading() -> Text:
 
 
 WORKER_ROW = "{:<4}{:<9}{:<10}{:>6}{:>5}{:>4}  {:<14}{:>5}{:>8}{:>7}{:>6}"
+FOLLOWER_ROW = "{:<4}{:<9}{:<10}  computes with w{}"
 
 
 def row(worker: Worker) -> Text:
     role = worker.role if worker.acting == worker.role else f"{worker.role}+"
+    if not worker.leads:
+        words = FOLLOWER_ROW.format(f"w{worker.index}", role, worker.state[:9], worker.leader)
+        return Text(words, "dim" if worker.state == "ready" else "red")
     rate = worker.tokens_per_s if worker.acting != "prefill" else worker.prompt_tokens_per_s
     bar = bar_of(worker.kv_use)
     text = WORKER_ROW.format(

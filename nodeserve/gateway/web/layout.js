@@ -102,23 +102,30 @@ function showWorker(list, worker, members) {
   say(parts.name, `w${worker.index}`);
   say(parts.tag, isUp ? tagOf(worker, members) : worker.state);
   showShare(parts.meter, worker.kv_use, isFull);
-  say(parts.KV, isFull ? `full, ${percent(worker.kv_use)}` : percent(worker.kv_use));
-  say(parts.running, whole(worker.running));
-  say(parts.waiting, whole(worker.waiting));
-  say(parts.step, millis(worker.step_ms));
-  say(parts["tok/s"], whole(tokens));
+  const told = (words) => (leads(worker) ? words : NOTHING);
+  say(parts.KV, told(isFull ? `full, ${percent(worker.kv_use)}` : percent(worker.kv_use)));
+  say(parts.running, told(whole(worker.running)));
+  say(parts.waiting, told(whole(worker.waiting)));
+  say(parts.step, told(millis(worker.step_ms)));
+  say(parts["tok/s"], told(whole(tokens)));
   say(parts.note, noteOf(worker, isUp));
+}
+
+/** Whether the numbers of its team are told of it; they are 0 of one that follows. */
+function leads(worker) {
+  return worker.leader === worker.index;
 }
 
 /** How busy it is, and of which group where workers compute together. */
 function tagOf(worker, members) {
   const together = members.filter((other) => other.instance === worker.instance).length > 1;
-  const busy = known(worker.busy) ? [`${percent(worker.busy)} busy`] : [];
+  const busy = known(worker.busy) && leads(worker) ? [`${percent(worker.busy)} busy`] : [];
   return [...(together ? [`#${worker.instance}`] : []), ...busy].join(" · ");
 }
 
 function noteOf(worker, isUp) {
   const notes = [
+    ...(leads(worker) ? [] : [`computes with w${worker.leader}`]),
     ...(worker.acting !== worker.role ? [`stands in for ${worker.acting}`] : []),
     ...(worker.restarts ? [plural(worker.restarts, "restart")] : []),
     ...(!isUp && worker.reason ? [worker.reason] : []),

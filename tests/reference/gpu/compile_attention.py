@@ -119,6 +119,7 @@ def main(arch: int) -> None:
         built = compiled(variant, arch)
         used = resources(built.asm["cubin"])
         line: dict[str, Any] = {
+            "arch": arch,
             "name": variant.name,
             "shared": built.metadata.shared,
             "threads": built.metadata.num_warps * 32,
@@ -132,4 +133,5 @@ def main(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for word in sys.argv[1:]:
+        main(int(word))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  before the kernels
 from nodeserve.model.gpu.attention import tiles
 from nodeserve.model.gpu.attention.case import TOLERANCE, Case, make_case
 from nodeserve.model.gpu.attention.paged import PagedAttention
@@ -136,13 +135,13 @@ def test_one_scratch_serves_steps_up_to_its_size(device: torch.device) -> None:
     heads = heads_of()
     decode = TritonDecode(heads, device, 4)
     decode.reserve(64, 8, 1000)
-    kept = decode._scratches[-1].partials.data_ptr()
+    kept = decode._splits._rooms[-1].partials.data_ptr()
     decode.reserve(64, 4, 500)
     backend = PagedAttention(decode, TritonPrefill(heads, tiles.SMALL), "triton")
     make_case(heads, [(1, 90)] * 8, device).run(backend, None)
-    assert [scratch.partials.data_ptr() for scratch in decode._scratches] == [kept]
+    assert [room.partials.data_ptr() for room in decode._splits._rooms] == [kept]
     make_case(heads, [(1, 90)] * 9, device).run(backend, None)
-    assert len(decode._scratches) == 2  # the smaller one lives on: a graph may know its address
+    assert len(decode._splits._rooms) == 2  # the smaller one lives on: a graph may know its address
 
 
 @pytest.mark.parametrize("window", [None, 40])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  repairs it
 from bench.gpu import attention as bench
 from bench.gpu import latents
 from nodeserve.model.gpu.attention.latent_parts import LatentHeads, LatentReference
@@ -16,15 +15,15 @@ from nodeserve.model.gpu.attention.triton_parts import TritonDecode, TritonPrefi
 
 def test_bytes_of_a_decode() -> None:
     """Llama-3.1-8B: 8 heads of 128 values of 2 bytes, K and V: 4 KiB a token and layer."""
-    assert bench.visible_bytes(bench.HEADS, 64, 8192) == 64 * 8192 * 4096
+    assert bench.visible_bytes(bench.LLAMA_8B, 64, 8192) == 64 * 8192 * 4096
 
 
 def test_flops_of_a_prefill() -> None:
     """4 operations a value of 32 heads of 128 for each visible pair."""
     a_pair = 4 * 32 * 128
-    assert bench.visible_flops(bench.HEADS, 1, 1, 1) == a_pair
-    assert bench.visible_flops(bench.HEADS, 1, 4, 4) == 10 * a_pair
-    assert bench.visible_flops(bench.HEADS, 3, 2, 10) == 3 * (9 + 10) * a_pair
+    assert bench.visible_flops(bench.LLAMA_8B, 1, 1, 1) == a_pair
+    assert bench.visible_flops(bench.LLAMA_8B, 1, 4, 4) == 10 * a_pair
+    assert bench.visible_flops(bench.LLAMA_8B, 3, 2, 10) == 3 * (9 + 10) * a_pair
 
 
 def test_a_row_reads_well() -> None:

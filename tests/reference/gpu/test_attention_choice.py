@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  repairs it
 from nodeserve.errors import ConfigError
 from nodeserve.model.gpu.attention import choice, probe
 from nodeserve.model.gpu.attention.case import TOLERANCE, make_case

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  repairs it
 from nodeserve.model.gpu.attention.case import TOLERANCE, make_case
 from nodeserve.model.gpu.attention.libraries import FlashAttn, Library, TorchVarlen
 from nodeserve.model.gpu.attention.library_parts import GatheredLibrary, PagedLibrary

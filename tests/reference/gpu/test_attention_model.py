@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  repairs it
 from nodeserve.model.gpu.attention import probe
 from nodeserve.model.gpu.ops import CudaOps
 from nodeserve.model.ops_torch import TorchOps

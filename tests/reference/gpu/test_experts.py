@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  before the kernels
 from nodeserve.model import families, kv
 from nodeserve.model.expert_parts import Mlp
 from nodeserve.model.experts import one_by_one

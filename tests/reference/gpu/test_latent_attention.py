@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import tests.fakes.interpreter  # noqa: F401  before the kernels
 from nodeserve.config import MlaConfig, ModelConfig
 from nodeserve.errors import ConfigError
 from nodeserve.model import families, kv

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 
 from nodeserve.config import ModelConfig
 from nodeserve.model.gpu.attention.kernel_latent import latent_decode, latent_prefill
 from nodeserve.model.gpu.attention.parts import Segment
+from nodeserve.model.gpu.attention.splits import MERGED_VALUES, WAVES, Splits
 from nodeserve.model.gpu.attention.tiles import power_of_two, seq_bucket
-from nodeserve.model.gpu.attention.triton_parts import LOG2_E, MERGED_VALUES, WAVES
+from nodeserve.model.gpu.attention.triton_parts import LOG2_E
 from nodeserve.model.mla_torch import latent_attention, mla_of
 
 MAX_RANK = 512  # whose sums for a block of heads stay in registers
@@ -117,16 +117,6 @@ def _block_stride(pages: torch.Tensor) -> int:
     return stride[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Scratch:
-    """Where splits meet. Launches that run at the same time must not share it."""
-
-    num_seqs: int
-    partials: torch.Tensor  # float32 [items, blocks of heads, group, rank]
-    stats: torch.Tensor  # float32 [items, blocks of heads, group, 2]
-    arrivals: torch.Tensor  # int32 [num_seqs, blocks of heads], zero between launches
-
-
 class LatentDecode:
     """Split decode attention. Its grid depends on host ints only, so it can be captured."""
 
@@ -137,27 +127,16 @@ class LatentDecode:
         self, heads: LatentHeads, device: torch.device, num_sms: int, capability: tuple[int, int]
     ) -> None:
         self._heads = heads
-        self._device = device
         tiles = tiles_of(heads.dtype, capability)
         self._group = heads_in_block(heads.num_heads, tiles)
         self._blocks = heads.num_heads // self._group
         self._tiles = fitting(tiles, self._group)
-        self._wave = max(num_sms * self._tiles.programs_per_sm // self._blocks, 1)
-        self._scratches: list[_Scratch] = []  # all of them: captured graphs know their addresses
+        wave = num_sms * self._tiles.programs_per_sm // self._blocks
+        shape = self._blocks, self._group, heads.rank
+        self._splits = Splits(wave, self._tiles.block_n, *shape, device)
 
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
-        if self._scratches and self._scratches[-1].num_seqs >= max_seqs:
-            return
-        shape = (self._wave * WAVES + max_seqs, self._blocks, self._group)
-        partials = torch.empty(*shape, self._heads.rank, dtype=torch.float32, device=self._device)
-        stats = torch.empty(*shape, 2, dtype=torch.float32, device=self._device)
-        arrivals = torch.zeros(max_seqs, self._blocks, dtype=torch.int32, device=self._device)
-        self._scratches.append(_Scratch(max_seqs, partials, stats, arrivals))
-
-    def _max_items(self, num_seqs: int, max_context_len: int) -> int:
-        """Splits that the kernel may make of such a step, per block of heads (see TritonDecode)."""
-        tiles = max(triton.cdiv(max_context_len, self._tiles.block_n), 1)
-        return int(min(self._wave * WAVES + num_seqs, num_seqs * tiles))
+        self._splits.room(max_seqs)
 
     def run(
         self,
@@ -170,15 +149,14 @@ class LatentDecode:
         """pages [num_blocks, 1, 1, block_size, rank + turned]; out [num_seqs, num_heads, rank]"""
         assert window is None, "latents know no window"
         num_seqs = segment.num_seqs
-        self.reserve(num_seqs, num_seqs, segment.max_context_len)
-        scratch = self._scratches[-1]
-        latent_decode[self._blocks, self._max_items(num_seqs, segment.max_context_len)](
+        room = self._splits.room(num_seqs)
+        latent_decode[self._blocks, self._splits.max_items(num_seqs, segment.max_context_len)](
             query,
             pages,
             out,
-            scratch.partials,
-            scratch.stats,
-            scratch.arrivals,
+            room.partials,
+            room.stats,
+            room.arrivals,
             segment.block_table,
             segment.context_lens,
             num_seqs,
@@ -187,7 +165,7 @@ class LatentDecode:
             query.stride(0),
             out.stride(0),
             self._heads.scale * LOG2_E,
-            self._wave,
+            self._splits.wave,
             **decode_constants(self._heads, self._tiles, self._group, num_seqs),
         )
 

@@ -1,15 +1,14 @@
 """The in-tree Triton kernels as parts of a backend: scratch, grids and arguments."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from nodeserve.model.gpu.attention.kernel_decode import paged_decode
 from nodeserve.model.gpu.attention.kernel_prefill import paged_prefill
 from nodeserve.model.gpu.attention.parts import Heads, Segment
+from nodeserve.model.gpu.attention.splits import MERGED_VALUES, WAVES, Splits
 from nodeserve.model.gpu.attention.tiles import (
     DecodeTiles,
     PrefillTiles,
@@ -21,8 +20,6 @@ from nodeserve.model.gpu.attention.tiles import (
 )
 
 LOG2_E = 1.4426950408889634
-WAVES = 4  # splits of a long step, in fillings of the device: an uneven end costs less than one
-MERGED_VALUES = 4096  # that a program holds while it merges splits
 
 
 def common_constants(heads: Heads, num_seqs: int, window: int | None) -> dict[str, Any]:
@@ -75,16 +72,6 @@ def page_strides(pages: torch.Tensor) -> tuple[int, int, int]:
     return block, value, head
 
 
-@dataclass(frozen=True, slots=True)
-class _Scratch:
-    """Where splits meet. Launches that run at the same time must not share it."""
-
-    num_seqs: int
-    partials: torch.Tensor  # float32 [items, num_kv_heads, group, head_dim]
-    stats: torch.Tensor  # float32 [items, num_kv_heads, group, 2]
-    arrivals: torch.Tensor  # int32 [num_seqs, num_kv_heads], zero between launches
-
-
 class TritonDecode:
     """Split decode attention. Its grid depends on host ints only, so it can be captured."""
 
@@ -93,31 +80,13 @@ class TritonDecode:
 
     def __init__(self, heads: Heads, device: torch.device, num_sms: int) -> None:
         self._heads = heads
-        self._device = device
-        self._tiles = decode_tiles(heads.head_dim, heads.dtype)
-        programs = num_sms * self._tiles.programs_per_sm
-        self._wave = max(programs // heads.num_kv_heads, 1)
-        self._scratches: list[_Scratch] = []  # all of them: captured graphs know their addresses
-
-    def max_items(self, num_seqs: int, max_context_len: int) -> int:
-        """Splits that the kernel may make of such a step, per K/V head.
-
-        Splits are at least total / (wave * WAVES) tiles long, so all but one per sequence are
-        fewer than wave * WAVES; and no split is shorter than a tile.
-        """
-        tiles = max(triton.cdiv(max_context_len, self._tiles.block_n), 1)
-        return int(min(self._wave * WAVES + num_seqs, num_seqs * tiles))
+        self._tiles = tiles = decode_tiles(heads.head_dim, heads.dtype)
+        wave = num_sms * tiles.programs_per_sm // heads.num_kv_heads
+        shape = heads.num_kv_heads, heads.group, heads.head_dim
+        self._splits = Splits(wave, tiles.block_n, *shape, device)
 
     def reserve(self, max_tokens: int, max_seqs: int, max_context_len: int) -> None:
-        if self._scratches and self._scratches[-1].num_seqs >= max_seqs:
-            return
-        heads = self._heads
-        items = self._wave * WAVES + max_seqs
-        shape = (items, heads.num_kv_heads, heads.group)
-        partials = torch.empty(*shape, heads.head_dim, dtype=torch.float32, device=self._device)
-        stats = torch.empty(*shape, 2, dtype=torch.float32, device=self._device)
-        arrivals = torch.zeros(max_seqs, heads.num_kv_heads, dtype=torch.int32, device=self._device)
-        self._scratches.append(_Scratch(max_seqs, partials, stats, arrivals))
+        self._splits.room(max_seqs)
 
     def run(
         self,
@@ -128,16 +97,15 @@ class TritonDecode:
         window: int | None,
     ) -> None:
         heads, num_seqs = self._heads, segment.num_seqs
-        self.reserve(num_seqs, num_seqs, segment.max_context_len)
-        scratch = self._scratches[-1]
-        grid = (heads.num_kv_heads, self.max_items(num_seqs, segment.max_context_len))
+        room = self._splits.room(num_seqs)
+        grid = (heads.num_kv_heads, self._splits.max_items(num_seqs, segment.max_context_len))
         paged_decode[grid](
             query,
             pages,
             out,
-            scratch.partials,
-            scratch.stats,
-            scratch.arrivals,
+            room.partials,
+            room.stats,
+            room.arrivals,
             segment.block_table,
             segment.context_lens,
             num_seqs,
@@ -147,7 +115,7 @@ class TritonDecode:
             out.stride(0),
             heads.head_dim**-0.5 * LOG2_E,
             window or 0,
-            self._wave,
+            self._splits.wave,
             **decode_constants(heads, self._tiles, num_seqs, window),
         )
 
