@@ -200,7 +200,7 @@ def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) ->
     ("settings", "word"),
     [
         ({"layout": "4p"}, "nobody for decode"),
-        ({"layout": "1p:tp2,1d"}, "different tp or pp"),
+        ({"layout": "1p:tp2,1d"}, "tp2 does not fit a model of 1 attention heads"),
         ({"device": "cuda"}, "--device cuda: a test has none"),
         ({"block_size": 10}, "multiple of 16"),
         ({"kv_memory": 1000}, "--kv-memory 1000 is below"),

@@ -68,7 +68,7 @@ def alone() -> list[Said]:
     return []
 
 
-LAYOUTS = ["1m:pp2", "1m:tp4", "1p:tp2,1d:pp2", "1m:ep4"]
+LAYOUTS = ["1m:pp2", "1m:tp4", "1p:tp2,1d:pp2", "1m:ep4", "1m:pp2.ep2"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

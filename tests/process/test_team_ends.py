@@ -34,7 +34,7 @@ def submit_all(client: RawClient, num_tokens: int) -> None:
         client.submit(number, [number, 5], max_tokens=num_tokens)
 
 
-SHAPES = ["1m:tp2.pp2", "1m:ep2"]
+SHAPES = ["1m:tp2.pp2", "1m:ep2", "1m:pp2.ep2"]
 
 
 @pytest.mark.parametrize("layout", SHAPES)
