@@ -4,10 +4,7 @@ Run as a process of its own: in a test process Triton may be set to interpret.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +19,7 @@ from nodeserve.model.gpu.attention.kernel_decode import paged_decode
 from nodeserve.model.gpu.attention.kernel_latent import latent_decode, latent_prefill
 from nodeserve.model.gpu.attention.kernel_prefill import paged_prefill
 from nodeserve.model.gpu.attention.parts import Heads
+from tests.reference.gpu.cubin import LOCAL, PRODUCT, Flow, disassembled, resources
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 OTHER_TYPES = {
@@ -88,16 +86,6 @@ def compiled(variant: Variant, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack: not 0 where registers were spilled."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
-
-
 def is_ordered(ptx: str) -> bool:
     """Whether a program's splits are stored before it counts, and others' read after it did."""
     before, counted, after = ptx.partition("atom.global.gpu.acq_rel.add")
@@ -117,14 +105,15 @@ def main(arch: int) -> None:
         every += latent_variants(arch, num_heads)
     for variant in every:
         built = compiled(variant, arch)
-        used = resources(built.asm["cubin"])
+        flow = Flow.of(disassembled(built.asm["cubin"]))
         line: dict[str, Any] = {
             "arch": arch,
             "name": variant.name,
             "shared": built.metadata.shared,
             "threads": built.metadata.num_warps * 32,
-            "registers": used["REG"],
-            "stack": used["STACK"],
+            **resources(built.asm["cubin"]),
+            "looped_spills": flow.repeated(LOCAL),
+            "looped_products": len(flow.repeated(PRODUCT)),
             "asynchronous": built.asm["ptx"].count("cp.async.cg"),
         }
         if variant.kernel in (paged_decode, latent_decode):

@@ -5,11 +5,7 @@ One JSON line per kernel, variant and architecture.
 """
 
 import json
-import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -17,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nodeserve.model.gpu import experts, norm, pointwise, rope, sampling
+from tests.reference.gpu.cubin import resources
 
 ARCHITECTURES = (80, 90, 100)
 ACTS = ("bf16", "fp16", "fp32")
@@ -49,20 +46,8 @@ class Case:
             "variant": str({**self.types, **self.values}),
             "arch": arch,
             "shared_bytes": made.metadata.shared,
-            **usage_of(made.asm["cubin"]),
+            **resources(made.asm["cubin"]),
         }
-
-
-def usage_of(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack per thread; a stack means that registers were spilled."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(sys.argv[1]) / "kernel.cubin"
-    path.write_bytes(cubin)
-    told = subprocess.run(
-        [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-    ).stdout
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
-    return {"registers": int(numbers["REG"]), "stack_bytes": int(numbers["STACK"])}
 
 
 def cases() -> list[Case]:
@@ -120,6 +105,6 @@ def _rope_store(act: str, head_dim: int, qk_norm: bool) -> Case:
 
 
 if __name__ == "__main__":
-    for case in cases():  # the folder for what lies between is the argument
+    for case in cases():
         for arch in ARCHITECTURES:
             print(json.dumps(case.compile(arch)), flush=True)

@@ -15,7 +15,7 @@ ARCHITECTURES = {80, 90, 100}
 def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.reference.gpu.compiling", tmp_path],
+        [sys.executable, "-m", "tests.reference.gpu.compiling"],
         cwd=ROOT,
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
@@ -28,4 +28,4 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path: P
     assert {(one["kernel"], one["arch"]) for one in made} == {
         (kernel, arch) for kernel in kernels for arch in ARCHITECTURES
     }
-    assert not [one for one in made if one["stack_bytes"]], "registers spilled"
+    assert not [one for one in made if one["stack"]], "registers spilled"

@@ -10,7 +10,7 @@ What the sizes rest on, for an H200 (132 multiprocessors with 227 KiB of memory,
   accumulators and scores stay in registers; two tiles ahead hide the gathering of pages.
 
 tests/reference/gpu compiles every row for the architectures we name and holds the results to these
-limits: no spilled registers, and no more memory than a program may have.
+limits: no spilled registers in a loop, and no more memory than a program may have.
 """
 
 from dataclasses import dataclass
