@@ -55,6 +55,7 @@ def uneven(place: int, num: int) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_times_and_goodput_are_those_that_the_server_sent(
     protocol: str, tmp_path: Path
