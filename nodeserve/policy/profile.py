@@ -40,9 +40,11 @@ class Profile:
     @property
     def attention_weight(self) -> float:
         """What a pair of tokens in attention is worth, in tokens, for chunks that stages work on
-        side by side (chunks.py); 0 without stages."""
+        side by side (chunks.py); 0 without stages, or where a fit has it below 0."""
         cost = self.cost
-        return cost.attention_s / cost.token_s if self.num_stages > 1 and cost.token_s else 0.0
+        if self.num_stages == 1 or not cost.token_s:
+            return 0.0
+        return max(0.0, cost.attention_s / cost.token_s)
 
     def worker_kv_bytes(self, shape: Shape) -> int:
         """Bytes of a token in the pages of each worker, where this is a rank of that shape."""

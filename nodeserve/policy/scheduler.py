@@ -245,6 +245,8 @@ class Scheduler:
                 break
             work.append(Work(sequence, context, count, count == missing))
             batch.num_prefill_tokens += count
+            if count < missing:
+                break  # what is left of the cost may be enough for a token of a younger prompt
             budget -= count
             cost -= chunk_cost(count, context, weight)
             num_seqs += 1

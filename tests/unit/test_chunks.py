@@ -48,3 +48,19 @@ def test_chunks_of_a_long_prompt_get_shorter_and_take_equally_long() -> None:
 def test_a_prompt_gets_on_however_expensive_its_tokens_are() -> None:
     cut = sizes(100.0)
     assert sum(cut) == 400 and cut[0] == 64 and min(cut) >= 1
+
+
+@pytest.mark.parametrize("weight", [0.01, -0.001])
+def test_nobody_overtakes_a_prompt_whose_chunk_was_cut(weight: float) -> None:
+    """What was left of the pass was too little for its next token, and enough for a whole prompt
+    of one: that ended first, which ended the worker."""
+    scheduler = running(
+        num_stages=2, attention_weight=weight, max_num_batched_tokens=64, max_num_seqs=4
+    )
+    for request_id, num_tokens in ((1, 400), (2, 1)):
+        scheduler.submit(sequence_of(request_id, num_tokens))
+    ended: list[int] = []
+    while (batch := scheduler.next_batch()) is not None and len(ended) < 2:
+        ended += commit(scheduler, batch, *[9] * len(batch.sampled)).request_ids
+        scheduler.check()
+    assert ended[:2] == [1, 2]
