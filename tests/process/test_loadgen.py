@@ -240,6 +240,7 @@ async def test_multiples_of_the_unloaded_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 async def test_the_search_finds_where_a_server_saturates(tmp_path: Path) -> None:
     """One request at a time, 10 ms each: above 100 a second the queue grows without end."""
     free_s = 0.0
