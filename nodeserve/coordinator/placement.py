@@ -15,7 +15,7 @@ from nodeserve.coordinator.copies import choose_counts
 from nodeserve.coordinator.places import (
     Place,
     check_shapes,
-    largest_part,
+    parts_of,
     place_on_cpus,
     place_on_gpus,
     place_simulated,
@@ -100,8 +100,9 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     check_shapes(layout, checkpoint.config)
     counts = choose_counts(config, checkpoint.config, layout)
     parts = [
-        largest_part(checkpoint.config, group.shape, config.redundant_experts)
+        part
         for group in layout.groups
+        for part in parts_of(checkpoint.config, group.shape, config.redundant_experts)
     ]
     token_bytes = max(part.kv_bytes_per_token(DTYPE_BYTES[dtype]) for part in parts)
     block_bytes = token_bytes * config.block_size

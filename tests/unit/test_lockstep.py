@@ -185,6 +185,22 @@ def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:
         assert ranks.ran(second) == Ran(2, 5.0, 1.0)
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_nobody_begins_a_pass_before_all_are_in_the_last_one(three: Ranks, heard: bool) -> None:
+    """A stage without experts is done with one, and could go on to the next, before others come."""
+    first, second, third = three.ranks
+    ranks = InStep(first, Alarm(three.bells[0]))
+    assert ranks.opens_s() == -math.inf
+    ranks.enter(WORK)
+    second.enter(WORK)
+    assert ranks.opens_s() == math.inf
+    third.enter(WORK)
+    assert not heard or first.look()
+    assert ranks.opens_s() == -math.inf
+    second.enter(WORK)
+    assert ranks.opens_s() == -math.inf, "that gathers without us"
+
+
 def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:
     """The others may be in the next one before its bell is heard."""
     first, second, third = three.ranks
