@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bench.goodput.bracket import Bracket
 from nodeserve.config import EngineConfig
+from nodeserve.layout import Shape
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
 from nodeserve.plan.efforts import EFFORTS
@@ -65,7 +66,7 @@ class Duel:
 
 def plan_duel(profile: Profile, source: Source, slo: Slo, num_workers: int) -> Duel:
     """ConfigError if a kind has no layout that serves."""
-    question = Question(profile, source, slo, num_workers, plain=True)
+    question = Question(profile, source, slo, num_workers, shapes=(Shape(),))
     with searching() as run:
         report = plan(question, EFFORTS["normal"], run)
         said = verdict(report)
