@@ -7,9 +7,16 @@ reads it; a test of the compiler takes it away.
 Threads of torch that wait for each other sleep, as they do in workers: suites run side by side.
 """
 
+import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
