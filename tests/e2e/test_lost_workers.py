@@ -16,7 +16,7 @@ from tests.process.conftest import Nodes, RunningNode
 from tests.process.test_lost_workers import all_ready
 from tests.reference.embedded import needs_embedded_model
 
-pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
+pytestmark = needs_embedded_model
 
 NUM_TOKENS = 24
 KV_MEMORY = 100_000_000  # holds all cases; more would take time at every start
