@@ -29,6 +29,7 @@ from nodeserve.worker.meeting import Meeting
 from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.upload import Uploader
 from tests.fakes.gpu_runtime import FakeRuntime
+from tests.patience import PATIENCE_S
 
 TINY = ModelConfig("llama", 101, 8, 8, 1, 1, 1, 8, 128, 1e-5, 1e4)
 VOCAB, BLOCK, CONTEXT = 101, 16, 128
@@ -354,7 +355,7 @@ def test_the_loop_is_woken_when_a_step_ended(runtime: FakeRuntime) -> None:
     executor.on_done(woken.release)
     for sequence in (sequence_of(5), sequence_of(8)):
         flight = executor.launch(Batch([decode(sequence)], num_decodes=1))
-        assert woken.acquire(timeout=20)  # the watcher computed it: nobody else waited
+        assert woken.acquire(timeout=PATIENCE_S)  # the watcher computed it: nobody else waited
         assert flight.done()
 
 

@@ -29,6 +29,7 @@ from nodeserve.worker.ranks import NoRanks
 from tests.fakes.cuda_worker import plain_parts
 from tests.fakes.gpu_runtime import FakeRuntime
 from tests.fakes.harness import default_spec
+from tests.patience import PATIENCE_S
 from tests.reference.export import config_json
 from tests.reference.test_cuda_executor import (
     SPARE,
@@ -156,7 +157,7 @@ def test_a_follower_is_woken_when_its_rows_are_computed(runtime: FakeRuntime) ->
     woken = threading.Semaphore(0)
     follower.on_done(woken.release)
     follower.follow(team.plans[0])
-    assert woken.acquire(timeout=20)  # the watcher computed it: nobody else waited
+    assert woken.acquire(timeout=PATIENCE_S)  # the watcher computed it: nobody else waited
     assert follower.num_passed() == 1
 
 
