@@ -44,9 +44,13 @@ class Arm:
 class Duel:
     """Both kinds under one SLO."""
 
-    slo: Slo
+    question: Question
     verdict: Verdict
     arms: list[Arm]
+
+    @property
+    def slo(self) -> Slo:
+        return self.question.slo
 
     @property
     def title(self) -> str:
@@ -72,4 +76,4 @@ def plan_duel(profile: Profile, source: Source, slo: Slo, num_workers: int) -> D
         for kind, one in zip(KINDS, found, strict=True)
         if one is not None and one.goodput > 0.0
     ]
-    return Duel(slo, said, arms)
+    return Duel(question, said, arms)

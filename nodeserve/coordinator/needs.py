@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nodeserve.config import EngineConfig, ModelConfig
-from nodeserve.coordinator.places import largest_part
+from nodeserve.coordinator.places import parts_of
 from nodeserve.layout import Shape
 from nodeserve.policy.blocks import blocks_for
 
@@ -11,7 +11,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class Needs(NamedTuple):
-    """Bytes of the worker that has most."""
+    """Bytes of the workers that have most of either."""
 
     weight_bytes: int
     kv_bytes: int  # of one sequence of the full context
@@ -24,8 +24,9 @@ def dtype_of(config: EngineConfig) -> str:
 
 def needs_of(config: EngineConfig, model: ModelConfig, shape: Shape, context: int) -> Needs:
     """Of a worker of such an instance, with a context of so many tokens."""
-    part = largest_part(model, shape, config.redundant_experts)
+    parts = parts_of(model, shape, config.redundant_experts)
     value_bytes = DTYPE_BYTES[dtype_of(config)]
+    token_bytes = max(part.kv_bytes_per_token(value_bytes) for part in parts)
     num_blocks = blocks_for(context, config.block_size) + 1
-    block_bytes = part.kv_bytes_per_token(value_bytes) * config.block_size
-    return Needs(part.num_weights * value_bytes, num_blocks * block_bytes)
+    weight_bytes = max(part.num_weights for part in parts) * value_bytes
+    return Needs(weight_bytes, num_blocks * token_bytes * config.block_size)

@@ -14,6 +14,7 @@ from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.policy.sizes import anatomy_of
 from tests.e2e.conftest import served
+from tests.patience import PATIENCE_S
 from tests.reference import hub, odd_model
 
 CONTEXT = 2000  # shorter than the default model's
@@ -35,7 +36,10 @@ def test_the_command_starts_as_it_is_printed(
     words = ["plan", "--profile", "mine", "--gpus", "2", "--slo", "ttft=1s,tpot=1s"]
     words += ["--workload", "synthetic(200,4)", "--effort", "quick", "--startable"]
     done = subprocess.run(
-        [sys.executable, "-m", "nodeserve", *words], capture_output=True, text=True, timeout=90
+        [sys.executable, "-m", "nodeserve", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     name, start, *options = shlex.split(done.stdout.splitlines()[-1])
