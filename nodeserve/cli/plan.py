@@ -79,7 +79,7 @@ def plan(
     into the command that is printed; where it lies here, requests are those that its context holds.
     """
     config = readable_config(model)
-    named = Named(model, options["profile"], config and config.max_position)
+    named = Named(model, options["profile"], config.max_position if config else None)
     # The default model stands for any: it only makes the command shorter.
     question = within(question_of(options), named.own_context if model else None)
     if options["startable"]:

@@ -21,7 +21,7 @@ from nodeserve.shards import check_fits
 # Between two processes with a core each, in memory: half of what an all-reduce of one row takes
 # with two, by `make bench-step` (docs/instances.md), where no team is measured.
 CPU_HOP_S = 1.2e-6
-TEAM_EVERY = 2  # experiments: two numbers are wanted
+TEAM_EVERY = 3  # experiments: two numbers are wanted
 UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
 
 

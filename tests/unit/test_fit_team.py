@@ -54,8 +54,9 @@ def test_a_term_that_would_be_negative_is_none() -> None:
     faster = replace(ONE, cost=replace(ONE.cost, token_s=1.8e-4, decode_seq_s=2.7e-4))
     found = fit_team(ONE, passes(team_of(faster, 10 * HOP_S, 1e18)))
     assert found.hop_s > 0.0 and found.sum_bytes_per_s >= 1e17
-    slower = replace(ONE, cost=StepCost(0.001, 0.001, 2e-4, 2e-8, 3e-4, 5e-7))
-    found = fit_team(ONE, passes(team_of(slower, 0.0, RATE)))
+    floor = StepCost(0.011, 0.011, 0, 0, 0, 0)
+    shorter = replace(ONE, cost=replace(ONE.cost, decode_fix_s=0.007, floor=floor))
+    found = fit_team(ONE, passes(team_of(shorter, 0.0, RATE / 5)))
     assert found.hop_s == 0.0 and found.sum_bytes_per_s < 1e17
 
 
