@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nodeserve import Client, profile_store
-from nodeserve.layout import Shape, parse_layout
+from nodeserve.layout import parse_layout
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.policy.sizes import anatomy_of
@@ -66,11 +66,11 @@ def test_a_model_too_large_for_one_worker_starts_as_a_team(
     mine = replace(MINE, anatomy=anatomy, kv_bytes_per_token=token_bytes, max_model_len=512)
     profile_store.write(mine, {"threads": 1})
     wanted = {
-        **{"model": str(model), "device": "cpu", "gpus": "0,1", "layout": "auto"},
+        **{"model": str(model), "device": "cpu", "layout": "auto"},
         **{"profile": "mine", "workload": "synthetic(40,8)", "slo": "ttft=1s,tpot=1s"},
         **{"max_model_len": 256, "kv_memory": 12 * odd_model.BLOCK_SIZE * token_bytes},
     }
     with served(node_folder, **wanted) as socket, Client(socket) as client:
         layout = parse_layout(client.server()["layout"])
         assert client.generate([1, 2, 3], max_tokens=4).usage.completion_tokens == 4
-    assert [group.shape for group in layout.groups] in ([Shape(tp=2)], [Shape(pp=2)])
+    assert all(group.shape.team_size > 1 for group in layout.groups)

@@ -14,7 +14,7 @@ from nodeserve.cli.plan import check_requests, eps_of, readable_config, within
 from nodeserve.config import EngineConfig
 from nodeserve.coordinator.placement import check_device
 from nodeserve.errors import ConfigError
-from nodeserve.gpus import Gpus
+from nodeserve.gpus import Gpu, Gpus
 from nodeserve.layout import Shape
 from nodeserve.plan.candidates import all_candidates, variations
 from nodeserve.plan.efforts import EFFORTS, Effort
@@ -26,6 +26,7 @@ from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.policy.sizes import Anatomy
 
+NO_GPUS = Gpus(obstacle="none here")
 TINY = Effort(30, 60, 120, 1, 0.2, 0)
 MINE = replace(
     PROFILES["llama-3.1-8b-h100"],
@@ -270,7 +271,9 @@ def test_start_plans_and_says_so(
     assert shorter.max_model_len == 2000
 
 
-def question_for(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Question:
+def question_for(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, gpus: Gpus = NO_GPUS
+) -> Question:
     """What is planned for these settings."""
     asked_for: list[Question] = []
 
@@ -280,7 +283,7 @@ def question_for(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Quest
 
     monkeypatch.setattr(auto, "plan", look)
     with pytest.raises(ConfigError, match="seen"):
-        auto.planned(config, Gpus())
+        auto.planned(config, gpus)
     return asked_for[0]
 
 
@@ -303,6 +306,21 @@ def test_start_plans_with_shapes_that_it_can_start(
     assert {str(shape) for shape in shapes} == {"", "tp2", "pp2", "tp4", "tp2.pp2", "pp4"}
     family = question_for(asked(device="sim", profile="opt-66b-a100", gpus="0-3"), monkeypatch)
     assert family.shapes is not None and Shape(tp=2, pp=2) in family.shapes
+
+
+def test_gpus_that_do_not_hold_the_model_are_planned_in_teams(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default model's weights take 270 MB, the keys and values of its context 190 MB."""
+    shaped = replace(MINE, name="shaped", anatomy=Anatomy(30, 3, 1152, 270e6))
+    profile_store.write(shaped, {})
+    gpus = Gpus(tuple(Gpu(index, "small", 400_000_000, 400_000_000) for index in range(2)))
+    question = question_for(asked(profile="shaped"), monkeypatch, gpus)
+    assert (question.num_gpus, question.shapes) == (2, (Shape(tp=2), Shape(pp=2)))
+    assert "not planned with one worker: weights and one sequence" in capsys.readouterr().err
+    auto.tell_unknown(question, "1m:tp2", on_gpus=True)
+    said = capsys.readouterr().err
+    assert "not measured (docs/plan.md): passes of tp2" in said and "not run on real ones" in said
 
 
 def test_pages_have_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
