@@ -80,7 +80,7 @@ test: check
 slow-unit-tests slow-process-tests: slow-%-tests:
 	$(BIN)/python -m pytest -q -m "slow and not alone" tests/$*
 
-# They compare clocks to 2 ms, which takes a machine where nothing else runs.
+# They compare clocks, to 2 ms or to a tenth, which takes a machine where nothing else runs.
 alone-tests:
 	$(BIN)/python -m pytest -q -m alone tests/process
 

@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
-from nodeserve.coordinator.placement import DTYPE_BYTES
+from nodeserve.coordinator.needs import DTYPE_BYTES, dtype_of
 from nodeserve.coordinator.server import OnEvent
 from nodeserve.gpus import Gpus
 from nodeserve.plan.fit import Errors, errors_of, fit_cost, spread_of
@@ -99,7 +99,7 @@ def anatomy_here(model: ModelConfig, config: EngineConfig, gpus: Gpus) -> Anatom
     that run on one worker an instance."""
     if model.foreign is not None:
         return None
-    dtype_bytes = DTYPE_BYTES["bfloat16" if config.dtype == "auto" else config.dtype]
+    dtype_bytes = DTYPE_BYTES[dtype_of(config)]
     value_bytes = 1 if model.fp8_block else dtype_bytes
     if config.device != "cpu" and gpus.usable:
         return anatomy_of(model, value_bytes, dtype_bytes)

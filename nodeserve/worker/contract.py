@@ -14,6 +14,8 @@ from nodeserve.policy.batching import Batch
 from nodeserve.policy.copy_plan import CopyRun, PageShard
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
+Agree = Callable[[str, int], int]
+"""The smallest of the team's values for a name, of which each member gives its own."""
 
 
 class Logprobs(NamedTuple):
@@ -110,7 +112,7 @@ class Executor(Protocol):
 
     def opens_s(self) -> float:
         """When the first of several stages is free, on the worker's clock: a batch planned earlier
-        would only miss who comes meanwhile. -inf: at any time."""
+        would only miss who comes meanwhile. -inf: at any time; inf: `on_done`'s `wake` tells."""
 
     def called(self, departure: int) -> bool:
         """Whether other ranks of the instance wait for this one, which has received all up to this

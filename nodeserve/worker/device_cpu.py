@@ -31,7 +31,7 @@ from nodeserve.worker.ranks import ranks_of
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format, spec.model_impl)
-    constraints = Constraints.of_model(str(found.path), found.config)
+    constraints = Constraints.of_worker(spec, found.config)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)

@@ -58,7 +58,7 @@ def load(
     sizes = _sizes(spec) if parts.capturable and not meeting.groups.by_host else ()
     progress("warm-up", 0, 1)
     wanted = _wanted(spec, layout.block_bytes, len(sizes))
-    _measure(spec, executor, parts, layout, runtime)
+    _measure(spec, executor, parts, layout, runtime, found.config.vocab_size)
     num_blocks = meeting.least("blocks", num_blocks_for(runtime.memory(), wanted))
     progress("warm-up", 1, 1)
 
@@ -67,7 +67,7 @@ def load(
     executor.use(parts.ops.cache(layout, runtime.view(pool)), spare_block=num_blocks)
     transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes, meeting.least)
     progress("pages", 1, 1)
-    executor.capture(sizes, partial(progress, "graphs"))
+    executor.capture(sizes, partial(progress, "graphs"), meeting.least)
     if experts is not None:
         runtime.submit(experts.forget)
     executor.team = team
@@ -185,13 +185,18 @@ def _measure(
     parts: GpuParts,
     layout: kv.KvLayout,
     runtime: Runtime,
+    vocab_size: int,
 ) -> None:
     """Run the largest steps in a pool of one block, which goes again."""
     runtime.trim()
     pages = torch.zeros(layout.block_bytes, dtype=torch.uint8, device=runtime.device)
     executor.use(parts.ops.cache(layout, pages), spare_block=0)
     executor.warm_up(
-        spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_model_len, spec.block_size
+        spec.max_num_batched_tokens,
+        spec.max_num_seqs,
+        spec.max_model_len,
+        spec.block_size,
+        vocab_size,
     )
 
 

@@ -5,7 +5,6 @@ and the step is over when the last stage says that its rows are on their way her
 chooses tokens. Meanwhile the first stage works on other sequences' steps.
 """
 
-import math
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -52,7 +51,7 @@ class ModelExecutor:
         return False
 
     def opens_s(self) -> float:
-        return -math.inf  # a launch has computed the first stage's part when it returns
+        return self._ranks.opens_s()  # a launch has computed the first stage when it returns
 
     def called(self, departure: int) -> bool:
         return self._ranks.called(departure)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 START_TIMEOUT_S = 90
 
 
@@ -34,7 +36,7 @@ def served(folder: Path, **settings: Any) -> Iterator[Path]:
         _until_ready(process)
         yield socket
         process.send_signal(signal.SIGTERM)
-        words, _ = process.communicate(timeout=30)
+        words, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, words
         assert not socket.exists()
         assert not [n for n in os.listdir("/dev/shm") if f"nodeserve-{process.pid}-" in n]

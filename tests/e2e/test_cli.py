@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nodeserve import Client
+from tests.patience import PATIENCE_S
 
 Done = subprocess.CompletedProcess[str]
 
@@ -21,7 +22,7 @@ def command(socket: Path, *arguments: str, stdin: str = "", check: bool = True) 
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=PATIENCE_S,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -103,8 +104,8 @@ def test_stop_drains_and_signals_stop_in_the_foreground(tmp_path: Path) -> None:
         )
         *_, last = stream
         assert last.usage is not None and last.usage.completion_tokens == 40
-    assert stop.wait(30) == 0
-    assert process.wait(30) == 0
+    assert stop.wait(PATIENCE_S) == 0
+    assert process.wait(PATIENCE_S) == 0
     process.stderr.close()
     assert stop.stdout is not None
     stop.stdout.close()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
 from tests.reference.embedded import needs_embedded_model
 
 
@@ -15,7 +16,7 @@ def test_both_layouts_give_the_same_tokens(tmp_path: Path) -> None:
         [sys.executable, "-m", "nodeserve", "doctor", "--selftest", "--device", "cpu", "--json"],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=PATIENCE_S,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     told = json.loads(done.stdout)

@@ -12,7 +12,7 @@ from tests.e2e.conftest import served
 from tests.fakes.raw_client import RawClient
 from tests.reference import hub, test_foreign
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 NUM_TOKENS = 12
 PROMPTS = [[(7 * i * i + 3 * seed) % 211 for i in range(5 + 23 * seed)] for seed in range(4)]

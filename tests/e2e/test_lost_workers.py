@@ -14,7 +14,7 @@ from tests.process.conftest import Nodes, RunningNode
 from tests.process.test_lost_workers import all_ready
 from tests.reference.embedded import needs_embedded_model
 
-pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
+pytestmark = needs_embedded_model
 
 NUM_TOKENS = 24
 LONG_LIST = '{"type":"array","items":{"enum":["one","two",{"three":3}]},"minItems":200}'

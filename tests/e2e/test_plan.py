@@ -12,6 +12,7 @@ from nodeserve import Client, profile_store
 from nodeserve.policy.cost import StepCost
 from nodeserve.policy.profiles import PROFILES
 from tests.e2e.conftest import served
+from tests.patience import PATIENCE_S
 
 CONTEXT = 2000  # shorter than the default model's
 MINE = replace(
@@ -32,7 +33,10 @@ def test_the_command_starts_as_it_is_printed(
     words = ["plan", "--profile", "mine", "--gpus", "2", "--slo", "ttft=1s,tpot=1s"]
     words += ["--workload", "synthetic(200,4)", "--effort", "quick", "--startable"]
     done = subprocess.run(
-        [sys.executable, "-m", "nodeserve", *words], capture_output=True, text=True, timeout=90
+        [sys.executable, "-m", "nodeserve", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     name, start, *options = shlex.split(done.stdout.splitlines()[-1])

@@ -22,7 +22,7 @@ from tests.fakes.raw_client import RawClient
 from tests.reference.embedded import needs_embedded_model
 from tests.reference.export import export_folder
 
-pytestmark = [needs_embedded_model, pytest.mark.timeout(300)]
+pytestmark = needs_embedded_model
 
 NUM_PROMPTS, NUM_TOKENS = 32, 64
 NUM_SHORT = 24  # enough for what they teach to outweigh what a node assumes before

@@ -37,9 +37,9 @@ from nodeserve.wire.messages import (
 )
 from tests.fakes.model import FakeSettings
 from tests.fakes.pages import WHOLE
+from tests.patience import PATIENCE_S
 
 FAKE_WORKER = (sys.executable, "-m", "tests.fakes.worker")
-DEADLINE_S = 20.0
 _LABELS = itertools.count()
 Kind = TypeVar("Kind", bound=tuple[Any, ...])
 
@@ -83,7 +83,7 @@ class WorkerProcess:
         spec: WorkerSpec,
         channel: CoordinatorEnd,
         process: subprocess.Popen[bytes],
-        deadline_s: float = DEADLINE_S,
+        deadline_s: float = PATIENCE_S,
     ) -> None:
         self.spec = spec
         self.deadline_s = deadline_s
@@ -190,7 +190,7 @@ def started(
     pass_fds: Sequence[int] = (),
     wait_ready: bool = True,
     environment: Mapping[str, str] | None = None,
-    deadline_s: float = DEADLINE_S,
+    deadline_s: float = PATIENCE_S,
 ) -> Iterator[list[WorkerProcess]]:
     """Worker processes that know each other's page pools; killed at the end if they still live."""
     with contextlib.ExitStack() as stack:

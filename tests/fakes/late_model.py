@@ -20,8 +20,7 @@ from queue import SimpleQueue
 from nodeserve.policy.batching import Batch, Work
 from nodeserve.worker.contract import Failure, Ran, Sampled
 from tests.fakes.model import FakeExecutor, FakeSettings, logprobs_of
-
-GIVE_UP_S = 20.0  # only ends a broken test
+from tests.patience import PATIENCE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class LateFlight:
         return self._over.is_set()
 
     def result(self) -> Sampled:
-        assert self._over.wait(GIVE_UP_S), "nobody computes this step"
+        assert self._over.wait(PATIENCE_S), "nobody computes this step"
         if self.problem is not None:
             raise self.problem
         logprobs = logprobs_of(self.batch, self.token_ids)

@@ -17,6 +17,7 @@ from tests.fakes.faults import FOLDER
 from tests.fakes.gateway_process import COMMAND, Gateways
 from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
 from tests.fakes.raw_client import RawClient
+from tests.patience import PATIENCE_S
 
 
 class RunningNode:
@@ -42,7 +43,7 @@ class RunningNode:
         return [int(pid) for pid in path.read_text().split()]
 
     def wait(self) -> int:
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE_S)
 
 
 def is_janitor(pid: int) -> bool:
@@ -93,7 +94,7 @@ class Nodes:
             if node.process.poll() is None:
                 node.process.terminate()
             try:
-                node.process.communicate(timeout=20)
+                node.process.communicate(timeout=PATIENCE_S)
             except subprocess.TimeoutExpired:
                 node.process.kill()
                 node.process.communicate()
@@ -104,7 +105,7 @@ def audit(node: RunningNode) -> tuple[str, ...]:
     if not node.is_ready or node.process.poll() is not None or not node.socket.exists():
         return ()  # or it is about to end, or its folder went before it
     try:
-        with Client(node.socket, connect_timeout_s=5.0) as client:
+        with Client(node.socket, connect_timeout_s=PATIENCE_S) as client:
             return client.audit().problems
     except NodeServeError as error:
         # No problem if it was stopping.
@@ -176,4 +177,4 @@ def start_gateways(text_node: RunningNode) -> Iterator[StartGateways]:
     for gateways in started:
         if gateways.process.poll() is None:
             gateways.process.terminate()
-        gateways.process.communicate(timeout=20)
+        gateways.process.communicate(timeout=PATIENCE_S)

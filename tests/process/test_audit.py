@@ -9,6 +9,7 @@ import pytest
 
 from nodeserve.wire.messages import Abort
 from tests.fakes.raw_client import RawClient
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, RunningNode
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ async def until(watcher: RawClient, phases: dict[str, int]) -> None:
 
 def status_audit(node: RunningNode) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "nodeserve", "status", "--audit", "--socket", str(node.socket)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 async def until_all_free(watcher: RawClient) -> None:

@@ -13,9 +13,9 @@ from bench.peers.contenders import Contender
 from bench.peers.life import live
 from bench.peers.processes import Process, running, tree
 from bench.peers.smoke import smoke
+from tests.patience import PATIENCE_S
 
 COMMAND = (sys.executable, "-m", "bench.peers", "--smoke")
-LIMIT_S = 120
 # A child in another session, which outlives what started it unless it is looked for.
 RUNAWAY = """
 import subprocess, sys
@@ -37,14 +37,14 @@ def program(text: str) -> Contender:
 
 @pytest.mark.slow
 def test_smoke_measures_a_node_its_gateway_and_a_peer_and_says_what_is_missing() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     node, gateway, known, absent = found["servers"]
     assert node["failure"] is gateway["failure"] is known["failure"] is None
     assert "not installed" in absent["failure"] and absent["goodput"] is None
     assert known["rungs"][0]["num_good"] == known["rungs"][0]["num_offered"] > 0
-    assert known["alone"]["p50_ttft_ms"] == pytest.approx(20.0, abs=10.0)
+    assert 19.9 < known["alone"]["p50_ttft_ms"] < 2000.0  # 20, and what a busy machine adds
     for one in node, gateway, known:
         assert one["short_outputs"] == one["other_prompt_lengths"] == one["failed_requests"] == 0
         assert one["memory_mib"] > 5 and one["tokens_per_s_16_clients"] > 0
@@ -62,7 +62,7 @@ def test_an_interrupted_run_leaves_no_process(how: signal.Signals) -> None:
             those = tree(process.pid)
             process.send_signal(how)
             break
-    process.communicate(timeout=LIMIT_S)
+    process.communicate(timeout=PATIENCE_S)
     assert len(those) > 3  # the bench, its client, a node and its workers
     assert not [one for one in those if one.alive]
 

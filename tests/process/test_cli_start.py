@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from nodeserve.cli.doctor.selftest import write_tiny_model
+from tests.patience import PATIENCE_S
 
 START = [sys.executable, "-m", "nodeserve", "start"]
 
@@ -16,7 +17,7 @@ def test_a_detached_start_that_fails_shows_the_end_of_its_log(tmp_path: Path) ->
         [*START, "/no/such/model", "--detach", "--socket", str(socket)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -40,6 +41,6 @@ def test_an_interrupted_detached_start_ends_the_server(tmp_path: Path) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert not Path(f"/proc/{children[0]}").exists()

@@ -40,7 +40,8 @@ from nodeserve.worker.executor import ModelExecutor
 from nodeserve.worker.inputs import Staging
 from tests.fakes.cuda import load_fake_cuda
 from tests.fakes.cuda_worker import PLAIN_PARTS
-from tests.fakes.harness import DEADLINE_S, WorkerProcess, default_spec, started
+from tests.fakes.harness import WorkerProcess, default_spec, started
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes
 from tests.process.test_lost_workers import all_ready
 
@@ -160,7 +161,7 @@ def test_a_mixed_worker_gives_the_tokens_of_the_cpu(
             lambda: worker.load[:5] == [0, 0, 0, 5, 0]
         )  # once no launched step writes there
         worker.send(Shutdown())
-        assert worker.process.wait(DEADLINE_S) == 0
+        assert worker.process.wait(PATIENCE_S) == 0
 
 
 @pytest.fixture(scope="module")

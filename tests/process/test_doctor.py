@@ -15,6 +15,7 @@ from nodeserve.cli.doctor.selftest import SilentPainter, killed_after, run
 from nodeserve.cli.launch import spawn
 from nodeserve.cli.progress import StartReport
 from nodeserve.config import EngineConfig
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 DOCTOR = [sys.executable, "-m", "nodeserve", "doctor"]
@@ -26,7 +27,7 @@ def test_this_machine_as_json(tmp_path: Path) -> None:
         [*DOCTOR, "--json", "--device", "cpu"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         env=environment,
     )
     told = json.loads(done.stdout)
@@ -97,7 +98,7 @@ def test_a_server_deaf_to_requests_is_killed(
 
 def test_a_deadline_kills_what_runs(sleeper: "subprocess.Popen[bytes]") -> None:
     with killed_after(sleeper, 0.1) as late:
-        assert sleeper.wait(30) == -signal.SIGKILL
+        assert sleeper.wait(PATIENCE_S) == -signal.SIGKILL
     assert late.is_set()
 
 
@@ -119,7 +120,7 @@ def test_a_selftest_that_is_interrupted_leaves_nothing(
     servers = children(process.pid)
     assert len(servers) == 1
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode in (1, 128 + signal.SIGTERM)
     assert not Path(f"/proc/{servers[0]}").exists()
     assert not list(tmp_path.glob("nodeserve-doctor-*"))

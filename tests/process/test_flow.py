@@ -9,6 +9,7 @@ from nodeserve.errors import Overloaded
 from nodeserve.wire.messages import Submit, pack_ids
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes
 
 pytestmark = pytest.mark.slow
@@ -17,14 +18,14 @@ ONE_BY_ONE = {"layout": "1m", "max_num_seqs": 1, "fake": {"step_s": 0.01}}
 HOPELESS = {"ttft_ms": 0.5}  # a step alone takes 10 ms
 
 
-def submit(client: RawClient, request_id: int, slo: Any = None, priority: int = 0) -> None:
+def request(request_id: int, slo: Any = None, priority: int = 0) -> Submit:
     sampling = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
-    client.send(Submit(request_id, pack_ids([request_id]), sampling, slo, priority))
+    return Submit(request_id, pack_ids([request_id]), sampling, slo, priority)
 
 
 async def warm(client: RawClient) -> None:
     """From a first request on it is known how long a pass takes."""
-    submit(client, 0)
+    client.send(request(0))
     await client.finish(0)
 
 
@@ -36,11 +37,10 @@ async def order_of(client: RawClient, *request_ids: int) -> list[int]:
 async def test_what_cannot_be_in_time_is_refused_at_once(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(**ONE_BY_ONE)
     client = await connect(node)
-    submit(client, 1, HOPELESS)
+    client.send(request(1, HOPELESS))
     await client.finish(1)
     assert client.ends[1][0].reason == "length", "nothing is known yet, so nobody is refused"
-    submit(client, 2, HOPELESS)
-    submit(client, 3, {"ttft_ms": 60_000})
+    client.send(request(2, HOPELESS), request(3, {"ttft_ms": 60_000}))
     await client.finish(2, 3)
     (refused,), (served,) = client.ends[2], client.ends[3]
     assert refused.code == "overloaded" and "the SLO is 0.0005 s" in refused.message
@@ -56,11 +56,10 @@ async def test_what_cannot_be_in_time_is_refused_at_once(nodes: Nodes, connect: 
 async def test_the_servers_slo_is_for_requests_without_one(nodes: Nodes, connect: Connect) -> None:
     node = nodes.start(**ONE_BY_ONE, slo="ttft=0.5ms,tpot=1s")
     client = await connect(node)
-    submit(client, 1, {"ttft_ms": 60_000})
+    patient = {"ttft_ms": 60_000}
+    client.send(request(1, patient))
     await client.finish(1)
-    submit(client, 2)
-    submit(client, 3, {"tpot_ms": 1.0})
-    submit(client, 4, {"ttft_ms": 60_000})
+    client.send(request(2), request(3, {"tpot_ms": 1.0}), request(4, patient))
     await client.finish(2, 3, 4)
     assert [client.ends[one][0].code for one in (2, 3, 4)] == ["overloaded", "overloaded", None]
 
@@ -71,8 +70,7 @@ async def test_best_effort_goes_behind_those_that_can_be_in_time(
     node = nodes.start(**ONE_BY_ONE, on_overload="queue")
     client = await connect(node)
     await warm(client)
-    for request_id in (1, 2, 3):
-        submit(client, request_id, HOPELESS if request_id == 2 else None)
+    client.send(request(1), request(2, HOPELESS), request(3))
     assert await order_of(client, 1, 2, 3) == [1, 3, 2]
     assert client.tokens[2] == expected_stream([2], 3)
 
@@ -81,8 +79,8 @@ async def test_the_highest_priority_goes_first(nodes: Nodes, connect: Connect) -
     node = nodes.start(**ONE_BY_ONE)
     client = await connect(node)
     await warm(client)
-    for request_id, priority in ((1, 0), (2, -1), (3, 0), (4, 9), (5, 0)):
-        submit(client, request_id, priority=priority)
+    priorities = {1: 0, 2: -1, 3: 0, 4: 9, 5: 0}
+    client.send(*(request(one, priority=priority) for one, priority in priorities.items()))
     stats = await client.stats()
     order = await order_of(client, 1, 2, 3, 4, 5)
     # The first may have left before the others were read.
@@ -99,8 +97,7 @@ async def test_a_full_buffer_refuses_whoever_comes(
     node = nodes.start(**ONE_BY_ONE, **bound, on_overload="queue")
     client = await connect(node)
     await warm(client)
-    for request_id in range(1, 30):
-        submit(client, request_id)
+    client.send(*map(request, range(1, 30)))
     await client.finish(*range(1, 30))
     codes = [client.ends[one][0].code for one in range(1, 30)]
     assert codes[:3] == [None] * 3 and codes.count("overloaded") >= 20
@@ -118,6 +115,6 @@ def test_a_setting_that_means_nothing_fails_the_start(
     nodes: Nodes, settings: dict[str, Any]
 ) -> None:
     node = nodes.spawn(layout="1m", **settings)
-    _, words = node.process.communicate(timeout=20)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     ((name, value),) = settings.items()
     assert node.process.returncode == 1 and f"--{name} {value}" in words.replace("'", "")

@@ -17,6 +17,7 @@ from nodeserve.text import Tokenizer
 from tests.fakes.gateway_process import COMMAND
 from tests.fakes.node_process import TEXT_VOCAB
 from tests.fakes.sim_worker import expected_stream
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, RunningNode, StartGateways
 from tests.process.test_node import settled
 
@@ -67,7 +68,7 @@ async def test_a_client_that_hangs_up_leaves_no_block(
     watcher = await connect(text_node)
     url = start_gateways().url
     for stream in (True, False):
-        async with httpx2.AsyncClient(timeout=60.0) as client:
+        async with httpx2.AsyncClient(timeout=PATIENCE_S) as client:
             body = {"prompt": [5, 6, 7], "max_tokens": 1000, "stream": stream, "ignore_eos": True}
             asking = asyncio.ensure_future(client.post(f"{url}/v1/completions", json=body))
             while not (await watcher.stats())["requests"]["running"]:
@@ -104,7 +105,7 @@ async def test_one_that_is_killed_is_started_again(start_gateways: StartGateways
     after = gateways.pids()
     assert len(after) == 2 and before[1] in after and before[0] not in after
     gateways.process.send_signal(signal.SIGTERM)
-    assert gateways.process.wait(20) == 0
+    assert gateways.process.wait(PATIENCE_S) == 0
     assert gone(after)
 
 
@@ -131,7 +132,7 @@ async def test_answers_end_before_their_gateway_does(
         gateways.process.send_signal(signal.SIGTERM)
         rest = [event.choices[0].finish_reason async for event in events]
     assert rest[-1] == "length"
-    assert gateways.process.wait(20) == 0
+    assert gateways.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.slow
@@ -139,7 +140,7 @@ async def test_a_server_that_stops_and_comes_back(
     start_gateways: StartGateways, nodes: Nodes, text_node: RunningNode, tokenizer: Path
 ) -> None:
     url = start_gateways().url
-    async with httpx2.AsyncClient(timeout=60.0) as client:
+    async with httpx2.AsyncClient(timeout=PATIENCE_S) as client:
         assert (await client.get(f"{url}/ready")).status_code == 200
         text_node.process.terminate()
         await asyncio.to_thread(text_node.process.wait)
@@ -160,7 +161,7 @@ async def test_a_server_that_stops_and_comes_back(
     ],
 )
 def test_a_gateway_that_cannot_start_says_why(options: list[str], words: str) -> None:
-    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1 and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -185,7 +186,7 @@ def test_a_start_with_a_wrong_gateway_fails_before_it_loads(
         str(tmp_path / "x"),
         *options,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1 and words in done.stderr
     assert "looking for" not in done.stderr and not (tmp_path / "x").exists()
 
@@ -193,5 +194,7 @@ def test_a_start_with_a_wrong_gateway_fails_before_it_loads(
 @pytest.mark.slow
 def test_an_address_that_is_taken_is_refused(start_gateways: StartGateways) -> None:
     taken = start_gateways().url.removeprefix("http://")
-    done = subprocess.run([*COMMAND, "--http", taken], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*COMMAND, "--http", taken], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 1 and f"cannot listen on http://{taken}" in done.stderr

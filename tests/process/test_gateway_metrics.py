@@ -10,6 +10,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.gateway_process import Gateways
+from tests.patience import PATIENCE_S
 from tests.process.conftest import StartGateways
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,9 @@ def value(families: Families, family: str, suffix: str = "", **labels: str) -> f
 async def ask(gateways: Gateways, headers: dict[str, str] | None = None, **body: object) -> int:
     """On a connection of its own."""
     asked = {"prompt": [5, 6, 7], "max_tokens": NUM_TOKENS, "ignore_eos": True, **body}
-    async with httpx2.AsyncClient(base_url=gateways.url, timeout=60.0, verify=False) as client:
+    async with httpx2.AsyncClient(
+        base_url=gateways.url, timeout=PATIENCE_S, verify=False
+    ) as client:
         response = await client.post("/v1/completions", json=asked, headers=headers)
         return response.status_code
 
@@ -76,7 +79,9 @@ def check_load(families: Families, requests: int) -> None:
 
 async def test_counters_are_what_a_load_did(start_gateways: StartGateways) -> None:
     gateways = start_gateways()
-    async with httpx2.AsyncClient(base_url=gateways.url, timeout=60.0, verify=False) as client:
+    async with httpx2.AsyncClient(
+        base_url=gateways.url, timeout=PATIENCE_S, verify=False
+    ) as client:
         before = await scrape(client)
         assert {f"vllm:{name}" for name in OF_THE_NODE} <= set(before)
         statuses = await asyncio.gather(
@@ -132,7 +137,9 @@ def check_node(families: Families) -> None:
 
 async def test_a_client_that_left_is_an_abort(start_gateways: StartGateways) -> None:
     gateways = start_gateways()
-    async with httpx2.AsyncClient(base_url=gateways.url, timeout=60.0, verify=False) as client:
+    async with httpx2.AsyncClient(
+        base_url=gateways.url, timeout=PATIENCE_S, verify=False
+    ) as client:
         body = {"prompt": [5], "max_tokens": 1000, "ignore_eos": True, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
             parts = response.aiter_bytes()
@@ -150,14 +157,14 @@ async def test_processes_count_together_and_lose_nothing(start_gateways: StartGa
     gateways = start_gateways("--workers", "2")
     assert {await ask(gateways) for _ in range(NUM_REQUESTS)} == {200}
     for _ in range(4):  # whichever answers
-        async with httpx2.AsyncClient(base_url=gateways.url, timeout=60.0) as client:
+        async with httpx2.AsyncClient(base_url=gateways.url, timeout=PATIENCE_S) as client:
             check_load(await scrape(client), NUM_REQUESTS)
     victim = gateways.pids()[0]
     os.kill(victim, signal.SIGKILL)
     gateways.until_log(f"(pid {victim}) was ended by signal 9")
     assert {await ask(gateways) for _ in range(NUM_REQUESTS)} == {200}
     for _ in range(4):
-        async with httpx2.AsyncClient(base_url=gateways.url, timeout=60.0) as client:
+        async with httpx2.AsyncClient(base_url=gateways.url, timeout=PATIENCE_S) as client:
             check_load(await scrape(client), 2 * NUM_REQUESTS)
 
 
@@ -165,7 +172,7 @@ async def test_without_a_server_a_gateway_still_tells_of_itself(
     start_gateways: StartGateways,
 ) -> None:
     gateways = start_gateways("--socket", "/tmp/nodeserve-no-such-socket")
-    async with httpx2.AsyncClient(base_url=gateways.url, timeout=60.0) as client:
+    async with httpx2.AsyncClient(base_url=gateways.url, timeout=PATIENCE_S) as client:
         assert await ask(gateways) == 503
         families = await scrape(client)
     assert value(families, "nodeserve_up") == 0

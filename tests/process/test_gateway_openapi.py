@@ -52,7 +52,6 @@ def ask_everything(url: str, folder: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_what_is_described_is_what_is_done(start_gateways: StartGateways, tmp_path: Path) -> None:
     """No 5xx, no status that is not described, no answer of another form, nothing taken that
     should be refused."""
@@ -61,7 +60,6 @@ def test_what_is_described_is_what_is_done(start_gateways: StartGateways, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_keys_are_described(start_gateways: StartGateways, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(KEY)

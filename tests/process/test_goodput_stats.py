@@ -67,7 +67,7 @@ async def test_misses_are_counted_and_blamed_on_what_is_short(
     await one_by_one(client, 10, LOOSE)
     stats = await client.stats()
     assert shortest(stats)["attainment"] == 1.0 and shortest(stats)["good"] == 10
-    assert History().add(stats).verdict == "all 10 requests met their SLO in 10 s"
+    assert History().add(stats).verdict.startswith("all 10 requests met their SLO in ")
     for number in range(10, 10 + at_once):
         submit(client, number, slo, 30)
     await client.finish(*range(10, 10 + at_once))

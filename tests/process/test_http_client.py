@@ -10,6 +10,7 @@ import pytest
 
 from nodeserve.errors import ConnectionLost, NodeServeError, ProtocolError
 from nodeserve.loadgen.http_client import HttpClient, parse_url
+from tests.patience import PATIENCE_S
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 WHOLE = CHUNKED + b"5\r\nhello\r\n7;note=x\r\n, world\r\n0\r\nTrailer: 1\r\n\r\n"
@@ -132,7 +133,7 @@ async def test_no_request_waits_for_another() -> None:
     """None is answered before all have come, which no limited pool would survive."""
     server = RawServer([WHOLE])
     server.holds_until = 150
-    async with client_of(server) as client, asyncio.timeout(60.0):
+    async with client_of(server) as client, asyncio.timeout(PATIENCE_S):
         answers = await asyncio.gather(*(get(client) for _ in range(150)))
     assert {status for status, _ in answers} == {200} and server.num_connections == 150
 
@@ -176,7 +177,7 @@ async def test_what_on_body_raises_ends_the_exchange_and_the_connection() -> Non
     async with client_of(server) as client:
         with pytest.raises(ProtocolError, match="no more"):
             await client.exchange("GET", "", on_body)
-        await asyncio.wait_for(server.left.wait(), 60.0)
+        await asyncio.wait_for(server.left.wait(), PATIENCE_S)
 
 
 async def test_a_cancelled_exchange_ends_the_connection() -> None:
@@ -186,7 +187,7 @@ async def test_a_cancelled_exchange_ends_the_connection() -> None:
         task = asyncio.create_task(client.exchange("GET", "", lambda data, at_s: came.set()))
         await came.wait()
         task.cancel()
-        await asyncio.wait_for(server.left.wait(), 60.0)
+        await asyncio.wait_for(server.left.wait(), PATIENCE_S)
         with pytest.raises(asyncio.CancelledError):
             await task
 

@@ -15,6 +15,7 @@ import pytest
 
 from nodeserve import Client
 from nodeserve.errors import NodeServeError
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -47,14 +48,14 @@ class Server:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(timeout=30) == 0
+        assert self.process.wait(timeout=PATIENCE_S) == 0
 
 
 @contextlib.contextmanager
 def served(folder: Path, *options: str) -> Iterator[Server]:
     server = Server(folder, *options)
     try:
-        with Client(server.socket, connect_timeout_s=60.0) as client:
+        with Client(server.socket, connect_timeout_s=PATIENCE_S) as client:
             until_answered(server, client)
         yield server
     finally:
@@ -77,7 +78,7 @@ def ask(server: Server) -> None:
     import httpx2
 
     transport = httpx2.HTTPTransport(uds=str(server.http))
-    http = httpx2.Client(transport=transport, base_url="http://gateway", timeout=60.0)
+    http = httpx2.Client(transport=transport, base_url="http://gateway", timeout=PATIENCE_S)
     with openai.OpenAI(base_url="http://gateway/v1", http_client=http, api_key="x") as client:
         chat = client.with_options(max_retries=5).chat.completions  # it may still start
         headers = {"x-request-id": "mine"}

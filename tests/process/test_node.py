@@ -14,6 +14,7 @@ from nodeserve.wire.frames import HEADER, frame
 from nodeserve.wire.messages import TO_SERVER, Abort, Stop
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, names_of
 
 LONG = 400  # tokens: still running when the fault comes
@@ -177,7 +178,7 @@ def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
     while len(workers := node.worker_pids()) < 2:
         assert node.process.poll() is None
     os.kill(workers[0], signal.SIGKILL)
-    _, words = node.process.communicate(timeout=20)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     assert node.process.returncode == 1 and "was killed by SIGKILL" in words
     assert not node.socket.exists() and not names_of(node.pid)
 
@@ -185,7 +186,7 @@ def test_a_worker_killed_while_it_loads_fails_the_start(nodes: Nodes) -> None:
 def test_a_second_server_is_refused_and_a_stale_socket_replaced(nodes: Nodes) -> None:
     first = nodes.start(layout="1m")
     second = nodes.spawn(socket=first.socket, layout="1m")
-    _, words = second.process.communicate(timeout=20)
+    _, words = second.process.communicate(timeout=PATIENCE_S)
     assert second.process.returncode == 1 and "already running" in words
     os.kill(first.janitor_pid(), signal.SIGKILL)
     first.process.kill()
@@ -212,6 +213,6 @@ def test_a_start_that_cannot_work_says_why(
     nodes: Nodes, settings: dict[str, Any], word: str
 ) -> None:
     node = nodes.spawn(**{"layout": "1m", **settings})
-    _, words = node.process.communicate(timeout=20)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     assert node.process.returncode == 1 and word in words
     assert not node.socket.exists() and not names_of(node.pid)

@@ -19,9 +19,10 @@ from nodeserve.wire.messages import (
     Shutdown,
     StepDone,
 )
-from tests.fakes.harness import DEADLINE_S, default_spec, hand_over, started
+from tests.fakes.harness import default_spec, hand_over, started
 from tests.fakes.model import FakeSettings, expected_stream
 from tests.fakes.raw_client import RawClient
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes
 from tests.process.test_node import settled
 
@@ -55,7 +56,7 @@ def test_a_worker_streams_preempts_and_ends_cleanly(step_s: float) -> None:
         assert worker.streams[1] == worker.streams[2] == expected
         assert before + worker.streams[3] == expected
         worker.send(Shutdown())
-        assert worker.process.wait(DEADLINE_S) == 0
+        assert worker.process.wait(PATIENCE_S) == 0
 
 
 def test_a_stop_token_ends_a_stream_and_its_extra_token_is_not_told() -> None:
@@ -95,7 +96,7 @@ def test_a_newcomer_is_pulled_beside_running_steps() -> None:
 
 def test_messages_are_answered_in_the_middle_of_a_step() -> None:
     """The step is longer than the test may take."""
-    model = FakeSettings(overlaps=True, step_s=2 * DEADLINE_S).name
+    model = FakeSettings(overlaps=True, step_s=2 * PATIENCE_S).name
     slow = default_spec(index=1, model=model)
     with started(default_spec(model=QUICK), slow) as [source, target]:
         target.attach(source)
@@ -119,7 +120,7 @@ def test_a_failure_of_a_launch_is_said_before_the_exit(at_step: int) -> None:
     with started(default_spec(model=model)) as [worker]:
         worker.prefill(1, PROMPT, max_tokens=30)
         assert "told to fail" in worker.expect(Failed).message
-        assert worker.process.wait(DEADLINE_S) == 1
+        assert worker.process.wait(PATIENCE_S) == 1
 
 
 def cut(stream: list[int], stops: tuple[int, ...]) -> list[int]:

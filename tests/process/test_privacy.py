@@ -18,6 +18,7 @@ from nodeserve.types import Sampling
 from nodeserve.wire.frames import frame
 from nodeserve.wire.messages import Submit, pack_ids
 from tests.fakes.model import expected_stream
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, RunningNode
 
 pytestmark = pytest.mark.slow
@@ -94,7 +95,7 @@ async def test_a_worker_that_fails_over_a_request_does_not_tell_of_it(
 async def stop_and_check(node: RunningNode) -> str:
     if node.process.poll() is None:
         node.process.send_signal(signal.SIGTERM)
-    output, log = node.process.communicate(timeout=20)
+    output, log = node.process.communicate(timeout=PATIENCE_S)
     assert told(output + log) == []
     return log
 

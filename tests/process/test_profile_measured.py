@@ -29,6 +29,7 @@ TRUE = replace(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_measured_profile_is_the_true_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

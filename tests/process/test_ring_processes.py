@@ -18,8 +18,7 @@ import pytest
 
 from nodeserve.wire.channel import SHM, CoordinatorEnd, sweep_stale
 from tests.fakes.ring_worker import HELLO, STOP, make_record, number_of
-
-LIMIT_S = 10.0
+from tests.patience import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Worker:
 
     def receive(self) -> list[bytes]:
         """Sleep until the worker rings, then take what is there; it may have rung for room only."""
-        readable, _, _ = select.select([self.end], [], [], LIMIT_S)
+        readable, _, _ = select.select([self.end], [], [], PATIENCE_S)
         assert readable, "a wake-up was lost"
         return self.end.receive()
 
@@ -42,7 +41,7 @@ class Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(LIMIT_S)
+        self.process.wait(PATIENCE_S)
 
     def left_behind(self) -> list[bytes]:
         """What a dead worker had published."""
@@ -88,7 +87,7 @@ def test_names_are_gone_once_the_worker_has_mapped() -> None:
         worker.end.inbox.post(b"still there?")
         assert worker.receive_until(1) == [b"still there?"]
         worker.end.inbox.post(STOP)
-        assert worker.process.wait(LIMIT_S) == 0
+        assert worker.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(("ring_bytes", "seed"), [(256, 1), (4096, 2), (65_536, 3)])
@@ -104,7 +103,7 @@ def test_full_rings_both_ways_lose_and_swap_nothing(ring_bytes: int, seed: int) 
                 num_received += 1
         assert worker.end.inbox.num_queued == 0
         worker.end.inbox.post(STOP)
-        assert worker.process.wait(LIMIT_S) == 0
+        assert worker.process.wait(PATIENCE_S) == 0
         assert worker.left_behind() == []
 
 
@@ -128,7 +127,7 @@ async def test_an_event_loop_is_woken_through_the_descriptor() -> None:
         loop.add_reader(worker.end.fileno(), rung.set)
         received: list[bytes] = []
         sent = [HELLO, *(bytes([n]) for n in range(200))]
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             for record in sent[1:]:
                 await rung.wait()
                 rung.clear()

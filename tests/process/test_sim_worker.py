@@ -9,8 +9,9 @@ import pytest
 from nodeserve.policy.cost import RankWork
 from nodeserve.policy.profile import pass_factor
 from nodeserve.wire.messages import PagesAttached, Shutdown, StepDone, unpack_request_ids
-from tests.fakes.harness import DEADLINE_S, WorkerProcess, hand_over, started
+from tests.fakes.harness import WorkerProcess, hand_over, started
 from tests.fakes.sim_worker import EOS, QUICK, SEED, SIM_WORKER, expected_stream, rank_specs
+from tests.patience import PATIENCE_S
 
 PROMPT = [7 * i % 91 + 1 for i in range(70)]
 
@@ -94,7 +95,7 @@ def test_ranks_leave_at_once_whatever_the_others_wait_for(ranks: list[WorkerProc
     first.prefill(1, PROMPT, max_tokens=100)  # a pass that can never begin
     for rank in (first, second):
         rank.send(Shutdown())
-        assert rank.process.wait(DEADLINE_S) == 0
+        assert rank.process.wait(PATIENCE_S) == 0
     assert not passes(first)
 
 

@@ -19,6 +19,8 @@ from nodeserve.policy.profiles import profile_named
 from nodeserve.policy.units import DispatchOptions
 from tests.process.conftest import Nodes
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 LAYOUT, PROFILE, SEED = "2p:ep2,1d:ep2", "moe-ep8", 1
 ARMS = ("round-robin", "shortest-queue", "staggered")
 RATE, NUM_REQUESTS = 9.0, 63  # half of what the layout can serve, for seven seconds
@@ -73,7 +75,6 @@ def ordered(means: dict[str, float], far_apart: float) -> Iterator[tuple[str, st
             yield faster, slower
 
 
-@pytest.mark.slow
 async def test_live_and_simulated_times_to_first_token_agree(nodes: Nodes) -> None:
     predicted = {admission: predicted_ttft_s(admission) for admission in ARMS}
     measured = {admission: await measured_ttft_s(nodes, admission) for admission in ARMS}
@@ -88,7 +89,6 @@ async def test_live_and_simulated_times_to_first_token_agree(nodes: Nodes) -> No
 TEAMS = ["1p:tp4,1d:tp2", "1p:pp4,1d:pp4", "1m:tp2.pp2", "1m:pp2.ep2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", TEAMS)
 async def test_live_and_simulated_teams_agree(nodes: Nodes, layout: str) -> None:
     """Teams take the time of their shape, with stages under way at once, on both sides."""

@@ -7,12 +7,13 @@ import sys
 import pytest
 
 from bench.soak.traffic import KINDS
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.slow
 def test_twenty_seconds_of_everything() -> None:
     command = [sys.executable, "-m", "bench.soak", "--minutes", "0.33", "--kills", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["faults"] == [] and done.returncode == 0

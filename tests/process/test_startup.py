@@ -3,6 +3,7 @@
 import pytest
 
 from tests.fakes.hanging_worker import PHASES
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Nodes, RunningNode, names_of
 
 WHOLE = "warm-up"  # may take all the time that there is
@@ -11,7 +12,7 @@ FOUND_IN = {phase: f"in {phase!r}" for phase in PHASES} | {"ready": "after 'weig
 
 
 def is_found(node: RunningNode, phase: str, timeout_s: int) -> None:
-    _, words = node.process.communicate(timeout=90)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     assert node.process.returncode == 1
     assert f"worker_lost: decode worker 1 is late with its start: {FOUND_IN[phase]} s" in words
     assert "prefill" not in words

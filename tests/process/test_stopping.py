@@ -13,12 +13,14 @@ import pytest
 from nodeserve.wire.messages import End, Stop
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, RunningNode, names_of
 
 pytestmark = pytest.mark.slow
 
 LONG = 150  # tokens: still running when the end comes
-SLOW = {"step_s": 0.005}
+SLOW = {"step_s": 0.01}
+ENDLESS = {"step_s": 0.2}  # for who is to be cut off, however late the end comes
 STOPPED, FAILED, CUT_OFF = 0, 1, 3
 
 
@@ -80,7 +82,7 @@ async def test_a_drain_finishes_what_runs_and_refuses_the_rest(
 
 
 async def test_what_does_not_end_in_time_is_ended(nodes: Nodes, connect: Connect) -> None:
-    node, client = await running(nodes, connect, drain_timeout=0.1)
+    node, client = await running(nodes, connect, drain_timeout=0.1, fake=ENDLESS)
     node.process.send_signal(signal.SIGTERM)
     await client.read_to_end()
     assert [end.code for end in client.ends[1]] == ["shutting_down"]
@@ -93,7 +95,7 @@ async def test_what_does_not_end_in_time_is_ended(nodes: Nodes, connect: Connect
 @pytest.mark.parametrize("hurry", ["SIGINT", "stop"])
 async def test_a_drain_can_be_cut_short(nodes: Nodes, connect: Connect, hurry: str) -> None:
     """By the second Ctrl-C, which waits for no worker either, or a stop that does not drain."""
-    node, client = await running(nodes, connect)
+    node, client = await running(nodes, connect, fake=ENDLESS)
     workers = node.worker_pids()
     if hurry == "SIGINT":
         os.kill(workers[0], signal.SIGSTOP)  # it would leave no earlier than it is killed
@@ -121,7 +123,7 @@ async def test_sigterm_twice_is_no_hurry(nodes: Nodes, connect: Connect) -> None
 
 
 async def test_a_stop_without_a_drain_ends_what_runs(nodes: Nodes, connect: Connect) -> None:
-    node, client = await running(nodes, connect)
+    node, client = await running(nodes, connect, fake=ENDLESS)
     client.send(Stop(False))
     await client.read_to_end()
     assert [end.code for end in client.ends[1]] == ["shutting_down"]
@@ -130,7 +132,7 @@ async def test_a_stop_without_a_drain_ends_what_runs(nodes: Nodes, connect: Conn
 
 async def test_a_drain_ends_when_nobody_is_left(nodes: Nodes, connect: Connect) -> None:
     """A worker's end during a drain was taken for part of the stop, and the drain waited on."""
-    node, client = await running(nodes, connect, max_restarts=0)
+    node, client = await running(nodes, connect, max_restarts=0, fake=ENDLESS)
     workers = node.worker_pids()
     client.send(Stop(True))
     for pid in workers:
@@ -199,7 +201,7 @@ def test_stop_reaches_a_server_that_still_loads(nodes: Nodes) -> None:
     while not node.socket.exists():
         assert node.process.poll() is None
     command = [sys.executable, "-m", "nodeserve", "stop", "--socket", str(node.socket)]
-    stop = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    stop = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (stop.returncode, stop.stdout) == (0, f"stopped (pid {node.pid})\n"), stop.stderr
     assert node.wait() == FAILED and not node.socket.exists()
 
@@ -209,7 +211,7 @@ def test_a_signal_while_starting_stops_without_a_traceback(nodes: Nodes) -> None
     while len(workers := node.worker_pids()) < 2:  # the signal handlers are there before them
         assert node.process.poll() is None
     node.process.send_signal(signal.SIGINT)
-    _, words = node.process.communicate(timeout=20)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     assert node.process.returncode == FAILED
     assert "stopped while starting" in words and "Traceback" not in words
     assert left_nothing(node, workers)
@@ -234,7 +236,7 @@ async def gone(pid: int) -> None:
 async def test_a_killed_coordinator_takes_its_workers_and_leaves_nothing(
     nodes: Nodes, connect: Connect
 ) -> None:
-    node, client = await running(nodes, connect, layout="2p1d")
+    node, client = await running(nodes, connect, layout="2p1d", fake=ENDLESS)
     workers = node.worker_pids()
     assert len(workers) == 3
     os.kill(workers[0], signal.SIGSTOP)  # also one that cannot notice

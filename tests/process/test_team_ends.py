@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nodeserve.wire.messages import Stop
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import expected_stream
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, names_of
 from tests.process.test_sim_node import prompt_of
 from tests.process.test_stopping import FAILED, STOPPED, gone, left_nothing
@@ -124,7 +125,7 @@ def test_a_member_that_cannot_load_ends_the_start_with_its_words(
     folder = odd_model.write(tmp_path)
     expected = spoil(folder)
     node = nodes.spawn(**settings_of("1m:pp2", folder))
-    _, words = node.process.communicate(timeout=60)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     assert node.process.returncode == FAILED and expected in words
     assert not node.socket.exists() and not names_of(node.pid)
 
@@ -135,6 +136,6 @@ def test_a_member_killed_in_its_start_ends_it(nodes: Nodes, model: Path) -> None
     while len(workers := node.worker_pids()) < 2:
         assert node.process.poll() is None
     os.kill(workers[1], signal.SIGKILL)
-    _, words = node.process.communicate(timeout=60)
+    _, words = node.process.communicate(timeout=PATIENCE_S)
     assert node.process.returncode == FAILED and "worker 1 was killed by SIGKILL" in words
     assert left_nothing(node, workers)

@@ -21,6 +21,7 @@ from nodeserve.wire.messages import Abort, Trace
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import QUICK
 from tests.fakes.trace_rules import check_request, check_trace, check_workers
+from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes, RunningNode
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_sim_node import prompt_of
@@ -115,7 +116,7 @@ class Tracing:
         assert line.startswith("recording"), line + self.process.communicate()[1]
 
     def end(self) -> tuple[int, str, str]:
-        out, problems = self.process.communicate(timeout=30)
+        out, problems = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, out, problems
 
 

@@ -21,8 +21,9 @@ from nodeserve.wire.messages import (
     StepDone,
     pack_ids,
 )
-from tests.fakes.harness import DEADLINE_S, default_spec, hand_over, started
+from tests.fakes.harness import default_spec, hand_over, started
 from tests.fakes.model import FakeSettings, expected_stream
+from tests.patience import PATIENCE_S
 
 PROMPT = [7 * i % 91 + 1 for i in range(70)]
 IDLE_LOAD = [0, 0, 0, 64, 0]
@@ -38,7 +39,7 @@ def test_a_mixed_worker_streams_and_ends_cleanly() -> None:
         assert worker.finished == {1: 2, 2: 2}
         assert worker.load[:5] == IDLE_LOAD
         worker.send(Shutdown())
-        assert worker.process.wait(DEADLINE_S) == 0
+        assert worker.process.wait(PATIENCE_S) == 0
 
 
 def test_a_request_moved_between_processes_continues_the_same_stream() -> None:
@@ -67,7 +68,7 @@ def test_a_damaged_record_ends_the_worker_that_meets_it() -> None:
         worker.send(Shutdown())
         failed = worker.expect(Failed)
         assert failed.code == "ring" and "damaged or out of order" in failed.message
-        assert worker.process.wait(DEADLINE_S) == 1
+        assert worker.process.wait(PATIENCE_S) == 1
 
 
 def test_preempted_requests_are_said_and_continue_from_their_tokens() -> None:
@@ -178,7 +179,7 @@ def test_a_killed_worker_leaves_its_peer_and_its_pages_alone() -> None:
     with started(default_spec(model=dying), default_spec(index=1)) as [source, target]:
         target.attach(source)
         source.prefill(1, PROMPT, handoff=True, max_tokens=30)
-        assert source.process.wait(DEADLINE_S) == -signal.SIGKILL
+        assert source.process.wait(PATIENCE_S) == -signal.SIGKILL
         target.prefill(2, PROMPT, max_tokens=5)
         target.finish(2)
         assert target.streams[2] == expected_stream(PROMPT, 5)
@@ -190,7 +191,7 @@ def test_the_pages_of_a_dead_source_can_still_be_pulled() -> None:
         source.prefill(1, PROMPT, handoff=True, max_tokens=30)
         source.until(lambda: 1 in source.pinned)
         source.process.kill()
-        source.process.wait(DEADLINE_S)
+        source.process.wait(PATIENCE_S)
         target.pull(source, 1, PROMPT, max_tokens=30)
         target.expect(KvPulled, 1)
         target.finish(1)
@@ -202,7 +203,7 @@ def test_an_unexpected_error_is_said_before_the_exit() -> None:
         worker.prefill(1, PROMPT, max_tokens=30)
         failed = worker.expect(Failed)
         assert failed.code == "internal" and "told to fail" in failed.message
-        assert worker.process.wait(DEADLINE_S) == 1
+        assert worker.process.wait(PATIENCE_S) == 1
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_a_start_that_cannot_work_says_why(
     with started(default_spec(**changes), wait_ready=False) as [worker]:
         failed = worker.expect(Failed)
         assert failed.code == code and words in failed.message
-        assert worker.process.wait(DEADLINE_S) == 1
+        assert worker.process.wait(PATIENCE_S) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -245,6 +246,6 @@ def test_a_worker_dies_with_its_parent() -> None:
     reader, writer = os.pipe()
     parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(writer)], pass_fds=(writer,))
     os.close(writer)
-    assert parent.wait(DEADLINE_S) == -signal.SIGKILL
+    assert parent.wait(PATIENCE_S) == -signal.SIGKILL
     assert os.read(reader, 1) == b""
     os.close(reader)

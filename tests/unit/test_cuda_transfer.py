@@ -20,6 +20,7 @@ from nodeserve.worker.transfer_setup import make_transfer
 from tests.fakes.cuda import bytes_at
 from tests.fakes.harness import default_spec
 from tests.fakes.pages import whole_blocks
+from tests.patience import PATIENCE_S
 
 BLOCK_BYTES, NUM_BLOCKS = 256, 12
 
@@ -104,7 +105,7 @@ class Pair:
                 assert isinstance(moved, Offered)
                 found[moved.request_id] = unpack_ids(moved.block_ids).tolist()
             if set(found) != set(request_ids):
-                assert self.woken.acquire(timeout=20)
+                assert self.woken.acquire(timeout=PATIENCE_S)
         return found
 
     def landed(self, *request_ids: int) -> list[Landed]:
@@ -114,7 +115,7 @@ class Pair:
                 assert isinstance(moved, Landed)
                 found.append(moved)
             if len(found) < len(request_ids):
-                assert self.woken.acquire(timeout=20)
+                assert self.woken.acquire(timeout=PATIENCE_S)
         assert [one.request_id for one in found] == list(request_ids)
         return found
 

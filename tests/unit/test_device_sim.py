@@ -26,6 +26,7 @@ from nodeserve.worker.executor_sim import SimExecutor, Tokens
 from nodeserve.worker.pages import make_pool
 from nodeserve.worker.transfer_sim import SimTransfer
 from tests.fakes.pages import whole_blocks
+from tests.patience import PATIENCE_S
 
 PAGE, TRUE_BYTES = 8, 1000
 
@@ -217,7 +218,7 @@ def test_an_alarm_hears_a_bell_whatever_its_number() -> None:
         alarm = Alarm(high_fd, clock=lambda: 1.0)
         alarm.start(lambda: None, woke.set)
         alarm.wake_at(1.0)
-        assert woke.wait(10.0)
+        assert woke.wait(PATIENCE_S)
     finally:
         os.close(high_fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

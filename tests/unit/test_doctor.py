@@ -243,8 +243,8 @@ def test_a_probe_that_dies_names_the_part() -> None:
 
 def test_a_probe_that_hangs_is_ended() -> None:
     script = """print('{"part": "torch"}', flush=True)\nimport signal\nsignal.pause()"""
-    software = collect.software(python(script), timeout_s=1.0)
-    assert software.failures == {"torch": "took more than 1 s"}
+    software = collect.software(python(script), timeout_s=4.0)  # it must have begun by then
+    assert software.failures == {"torch": "took more than 4 s"}
 
 
 def test_a_probe_that_cannot_start_is_told_as_itself() -> None:

@@ -16,6 +16,7 @@ from nodeserve.types import Role
 from nodeserve.wire.channel import CoordinatorEnd, WorkerEnd
 from nodeserve.wire.messages import FROM_WORKER, Alive, FromWorker
 from nodeserve.wire.ring import DRAIN_RECORDS
+from tests.patience import PATIENCE_S
 
 LOAD = [0, 0, 0, 0, 0, 0]
 
@@ -59,7 +60,7 @@ async def test_a_bell_after_the_end_of_a_life_rings_once() -> None:
     with followed(lambda link, message: None) as (fleet, link, worker):
         link.give_up("hung")
         worker.outbox.put(FROM_WORKER.encode(Alive(LOAD)))
-        await asyncio.wait_for(fleet._pumps[0], 10.0)
+        await asyncio.wait_for(fleet._pumps[0], PATIENCE_S)
         assert link.num_received == 0
         assert not asyncio.get_running_loop().remove_reader(link.channel.fileno()), "still heard"
 

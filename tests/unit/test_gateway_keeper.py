@@ -12,6 +12,7 @@ import pytest
 
 from nodeserve.gateway import keeper
 from nodeserve.gateway.keeper import Keeper
+from tests.patience import PATIENCE_S
 
 
 class Gateway:
@@ -51,7 +52,7 @@ def test_one_that_cannot_be_started_is_tried_again(
         one.start()
         started.wait()
         one.ask_to_end()
-        one.wait(60.0)
+        one.wait(PATIENCE_S)
     assert len(tries) == 3
     lines = [record.getMessage() for record in caplog.records]
     assert [line.startswith("gateway 0 cannot be started") for line in lines] == [True, True]

@@ -8,7 +8,6 @@ import math
 import os
 import select
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from random import Random
 
@@ -21,9 +20,9 @@ from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Ran
 from nodeserve.worker.lockstep import Board, Lockstep
 from nodeserve.worker.ranks import InStep
+from tests.patience import PATIENCE_S
 
 WORK = RankWork(prefill_tokens=10, attention=2.5, num_decodes=3, kv_tokens=40)
-GIVE_UP_S = 20.0  # only ends a broken test
 
 
 class Ranks:
@@ -186,6 +185,22 @@ def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:
         assert ranks.ran(second) == Ran(2, 5.0, 1.0)
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_nobody_begins_a_pass_before_all_are_in_the_last_one(three: Ranks, heard: bool) -> None:
+    """A stage without experts is done with one, and could go on to the next, before others come."""
+    first, second, third = three.ranks
+    ranks = InStep(first, Alarm(three.bells[0]))
+    assert ranks.opens_s() == -math.inf
+    ranks.enter(WORK)
+    second.enter(WORK)
+    assert ranks.opens_s() == math.inf
+    third.enter(WORK)
+    assert not heard or first.look()
+    assert ranks.opens_s() == -math.inf
+    second.enter(WORK)
+    assert ranks.opens_s() == -math.inf, "that gathers without us"
+
+
 def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:
     """The others may be in the next one before its bell is heard."""
     first, second, third = three.ranks
@@ -221,7 +236,7 @@ class Loop(threading.Thread):
             has_work = self._random.random() < self._share
             if not number and (has_work or self._lockstep.called(0)):
                 number = self._lockstep.enter(WORK if has_work else IDLE)
-            assert self._woken.acquire(timeout=GIVE_UP_S), "nobody woke this rank"
+            assert self._woken.acquire(timeout=PATIENCE_S), "nobody woke this rank"
             self._share = 0.5 if self._share < 1.0 else 1.0
 
 
@@ -247,7 +262,7 @@ def test_no_rank_is_forgotten_however_they_come_and_go() -> None:
         for loop in loops:
             loop.start()
         for loop in loops:
-            loop.join(GIVE_UP_S)
+            loop.join(PATIENCE_S)
         assert [ran.number for ran in loops[0].ran] == list(range(1, num_passes + 1))
         assert all(loop.ran == loops[0].ran for loop in loops)
 
@@ -255,13 +270,13 @@ def test_no_rank_is_forgotten_however_they_come_and_go() -> None:
 def test_an_alarm_wakes_at_each_of_its_times() -> None:
     bell = os.eventfd(0, os.EFD_NONBLOCK)
     woken = threading.Semaphore(0)
-    alarm = Alarm(bell)
-    looks = iter([None, time.perf_counter()])
+    now_s = 1.0
+    alarm = Alarm(bell, clock=lambda: now_s)
+    looks = iter([None, now_s])
     alarm.start(lambda: next(looks, None), woken.release)
-    began_s = time.perf_counter()
-    alarm.wake_at(began_s + 0.02)
-    alarm.wake_at(began_s + 0.01)
-    for due_s in (0.0, 0.01, 0.02):
-        assert woken.acquire(timeout=GIVE_UP_S)
-        assert time.perf_counter() >= began_s + due_s
-    assert not woken.acquire(blocking=False)
+    alarm.wake_at(1.02)
+    alarm.wake_at(1.01)
+    for next_s in (1.01, 1.02, 1.02):
+        assert woken.acquire(timeout=PATIENCE_S)
+        assert not woken.acquire(blocking=False)
+        now_s = next_s

@@ -124,7 +124,7 @@ def test_members_that_disagree_on_an_amount_are_told() -> None:
             return str(error)
         return ""
 
-    assert together(2, call, timeout_s=0.5) == [
+    assert together(2, call, timeout_s=4.0) == [
         "member 1 does not come to round 2",
         "member 1 gives 4 bytes, expected are 5",
     ]

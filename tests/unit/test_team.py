@@ -27,6 +27,7 @@ from nodeserve.worker.peer_seats import PeerSeats
 from nodeserve.worker.team import PART_BYTES, LeaderTeam
 from nodeserve.worker.team_transfer import TeamTransfer
 from tests.fakes.link import FakeLink
+from tests.patience import PATIENCE_S
 from tests.unit.test_runner import FakeTransfer
 
 GEOMETRY = PageGeometry(num_layers=4, num_kv_heads=4, block_size=1, head_dim=8, value_bytes=2)
@@ -205,7 +206,7 @@ def test_an_answer_ends_the_leaders_wait(bench: Bench) -> None:
     """Its inbox is empty; the time only ends a broken test."""
     bench.members[0].steps.num_sent = 1
     bench.members[0].turn()
-    assert bench.inbox.wait(5.0) is True
+    assert bench.inbox.wait(PATIENCE_S) is True
 
 
 def test_a_pull_has_landed_when_it_has_everywhere(bench: Bench) -> None:

@@ -28,6 +28,7 @@ from nodeserve.worker.process import seats
 from nodeserve.worker.transfer_setup import make_transfer
 from tests.fakes.cuda import bytes_at
 from tests.fakes.harness import default_spec
+from tests.patience import PATIENCE_S
 from tests.unit.test_cuda_transfer import Edge
 from tests.unit.test_team import Pages
 
@@ -184,7 +185,7 @@ def test_gpu_teams_of_random_shapes(
 ) -> None:
     monkeypatch.setattr(transfer_setup, "num_slots_for", lambda block_bytes, *_: 4 + block_bytes)
     make = OnGpus(cuda)
-    check(make, kind, random_shapes(seed, most=6), lambda: make.news.acquire(timeout=20))
+    check(make, kind, random_shapes(seed, most=6), lambda: make.news.acquire(timeout=PATIENCE_S))
 
 
 def test_a_gpu_that_could_be_read_offers_like_the_others_of_its_team(cuda: Any) -> None:
