@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def main(load: Load, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spec", required=True, help="a WorkerSpec as JSON")
     spec = WorkerSpec.from_json(parser.parse_args(arguments).spec)
     die_with_parent(spec.parent_pid)
+    end_with_any_thread()
     tell_keeper()
     with RingLink(spec.channel) as link, contextlib.ExitStack() as stack:
         ends = [stack.enter_context(link.team_end(one, spec.leads)) for one in spec.team]
@@ -171,6 +173,17 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_any_thread() -> None:
+    """A worker whose alarm or watcher has died would be deaf: its coordinator starts another."""
+
+    def end(what: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(what)
+        sys.stderr.flush()
+        os._exit(1)
+
+    threading.excepthook = end
 
 
 def pin(cpus: Sequence[int]) -> None:

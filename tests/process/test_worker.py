@@ -241,6 +241,22 @@ with started(default_spec(), pass_fds=(int(sys.argv[1]),)) as [worker]:
 """
 
 
+LOSES_A_THREAD = """
+import threading
+from nodeserve.worker.process import end_with_any_thread
+end_with_any_thread()
+threading.Thread(target=lambda: 1 // 0).start()
+threading.Event().wait()  # deaf from here on
+"""
+
+
+def test_a_worker_ends_with_any_of_its_threads() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LOSES_A_THREAD], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert ended.returncode == 1 and "ZeroDivisionError" in ended.stderr
+
+
 def test_a_worker_dies_with_its_parent() -> None:
     """A pipe that only the worker still holds open for writing shows its end."""
     reader, writer = os.pipe()
