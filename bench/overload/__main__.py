@@ -183,7 +183,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the result there")
     args = parser.parse_args()
     if args.smoke:
-        args.seconds, args.times, args.calm, args.capacity = 2.0, 5.0, 2.0, 60.0
+        args.seconds, args.times, args.calm, args.capacity = 1.0, 5.0, 1.0, 60.0
     return args
 
 
