@@ -82,13 +82,15 @@ class ModelExecutor:
         return sample(logits, sequences, self._constraints)
 
     def warm_up(self) -> None:
-        """A prefill and a decode on the first block, which belongs to nobody yet."""
+        """A prefill and a decode on the first block, which belongs to nobody yet. Followers have
+        loaded: for them these are steps like others, until they hear what they were for."""
         token_ids = array("i", [0] * (WARM_UP_TOKENS - 1))
         sequence = Sequence(-1, token_ids, len(token_ids), Sampling(temperature=0.0))
         sequence.block_ids.append(0)
         self._run(Batch([Work(sequence, 0, len(token_ids), True)], 0, len(token_ids)))
         sequence.token_ids.append(0)
         self._run(Batch([Work(sequence, len(token_ids) - 1, 1, True)], 1, 0))
+        self.team.warm()
 
     def _run(self, batch: Batch) -> None:
         flight = self.launch(batch)

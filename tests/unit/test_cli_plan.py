@@ -58,6 +58,7 @@ def run(*words: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_it_draws_the_finalists(tmp_path: Path) -> None:
     run(*ASKED, "--figure", str(tmp_path / "plan.svg"))
     drawn = (tmp_path / "plan.svg").read_text()
