@@ -107,7 +107,7 @@ def knows_teams(profile: Profile | Family) -> Check:
         if kind.shape != Shape() and anatomy and anatomy.fixed_pool and not anatomy.sum_bytes_per_s:
             raise ConfigError(
                 "the profile does not say what CPU workers of one instance tell each other:"
-                " measure it again, with `nodeserve profile --workers 2` or more"
+                " measure it again, with `nodeserve profile --workers 2`, while nothing else runs"
             )
 
     return check
