@@ -15,10 +15,10 @@ from nodeserve.cli.startable import (
     fits,
     holds,
     knows_teams,
+    knows_workers,
     on_gpus,
     startable,
     starts,
-    whole_worker,
 )
 from nodeserve.config import EngineConfig, ModelConfig
 from nodeserve.coordinator.places import SIM_DEVICES
@@ -102,7 +102,7 @@ def with_shapes(
             else knows_teams(question.model)
         )
         starting = starts(config, model, context)
-        checks = [whole_worker, fits(model), *checks, starting, of_device]
+        checks = [knows_workers(profile), fits(model), *checks, starting, of_device]
     found = startable(profile, question.num_gpus, question.eps, checks)
     for note in found.notes():
         click.echo(note, err=True)

@@ -17,7 +17,7 @@ from nodeserve.cli.plan_figure import check_drawing, draw
 from nodeserve.cli.show import show_table
 from nodeserve.cli.simulate import plain_table
 from nodeserve.cli.sources import dropped_words, source_of, source_options, source_words
-from nodeserve.cli.startable import fits, holds, knows_teams, startable, whole_worker
+from nodeserve.cli.startable import fits, holds, knows_teams, knows_workers, startable
 from nodeserve.config import EngineConfig, ModelConfig, parse_slo
 from nodeserve.coordinator.placement import choose_context
 from nodeserve.errors import ConfigError, ModelError
@@ -143,8 +143,8 @@ def only_startable(question: Question, model: ModelConfig | None) -> Question:
     """With shapes that the command to print can start; said on stderr which ones it cannot. Whether
     a model that does not lie here fits them nobody knows."""
     profile = question.model.within(question.context, None)
-    checks = [whole_worker, holds(question.context, EngineConfig().block_size)]
-    checks += [knows_teams(profile), *([fits(model)] if model else [])]
+    checks = [knows_workers(profile), knows_teams(profile), *([fits(model)] if model else [])]
+    checks.append(holds(question.context, EngineConfig().block_size))
     found = startable(profile, question.num_gpus, question.eps, checks)
     for note in found.notes():
         click.echo(note, err=True)

@@ -62,12 +62,22 @@ def named(shape: Shape) -> str:
 # ---- checks
 
 
-def whole_worker(kind: Kind) -> None:
-    """A profile of several GPUs that does not say what they are to each other starts nowhere."""
-    if kind.num_gpus != kind.shape.num_workers:
-        raise ConfigError(
-            f"the profile is of {kind.num_gpus} GPUs as one rank and does not say of which shape"
-        )
+def knows_workers(profile: Profile | Family) -> Check:
+    """It says what each worker is: not one rank of several GPUs, whatever they are to each other,
+    nor ranks that share experts of which it knows nothing."""
+    anatomy = profile.anatomy if isinstance(profile, Profile) else None
+    dense = isinstance(profile, Profile) and not (anatomy and anatomy.num_experts)
+
+    def check(kind: Kind) -> None:
+        if kind.num_gpus != kind.shape.num_workers:
+            raise ConfigError(
+                f"the profile is of {kind.num_gpus} GPUs as one rank and does not say of which"
+                " shape"
+            )
+        if kind.shape.ep > 1 and dense:
+            raise ConfigError("the profile says nothing of experts that ranks could share")
+
+    return check
 
 
 def fits(model: ModelConfig) -> Check:
@@ -97,7 +107,7 @@ def knows_teams(profile: Profile | Family) -> Check:
         if kind.shape != Shape() and anatomy and anatomy.fixed_pool and not anatomy.sum_bytes_per_s:
             raise ConfigError(
                 "the profile does not say what CPU workers of one instance tell each other:"
-                " measure it again, with `nodeserve profile --workers 2` or more"
+                " measure it again, with `nodeserve profile --workers 2`, while nothing else runs"
             )
 
     return check

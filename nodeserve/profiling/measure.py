@@ -21,6 +21,7 @@ from nodeserve.shards import check_fits
 # Between two processes with a core each, in memory: half of what an all-reduce of one row takes
 # with two, by `make bench-step` (docs/instances.md), where no team is measured.
 CPU_HOP_S = 1.2e-6
+TEAM_OFF = 0.25  # on average: less than that decides between layouts
 TEAM_EVERY = 3  # experiments: two numbers are wanted
 UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
 
@@ -86,10 +87,17 @@ def measure_profile(
             on_event,
             lambda node: measure_passes(node, num_workers // 2, tell, every=TEAM_EVERY),
         )
-        anatomy = fit_team(profile, together.fit, together.gap_s)
-        profile = replace(profile, anatomy=anatomy)
-        team = errors_of(together.held_out, profile.of(PAIR).cost, together.gap_s)
+        profile, team = with_team(profile, together)
     return _result(profile, measured, handoff, team)
+
+
+def with_team(profile: Profile, together: Measured) -> tuple[Profile, Errors | None]:
+    """With what workers of a team tell each other, and how far off that is; where it is too far
+    off the profile stays as it was, so that nobody plans teams by it."""
+    anatomy = fit_team(profile, together.fit, together.gap_s)
+    fitted = replace(profile, anatomy=anatomy)
+    errors = errors_of(together.held_out, fitted.of(PAIR).cost, together.gap_s)
+    return fitted if errors and errors.mean <= TEAM_OFF else profile, errors
 
 
 def makes_teams(model: ModelConfig, profile: Profile, num_workers: int) -> bool:

@@ -222,10 +222,11 @@ def test_distserves_algorithms() -> None:
         (("--figure", "plan.txt"), ".png or .svg"),
         (("--figure", "/dev/null/x.svg"), "cannot write /dev/null"),
         (("--figure", "plan.svg", "--algorithm", "low"), "leave it out"),
+        (("--startable", "--gpus", "2", "--ep", "2"), "experts that ranks could share"),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_said(more: tuple[str, str], words: str) -> None:
+def test_what_cannot_be_is_said(more: tuple[str, ...], words: str) -> None:
     assert words in CliRunner().invoke(main, [*ASKED, *more]).output
 
 

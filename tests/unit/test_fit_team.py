@@ -12,6 +12,8 @@ from nodeserve.policy.cost import RankWork, StepCost
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.policy.sizes import Anatomy
+from nodeserve.profiling.experiments import Measured
+from nodeserve.profiling.measure import with_team
 
 HOP_S, RATE = 3e-6, 2e9
 ANATOMY = Anatomy(30, 3, 4 * 576, 270e6, fixed_pool=True)
@@ -63,6 +65,17 @@ def test_a_term_that_would_be_negative_is_none() -> None:
 def test_without_passes_nothing_is_known() -> None:
     with pytest.raises(ConfigError, match="no pass of two workers"):
         fit_team(ONE, [])
+
+
+def test_what_does_not_foretell_is_not_kept() -> None:
+    true = team_of(ONE, HOP_S, RATE)
+    like, unlike = passes(true), [one._replace(seconds=2 * one.seconds) for one in passes(true)]
+    kept, errors = with_team(ONE, Measured(like, like, 0.0, 0.0))
+    assert errors is not None and errors.mean < 1e-6
+    assert kept.anatomy is not None and kept.anatomy.sum_bytes_per_s > 0.0
+    same, errors = with_team(ONE, Measured(like, unlike, 0.0, 0.0))
+    assert errors is not None and errors.mean > 0.4
+    assert same == ONE
 
 
 def test_sums_in_shared_memory_grow_with_the_workers() -> None:

@@ -9,10 +9,10 @@ from nodeserve.cli.startable import (
     fits,
     holds,
     knows_teams,
+    knows_workers,
     on_gpus,
     startable,
     starts,
-    whole_worker,
 )
 from nodeserve.config import EngineConfig, ModelConfig, MoeConfig
 from nodeserve.errors import ConfigError
@@ -56,10 +56,16 @@ def test_experts_that_the_model_does_not_have_are_not_shared() -> None:
 
 
 def test_a_rank_of_several_gpus_starts_only_in_a_known_shape() -> None:
+    rank = PROFILES["llama-2-70b-tp8-h100"]
     with pytest.raises(ConfigError, match="of 8 GPUs as one rank"):
-        startable(PROFILES["llama-2-70b-tp8-h100"], 8, (1,), [whole_worker])
+        startable(rank, 8, (1,), [knows_workers(rank)])
     family = FAMILIES["opt-66b-a100"]
-    assert Shape(tp=4) in startable(family, 8, (1,), [whole_worker]).shapes
+    assert Shape(tp=4) in startable(family, 8, (1,), [knows_workers(family)]).shapes
+    for anatomy in (None, anatomy_of(MODEL)):
+        dense = replace(ONE, anatomy=anatomy)
+        found = startable(dense, 2, (1, 2), [knows_workers(dense)])
+        assert Shape() in found.shapes and Shape(ep=2) not in found.shapes
+    assert "experts that ranks could share" in found.notes()[0]
 
 
 def test_a_rank_has_room_for_a_request() -> None:
