@@ -1,9 +1,21 @@
-"""How often a check on random input repeats: `make test` a few times, `make test-long` many."""
+"""How often a check on random input repeats: `make check` with a few seeds, `make test` with more,
+`make test-long` with many."""
 
 import os
+from typing import Any
+
+import pytest
 
 LONG = "NODESERVE_LONG_TESTS"
 
 
 def repeats(few: int, many: int) -> int:
     return many if os.environ.get(LONG) else few
+
+
+def seeds(first: int, total: int) -> list[Any]:
+    """Of so many, those after the first are left to `make test`."""
+    return [
+        *range(first),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(first, total)),
+    ]

@@ -10,7 +10,7 @@ import click
 from nodeserve import profile_store
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.checkpoint import resolve as resolve_checkpoint
-from nodeserve.cli.plan import check_requests, progress, slo_of, within
+from nodeserve.cli.plan import UNTRIED, check_requests, progress, slo_of, within
 from nodeserve.cli.startable import (
     fits,
     holds,
@@ -60,8 +60,7 @@ def planned(config: EngineConfig, gpus: Gpus) -> EngineConfig:
     best = report.best.candidate
     seconds = time.monotonic() - began_s
     click.echo(f"layout {best.layout}: {said.reason} (planned in {seconds:.0f} s)", err=True)
-    if unmeasured := ", ".join(map(str, by_formula(question.model, [best.layout]))):
-        click.echo(f"by formula, not measured (docs/plan.md): passes of {unmeasured}", err=True)
+    tell_unknown(question, best.layout, here is not None and uses_gpus(config, gpus))
     settings: dict[str, Any] = settings_of(best, question)
     settings["max_model_len"] = context_of(question, own)
     settings["gpus"] = gpus_for(best.layout, config.gpus)
@@ -108,6 +107,14 @@ def with_shapes(
     for note in found.notes():
         click.echo(note, err=True)
     return replace(question, model=profile, shapes=found.shapes)
+
+
+def tell_unknown(question: Question, layout: str, on_gpus: bool) -> None:
+    """Says on stderr what nobody has seen of a layout."""
+    if unmeasured := ", ".join(map(str, by_formula(question.model, [layout]))):
+        click.echo(f"by formula, not measured (docs/plan.md): passes of {unmeasured}", err=True)
+    if on_gpus and ":" in layout:
+        click.echo(f"note: {UNTRIED}", err=True)
 
 
 def gpus_for(layout: str, gpus: str | None) -> str | None:

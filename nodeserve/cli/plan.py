@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("search", "high", "low")
 LOOK = 1000  # requests whose statistics are told
+UNTRIED = "instances of several GPUs have not run on real ones yet (docs/gpu.md)"
 MIN_TRACE = 100  # requests: with fewer, a share of them says little
 
 
@@ -78,7 +79,7 @@ def plan(
     into the command that is printed; where it lies here, requests are those that its context holds.
     """
     config = readable_config(model)
-    named = Named(model, options["profile"], config and config.max_position)
+    named = Named(model, options["profile"], config.max_position if config else None)
     # The default model stands for any: it only makes the command shorter.
     question = within(question_of(options), named.own_context if model else None)
     if options["startable"]:
@@ -297,7 +298,7 @@ def show_command(one: Estimate, question: Question, named: Named) -> None:
     if "--device sim" in command:
         click.echo("the profile does not say what a rank is made of; simulated, it starts by")
     elif ":" in one.candidate.layout:
-        click.echo("instances of several GPUs have not run on real ones yet (docs/gpu.md):")
+        click.echo(f"{UNTRIED}:")
     click.echo(command)
 
 

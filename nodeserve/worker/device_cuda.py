@@ -23,7 +23,7 @@ from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
 from nodeserve.worker.meeting import Meeting, meet, place_of
 from nodeserve.worker.page_shard import page_shard
-from nodeserve.worker.ranks import NO_RANKS, ranks_of
+from nodeserve.worker.ranks import ranks_of
 from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
 from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.transfer_setup import make_transfer
@@ -110,7 +110,7 @@ def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
     return Together(
         spec.leads,
         share if spec.tp > 1 and spec.pp == 1 else _keep,
-        ranks_of(spec) if spec.leads else NO_RANKS,
+        ranks_of(spec),
         spec.pp,
         has_results=spec.pp > 1 and place.is_last and place.tp_rank == 0,
     )

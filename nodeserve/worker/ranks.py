@@ -110,8 +110,9 @@ class InStep:
 
 
 def ranks_of(spec: WorkerSpec) -> Ranks:
-    """Of a leader."""
-    if spec.ep == 1:
+    """A follower has none: what it takes part in its leader begins, whose bell nobody else may
+    hear."""
+    if spec.ep == 1 or not spec.leads:
         return NO_RANKS
     bells = spec.bell_fds[:: spec.team_size]  # the leaders'
     rank = spec.rank // spec.team_size

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser, Page, Route, async_playwright, expect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -19,8 +20,9 @@ VIEW = "**/nodeserve/view"
 expect.set_options(timeout=30_000)  # on a busy machine too
 
 
-@contextlib.asynccontextmanager
-async def chromium() -> AsyncIterator[Browser]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """One for all tests of a module, which run in its event loop; each has a context of its own."""
     as_root = ["--no-sandbox"] if os.getuid() == 0 else []  # its sandbox needs another user
     async with async_playwright() as tools:
         browser = await tools.chromium.launch(executable_path=CHROMIUM, args=as_root)

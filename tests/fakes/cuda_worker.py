@@ -13,6 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imp
 
 from nodeserve.config import ModelConfig, WorkerSpec
 from nodeserve.worker.contract import Device, Progress, Team
+from nodeserve.worker.device import uncollected
 from nodeserve.worker.process import main
 
 if TYPE_CHECKING:
@@ -43,12 +44,13 @@ def plain_parts(
 
 
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
-    import torch
+    with uncollected():
+        import torch
 
-    import tests.fakes.interpreter  # noqa: F401  repairs it
-    from nodeserve.worker import device_cuda
-    from nodeserve.worker.gpu_model import make_parts
-    from tests.fakes.gpu_runtime import FakeRuntime
+        import tests.fakes.interpreter  # noqa: F401  repairs it
+        from nodeserve.worker import device_cuda
+        from nodeserve.worker.gpu_model import make_parts
+        from tests.fakes.gpu_runtime import FakeRuntime
 
     torch.set_num_threads(1)  # small operations, and workers that share the cores
     parts = plain_parts if PLAIN_PARTS in os.environ else make_parts

@@ -1,4 +1,5 @@
-"""Ranks that share experts, as processes: the tokens of one worker."""
+"""Instances of several workers, with ranks that share experts or without, as processes: they give
+the tokens of one worker, also when a rank is lost in a pass, and end by themselves."""
 
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import pytest
 
 from nodeserve.layout import parse_layout
 from nodeserve.wire.messages import Stop
-from tests.process.conftest import Connect, Nodes, audit
+from tests.fakes.raw_client import RawClient
+from tests.process.conftest import Connect, Nodes, RunningNode, audit
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
 from tests.process.test_sim_node import same_steps, workers_by_instance
@@ -29,22 +31,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def serve(nodes: Nodes, connect: Connect, model: Path, layout: str) -> list[list[int]]:
+    """All that `answers` asks of a node that then goes."""
+    node = nodes.start(layout=layout, model=str(model), **SETTINGS)
+    told = await answers(await connect(node), layout)
+    assert not audit(node)
+    nodes.end()
+    nodes.running.clear()
+    return told
+
+
+async def answers(client: RawClient, layout: str) -> list[list[int]]:
     """Greedy tokens of all prompts at once, and then of one alone, beside whom other ranks have
     nothing to do."""
-    node = nodes.start(layout=layout, model=str(model), **SETTINGS)
-    client = await connect(node)
-    for number, prompt in enumerate(PROMPTS):
-        client.submit(number, prompt, max_tokens=NUM_TOKENS)
+    submit_all(client)
     await client.finish(*range(len(PROMPTS)))
     client.submit(len(PROMPTS), PROMPTS[1], max_tokens=NUM_TOKENS)
     await client.finish(len(PROMPTS))
     if "ep" in layout:
         await same_steps(client)
     await settled(client)
-    assert not audit(node)
-    nodes.end()
-    nodes.running.clear()
     return [client.tokens[number] for number in range(len(PROMPTS) + 1)]
+
+
+def submit_all(client: RawClient) -> None:
+    for number, prompt in enumerate(PROMPTS):
+        client.submit(number, prompt, max_tokens=NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +63,30 @@ def expected() -> list[list[int]]:
     return []
 
 
-@pytest.mark.parametrize("layout", ["1m:ep2", "1p:ep2,1d:ep2", "1m:tp2.ep2", "1m:pp2.ep2"])
-async def test_ranks_give_the_tokens_of_one_worker(
-    nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]], layout: str
-) -> None:
+async def told_by_one(
+    nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]]
+) -> list[list[int]]:
     if not expected:
         expected += await serve(nodes, connect, model, "1m")
         assert expected[-1] == expected[1]
-    assert await serve(nodes, connect, model, layout) == expected
+    return expected
+
+
+@pytest.mark.parametrize(
+    "layout", ["1p:ep2,1d:ep2", "1p:tp2,1d:tp2", "1p:pp2,1d:pp2", "1m:tp2.pp2"]
+)
+async def test_a_shape_gives_the_tokens_of_one_worker(
+    nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]], layout: str
+) -> None:
+    wanted = await told_by_one(nodes, connect, model, expected)
+    assert await serve(nodes, connect, model, layout) == wanted
 
 
 @pytest.mark.parametrize(
     ("layout", "victim", "phase"),
     [("1m:ep2", 1, "decode"), ("1m:tp2.ep2", 3, "follow"), ("1m:pp2.ep2", 3, "follow")],
 )
-async def test_a_rank_lost_in_a_pass_costs_no_token(
+async def test_ranks_give_the_tokens_of_one_worker_and_lose_none_with_one_of_them(
     nodes: Nodes,
     connect: Connect,
     model: Path,
@@ -75,30 +95,28 @@ async def test_a_rank_lost_in_a_pass_costs_no_token(
     victim: int,
     phase: str,
 ) -> None:
-    """It, or one that follows it: the other rank waits for it in a layer's exchange."""
-    if not expected:
-        expected += await serve(nodes, connect, model, "1m")
-    node = nodes.start(layout=layout, model=str(model), restart_delay=0.0, **SETTINGS)
+    """One node from its first token to its end: a rank, or one that follows it, is killed in a
+    pass, where the other rank waits for it in a layer's exchange; all come back and are stopped."""
+    wanted = await told_by_one(nodes, connect, model, expected)
+    settings = {**SETTINGS, "restart_delay": 0.0, "exit_grace_s": 3600.0}
+    node = nodes.start(layout=layout, model=str(model), **settings)
+    assert await answers(await connect(node), layout) == wanted
     client = await connect(node)
-    for number, prompt in enumerate(PROMPTS):
-        client.submit(number, prompt, max_tokens=NUM_TOKENS)
+    submit_all(client)
     await client.read_until(lambda: len(client.tokens) == len(PROMPTS))
     order = nodes.order("kill", victim, phase)
     await client.finish(*range(len(PROMPTS)))
-    assert [client.tokens[number] for number in range(len(PROMPTS))] == expected[:-1]
+    assert [client.tokens[number] for number in range(len(PROMPTS))] == wanted[:-1]
     assert not order.exists()
     num_workers = parse_layout(layout).num_workers
     ranks = workers_by_instance(await all_ready(client, restarts=num_workers))[0]
     assert [worker["restarts"] for worker in ranks] == [1] * num_workers
+    assert not audit(node)
+    await stopped_in_a_pass(node, await connect(node))
 
 
-@pytest.mark.parametrize("layout", ["1m:ep2", "1m:pp2.ep2"])
-async def test_ranks_that_are_told_to_stop_end_by_themselves(
-    nodes: Nodes, connect: Connect, model: Path, layout: str
-) -> None:
-    """One that stopped left the others in a pass, and they were killed when their time was over."""
-    node = nodes.start(layout=layout, model=str(model), exit_grace_s=3600.0, **SETTINGS)
-    client = await connect(node)
+async def stopped_in_a_pass(node: RunningNode, client: RawClient) -> None:
+    """Nobody is killed before an hour is over. One that stopped left the others in a pass."""
     client.submit(1, PROMPTS[0], max_tokens=200)
     await client.read_until(lambda: 1 in client.tokens)
     client.send(Stop(False))

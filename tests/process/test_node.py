@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nodeserve.wire.frames import HEADER, frame
-from nodeserve.wire.messages import TO_SERVER, Abort, Stop
+from nodeserve.wire.messages import TO_SERVER, Abort, Stop, ToServer
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
 from tests.patience import PATIENCE_S
@@ -125,7 +125,11 @@ async def test_a_client_that_never_reads_disturbs_nobody(nodes: Nodes, connect: 
 
 def _submits(client: RawClient, count: int) -> list[bytes]:
     frames: list[bytes] = []
-    client.send = lambda message: frames.append(frame(TO_SERVER.encode(message)))  # type: ignore[method-assign]
+
+    def keep(*messages: ToServer) -> None:
+        frames.extend(frame(TO_SERVER.encode(one)) for one in messages)
+
+    client.send = keep  # type: ignore[method-assign]
     for i in range(count):
         client.submit(i, [1], max_tokens=10, logprobs=5)
     return frames

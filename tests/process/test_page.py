@@ -3,23 +3,17 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from playwright.async_api import Browser, expect
 
-from tests.fakes.browser import chromium, needs_chromium, watched
+from tests.fakes.browser import browser, needs_chromium, watched
 from tests.fakes.gguf_writer import CHAT_TEMPLATE, gpt2_metadata, write_gguf
 from tests.process.conftest import Nodes, RunningNode, StartGateways
 
-pytestmark = [pytest.mark.slow, needs_chromium]
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as browser:
-        yield browser
+__all__ = ["browser"]  # a fixture
+pytestmark = [pytest.mark.slow, needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest.fixture

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
 from nodeserve.gateway.listen import Address
 from nodeserve.gateway.settings import GatewaySettings
-from tests.fakes.browser import VIEW, Watched, chromium, needs_chromium, watched
+from tests.fakes.browser import VIEW, Watched, browser, needs_chromium, watched
 from tests.fakes.gateway import gateway_on
 from tests.fakes.page_view import busy_view, idle_view, troubled_view
 from tests.fakes.server import FakeServer, endless, saying
-from tests.unit.conftest import server
+from tests.unit.conftest import text_server
 
-__all__ = ["server"]  # a fixture
-pytestmark = [pytest.mark.slow, needs_chromium]
+__all__ = ["browser"]  # a fixture
+pytestmark = [pytest.mark.slow, needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 ANYWHERE = Address("127.0.0.1", 0)
 CONTRAST = (Path(__file__).parents[1] / "fakes/contrast.js").read_text()
 ENOUGH = 4.5  # WCAG AA
@@ -38,21 +39,22 @@ FOCUS = "document.activeElement.id || document.activeElement.className"
 UNNAMED = """[...document.querySelectorAll('input, textarea, button')].filter(
   (one) => !one.labels?.length && !one.textContent).length"""
 KEY = "k€y-1"
+fixture = pytest_asyncio.fixture(loop_scope="module")  # where the browser is
 
 
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as browser:
-        yield browser
+@fixture
+async def server(tmp_path: Path) -> AsyncIterator[FakeServer]:
+    async with text_server(tmp_path) as server:
+        yield server
 
 
-@pytest.fixture
+@fixture
 async def url(server: FakeServer) -> AsyncIterator[str]:
     async with gateway_on(ANYWHERE, GatewaySettings(socket=str(server.path))) as address:
         yield str(address)
 
 
-@pytest.fixture
+@fixture
 async def seen(browser: Browser, url: str) -> AsyncIterator[Watched]:
     """The page of a busy node, on a desk in daylight. It did nothing wrong in the end."""
     async with watched(browser, url) as seen:

@@ -315,8 +315,7 @@ def test_a_size_that_another_member_cannot_capture_is_nobodys(runtime: FakeRunti
     executor.capture((1, 2, 4), lambda done, total: None, lambda name, _: name != "graph of 2")
     assert executor.graph_sizes == (1, 4)
     model.sizes.clear()
-    two = Batch([decode(sequence_of(n, n)) for n in (5, 6)], num_decodes=2)
-    executor.launch(two).result()
+    executor.launch(Batch([decode(sequence_of(n, n)) for n in (5, 6)], num_decodes=2)).result()
     assert model.sizes == [4]
 
 

@@ -12,11 +12,16 @@ from tests.fakes.gguf_writer import CHAT_TEMPLATE, gpt2_metadata, write_gguf
 from tests.fakes.server import FakeServer
 
 
+def text_server(folder: Path) -> FakeServer:
+    """One whose clients can chat."""
+    metadata = gpt2_metadata(**{"tokenizer.chat_template": CHAT_TEMPLATE})
+    tokenizer = write_gguf(folder / "model.gguf", metadata)
+    return FakeServer(folder / "socket", tokenizer=str(tokenizer))
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[FakeServer]:
-    metadata = gpt2_metadata(**{"tokenizer.chat_template": CHAT_TEMPLATE})
-    tokenizer = write_gguf(tmp_path / "model.gguf", metadata)
-    async with FakeServer(tmp_path / "socket", tokenizer=str(tokenizer)) as server:
+    async with text_server(tmp_path) as server:
         yield server
 
 

@@ -19,7 +19,8 @@ from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Ran
 from nodeserve.worker.lockstep import Board, Lockstep
-from nodeserve.worker.ranks import InStep
+from nodeserve.worker.ranks import NO_RANKS, InStep, ranks_of
+from tests.fakes.harness import default_spec
 from tests.patience import PATIENCE_S
 
 WORK = RankWork(prefill_tokens=10, attention=2.5, num_decodes=3, kv_tokens=40)
@@ -172,6 +173,16 @@ def test_no_pass_begins_once_a_rank_has_left(three: Ranks) -> None:
     with pytest.raises(ShuttingDown):
         second.enter(WORK)
     assert three.rung() == [] and not second.leave()
+
+
+def test_a_follower_takes_no_part_among_ranks() -> None:
+    """It would hear its leader's bell, which then did not: passes began a second late."""
+    with contextlib.ExitStack() as owner:
+        fds = make_lockstep(4)
+        owner.callback(fds.close)
+        team = {"ep": 2, "pp": 2, "board_fd": fds.board, "bell_fds": fds.bells}
+        found = [ranks_of(default_spec(rank=rank, **team)) for rank in range(4)]
+        assert [one is NO_RANKS for one in found] == [False, True, False, True]
 
 
 def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:

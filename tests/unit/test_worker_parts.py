@@ -1,6 +1,7 @@
 """The page pool and the handoff between two pools of one process."""
 
 import contextlib
+import gc
 import mmap
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from nodeserve.errors import ConfigError, HandoffFailed
 from nodeserve.wire.messages import pack_ids
 from nodeserve.worker import handoff
 from nodeserve.worker.contract import Landed, Ticket
+from nodeserve.worker.device import uncollected
 from nodeserve.worker.handoff import HostTransfer
 from nodeserve.worker.pages import make_pool, map_peer, num_blocks_in
 from tests.fakes.pages import whole_blocks
@@ -123,3 +125,11 @@ def test_a_wrong_ticket_is_refused(fd: int, wrong: Ticket) -> None:
     with attached(fd) as (transfer, _), pytest.raises(HandoffFailed):
         transfer.begin(wrong)
     assert not transfer.busy
+
+
+def test_nothing_is_collected_while_a_device_is_imported() -> None:
+    """Also where the import fails, collections go on afterwards."""
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
