@@ -4,6 +4,8 @@ Instances of every shape compute the prompts, each once. Then each decodes what 
 over, itself among them, in steps of all those sequences together.
 """
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ def of_shape(cases: Cases, shape: Shape) -> Cases:
 
 
 @pytest.fixture(scope="module")
-def prefilled(tmp_path_factory: pytest.TempPathFactory) -> Prefilled:
+def prefilled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefilled]:
     folder = tmp_path_factory.mktemp("pages")
     cases = {}
     for name, checkpoint in variants.checkpoints(tmp_path_factory.mktemp("tiny")).items():
@@ -50,7 +52,8 @@ def prefilled(tmp_path_factory: pytest.TempPathFactory) -> Prefilled:
     for shape in SPARSE:
         meeting, fitting = tmp_path_factory.mktemp("meeting"), of_shape(cases, shape)
         given[shape] = ranks.run(shape, meeting, handed_over.prefill, fitting, folder)
-    return Prefilled(folder, cases, expected, given)
+    yield Prefilled(folder, cases, expected, given)
+    shutil.rmtree(folder)  # 130 MB, which pytest would keep for three runs
 
 
 @pytest.mark.parametrize("name", NAMED)
