@@ -32,12 +32,7 @@ VOCAB, BLOCK, CONTEXT = 101, 16, 128
 MAX_TOKENS, MAX_SEQS, MAX_BLOCKS = 96, 6, CONTEXT // BLOCK
 SPARE = 63
 TENSORS = (
-    "token_ids",
-    "positions",
-    "query_starts",
-    "context_lens",
-    "block_table",
-    "logit_rows",
+    *("token_ids", "positions", "query_starts", "context_lens", "block_table", "logit_rows"),
 )
 
 
