@@ -364,7 +364,7 @@ def main() -> None:
     benches = [
         Bench(dtype, cpus[:count], repeats, smoke)
         for dtype in dtypes
-        for count in (1, 2)
+        for count in ((1,) if smoke else (1, 2))
         if count <= len(cpus)
     ]
     ceilings = [bench.ceilings(data) for bench in benches]

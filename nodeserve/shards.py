@@ -205,7 +205,8 @@ def check_fits(config: ModelConfig, shape: Shape) -> None:
             raise ModelError(
                 f"{name}{degree} does not fit a model of {limit} {what}: use {name}{limit} or less"
             )
-    num_experts = config.moe.num_experts if config.moe else 0
+    any_sparse = config.moe and any(map(config.is_sparse, range(config.num_layers)))
+    num_experts = config.moe.num_experts if config.moe and any_sparse else 0
     if 1 < shape.ep > num_experts:
         raise ModelError(
             f"ep{shape.ep} shares a layer's experts, of which this model has {num_experts}: use "

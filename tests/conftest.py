@@ -10,6 +10,7 @@ Bytecode is kept, also where the environment says not to: hundreds of processes 
 compiling our modules again takes each of them as long as all else that it imports.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -20,3 +21,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()

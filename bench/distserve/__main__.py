@@ -4,7 +4,8 @@
 
 First the simulator against measured runs on A100 and H200, then Figure 1, the end-to-end table
 (with the paper's shapes, and with the baselines in their best shapes), Figure 11 and search times.
-Needs the published data and says so where they are not. The last line is JSON.
+Needs the published data and says so where they are not. A full run is kept, and the tables of
+docs/distserve.md with it. The last line is JSON.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.distserve import ablation, endtoend, figure1, figures, tables, validate
+from bench.distserve import ablation, endtoend, figure1, figures, page, tables, validate
 from bench.distserve.cases import CASES
 from bench.distserve.data import missing
 from bench.distserve.endtoend import Result
@@ -50,6 +51,8 @@ def main() -> None:
     values["wall_s"] = round(time.perf_counter() - began_s, 1)
     if args.out:
         save(args.out, values)
+    if args.out == page.RESULT:
+        page.write()
     emit(values)
 
 

@@ -92,14 +92,8 @@ def compared(profile: Profile, slo: Slo, num_workers: int, args: argparse.Namesp
         # Forth and back, so that a machine that slows down slows both.
         for arm in waiting if turn % 2 == 0 else waiting[::-1]:
             source = Source("chat", divisor=args.divisor, seed=len(arm.bracket.runs))
-            result = live.run(duel, arm, source, args.model)
-            tally = result.report.tally
-            print(
-                f"    {arm.predicted.candidate.layout} at {result.rate:.2f}/s:"
-                f" {tally.num_good} of {tally.num_offered} in time",
-                file=sys.stderr,
-                flush=True,
-            )
+            live.run(duel, arm, source, args.model)
+            print(f"    {tables.run_words(arm)}", file=sys.stderr, flush=True)
         turn += 1
     print("\n".join(tables.lines(duel)), flush=True)
     return duel

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bench.goodput.bracket import Bracket
 from nodeserve.config import EngineConfig
+from nodeserve.layout import Shape
 from nodeserve.loadgen.limits import limits_of
 from nodeserve.loadgen.measure import Report
 from nodeserve.plan.efforts import EFFORTS
@@ -43,9 +44,13 @@ class Arm:
 class Duel:
     """Both kinds under one SLO."""
 
-    slo: Slo
+    question: Question
     verdict: Verdict
     arms: list[Arm]
+
+    @property
+    def slo(self) -> Slo:
+        return self.question.slo
 
     @property
     def title(self) -> str:
@@ -61,7 +66,7 @@ class Duel:
 
 def plan_duel(profile: Profile, source: Source, slo: Slo, num_workers: int) -> Duel:
     """ConfigError if a kind has no layout that serves."""
-    question = Question(profile, source, slo, num_workers, plain=True)
+    question = Question(profile, source, slo, num_workers, shapes=(Shape(),))
     with searching() as run:
         report = plan(question, EFFORTS["normal"], run)
         said = verdict(report)
@@ -71,4 +76,4 @@ def plan_duel(profile: Profile, source: Source, slo: Slo, num_workers: int) -> D
         for kind, one in zip(KINDS, found, strict=True)
         if one is not None and one.goodput > 0.0
     ]
-    return Duel(slo, said, arms)
+    return Duel(question, said, arms)

@@ -7,21 +7,49 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from bench.goodput.twin import Twin
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Tally, crossing, falling
 
 STEP = 1.15  # from a rate to the next while all attain, or none
 LEAST_RUNS = 4
-MOST_RUNS = 8
+MOST_RUNS = 6
 CLOSE = 0.2  # of the goodput: so wide may its interval be when enough is known
 NUM_DRAWS = 500
 BATCHES = 10  # that a run is cut into, to see how much its requests share
 
 
 class Run(NamedTuple):
-    """Which requests were good at a rate, in the order in which they were due."""
+    """Which requests were good at a rate, in the order in which they were due, and which of them in
+    the simulator; None: nobody asked it."""
 
     rate: float
     good: tuple[bool, ...]
+    twin: Twin | None = None
+
+    @property
+    def attained(self) -> float:
+        return sum(self.good) / len(self.good)
+
+    @property
+    def share(self) -> float:
+        """Attained, less what the draw did to it."""
+        luck = self.twin.luck if self.twin is not None else 0.0
+        return min(1.0, max(0.0, self.attained - luck))
+
+    @property
+    def surprises(self) -> list[int]:
+        """1 for a request that was good and should not have been, -1 for the reverse; what was
+        good, 1, where nobody knows what should have been."""
+        expected = self.twin.good if self.twin is not None else (False,) * len(self.good)
+        return [good - other for good, other in zip(self.good, expected, strict=True)]
+
+
+class Point(NamedTuple):
+    """What is known at a rate, of all its runs."""
+
+    rate: float
+    num_requests: float
+    share: float
 
 
 class Known(NamedTuple):
@@ -62,9 +90,9 @@ class Bracket:
             return highest * STEP
         return round(known.goodput, 3)
 
-    def add(self, rate: float, good: Sequence[bool]) -> None:
+    def add(self, rate: float, good: Sequence[bool], twin: Twin | None = None) -> None:
         """A run; runs at one rate count together."""
-        self.runs.append(Run(rate, tuple(good)))
+        self.runs.append(Run(rate, tuple(good), twin))
 
     @property
     def tallies(self) -> list[tuple[float, Tally]]:
@@ -78,14 +106,24 @@ class Bracket:
         ]
 
     @property
+    def points(self) -> list[Point]:
+        """By rate, less what the draws did."""
+        points = []
+        for rate, tally in self.tallies:
+            runs = [run for run in self.runs if run.rate == rate]
+            good = sum(len(run.good) * run.share for run in runs)
+            points.append(Point(rate, tally.num_offered, good / tally.num_offered))
+        return points
+
+    @property
     def curve(self) -> list[tuple[float, float]]:
-        """(Rate, attainment), by rate."""
-        return [(rate, tally.share) for rate, tally in self.tallies]
+        """(Rate, attainment), by rate, less what the draws did."""
+        return [(rate, share) for rate, _, share in self.points]
 
     @property
     def goodput(self) -> float:
         """Requests a second; 0 where no rate attains the goal, the highest rate where all do."""
-        return crossing(falling(self.tallies)) or 0.0
+        return crossing(_line(self.points)) or 0.0
 
     @property
     def bracketed(self) -> bool:
@@ -105,33 +143,40 @@ class Bracket:
         by Jeffreys' rule, of as many requests as would say as much if they were independent, and
         the line through the shares is asked where it crosses the goal."""
         rng, alike = random.Random(seed), clumping(self.runs)
-        counted = [(rate, one.num_offered / alike, one.share) for rate, one in self.tallies]
-        return [_drawn(rng, counted) for _ in range(NUM_DRAWS)]
+        points = [point._replace(num_requests=point.num_requests / alike) for point in self.points]
+        return [_drawn(rng, points) for _ in range(NUM_DRAWS)]
 
 
-def _drawn(rng: random.Random, counted: Sequence[tuple[float, float, float]]) -> float:
-    shares = []
-    for rate, num, share in counted:
-        drawn = rng.betavariate(num * share + 0.5, num * (1.0 - share) + 0.5)
-        weight = round(1000 * num)  # in parts of a request, so that any share can be counted
-        shares.append((rate, Tally(weight, round(weight * drawn))))
-    line = falling(shares)
+def _drawn(rng: random.Random, points: Sequence[Point]) -> float:
+    drawn = []
+    for _, num, share in points:
+        drawn.append(rng.betavariate(num * share + 0.5, num * (1.0 - share) + 0.5))
+    line = _line([point._replace(share=one) for point, one in zip(points, drawn, strict=True)])
     return math.inf if line[-1][1] >= GOAL else crossing(line) or 0.0
+
+
+def _line(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """(Rate, share), never rising with the rate."""
+    weights = [
+        (point, round(1000 * point.num_requests)) for point in points
+    ]  # shares are no counts
+    return falling((point.rate, Tally(num, round(num * point.share))) for point, num in weights)
 
 
 def clumping(runs: Sequence[Run]) -> float:
     """How many requests say as much as one independent one, 1 at least: requests of a run share its
-    queues, so misses come together. By how much more the shares of a run's tenths differ than they
-    would by chance, over all runs."""
+    queues, so misses come together. By how much more the surprises of a run's tenths differ than
+    its shares would by chance, over all runs."""
     seen = by_chance = 0.0
     for run in runs:
         size = len(run.good) // BATCHES
         if size == 0:
             continue
-        parts = [run.good[place * size : (place + 1) * size] for place in range(BATCHES)]
-        shares = [sum(part) / size for part in parts]
-        mean = sum(shares) / BATCHES
-        seen += size * sum((share - mean) ** 2 for share in shares)
+        used = BATCHES * size
+        parts = [run.surprises[place : place + size] for place in range(0, used, size)]
+        middle = sum(map(sum, parts)) / used
+        seen += size * sum((sum(part) / size - middle) ** 2 for part in parts)
+        mean = sum(run.good[:used]) / used
         by_chance += (BATCHES - 1) * mean * (1.0 - mean)
     return max(1.0, seen / by_chance) if by_chance else 1.0
 

@@ -4,6 +4,7 @@ import asyncio
 import sys
 
 from bench.goodput.arms import Arm, Duel
+from bench.goodput.twin import twin_of
 from bench.nodes import running
 from bench.others import foreign_share, spent
 from nodeserve.loadgen.bench import Bench, BenchOptions, Result
@@ -15,7 +16,7 @@ from nodeserve.loadgen.targets import TargetOptions
 from nodeserve.plan.goodput import Slo
 from nodeserve.plan.requests import Requests, Source
 
-SECONDS = 30.0  # of arrivals that count
+SECONDS = 40.0  # of arrivals that count
 SETTLE_S = 5.0  # before them
 LEAST_REQUESTS = 150
 DRAIN_S = 60.0
@@ -34,7 +35,8 @@ def run(duel: Duel, arm: Arm, source: Source, model: str | None) -> Result:
     assert rate is not None
     with running(duel.config(arm, model)) as socket:
         result, foreign = asyncio.run(_drive(str(socket), source, duel, rate))
-    arm.bracket.add(rate, good_of(result, duel.slo))
+    twin = twin_of(duel.question, arm.predicted.candidate, rate, result.arrivals, SETTLE_S)
+    arm.bracket.add(rate, good_of(result, duel.slo), twin)
     arm.reports[rate] = result.report
     arm.foreign = max(arm.foreign, foreign)
     return result

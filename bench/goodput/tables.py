@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.goodput.arms import Arm, Duel
-from bench.goodput.bracket import CLOSE, surely_best
+from bench.goodput.bracket import CLOSE, Run, surely_best
 from bench.window.picture import Axis, Panel, ceiling_for, draw
 from nodeserve.plan.goodput import GOAL, Tally
 
@@ -66,6 +66,16 @@ def _live(arm: Arm) -> str:
     low = f"{known.low:.2f}" if known.low > 0.0 else "?"
     high = f"{known.high:.2f}" if math.isfinite(known.high) else "?"
     return f"{known.goodput:.2f} ({low} to {high})"
+
+
+def run_words(arm: Arm) -> str:
+    """The last run of an arm."""
+    run = arm.bracket.runs[-1]
+    words = f"{arm.predicted.candidate.layout} at {run.rate:.2f}/s: {run.attained:.1%} in time"
+    if run.twin is not None:
+        simulated = f"{run.twin.share:.1%} simulated, {run.twin.usual:.1%} usually"
+        words += f", {run.share:.1%} but for the draw ({simulated})"
+    return words
 
 
 HEAD = (
@@ -139,8 +149,18 @@ def _arm_values(arm: Arm) -> dict[str, object]:
         "live_low": round(known.low, 3) or None,
         "live_high": round(known.high, 3) if math.isfinite(known.high) else None,
         "curve": _curve(arm.bracket.tallies),
+        "runs": [_run_values(run) for run in arm.bracket.runs],
         "most_foreign": round(arm.foreign, 4),
     }
+
+
+def _run_values(run: Run) -> dict[str, float]:
+    """Of one live run, as shares: attained, and what the same requests attain in the simulator, and
+    others usually there."""
+    values = {"rate": run.rate, "attained": run.attained}
+    if run.twin is not None:
+        values |= {"simulated": run.twin.share, "simulated_usually": run.twin.usual}
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 def _curve(tallies: Iterable[tuple[float, Tally]]) -> list[list[float]]:

@@ -17,7 +17,8 @@ from nodeserve.cli.plan_figure import check_drawing, draw
 from nodeserve.cli.show import show_table
 from nodeserve.cli.simulate import plain_table
 from nodeserve.cli.sources import dropped_words, source_of, source_options, source_words
-from nodeserve.config import parse_slo
+from nodeserve.cli.startable import fits, holds, knows_teams, startable, whole_worker
+from nodeserve.config import EngineConfig, ModelConfig, parse_slo
 from nodeserve.coordinator.placement import choose_context
 from nodeserve.errors import ConfigError, ModelError
 from nodeserve.plan.affinity import Placement, place
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("search", "high", "low")
 LOOK = 1000  # requests whose statistics are told
+UNTRIED = "instances of several GPUs have not run on real ones yet (docs/gpu.md)"
 MIN_TRACE = 100  # requests: with fewer, a share of them says little
 
 
@@ -59,7 +61,7 @@ MIN_TRACE = 100  # requests: with fewer, a share of them says little
 )
 @click.option("--rate", type=float, help="Requests a second that high and low have to serve.")
 @click.option("--ep", "eps", default="1", show_default=True, help="Expert parallel degrees: 4,8.")
-@click.option("--startable", is_flag=True, help="Only instances of one GPU, or one rank.")
+@click.option("--startable", is_flag=True, help="Only shapes that `start` can start of MODEL.")
 @click.option("--measured", is_flag=True, help="Only shapes that the profile has measured.")
 @click.option("--goal", type=float, default=0.9, show_default=True, help="Share to be in time.")
 @click.option("--effort", type=click.Choice(tuple(EFFORTS)), default="normal", show_default=True)
@@ -76,9 +78,12 @@ def plan(
     Layouts are simulated with the policy of the real engine; nothing is started. MODEL only goes
     into the command that is printed; where it lies here, requests are those that its context holds.
     """
-    named = Named(model, options["profile"], readable_context(model))
+    config = readable_config(model)
+    named = Named(model, options["profile"], config.max_position if config else None)
     # The default model stands for any: it only makes the command shorter.
     question = within(question_of(options), named.own_context if model else None)
+    if options["startable"]:
+        question = only_startable(question, config)
     check_together(options, figure)
     check_requests(question)
     prepare_places(figure, None)
@@ -126,7 +131,6 @@ def question_of(options: dict[str, Any]) -> Question:
         slo=slo_of(options["slo"], source),
         num_gpus=options["num_gpus"],
         eps=eps_of(options["eps"]),
-        plain=options["startable"],
         goal=goal,
         seed=options["seed"],
         noise=noise,
@@ -135,12 +139,24 @@ def question_of(options: dict[str, Any]) -> Question:
     )
 
 
-def readable_context(model: str | None) -> int | None:
-    """The tokens that a model takes, if it lies here: nothing is fetched for a plan."""
+def only_startable(question: Question, model: ModelConfig | None) -> Question:
+    """With shapes that the command to print can start; said on stderr which ones it cannot. Whether
+    a model that does not lie here fits them nobody knows."""
+    profile = question.model.within(question.context, None)
+    checks = [whole_worker, holds(question.context, EngineConfig().block_size)]
+    checks += [knows_teams(profile), *([fits(model)] if model else [])]
+    found = startable(profile, question.num_gpus, question.eps, checks)
+    for note in found.notes():
+        click.echo(note, err=True)
+    return replace(question, model=profile, shapes=found.shapes)
+
+
+def readable_config(model: str | None) -> ModelConfig | None:
+    """What a model is made of, if it lies here: nothing is fetched for a plan."""
     if model is not None and not Path(model).expanduser().exists():
         return None
     try:
-        return resolve_checkpoint(model, "dummy").config.max_position
+        return resolve_checkpoint(model, "dummy").config
     except ModelError:
         return None
 
@@ -174,8 +190,6 @@ def check_together(options: dict[str, Any], figure: Path | None) -> None:
     searches = options["algorithm"] == "search"
     if searches and options["rate"] is not None:
         raise ConfigError("--rate is for --algorithm high and low: search uses all GPUs given")
-    if options["startable"] and options["eps"] != "1":
-        raise ConfigError("--startable leaves out what --ep asks for: give one of them")
     if figure is not None:
         if not searches:
             raise ConfigError("--figure draws the finalists of --algorithm search: leave it out")
@@ -284,7 +298,7 @@ def show_command(one: Estimate, question: Question, named: Named) -> None:
     if "--device sim" in command:
         click.echo("the profile does not say what a rank is made of; simulated, it starts by")
     elif ":" in one.candidate.layout:
-        click.echo("instances of several GPUs have not run on real ones yet (docs/gpu.md):")
+        click.echo(f"{UNTRIED}:")
     click.echo(command)
 
 

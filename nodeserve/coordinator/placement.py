@@ -12,10 +12,10 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, Simulated
 from nodeserve.config_readers import MODEL_IMPLS
 from nodeserve.coordinator.copies import choose_counts
+from nodeserve.coordinator.needs import DTYPE_BYTES, dtype_of, needs_of
 from nodeserve.coordinator.places import (
     Place,
     check_shapes,
-    largest_part,
     place_on_cpus,
     place_on_gpus,
     place_simulated,
@@ -40,7 +40,6 @@ from nodeserve.profile_store import path_of, profile_or_family
 from nodeserve.types import Role
 from nodeserve.weight_files import check_weight_files
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core computes at its full rate from about 64 rows on, so a larger prefill step only makes
 # the first of its prompts wait for the last (bench/LOG.md has the numbers).
 CPU_BATCHED_TOKENS = 128
@@ -93,21 +92,16 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     on_gpus = config.device != "cpu" and gpus.usable
     foreign = foreign_notes(checkpoint.config, on_gpus)
     layout, places, notes = place_on_gpus(config, gpus) if on_gpus else place_on_cpus(config, gpus)
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     max_num_seqs = config.max_num_seqs or (GPU_NUM_SEQS if on_gpus else CPU_NUM_SEQS)
     max_model_len = choose_context(config.max_model_len, checkpoint.config.max_position)
     budget = choose_budget(config, max_num_seqs, fills_step(layout, on_gpus))
     check_shapes(layout, checkpoint.config)
     counts = choose_counts(config, checkpoint.config, layout)
-    parts = [
-        largest_part(checkpoint.config, group.shape, config.redundant_experts)
-        for group in layout.groups
+    needs = [
+        needs_of(config, checkpoint.config, group.shape, max_model_len) for group in layout.groups
     ]
-    token_bytes = max(part.kv_bytes_per_token(DTYPE_BYTES[dtype]) for part in parts)
-    block_bytes = token_bytes * config.block_size
-    least = block_bytes * (blocks_for(max_model_len, config.block_size) + 1)
+    weight_bytes, least = map(max, zip(*needs, strict=True))
     check_kv_memory(config.kv_memory, least)
-    weight_bytes = max(part.num_weights for part in parts) * DTYPE_BYTES[dtype]
     if on_gpus:
         check_gpus([place.gpus[0] for place in places], gpus.found, weight_bytes + least)
     if checkpoint.kind == "safetensors":
@@ -115,7 +109,7 @@ def resolve(config: EngineConfig, checkpoint: Checkpoint, gpus: Gpus) -> Plan:
     resolved = replace(
         config,
         device="cuda" if on_gpus else "cpu",
-        dtype=dtype,
+        dtype=dtype_of(config),
         layout=str(layout),
         served_model_name=config.served_model_name or checkpoint.served_name,
     )

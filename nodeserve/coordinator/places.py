@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from nodeserve.config import EngineConfig, ModelConfig
+from nodeserve.config import EngineConfig, ModelConfig, MoeConfig
 from nodeserve.errors import ConfigError, ModelError
 from nodeserve.gpus import Gpus
 from nodeserve.layout import Layout, Shape, check_devices, parse_gpus, parse_layout
@@ -136,15 +136,36 @@ def check_shapes(layout: Layout, model: ModelConfig) -> None:
             raise ConfigError(f"layout {layout}: {problem}") from None
 
 
-def largest_part(model: ModelConfig, shape: Shape, redundant_experts: int = 0) -> ModelConfig:
-    """What a worker of such an instance has at most of a model: in layers, heads, widths, and in
-    experts of a layer, of which so many are there twice."""
-    moe = model.moe
-    if moe is not None and shape.ep > 1:
-        moe = replace(moe, num_experts=-(-(moe.num_experts + redundant_experts) // shape.ep))
-    shards = [Shard(model, ShardPlace.of(shape, rank)) for rank in range(shape.team_size)]
-    parts = [replace(one.config, num_layers=len(one.layers), moe=moe) for one in shards]
-    return max(parts, key=lambda part: (part.kv_bytes_per_token(1), part.num_weights))
+def parts_of(
+    model: ModelConfig, shape: Shape, redundant_experts: int = 0
+) -> tuple[ModelConfig, ...]:
+    """What each worker of a team of such an instance has of a model, as a model of its own: layers,
+    heads, widths, words, and of a layer's experts, of which so many are there twice, the most that
+    a rank may have."""
+    shards = (Shard(model, ShardPlace.of(shape, rank)) for rank in range(shape.team_size))
+    return tuple(_part(shard, redundant_experts) for shard in shards)
+
+
+def _part(shard: Shard, redundant_experts: int) -> ModelConfig:
+    model, place = shard.whole, shard.place
+    return replace(
+        shard.config,
+        num_layers=len(shard.layers),
+        vocab_size=shard.vocab_rows if place.is_first else 0,
+        moe=None if model.moe is None else _moe_part(model.moe, shard, redundant_experts),
+    )
+
+
+def _moe_part(moe: MoeConfig, shard: Shard, redundant_experts: int) -> MoeConfig:
+    ep, layers = shard.place.ep, shard.layers
+    num_slots = moe.num_experts + (redundant_experts if ep > 1 else 0)
+    return replace(
+        moe,
+        num_experts=-(-num_slots // ep),
+        intermediate_size=len(shard.inner(moe.intermediate_size)),
+        shared_intermediate_size=len(shard.inner(moe.shared_intermediate_size)),
+        dense_layers=tuple(one - layers.start for one in moe.dense_layers if one in layers),
+    )
 
 
 def share_cores(

@@ -120,7 +120,10 @@ def _meet(store: Store, rank: int, size: int, num_bytes: int) -> mmap.mmap:
     """The memory that all ranks map."""
     if rank:
         where = store.get("memory").decode()
-        descriptor = os.open(where, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(where, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:  # it ended meanwhile
+            raise _unreachable(error) from None
     else:
         descriptor = os.memfd_create("nodeserve-group", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, num_bytes)
@@ -136,5 +139,9 @@ def _meet(store: Store, rank: int, size: int, num_bytes: int) -> mmap.mmap:
 def _typed(error: RuntimeError | ValueError) -> WorkerLost | TeamError:
     """Of somebody who does not come, or who says another amount than we do."""
     if isinstance(error, RuntimeError):
-        return WorkerLost(f"a worker of this instance cannot be reached: {error}")
+        return _unreachable(error)
     return TeamError(f"workers of this instance compute different steps: {error}")
+
+
+def _unreachable(error: Exception) -> WorkerLost:
+    return WorkerLost(f"a worker of this instance cannot be reached: {error}")

@@ -7,7 +7,7 @@ time (`neighbours`).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import gcd
@@ -47,17 +47,15 @@ class Kind(NamedTuple):
 
 
 def kinds_of(
-    model: Profile | Family, num_gpus: int, eps: Sequence[int] = (1,), plain: bool = False
+    model: Profile | Family,
+    num_gpus: int,
+    eps: Sequence[int] = (1,),
+    shapes: Collection[Shape] | None = None,
 ) -> list[Kind]:
-    """Shapes that fit so many GPUs, small ones first. `eps` are the expert parallel degrees to try,
-    where the model does not say its own; `plain` leaves out shapes of several GPUs. ConfigError if
-    there is none."""
-    if isinstance(model, Family):
-        ranks = model.ranks
-        if plain:
-            ranks = {shape: profile for shape, profile in ranks.items() if shape == Shape()}
-    else:
-        ranks = {Shape(): model} if plain else _shapes_of(model, num_gpus, eps)
+    """Shapes that fit so many GPUs, small ones first; of `shapes` alone, if given. `eps` are the
+    expert parallel degrees to try, where the model does not say its own. ConfigError if there is
+    none."""
+    ranks = model.ranks if isinstance(model, Family) else _shapes_of(model, num_gpus, eps)
     kinds = [
         Kind(replace(shape, ep=ep), profile, profile.num_gpus * ep)
         for shape, profile in ranks.items()
@@ -65,15 +63,16 @@ def kinds_of(
         if profile.num_gpus * ep <= num_gpus
     ]
     if not kinds:
-        sizes = [
+        least = min(
             profile.num_gpus * (min(eps) if shape.ep == 1 else shape.ep)
             for shape, profile in ranks.items()
-        ]
-        least = min(sizes, default=0)
-        if not least:
-            raise ConfigError(f"{model.name} has no shape of one GPU, and no others were asked for")
+        )
         raise ConfigError(f"{model.name} needs {least} GPUs or more, {num_gpus} given")
-    return sorted(kinds, key=lambda kind: (kind.num_gpus, kind.shape.pp))
+    chosen = [kind for kind in kinds if shapes is None or kind.shape in shapes]
+    if not chosen:
+        known = ", ".join(str(kind.shape) or "one worker" for kind in kinds)
+        raise ConfigError(f"{model.name} has none of the shapes asked for: it has {known}")
+    return sorted(chosen, key=lambda kind: (kind.num_gpus, kind.shape.pp))
 
 
 def _any_ep(model: Profile | Family) -> bool:
@@ -94,7 +93,7 @@ def _shapes_of(model: Profile, num_gpus: int, eps: Sequence[int]) -> dict[Shape,
         eps = [degree for degree in DEGREES if degree <= anatomy.num_experts]
     for tp, pp, ep in product(DEGREES, STAGES, eps):
         shape = Shape(tp, pp, ep)
-        if model.num_gpus * shape.num_workers > num_gpus or (ep > 1 and pp > 1):
+        if model.num_gpus * shape.num_workers > num_gpus:
             continue
         with contextlib.suppress(ConfigError):  # no room, or too few layers
             found[shape] = model.of(shape)

@@ -56,7 +56,7 @@ class Estimator:
 
     def __post_init__(self) -> None:
         question = self.question
-        self.kinds = kinds_of(question.model, question.num_gpus, question.eps, question.plain)
+        self.kinds = kinds_of(question.model, question.num_gpus, question.eps, question.shapes)
         self.demand = demand_of(question.lengths())
         self._stay_s = stay_s(question, self.demand.output + 1.0)
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from math import ceil
 
 from nodeserve.errors import ConfigError
+from nodeserve.layout import Shape
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.goodput import CONFIDENCE, GOAL, Slo, Tally
 from nodeserve.plan.records import Arrival, Scenario, Served
@@ -38,7 +39,7 @@ class Question:
     slo: Slo
     num_gpus: int
     eps: tuple[int, ...] = (1,)  # expert parallel degrees to try
-    plain: bool = False  # only what `nodeserve start` can start
+    shapes: tuple[Shape, ...] | None = None  # that instances may have; None: every one known
     goal: float = GOAL
     confidence: float = CONFIDENCE
     seed: int = 0

@@ -67,18 +67,18 @@ def spread_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> fl
 
 
 def errors_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> Errors | None:
-    """Of passes of the same experiment and about the same work, between powers of two, together;
-    None without any."""
+    """Of alike passes together; None without any."""
+    off = [abs(median(_off(one, cost, gap_s) for one in group)) for group in alike(passes)]
+    return Errors(fmean(off), max(off), len(off)) if off else None
+
+
+def alike(passes: Sequence[Timed]) -> list[list[Timed]]:
+    """Passes of the same experiment and about the same work, between powers of two, together."""
     groups: dict[tuple[str, int, int], list[Timed]] = {}
     for one in passes:
-        alike = one.work.prefill_tokens.bit_length(), one.work.num_decodes.bit_length()
-        groups.setdefault((one.group, *alike), []).append(one)
-    if not groups:
-        return None
-    off = []
-    for group in groups.values():
-        off.append(abs(median(_off(one, cost, gap_s) for one in group)))
-    return Errors(fmean(off), max(off), len(off))
+        sizes = one.work.prefill_tokens.bit_length(), one.work.num_decodes.bit_length()
+        groups.setdefault((one.group, *sizes), []).append(one)
+    return list(groups.values())
 
 
 def _off(one: Timed, cost: StepCost, gap_s: float) -> float:

@@ -50,6 +50,16 @@ class Profile:
         """Bytes of a token in the pages of each worker, where this is a rank of that shape."""
         return -(-self.kv_bytes_per_token // shape.team_size)
 
+    def within(self, context: int, kv_memory: int | None, team_size: int = 1) -> "Profile":
+        """With requests of so many tokens at most, and in each of a rank's workers so many bytes of
+        pages; None: as many as there are."""
+        shorter = replace(self, max_model_len=context)
+        if kv_memory is None:
+            return shorter
+        num_tokens = kv_memory * team_size // self.kv_bytes_per_token
+        anatomy = self.anatomy and replace(self.anatomy, fixed_pool=True)
+        return replace(shorter, num_kv_tokens=num_tokens, anatomy=anatomy)
+
     def of(self, shape: Shape) -> "Profile":
         """Of a rank of an instance of this shape, by the formulas of shapes.py: of one worker, or
         of ranks without experts, that is this. ConfigError where the formulas know too little, or
@@ -111,6 +121,15 @@ class Family:
         """The profiles by shape; of spread ones the number of ranks is part of it."""
         plain = {Shape(tp, pp): profile for (tp, pp), profile in self.shapes.items()}
         return plain | {Shape(ep=ep): profile for ep, profile in self.spread.items()}
+
+    def within(self, context: int, kv_memory: int | None) -> "Family":
+        """Of requests of so many tokens at most, see Profile."""
+        shapes = {
+            (tp, pp): one.within(context, kv_memory, tp * pp)
+            for (tp, pp), one in self.shapes.items()
+        }
+        spread = {ep: one.within(context, kv_memory) for ep, one in self.spread.items()}
+        return replace(self, shapes=shapes, spread=spread)
 
     def of(self, shape: Shape) -> Profile:
         """ConfigError names the shapes there are; others do not hold the model, or nobody measured

@@ -5,7 +5,8 @@ activations, links of B bytes a second and a latency of `hop` between two worker
 
     tpN  products, attention and the weights' reading: an N-th; K and V heads that are fewer than N
          are read whole by each. Two all-reduces a layer, each by recursive halving and doubling:
-         2 log2(N) hop + 2 (N-1)/N n h / (REDUCED B)
+         2 log2(N) hop + 2 (N-1)/N n h / (REDUCED B); in shared memory, where each worker writes its
+         rows and reads all (csrc/group/meeting.h), (N+1)/3 of what two need
     ppN  a pass through all stages takes as long as one worker's, and N hops: N-1 times the tokens
          to the next stage, once the rows of those that get a token back to the first. It holds each
          stage for an N-th of that (pipeline.py says what passes behind each other do).
@@ -98,7 +99,7 @@ class Alone:
         anatomy, tp, pp, ep = self.anatomy, shape.tp, shape.pp, shape.ep
         row_s = anatomy.row_bytes / self.link_bytes_per_s
         reduces = 2 * anatomy.num_layers if tp > 1 else 0
-        token_s = reduces * 2.0 * (tp - 1) / tp * row_s / REDUCED
+        token_s = reduces * self._row_sum_s(tp)
         num_hops = reduces * 2.0 * math.log2(tp)
         if ep > 1 and anatomy.num_experts:
             exchanges = 2 * anatomy.num_sparse_layers
@@ -108,3 +109,10 @@ class Alone:
         token_s += max(0, sends - 1) * row_s
         back_s = row_s if sends else 0.0
         return token_s, token_s + back_s, (num_hops + sends) * anatomy.hop_s
+
+    def _row_sum_s(self, tp: int) -> float:
+        """Of one token's row in an all-reduce, beside its latency."""
+        anatomy = self.anatomy
+        if anatomy.sum_bytes_per_s:
+            return (tp + 1) / 3 * anatomy.row_bytes / anatomy.sum_bytes_per_s
+        return 2.0 * (tp - 1) / tp * anatomy.row_bytes / (REDUCED * self.link_bytes_per_s)

@@ -27,6 +27,8 @@ class Anatomy:
     num_sparse_layers: int = 0
     hop_s: float = HOP_S  # latency between two workers
     fixed_pool: bool = False  # pages have a size of their own; else what weights leave of a device
+    # Of a sum of two workers in memory that they share; 0: over links, or nobody measured it.
+    sum_bytes_per_s: float = 0.0
 
     def worker_weight_bytes(self, shape: Shape) -> float:
         """Of the worker that has most: one of the first stage. What tensor parallelism copies

@@ -39,7 +39,7 @@ Tell = Callable[[str], None]
 
 
 class Experiment(NamedTuple):
-    """`batch` requests a worker, at once."""
+    """`batch` requests an instance, at once."""
 
     name: str
     batch: int
@@ -93,13 +93,14 @@ def experiments(
     return found
 
 
-async def measure_passes(node: Node, num_workers: int, tell: Tell) -> Measured:
-    """All experiments, on all workers at once, until their times are sure."""
+async def measure_passes(node: Node, num_instances: int, tell: Tell, every: int = 1) -> Measured:
+    """All experiments, or every so-manieth, on all instances at once, until their times are
+    sure."""
     plan = node.plan
     planned = experiments(
         plan.max_num_batched_tokens, plan.max_num_seqs, plan.max_model_len, node.num_kv_tokens
-    )
-    await _send(node, num_workers, Experiment("warm", 2, SHORT, WRITTEN, held_out=False))
+    )[::every]
+    await _send(node, num_instances, Experiment("warm", 2, SHORT, WRITTEN, held_out=False))
     node.heard()
     runs: dict[Experiment, list[Run]] = {one: [] for one in planned}
     for number in range(1, MOST_RUNS + 1):
@@ -108,7 +109,7 @@ async def measure_passes(node: Node, num_workers: int, tell: Tell) -> Measured:
             tell(f"round {number}, {place} of {len(unsure)}: {experiment.name}")
             timings: list[Timings] = []
             for _ in range(REPEATS if experiment.output == 1 else 1):
-                timings += await _send(node, num_workers, experiment)
+                timings += await _send(node, num_instances, experiment)
             steps, _ = node.heard()
             runs[experiment].append(run_of(steps, timings, experiment))
     kept = {one: undisturbed(found) for one, found in runs.items()}
@@ -155,8 +156,8 @@ async def measure_handoffs(
     return fit, held
 
 
-async def _send(node: Node, num_workers: int, experiment: Experiment) -> list[Timings]:
-    """The experiment's requests on every worker, until all have ended."""
+async def _send(node: Node, num_instances: int, experiment: Experiment) -> list[Timings]:
+    """The experiment's requests on every instance, until all have ended."""
 
     async def one(number: int) -> Timings:
         # Ids that differ, so that no prefix is shared.
@@ -167,7 +168,7 @@ async def _send(node: Node, num_workers: int, experiment: Experiment) -> list[Ti
         return answer.timings
 
     calls: Sequence[Awaitable[Timings]] = [
-        one(number) for number in range(experiment.batch * num_workers)
+        one(number) for number in range(experiment.batch * num_instances)
     ]
     return await asyncio.gather(*calls)
 

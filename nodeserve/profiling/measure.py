@@ -6,18 +6,22 @@ from statistics import fmean, median
 
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig
-from nodeserve.coordinator.placement import DTYPE_BYTES
+from nodeserve.coordinator.needs import DTYPE_BYTES, dtype_of
 from nodeserve.coordinator.server import OnEvent
+from nodeserve.errors import ConfigError, ModelError
 from nodeserve.gpus import Gpus
 from nodeserve.plan.fit import Errors, errors_of, fit_cost, spread_of
+from nodeserve.plan.fit_team import PAIR, fit_team
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.sizes import Anatomy, anatomy_of
 from nodeserve.profiling.experiments import Measured, Tell, measure_handoffs, measure_passes
 from nodeserve.profiling.node import Node, with_node
+from nodeserve.shards import check_fits
 
 # Between two processes with a core each, in memory: half of what an all-reduce of one row takes
-# with two, by `make bench-step` (docs/instances.md).
+# with two, by `make bench-step` (docs/instances.md), where no team is measured.
 CPU_HOP_S = 1.2e-6
+TEAM_EVERY = 3  # experiments: two numbers are wanted
 UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
 
 
@@ -29,6 +33,7 @@ class Result:
     prefill: Errors | None
     decode: Errors | None
     handoff: Errors | None
+    team: Errors | None  # passes of two CPU workers together
     num_passes: int
 
     def noted(self) -> dict[str, object]:
@@ -39,6 +44,7 @@ class Result:
                 ("prefill", self.prefill),
                 ("decode", self.decode),
                 ("handoff", self.handoff),
+                ("team", self.team),
             )
         }
 
@@ -52,7 +58,8 @@ def measure_profile(
     on_event: OnEvent,
     tell: Tell,
 ) -> Result:
-    """Run `num_workers` mixed workers, then a pair with a handoff between them if there are two."""
+    """Run `num_workers` mixed workers, then a pair with a handoff between them if there are two,
+    then teams of two."""
     mixed = replace(config, layout=f"{num_workers}m")
 
     async def passes(node: Node) -> tuple[Measured, Profile]:
@@ -60,7 +67,7 @@ def measure_profile(
         return measured, _profile(node, name, measured)
 
     measured, profile = with_node(mixed, checkpoint, gpus, on_event, passes)
-    handoff = None
+    handoff, team = None, None
     if num_workers > 1:
         pair = replace(config, layout=f"1p{num_workers - 1}d")
         pulls, held = with_node(
@@ -71,7 +78,31 @@ def measure_profile(
             profile, handoff_bytes_per_s=rate, anatomy=anatomy_here(checkpoint.config, config, gpus)
         )
         handoff = handoff_errors(held, rate)
-    return _result(profile, measured, handoff)
+    if makes_teams(checkpoint.config, profile, num_workers):
+        together = with_node(
+            replace(config, layout=f"{num_workers // 2}m:{PAIR}"),
+            checkpoint,
+            gpus,
+            on_event,
+            lambda node: measure_passes(node, num_workers // 2, tell, every=TEAM_EVERY),
+        )
+        anatomy = fit_team(profile, together.fit, together.gap_s)
+        profile = replace(profile, anatomy=anatomy)
+        team = errors_of(together.held_out, profile.of(PAIR).cost, together.gap_s)
+    return _result(profile, measured, handoff, team)
+
+
+def makes_teams(model: ModelConfig, profile: Profile, num_workers: int) -> bool:
+    """Whether what CPU workers tell each other can be measured with as many cores for each as they
+    had alone. GPUs have their links, and tables."""
+    if num_workers % 2 or profile.anatomy is None or not profile.anatomy.fixed_pool:
+        return False
+    try:
+        check_fits(model, PAIR)
+        profile.of(PAIR)
+    except (ModelError, ConfigError):
+        return False
+    return True
 
 
 def _profile(node: Node, name: str, measured: Measured) -> Profile:
@@ -99,14 +130,16 @@ def anatomy_here(model: ModelConfig, config: EngineConfig, gpus: Gpus) -> Anatom
     that run on one worker an instance."""
     if model.foreign is not None:
         return None
-    dtype_bytes = DTYPE_BYTES["bfloat16" if config.dtype == "auto" else config.dtype]
+    dtype_bytes = DTYPE_BYTES[dtype_of(config)]
     value_bytes = 1 if model.fp8_block else dtype_bytes
     if config.device != "cpu" and gpus.usable:
         return anatomy_of(model, value_bytes, dtype_bytes)
     return anatomy_of(model, value_bytes, 4, CPU_HOP_S, fixed_pool=True)  # sums are of float32
 
 
-def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Result:
+def _result(
+    profile: Profile, measured: Measured, handoff: Errors | None, team: Errors | None
+) -> Result:
     def errors(prefill: bool) -> Errors | None:
         chosen = [one for one in measured.held_out if bool(one.work.prefill_tokens) is prefill]
         return errors_of(chosen, profile.cost, measured.gap_s)
@@ -116,6 +149,7 @@ def _result(profile: Profile, measured: Measured, handoff: Errors | None) -> Res
         errors(prefill=True),
         errors(prefill=False),
         handoff,
+        team,
         len(measured.fit) + len(measured.held_out),
     )
 

@@ -33,6 +33,10 @@ class Choose(NamedTuple):
     number: int
 
 
+class Warm(NamedTuple):
+    """All steps so far were for warming up: forget what was counted in them."""
+
+
 class Pull(NamedTuple):
     """Copy your part of another team's blocks. Answer: Landed or CopyFailed with this `number`."""
 
@@ -62,7 +66,7 @@ class Leave(NamedTuple):
     """The leader leaves, and so do you."""
 
 
-ToFollower = Part | Step | Choose | Pull | Offer | Forget | Leave
+ToFollower = Part | Step | Choose | Warm | Pull | Offer | Forget | Leave
 TO_FOLLOWER: Tagged[ToFollower] = Tagged(ToFollower, limits.OF_A_RING)
 
 # ---- follower -> leader

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from nodeserve.config import ModelConfig
+from nodeserve.config import ModelConfig, WorkerSpec
 from nodeserve.errors import InvalidRequest, NodeServeError
 from nodeserve.policy.batching import Sequence
 from nodeserve.text.constraints import Compiler, Matcher
@@ -57,10 +57,13 @@ class Constraints:
         self._loading: threading.Thread | None = None
 
     @classmethod
-    def of_model(cls, location: str, config: ModelConfig) -> "Constraints":
-        """With the tokenizer of the checkpoint there, whose loading begins beside the caller's own
-        work: a vocabulary takes a third of a second, for which a step would stand still."""
-        made = cls(partial(Compiler.load, location, config.vocab_size, config.eos_token_ids))
+    def of_worker(cls, spec: WorkerSpec, config: ModelConfig) -> "Constraints | None":
+        """With the tokenizer of its checkpoint, whose loading begins beside the caller's own work:
+        a vocabulary takes a third of a second, for which a step would stand still. None: a follower
+        chooses no token."""
+        if not spec.leads:
+            return None
+        made = cls(partial(Compiler.load, spec.model, config.vocab_size, config.eos_token_ids))
         made.load_ahead()
         return made
 

@@ -14,6 +14,8 @@ from nodeserve.policy.batching import Batch
 from nodeserve.policy.copy_plan import CopyRun, PageShard
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
+Agree = Callable[[str, int], int]
+"""The smallest of the team's values for a name, of which each member gives its own."""
 
 
 class Logprobs(NamedTuple):
@@ -110,7 +112,7 @@ class Executor(Protocol):
 
     def opens_s(self) -> float:
         """When the first of several stages is free, on the worker's clock: a batch planned earlier
-        would only miss who comes meanwhile. -inf: at any time."""
+        would only miss who comes meanwhile. -inf: at any time; inf: `on_done`'s `wake` tells."""
 
     def called(self, departure: int) -> bool:
         """Whether other ranks of the instance wait for this one, which has received all up to this
@@ -153,6 +155,9 @@ class Team(Protocol):
     def choose(self) -> None:
         """Let them take part in the choice of tokens of the oldest step without."""
 
+    def warm(self) -> None:
+        """All steps so far were for warming up: nothing that followers counted in them is told."""
+
     def least_blocks(self, num_blocks: int) -> int:
         """What all have room for, if we have room for so many. Waits until each can take steps."""
 
@@ -174,6 +179,9 @@ class Alone:
         pass
 
     def choose(self) -> None:
+        pass
+
+    def warm(self) -> None:
         pass
 
     def least_blocks(self, num_blocks: int) -> int:
@@ -299,6 +307,10 @@ def count_nothing() -> ExpertRows:
     return NO_ROWS
 
 
+def forget_nothing() -> None:
+    """There are no rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device that is loaded and warm."""
@@ -319,6 +331,7 @@ class Device:
     attention_weight: float = 0.0  # where they should take equally long: see policy.batching.Limits
     # Of ranks that share experts, since the device was warm; may wait for a running step.
     expert_rows: Callable[[], ExpertRows] = count_nothing
+    forget_rows: Callable[[], None] = forget_nothing  # of a follower, once its leader says Warm
 
 
 Load = Callable[[WorkerSpec, Progress, Team], Device]

@@ -17,7 +17,7 @@ from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.chunks import attention_weight
 from nodeserve.shards import Place, Shard
 from nodeserve.worker.constraints import Constraints
-from nodeserve.worker.contract import Device, Progress, Team
+from nodeserve.worker.contract import Device, Progress, Team, forget_nothing
 from nodeserve.worker.executor import ModelExecutor, ModelFollower
 from nodeserve.worker.experts import spreads_of, told
 from nodeserve.worker.handoff import SHARED_MEMORY, HostTransfer
@@ -31,7 +31,7 @@ from nodeserve.worker.ranks import ranks_of
 def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     dtype = kv.dtype_named(spec.dtype)
     found = checkpoint.resolve(spec.model, spec.load_format, spec.model_impl)
-    constraints = Constraints.of_model(str(found.path), found.config)
+    constraints = Constraints.of_worker(spec, found.config)
     max_blocks = blocks_for(spec.max_model_len, spec.block_size)
     torch.set_num_threads(spec.num_threads)
     torch.set_num_interop_threads(1)
@@ -63,8 +63,8 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
     num_common = team.least_blocks(num_blocks)
     if spec.leads:
         executor.warm_up()
-    if experts is not None:
-        experts.forget()
+    forget_rows = forget_nothing if experts is None else experts.forget
+    forget_rows()
     progress("warm-up", 1, 1)
     return Device(
         executor=executor,
@@ -82,6 +82,7 @@ def load(spec: WorkerSpec, progress: Progress, team: Team) -> Device:
         num_stages=spec.pp,
         attention_weight=attention_weight(found.config) if spec.pp > 1 else 0.0,
         expert_rows=partial(told, experts),
+        forget_rows=forget_rows,
     )
 
 

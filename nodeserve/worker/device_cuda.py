@@ -23,7 +23,7 @@ from nodeserve.worker.gpu_model import GpuParts, MakeParts, make_parts
 from nodeserve.worker.gpu_runtime import CudaRuntime, Runtime
 from nodeserve.worker.meeting import Meeting, meet, place_of
 from nodeserve.worker.page_shard import page_shard
-from nodeserve.worker.ranks import NO_RANKS, ranks_of
+from nodeserve.worker.ranks import ranks_of
 from nodeserve.worker.sizing import Wanted, graph_sizes, num_blocks_for
 from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.transfer_setup import make_transfer
@@ -58,7 +58,7 @@ def load(
     sizes = _sizes(spec) if parts.capturable and not meeting.groups.by_host else ()
     progress("warm-up", 0, 1)
     wanted = _wanted(spec, layout.block_bytes, len(sizes))
-    _measure(spec, executor, parts, layout, runtime)
+    _measure(spec, executor, parts, layout, runtime, found.config.vocab_size)
     num_blocks = meeting.least("blocks", num_blocks_for(runtime.memory(), wanted))
     progress("warm-up", 1, 1)
 
@@ -67,7 +67,7 @@ def load(
     executor.use(parts.ops.cache(layout, runtime.view(pool)), spare_block=num_blocks)
     transfer, route = make_transfer(spec, runtime, pool, layout.block_bytes, meeting.least)
     progress("pages", 1, 1)
-    executor.capture(sizes, partial(progress, "graphs"))
+    executor.capture(sizes, partial(progress, "graphs"), meeting.least)
     if experts is not None:
         runtime.submit(experts.forget)
     executor.team = team
@@ -110,7 +110,7 @@ def _together(spec: WorkerSpec, meeting: Meeting) -> Together:
     return Together(
         spec.leads,
         share if spec.tp > 1 and spec.pp == 1 else _keep,
-        ranks_of(spec) if spec.leads else NO_RANKS,
+        ranks_of(spec),
         spec.pp,
         has_results=spec.pp > 1 and place.is_last and place.tp_rank == 0,
     )
@@ -185,13 +185,18 @@ def _measure(
     parts: GpuParts,
     layout: kv.KvLayout,
     runtime: Runtime,
+    vocab_size: int,
 ) -> None:
     """Run the largest steps in a pool of one block, which goes again."""
     runtime.trim()
     pages = torch.zeros(layout.block_bytes, dtype=torch.uint8, device=runtime.device)
     executor.use(parts.ops.cache(layout, pages), spare_block=0)
     executor.warm_up(
-        spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_model_len, spec.block_size
+        spec.max_num_batched_tokens,
+        spec.max_num_seqs,
+        spec.max_model_len,
+        spec.block_size,
+        vocab_size,
     )
 
 

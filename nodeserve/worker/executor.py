@@ -5,7 +5,6 @@ and the step is over when the last stage says that its rows are on their way her
 chooses tokens. Meanwhile the first stage works on other sequences' steps.
 """
 
-import math
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -52,7 +51,7 @@ class ModelExecutor:
         return False
 
     def opens_s(self) -> float:
-        return -math.inf  # a launch has computed the first stage's part when it returns
+        return self._ranks.opens_s()  # a launch has computed the first stage when it returns
 
     def called(self, departure: int) -> bool:
         return self._ranks.called(departure)
@@ -83,13 +82,15 @@ class ModelExecutor:
         return sample(logits, sequences, self._constraints)
 
     def warm_up(self) -> None:
-        """A prefill and a decode on the first block, which belongs to nobody yet."""
+        """A prefill and a decode on the first block, which belongs to nobody yet. Followers have
+        loaded: for them these are steps like others, until they hear what they were for."""
         token_ids = array("i", [0] * (WARM_UP_TOKENS - 1))
         sequence = Sequence(-1, token_ids, len(token_ids), Sampling(temperature=0.0))
         sequence.block_ids.append(0)
         self._run(Batch([Work(sequence, 0, len(token_ids), True)], 0, len(token_ids)))
         sequence.token_ids.append(0)
         self._run(Batch([Work(sequence, len(token_ids) - 1, 1, True)], 1, 0))
+        self.team.warm()
 
     def _run(self, batch: Batch) -> None:
         flight = self.launch(batch)

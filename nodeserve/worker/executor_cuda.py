@@ -11,7 +11,7 @@ that was submitted earlier would wait for its rows on the device, and all that i
 """
 
 import gc
-import math
+import itertools
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ from nodeserve.policy.batching import Batch, Sequence, Work
 from nodeserve.policy.blocks import blocks_for
 from nodeserve.policy.cost import rank_work
 from nodeserve.types import Sampling
-from nodeserve.worker.contract import ALONE, Flight, Passing, Sampled, Team
+from nodeserve.worker.contract import ALONE, Agree, Flight, Passing, Sampled, Team
 from nodeserve.worker.gpu_runtime import Mark, Runtime
 from nodeserve.worker.ranks import NO_RANKS, Began, Ranks
 from nodeserve.worker.sizing import bucket_for
@@ -144,7 +144,7 @@ class CudaExecutor:
         return self._together.ranks is NO_RANKS  # those wait for each other before each pass
 
     def opens_s(self) -> float:
-        return -math.inf
+        return self._together.ranks.opens_s()
 
     def called(self, departure: int) -> bool:
         return self._together.ranks.called(departure)
@@ -278,8 +278,13 @@ class CudaExecutor:
 
     # ---- graphs
 
-    def capture(self, sizes: Iterable[int], progress: Callable[[int, int], None]) -> None:
-        """Record decode steps of these sizes, largest first: smaller ones then fit its memory."""
+    def capture(
+        self, sizes: Iterable[int], progress: Callable[[int, int], None], agree: Agree
+    ) -> None:
+        """Record decode steps of these sizes, largest first: smaller ones then fit its memory.
+
+        A size that any member of the team cannot record is nobody's: all replay the same step.
+        """
         falling = sorted(sizes, reverse=True)
         gc.collect()
         for done, size in enumerate(falling):
@@ -293,6 +298,8 @@ class CudaExecutor:
                     size,
                     reason,
                 )
+            if not agree(f"graph of {size}", int(size in self._graphs)):
+                self._graphs.pop(size, None)
         self._sizes = tuple(sorted(self._graphs))
         progress(len(falling), len(falling))
 
@@ -318,17 +325,23 @@ class CudaExecutor:
     # ---- warm-up
 
     def warm_up(
-        self, max_tokens: int, max_seqs: int, max_context_len: int, block_size: int
+        self,
+        max_tokens: int,
+        max_seqs: int,
+        max_context_len: int,
+        block_size: int,
+        vocab_size: int,
     ) -> None:
         """The largest prefill and the largest decode, whose memory is then known, and whatever
         else has kernels of its own: to compile one while serving would stall a step by seconds.
+        Prompts have many words: one alone would go to a few experts, and other ranks get no row.
 
         In the spare block alone: every table points there, and nobody reads what comes out.
         """
         block = self._staging.spare_block
         longest = max_context_len - 1
         for lengths in warm_up_prompts(max_tokens, max_seqs, longest):
-            self.launch(idle_prefills(lengths, block, block_size)).result()
+            self.launch(idle_prefills(lengths, block, block_size, vocab_size)).result()
         self.launch(idle_decodes(max_seqs, block, drawn=True)).result()
         if self._together.num_stages == 1:  # with more, nobody takes inputs from a step under way
             self.launch(idle_decodes(1, block, fed=True)).result()
@@ -363,11 +376,13 @@ def idle_decodes(count: int, block: int, drawn: bool = False, fed: bool = False)
     return Batch(work, num_decodes=count)
 
 
-def idle_prefills(lengths: list[int], block: int, block_size: int) -> Batch:
-    """Prompts that nobody sent."""
+def idle_prefills(lengths: list[int], block: int, block_size: int, vocab_size: int) -> Batch:
+    """Prompts that nobody sent, of one word after the other."""
+    words = itertools.cycle(range(vocab_size))
     work: list[Work] = []
     for count in lengths:
-        sequence = Sequence(-1 - len(work), array("i", [0] * count), count, Sampling(temperature=0))
+        token_ids = array("i", itertools.islice(words, count))
+        sequence = Sequence(-1 - len(work), token_ids, count, Sampling(temperature=0))
         sequence.block_ids.extend([block] * blocks_for(count, block_size))
         work.append(Work(sequence, 0, count, True))
     return Batch(work, num_prefill_tokens=sum(lengths))

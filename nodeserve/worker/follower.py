@@ -36,6 +36,7 @@ from nodeserve.wire.team import (
     Pull,
     Step,
     ToFollower,
+    Warm,
 )
 from nodeserve.worker import contract
 from nodeserve.worker.contract import (
@@ -45,6 +46,7 @@ from nodeserve.worker.contract import (
     Ticket,
     Transfer,
     count_nothing,
+    forget_nothing,
 )
 from nodeserve.worker.peer_seats import PeerSeats
 
@@ -84,6 +86,7 @@ class Follower:
         seats: PeerSeats,
         idle_wait_s: float = 1.0,
         expert_rows: Callable[[], ExpertRows] = count_nothing,
+        forget_rows: Callable[[], None] = forget_nothing,
     ) -> None:
         self.stopped = False
         self._link = link
@@ -93,6 +96,7 @@ class Follower:
         self._seats = seats
         self._idle_wait_s = idle_wait_s
         self._expert_rows = expert_rows
+        self._forget_rows = forget_rows
         self._num_steps = self._num_chosen = self._num_passed = 0
         self._parts: list[bytes] = []
         self._copies: dict[int, int] = {}  # by request: number of the Pull or Offer under way
@@ -101,6 +105,7 @@ class Follower:
             Part: self._part,
             Step: self._step,
             Choose: self._choose,
+            Warm: self._warm,
             Pull: self._pull,
             Offer: self._offer,
             Forget: self._forget,
@@ -159,6 +164,9 @@ class Follower:
     def _choose(self, message: Choose) -> None:
         self._num_chosen = _next(message.number, self._num_chosen, "choice")
         self._following.choose()
+
+    def _warm(self, message: Warm) -> None:
+        self._forget_rows()
 
     def _pass(self) -> None:
         """Tell the leader whose results are on their way to it."""

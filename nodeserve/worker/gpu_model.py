@@ -40,9 +40,7 @@ def make_parts(
     attention = _attention(spec, config, dtype, runtime.device)
     return GpuParts(
         ops=CudaOps(dtype, runtime.device, attention),
-        sampler=GpuSampler(
-            runtime.device, spec.max_num_seqs, Constraints.of_model(spec.model, config)
-        ),
+        sampler=GpuSampler(runtime.device, spec.max_num_seqs, Constraints.of_worker(spec, config)),
         feed_tokens=feed_tokens,
         # A CPU has no graphs: there a capture is only a function that is called again.
         capturable=attention.capturable or runtime.device.type == "cpu",

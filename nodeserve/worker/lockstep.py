@@ -112,6 +112,15 @@ class Lockstep:
         """When we may enter the next pass; inf while the one that we entered has not begun."""
         return self._pipeline.opens_s if self._seen >= self._entered else math.inf
 
+    def is_alone(self) -> bool:
+        """Whether the pass that we entered last still lacks ranks. The next one cannot begin before
+        they have come: the board has room for one that gathers."""
+        if self._seen >= self._entered:
+            return False
+        with self._board.locked():
+            head = self._board.head()
+        return bool(head.num_missing) and head.number == self._entered
+
     def called(self, departure: int) -> bool:
         """Whether the others wait for us; if not, our bell rings when they do.
 

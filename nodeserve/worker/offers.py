@@ -7,6 +7,7 @@ The step that wrote the pages is over when they are offered: the loop has its to
 """
 
 import enum
+import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -114,7 +115,9 @@ class HostOffers:
         self._copies = copies
         self._parts = [Part(pool, whole_block(pool.block_bytes))]
         self._segment = segment
-        self._free = deque(range(segment.num_blocks))
+        # A heap: members of a team must choose the same slots, also after one of them has lost an
+        # offer that others gave back later.
+        self._free = list(range(segment.num_blocks))
         self._offers: dict[int, _Offer] = {}
         self._queue: deque[_Offer] = deque()
         self._failed: list[CopyFailed] = []
@@ -141,7 +144,7 @@ class HostOffers:
                 self._queue.remove(offer)
             case _State.COPYING:
                 self._copies.drop(request_id)
-        self._free.extend(offer.slots)
+        self._give_back(offer)
         self._start_queued()
 
     def poll(self) -> list[Offered | CopyFailed]:
@@ -162,7 +165,7 @@ class HostOffers:
     def _start_queued(self) -> None:
         while self._queue and len(self._queue[0].block_ids) <= len(self._free):
             offer = self._queue.popleft()
-            offer.slots = [self._free.popleft() for _ in offer.block_ids]
+            offer.slots = [heapq.heappop(self._free) for _ in offer.block_ids]
             offer.state = _State.COPYING
             try:
                 self._copies.begin(
@@ -174,5 +177,8 @@ class HostOffers:
 
     def _lose(self, request_id: int) -> None:
         """Its slots are free again: no copy writes there any more."""
-        offer = self._offers.pop(request_id)
-        self._free.extend(offer.slots)
+        self._give_back(self._offers.pop(request_id))
+
+    def _give_back(self, offer: _Offer) -> None:
+        for slot in offer.slots:
+            heapq.heappush(self._free, slot)

@@ -97,6 +97,7 @@ def follow(spec: WorkerSpec, load: Load, link: RingLink, end: TeamEnd) -> None:
         seats(spec, device.pages, device.transfer),
         spec.idle_wait_s,
         device.expert_rows,
+        device.forget_rows,
     )
     device.executor.on_done(link.wake)
     ready(device, link, began)

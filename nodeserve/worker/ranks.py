@@ -5,6 +5,7 @@ of everybody. So a rank that begins a pass calls the others (lockstep.py), and t
 join it empty. What the collectives say then meets; when a pass is over each rank knows by itself.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -26,11 +27,15 @@ class Began(NamedTuple):
 class Ranks(Protocol):
     """The other ranks, as an executor sees them."""
 
+    def opens_s(self) -> float:
+        """When we may begin the next pass: inf while others have to enter the last one. On a stage
+        without experts nothing else would hold us back."""
+
     def called(self, departure: int) -> bool:
         """See contract.Executor."""
 
     def on_called(self, wake: Callable[[], None]) -> None:
-        """Call `wake`, from any thread, when others wait for us."""
+        """Call `wake`, from any thread, when others wait for us, or we no longer for them."""
 
     def enter(self, work: RankWork) -> Began | None:
         """We begin a pass. ShuttingDown if another rank has left, and no pass begins any more."""
@@ -44,6 +49,9 @@ class Ranks(Protocol):
 
 class NoRanks:
     """There are none."""
+
+    def opens_s(self) -> float:
+        return -math.inf
 
     def called(self, departure: int) -> bool:
         return False
@@ -78,6 +86,9 @@ class InStep:
         self._clock = clock
         self._ended_s = 0.0  # when the last pass was over
 
+    def opens_s(self) -> float:
+        return math.inf if self._lockstep.is_alone() else -math.inf
+
     def called(self, departure: int) -> bool:
         return self._lockstep.called(departure)
 
@@ -99,8 +110,9 @@ class InStep:
 
 
 def ranks_of(spec: WorkerSpec) -> Ranks:
-    """Of a leader."""
-    if spec.ep == 1:
+    """A follower has none: what it takes part in its leader begins, whose bell nobody else may
+    hear."""
+    if spec.ep == 1 or not spec.leads:
         return NO_RANKS
     bells = spec.bell_fds[:: spec.team_size]  # the leaders'
     rank = spec.rank // spec.team_size

@@ -108,10 +108,11 @@ def _too_little(memory: GpuMemory, wanted: Wanted, num_blocks: int) -> str:
     )
 
 
-def num_slots_for(block_bytes: int, least_blocks: int, free: float) -> int:
+def num_slots_for(block_bytes: int, least_blocks: int, free: float, num_workers: int) -> int:
     """Blocks of the shared memory through which pages leave a GPU that peers cannot read.
 
-    Half of what is `free` may be taken, as other workers need theirs; one sequence of the full
-    context must fit.
+    Of what is `free` each of the node's workers may take a part, all at the same time, and one part
+    is left; one sequence of the full context must fit.
     """
-    return max(least_blocks, int(min(MAX_SEGMENT_BYTES, free / 2)) // block_bytes)
+    room = min(MAX_SEGMENT_BYTES, free / (num_workers + 1))
+    return max(least_blocks, int(room) // block_bytes)

@@ -25,6 +25,7 @@ from nodeserve.wire.team import (
     Passed,
     Step,
     ToFollower,
+    Warm,
 )
 
 PART_BYTES = TEAM_RING_BYTES // 4  # of a plan in one record: several have room in a ring
@@ -73,6 +74,9 @@ class LeaderTeam:
     def choose(self) -> None:
         self._num_chosen += 1
         self.post(Choose(self._num_chosen))
+
+    def warm(self) -> None:
+        self.post(Warm())
 
     def least_blocks(self, num_blocks: int) -> int:
         joined: dict[int, int] = {}

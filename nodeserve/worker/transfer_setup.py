@@ -5,12 +5,12 @@ host all have as many slots.
 """
 
 import mmap
-from collections.abc import Callable
 from typing import Any
 
 from nodeserve.config import WorkerSpec
 from nodeserve.errors import ConfigError
 from nodeserve.policy.blocks import blocks_for
+from nodeserve.worker.contract import Agree
 from nodeserve.worker.gpu_runtime import Runtime
 from nodeserve.worker.offers import DirectOffers, HostOffers, NoOffers, Offers
 from nodeserve.worker.page_copies import Blocks, PageCopies
@@ -20,9 +20,6 @@ from nodeserve.worker.routes import IPC, Route, choose_route, pack_handle, throu
 from nodeserve.worker.sizing import num_slots_for
 from nodeserve.worker.transfer_cuda import CudaTransfer
 from nodeserve.worker.watcher import Watcher
-
-Agree = Callable[[str, int], int]
-"""The smallest of the team's values for a name, of which each member gives its own."""
 
 
 def make_transfer(
@@ -74,7 +71,8 @@ def _host_offers(
     spec: WorkerSpec, runtime: Runtime, own: Blocks, copies: PageCopies, agree: Agree
 ) -> HostOffers:
     least = blocks_for(spec.max_model_len, spec.block_size)
-    room = num_slots_for(own.block_bytes, least, free_bytes(spec.pages_fd))
+    num_workers = len(spec.gpus) * spec.gpu_share  # or fewer, where some GPUs are shared
+    room = num_slots_for(own.block_bytes, least, free_bytes(spec.pages_fd), num_workers)
     num_slots = agree("handoff slots", room)
     num_bytes = num_slots * own.block_bytes
     size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # pinning goes by the system's pages

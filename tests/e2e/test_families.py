@@ -49,6 +49,7 @@ def test_a_node_gives_the_tokens_of_transformers(family: str, tmp_path: Path) ->
         "dtype": "float32",
         "max_num_batched_tokens": 48,
         "max_num_seqs": 16,
+        "kv_memory": "16MiB",
     }
     with served(tmp_path, model=str(tmp_path / "model"), max_model_len=128, **settings) as socket:
         answers = asyncio.run(ask(socket))

@@ -60,7 +60,8 @@ def run(
     folder: Path, model: Path, at_once: bool, short_of_memory: bool = False, **settings: Any
 ) -> tuple[Tokens, int]:
     common = {"model": str(model), "load_format": "dummy", "max_model_len": 256}
-    with served(folder, **common, dtype="bfloat16", **settings) as socket:
+    common |= {"dtype": "bfloat16", "kv_memory": 2000 * BLOCK_BYTES}
+    with served(folder, **{**common, **settings}) as socket:
         return asyncio.run(ask(socket, PROMPTS, at_once, short_of_memory))
 
 

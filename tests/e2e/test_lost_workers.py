@@ -1,10 +1,12 @@
 """Real workers with a real model that end in the middle of answers: the very same tokens come.
 
-Each case asks for the same answers twice, in peace and with a fault: greedy ones, seeded ones, with
-penalties and constraints that depend on every token before, and with log probabilities.
+A node is asked for the same answers in peace, once, and with each fault: greedy ones, seeded ones,
+with penalties and constraints that depend on every token before, and with log probabilities.
 """
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tests.reference.embedded import needs_embedded_model
 pytestmark = needs_embedded_model
 
 NUM_TOKENS = 24
+KV_MEMORY = 100_000_000  # holds all cases; more would take time at every start
 LONG_LIST = '{"type":"array","items":{"enum":["one","two",{"three":3}]},"minItems":200}'
 ASKED: list[dict[str, Any]] = [
     {},
@@ -34,29 +37,40 @@ PROMPTS = [
 Answers = tuple[list[list[int]], list[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Calm:
+    """A node, and its answers while nothing happened to it."""
+
+    nodes: Nodes
+    node: RunningNode
+    answers: Answers
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, RunningNode]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
     yield from started(tmp_path_factory, "1p1d")
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, RunningNode]]:
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
     yield from started(tmp_path_factory, "2m")
 
 
-def started(factory: pytest.TempPathFactory, layout: str) -> Iterator[tuple[Nodes, RunningNode]]:
+def started(factory: pytest.TempPathFactory, layout: str) -> Iterator[Calm]:
     nodes = Nodes(factory.mktemp(layout))
     try:
-        yield nodes, nodes.start(layout=layout, real=True, restart_delay=0.0, max_restarts=100)
+        forever = {"restart_delay": 0.0, "max_restarts": 100}
+        node = nodes.start(layout=layout, real=True, kv_memory=KV_MEMORY, **forever)
+        yield Calm(nodes, node, asyncio.run(in_peace(node)))
     finally:
         nodes.end()
 
 
-@pytest.fixture
-async def clients() -> AsyncIterator[list[RawClient]]:
-    opened: list[RawClient] = []
-    yield opened
-    for client in opened:
+async def in_peace(node: RunningNode) -> Answers:
+    client = await RawClient.connect(node.socket)
+    try:
+        return await answers(client)
+    finally:
         await client.close()
 
 
@@ -71,18 +85,16 @@ async def answers(client: RawClient) -> Answers:
     return tokens, [client.logprobs.get(case) for case in range(len(ASKED))]
 
 
-async def compare(
-    nodes: Nodes, node: RunningNode, clients: list[RawClient], fault: str, worker: int, phase: str
-) -> None:
-    for _ in range(2):
-        clients.append(await RawClient.connect(node.socket))
-    calm, troubled = clients
-    before = (await all_ready(calm))["workers"][worker]["restarts"]
-    in_peace = await answers(calm)
-    order = nodes.order(fault, worker, phase)
-    assert await answers(troubled) == in_peace
-    assert not order.exists(), "it has happened"
-    assert (await all_ready(calm, 1))["workers"][worker]["restarts"] == before + 1
+async def compare(calm: Calm, fault: str, worker: int, phase: str) -> None:
+    client = await RawClient.connect(calm.node.socket)
+    try:
+        before = (await all_ready(client))["workers"][worker]["restarts"]
+        order = calm.nodes.order(fault, worker, phase)
+        assert await answers(client) == calm.answers
+        assert not order.exists(), "it has happened"
+        assert (await all_ready(client, 1))["workers"][worker]["restarts"] == before + 1
+    finally:
+        await client.close()
 
 
 @pytest.mark.parametrize(
@@ -94,18 +106,10 @@ async def compare(
         ("exception", 0, "handoff"),
     ],
 )
-async def test_a_pair(
-    pair: tuple[Nodes, RunningNode],
-    clients: list[RawClient],
-    fault: str,
-    worker: int,
-    phase: str,
-) -> None:
-    await compare(*pair, clients, fault, worker, phase)
+async def test_a_pair(pair: Calm, fault: str, worker: int, phase: str) -> None:
+    await compare(pair, fault, worker, phase)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-async def test_two_that_do_both(
-    twins: tuple[Nodes, RunningNode], clients: list[RawClient], phase: str
-) -> None:
-    await compare(*twins, clients, "kill", 1, phase)
+async def test_two_that_do_both(twins: Calm, phase: str) -> None:
+    await compare(twins, "kill", 1, phase)

@@ -38,7 +38,7 @@ def plain_parts(
     from nodeserve.worker.gpu_model import GpuParts
     from nodeserve.worker.sampler_gpu import GpuSampler
 
-    constraints = Constraints.of_model(spec.model, config)
+    constraints = Constraints.of_worker(spec, config)
     sampler = GpuSampler(runtime.device, spec.max_num_seqs, constraints)
     return GpuParts(TorchOps(dtype), sampler, plain_feed, capturable=True, description="plain")
 

@@ -29,6 +29,8 @@ from nodeserve.wire.messages import (
 )
 from nodeserve.wire.tracing import EVENTS, Worker
 
+PAUSE_S = 0.02  # between two questions
+
 
 class RawClient:
     """One connection; collects tokens and Ends by request id."""
@@ -40,6 +42,7 @@ class RawClient:
         self.logprobs: dict[int, list[Any]] = {}  # of requests that asked for them
         self.ends: dict[int, list[End]] = {}
         self.goodbye: Goodbye | None = None
+        self._ask_again_s = 0.0
 
     @classmethod
     async def connect(cls, path: Path, limit_bytes: int = 1 << 16) -> "RawClient":
@@ -98,6 +101,10 @@ class RawClient:
         return await self._ask(GetAudit(), Audit)
 
     async def _ask(self, question: ToServer, kind: type) -> dict[str, Any]:
+        """Who asks in a loop for what is to come leaves the cores to those who make it come."""
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(max(0.0, self._ask_again_s - clock()))
+        self._ask_again_s = clock() + PAUSE_S
         self.send(question)
         while (message := await self.read()) is not None:
             if isinstance(message, kind):

@@ -52,6 +52,7 @@ def chosen(model: torch.nn.Module, tokens: list[list[int]]) -> torch.Tensor:
 async def test_a_node_counts_what_the_router_chose_and_the_next_one_places_by_it(
     nodes: Nodes, connect: Connect, tmp_path: Path
 ) -> None:
+    """The next one also has stages: of its workers the last stage's count in the last layer."""
     folder = tmp_path / "model"
     model = hub.write_skewed("qwen3-moe", folder, PROMPTS)
     (folder / "tokenizer.json").write_text("{}")  # has to be there; nobody sends text
@@ -69,7 +70,8 @@ async def test_a_node_counts_what_the_router_chose_and_the_next_one_places_by_it
     nodes.end()
     nodes.running.clear()
 
-    second = nodes.start(**settings, expert_counts=str(out), redundant_experts=4)
+    copies = {"expert_counts": str(out), "redundant_experts": 4}
+    second = nodes.start(**{**settings, "layout": "1m:pp2.ep2"}, **copies)
     out.write_text("gone")  # all ranks go on with what was read
     assert await tokens_of(connect, second) == alone
     again = tmp_path / "again.json"

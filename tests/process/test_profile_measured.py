@@ -9,7 +9,8 @@ from nodeserve import profile_store
 from nodeserve.checkpoint import resolve
 from nodeserve.config import EngineConfig
 from nodeserve.gpus import Gpus
-from nodeserve.policy.cost import StepCost
+from nodeserve.layout import Shape
+from nodeserve.policy.cost import RankWork, StepCost
 from nodeserve.policy.profiles import PROFILES
 from nodeserve.profiling.measure import measure_profile
 
@@ -39,7 +40,7 @@ def test_a_measured_profile_is_the_true_one(
     result = measure_profile(
         EngineConfig(device="sim", profile="known"),
         resolve(None),
-        Gpus(),
+        Gpus(obstacle="none here"),
         2,
         "measured",
         lambda _: None,
@@ -52,9 +53,13 @@ def test_a_measured_profile_is_the_true_one(
     # What lies between two passes is part of the fixed terms, and more on a busy machine.
     for name, share in (("prefill_fix_s", 0.3), ("decode_fix_s", 0.3), ("token_s", 0.1)):
         assert getattr(found.cost, name) == pytest.approx(getattr(true.cost, name), rel=share), name
-    for errors in (result.prefill, result.decode, result.handoff):
+    for errors in (result.prefill, result.decode, result.handoff, result.team):
         assert errors is not None
         assert errors.mean < 0.05
         assert errors.num_groups >= 3
     assert found.handoff_bytes_per_s == pytest.approx(true.handoff_bytes_per_s, rel=0.1)
+    # What simulated teams tell each other goes over links, and takes as long whatever it is called.
+    for work in (RankWork(64, 2048), RankWork(0, 0.0, 8, 800)):
+        team_s = found.of(Shape(tp=2)).cost.pass_s([work])
+        assert team_s == pytest.approx(true.of(Shape(tp=2)).cost.pass_s([work]), rel=0.15)
     assert any("handoff" in text for text in said)

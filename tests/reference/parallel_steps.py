@@ -1,6 +1,6 @@
-"""Steps of several prompts on one worker or on the workers of an instance, for test_parallel."""
+"""Steps of several prompts on one worker or on the workers of an instance."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,15 @@ def steps_of(case: Case) -> Iterator[tuple[StepInputs, list[int]]]:
         for prompt, (_, end) in spans.items():
             done[prompt] = end
         wanted = [p for p in order if done[p] >= PROMPTS[p][0]]
-        yield _inputs(case.tokens, spans, wanted), wanted
+        yield inputs_of(case.tokens, spans, wanted), wanted
 
 
-def _inputs(
+def inputs_of(
     tokens: list[list[int]], spans: dict[int, tuple[int, int]], wanted: list[int]
 ) -> StepInputs:
+    """One step of these prompts, from where to where in their tokens. Prompt p has the blocks from
+    p * MAX_BLOCKS on."""
+
     def int32(values: Any) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int32)
 
@@ -86,21 +89,30 @@ def prompts(config: ModelConfig) -> list[list[int]]:
     return [[(k * i * i + i) % config.vocab_size for i in range(n)] for n, k in PROMPTS]
 
 
+def zeroed(block_bytes: int) -> torch.Tensor:
+    """Room for all prompts."""
+    return torch.zeros(len(PROMPTS) * MAX_BLOCKS * block_bytes, dtype=torch.uint8)
+
+
 def run_model(
-    place: Place, groups: Groups, checkpoint: Checkpoint, dtype: torch.dtype
-) -> tuple[Any, Any]:
-    """The model's part and its pages."""
+    place: Place,
+    groups: Groups,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    make_pool: Callable[[int], Any] = zeroed,
+) -> tuple[Any, Any, kv.KvLayout]:
+    """The model's part, its pages, and what a block of them is. `make_pool`: memory of some such
+    blocks, from the bytes of one."""
     shard = Shard(checkpoint.config, place)
     ops = make_ops(shard.config, dtype, block_size=BLOCK_SIZE)
     layout = kv.layout_of(checkpoint.config, BLOCK_SIZE, dtype, shard)
-    pool = torch.zeros(len(PROMPTS) * MAX_BLOCKS * layout.block_bytes, dtype=torch.uint8)
     model = parallel.build(shard, open_stored(checkpoint, dtype), ops, groups)
-    return model, ops.cache(layout, pool)
+    return model, ops.cache(layout, make_pool(layout.block_bytes)), layout
 
 
 def alone(case: Case) -> list[torch.Tensor]:
     """Logits of every step on one worker; `case.tokens` grows by the likeliest ones."""
-    model, cache = run_model(Place(), Groups.alone(), case.checkpoint, case.dtype)
+    model, cache, _ = run_model(Place(), Groups.alone(), case.checkpoint, case.dtype)
     found = []
     for inputs, wanted in steps_of(case):
         logits = model.forward(inputs, cache).clone()
@@ -118,7 +130,7 @@ def together(place: Place, groups: Groups, cases: list[Case]) -> list[list[torch
     """
     found = []
     for case in cases:
-        model, cache = run_model(place, groups, case.checkpoint, case.dtype)
+        model, cache, _ = run_model(place, groups, case.checkpoint, case.dtype)
         steps = [inputs for inputs, _ in steps_of(case)]
         before, after = [EMPTY] * place.ep_rank, [EMPTY] * (place.ep - 1 - place.ep_rank)
         logits = _in_flight(model, cache, [*before, *steps, *after])

@@ -19,6 +19,7 @@ from nodeserve.types import Constraint, Sampling
 from nodeserve.worker.constraints import Constraints, forbid, unpacked
 from nodeserve.worker.sampler import sample
 from tests.fakes.gguf_writer import gpt2_metadata, write_gguf
+from tests.fakes.harness import default_spec
 from tests.reference.gpu.plain import config_of
 from tests.reference.test_sampler import random_logits, sequence_of
 
@@ -165,7 +166,10 @@ def test_a_models_vocabulary_is_begun_before_anybody_asks(monkeypatch: pytest.Mo
         return compiler_of(VOCAB)
 
     monkeypatch.setattr(Compiler, "load", load)
-    found = Constraints.of_model("there", config_of(vocab_size=VOCAB, eos_token_ids=(EOS,)))
+    config = config_of(vocab_size=VOCAB, eos_token_ids=(EOS,))
+    assert Constraints.of_worker(default_spec(model="there", rank=1, pp=2), config) is None
+    assert not begun.is_set(), "a follower has no use for it"
+    found = Constraints.of_worker(default_spec(model="there"), config)
     begun.wait()
     assert sample(random_logits(1, vocab=VOCAB), [digits()], found).token_ids
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,16 @@ from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import ModelConfig
 from nodeserve.errors import ModelError
 from nodeserve.model.gpu.attention.tiles import seq_bucket
+from nodeserve.model.group import Groups
 from nodeserve.model.inputs import StepInputs
 from nodeserve.model.loader import open_weights
 from nodeserve.policy.batching import Batch, Sequence, Work
+from nodeserve.shards import Place
 from nodeserve.types import Sampling
 from nodeserve.worker.contract import Sampled
-from nodeserve.worker.executor_cuda import CudaExecutor, warm_up_prompts
+from nodeserve.worker.executor_cuda import CudaExecutor, idle_prefills, warm_up_prompts
 from nodeserve.worker.inputs import Staging
+from nodeserve.worker.meeting import Meeting
 from nodeserve.worker.staging_cuda import CudaStaging
 from nodeserve.worker.upload import Uploader
 from tests.fakes.gpu_runtime import FakeRuntime
@@ -31,6 +35,7 @@ TINY = ModelConfig("llama", 101, 8, 8, 1, 1, 1, 8, 128, 1e-5, 1e4)
 VOCAB, BLOCK, CONTEXT = 101, 16, 128
 MAX_TOKENS, MAX_SEQS, MAX_BLOCKS = 96, 6, CONTEXT // BLOCK
 SPARE = 63
+ALONE = Meeting(Place(), Groups.alone()).least  # what a team of one agrees on
 TENSORS = (
     *("token_ids", "positions", "query_starts", "context_lens", "block_table", "logit_rows"),
 )
@@ -216,7 +221,7 @@ def executor_of(runtime: FakeRuntime) -> tuple[CudaExecutor, Model, Argmax]:
 def test_steps_feed_each_other_on_the_device(runtime: FakeRuntime, sizes: tuple[int, ...]) -> None:
     """Ten steps, each launched before the one before was read: as if each had waited."""
     executor, model, sampler = executor_of(runtime)
-    executor.capture(sizes, lambda done, total: None)
+    executor.capture(sizes, lambda done, total: None, ALONE)
     assert executor.graph_sizes == sizes
     sequences = [sequence_of(n, n) for n in (3, 30, 21)]
     for sequence in sequences:
@@ -287,7 +292,7 @@ def test_a_size_that_cannot_be_captured_takes_another_road(
     runtime = FakeRuntime(fails_to_capture=lambda nth: nth == 1)  # the middle one: largest first
     executor, model, _ = executor_of(runtime)
     progress: list[tuple[int, int]] = []
-    executor.capture((1, 2, 4), lambda done, total: progress.append((done, total)))
+    executor.capture((1, 2, 4), lambda done, total: progress.append((done, total)), ALONE)
     assert executor.graph_sizes == (1, 4)
     assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert "no graph for 2 sequences" in caplog.text and "not permitted" in caplog.text
@@ -299,13 +304,25 @@ def test_a_size_that_cannot_be_captured_takes_another_road(
     assert model.sizes == [4, 5]  # the larger graph, then none
 
 
+def test_a_size_that_another_member_cannot_capture_is_nobodys(runtime: FakeRuntime) -> None:
+    """A leader would replay it, and that follower has none."""
+    executor, model, _ = executor_of(runtime)
+    executor.capture((1, 2, 4), lambda done, total: None, lambda name, _: name != "graph of 2")
+    assert executor.graph_sizes == (1, 4)
+    model.sizes.clear()
+    executor.launch(Batch([decode(sequence_of(n, n)) for n in (5, 6)], num_decodes=2)).result()
+    assert model.sizes == [4]
+
+
 def test_the_warm_up_runs_the_largest_steps_in_the_spare_block(runtime: FakeRuntime) -> None:
     executor, model, sampler = executor_of(runtime)
-    executor.warm_up(MAX_TOKENS, MAX_SEQS, CONTEXT, BLOCK)
+    executor.warm_up(MAX_TOKENS, MAX_SEQS, CONTEXT, BLOCK, VOCAB)
     assert model.sizes == [MAX_TOKENS, MAX_SEQS, MAX_SEQS, 1]
     model.sizes.clear()
-    executor.warm_up(MAX_TOKENS, MAX_SEQS, 30, BLOCK)  # several prompts where one is short
+    executor.warm_up(MAX_TOKENS, MAX_SEQS, 30, BLOCK, VOCAB)  # several prompts where one is short
     assert model.sizes[0] == MAX_TOKENS and len(sampler.places[4]) == 4
+    prompts = [work.sequence.token_ids.tolist() for work in idle_prefills([3, 4], 0, BLOCK, 5).work]
+    assert prompts == [[0, 1, 2], [3, 4, 0, 1]], "many words, for many experts"
 
 
 @pytest.mark.parametrize(
@@ -327,8 +344,6 @@ def test_the_warm_up_meets_every_number_of_prompts_that_has_its_own_kernel(
 
 
 def test_the_loop_is_woken_when_a_step_ended(runtime: FakeRuntime) -> None:
-    import threading
-
     executor, _, _ = executor_of(runtime)
     woken = threading.Semaphore(0)
     executor.on_done(woken.release)

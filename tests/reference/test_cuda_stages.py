@@ -1,13 +1,14 @@
 """Steps on their way through several stages of GPUs, on the fake runtime: late, in any order."""
 
 import json
+import math
 import os
 import threading
 from array import array
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from nodeserve.types import Sampling
 from nodeserve.worker import meeting
 from nodeserve.worker.contract import Alone
 from nodeserve.worker.device_cuda import load
+from nodeserve.worker.executor import ModelExecutor
 from nodeserve.worker.executor_cuda import CudaExecutor, Together
+from nodeserve.worker.ranks import NoRanks
 from tests.fakes.cuda_worker import plain_parts
 from tests.fakes.gpu_runtime import FakeRuntime
 from tests.fakes.harness import default_spec
@@ -158,11 +161,25 @@ def test_a_follower_is_woken_when_its_rows_are_computed(runtime: FakeRuntime) ->
     assert follower.num_passed() == 1
 
 
+class Late(NoRanks):
+    """Some have to enter the last pass."""
+
+    def opens_s(self) -> float:
+        return math.inf
+
+
+def test_no_step_is_planned_before_other_ranks_are_in_the_last_one(runtime: FakeRuntime) -> None:
+    executor, model, _ = executor_of(runtime, ranks=Late())
+    on_cpus = ModelExecutor(cast(Any, model), None, cast(Any, None), ranks=Late())
+    assert executor.opens_s() == on_cpus.opens_s() == math.inf
+    assert executor_of(runtime)[0].opens_s() == -math.inf
+
+
 def test_the_warm_up_goes_through_all_stages_in_one_order(runtime: FakeRuntime) -> None:
     """By itself, as every member does: no word is sent, and each step ends before the next."""
     executor, model, _ = executor_of(runtime)
     executor.team = Alone()
-    executor.warm_up(96, 6, 128, 16)
+    executor.warm_up(96, 6, 128, 16, 101)
     names = [name for name, _ in model.calls]
     assert names == ["advance", "logits"] * (len(names) // 2) and len(names) == 6
 

@@ -1,12 +1,15 @@
 """How the workers of an instance reach each other, as real processes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import distributed
 
+from nodeserve.errors import WorkerLost
 from nodeserve.layout import Shape
 from nodeserve.model.group_host import share_a_gpu
+from nodeserve.model.group_memory import MemoryGroup
 from nodeserve.shards import Place
 from tests.reference import ranks, talk
 
@@ -23,6 +26,14 @@ def test_sums_rows_and_exchanges_arrive_where_they_should(
         expected = [100.0 * giver + rank for giver in range(size) for _ in range(rank + giver)]
         assert one["taken"] == expected
     assert found[0]["gathered"] == [[rank, 10.0 * rank] for rank in range(size)]
+
+
+def test_a_member_whose_memory_went_with_it_is_lost() -> None:
+    """Its own end says more, and is waited for."""
+    store: Any = distributed.HashStore()  # type: ignore[attr-defined]
+    store.set("memory", "/proc/self/fd/none")
+    with pytest.raises(WorkerLost, match="cannot be reached: .*No such file"):
+        MemoryGroup(store, 1, 2, timeout_s=1.0)
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,12 @@ import torch
 
 from nodeserve.layout import Shape
 from nodeserve.shards import Place
-from tests.reference import deepseek, hub, ranks
+from tests.reference import ranks, variants
 from tests.reference.parallel_steps import NUM_DECODES, Case, alone, prompts, together
-from tests.reference.tiny_models import FAMILIES, SMALL, reference, written
+from tests.reference.tiny_models import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODELS = {
-    **{name: FAMILIES[name] for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")},
-    # Windows that begin in the second stage; heads that do not divide, as SmolLM2's.
-    "windowed": replace(FAMILIES["mistral"], first_window_layer=2, num_heads=9),
-    # The last of four tensor ranks have no words.
-    "few-words": replace(FAMILIES["llama-tied"], vocab_size=67),
-}
-OPTS = ("opt", "opt-post-norm", "opt-bare")
-EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
-LATENTS = ("v2-lite", "v2", "v3")
 SHAPES = [
     Shape(tp=2),
     Shape(tp=4),
@@ -43,15 +33,7 @@ Cases = dict[str, tuple[Case, list[torch.Tensor]]]
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """Every model with what one worker makes of it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    checkpoints = {
-        name: written(reference(config), config, folder / name) for name, config in MODELS.items()
-    }
-    for name in (*EXPERTS, *OPTS):
-        hub.write(name, folder / name)
-        checkpoints[name] = hub.checkpoint_in(folder / name)
-    for name in LATENTS:
-        checkpoints[name] = deepseek.saved(deepseek.reference(name), folder / name)
+    checkpoints = variants.checkpoints(tmp_path_factory.mktemp("tiny"))
     found = [Case(one, torch.float32, prompts(one.config)) for one in checkpoints.values()]
     found.append(Case(checkpoints["llama"], torch.bfloat16, prompts(SMALL)))
     # Other steps before the same decodes.

@@ -14,6 +14,7 @@ from nodeserve.types import Role
 from nodeserve.wire.messages import Counted
 from nodeserve.wire.numbers import pack_request_ids
 from tests.fakes.node import FakeNode, policies
+from tests.repeats import seeds
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p1d1m": [P, D, M]}
@@ -42,7 +43,7 @@ class Audited:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(3, 8))
 async def test_it_adds_up_at_any_moment(layout: str, seed: int) -> None:
     """Cancels, disconnects, refusals and preemptions anywhere, and audits in the middle of it."""
     rng = random.Random(seed)

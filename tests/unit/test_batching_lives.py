@@ -17,7 +17,7 @@ from nodeserve.policy.scheduler import Scheduler
 from nodeserve.types import Sampling
 from tests.fakes.late_model import LateExecutor, LateFlight
 from tests.fakes.model import ENTRY_BYTES, VOCAB_SIZE, FakeExecutor, FakeSettings, expected_stream
-from tests.repeats import repeats
+from tests.repeats import repeats, seeds
 
 BLOCK = 16
 CONTEXT = 160
@@ -227,13 +227,7 @@ class Simulation:
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("side", [Side, LateSide])
-@pytest.mark.parametrize(
-    "seed",
-    [
-        *range(4),
-        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, repeats(8, 64))),
-    ],
-)
+@pytest.mark.parametrize("seed", seeds(2, repeats(8, 64)))
 def test_random_lives_end_once_with_the_right_tokens(seed: int, side: type[Side]) -> None:
     simulation = Simulation(seed, side)
     for _ in range(3000 if side is Side else 6000):

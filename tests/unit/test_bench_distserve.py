@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from bench.distserve import ablation, endtoend, figures, tasks, validate
+from bench.distserve import ablation, endtoend, figures, page, tasks, validate
 from bench.distserve.cases import CASES, DISAGGREGATED, PREFILL_FIRST, Arm, Case
 from bench.distserve.data import lengths, missing
 from bench.distserve.phases import phase_rate
@@ -218,3 +218,14 @@ def test_terms_of_hopper_gpus_are_those_of_the_tables(name: str, tp: int) -> Non
     assert FITS[name][tp].small == pytest.approx(found.decode.small, rel=1e-3)
     assert FITS[name][tp].large == pytest.approx(found.decode.large, rel=1e-3)
     assert found.error < 0.12
+
+
+def test_the_page_shows_the_kept_result() -> None:
+    kept, text = page.read(page.RESULT.read_text()), page.PAGE.read_text()
+    assert page.filled(text, kept) == text
+    other = kept._replace(
+        steady={name: dict.fromkeys(ways, 9.5) for name, ways in kept.steady.items()}
+    )
+    assert "| 13B ShareGPT | 9.5 | 9.5 | 9.5 |" in page.filled(text, other)
+    with pytest.raises(ValueError, match="0 places for the table 'rates'"):
+        page.filled(text.replace("<!-- table rates -->", ""), kept)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,16 +22,21 @@ from bench.goodput.bracket import (
 )
 from bench.goodput.live import SETTLE_S, good_of
 from bench.goodput.tables import aims, judged, picture, values
+from bench.goodput.twin import Twin, twin_of
 from nodeserve.loadgen.bench import Result
 from nodeserve.loadgen.measure import measure
 from nodeserve.plan.candidates import Candidate
 from nodeserve.plan.estimates import Estimate
+from nodeserve.plan.evaluate import Question
 from nodeserve.plan.goodput import Slo, Tally
+from nodeserve.plan.requests import Requests, Source
 from nodeserve.plan.search import Probe
 from nodeserve.plan.verdict import Verdict
+from tests.fakes.simulation import profile
 from tests.unit.test_loadgen_measure import sample
 
 NUM = 200
+QUESTION = Question(profile(max_num_seqs=64), Source("chat", divisor=8.0), Slo(0.5, 0.05), 2)
 
 
 def goods(share: float, num: int = NUM) -> list[bool]:
@@ -110,6 +116,37 @@ def test_requests_that_share_their_fate_count_as_fewer(alike: int) -> None:
     assert clumping([Run(8.0, (True,) * NUM)]) == clumping([Run(8.0, (True, False))]) == 1.0
 
 
+def test_a_draw_s_luck_is_no_part_of_what_is_known() -> None:
+    """Every second run has easy requests, in the simulator as live: nothing of that is left."""
+    bracket, plain = Bracket(10.0), Bracket(10.0)
+    for place, rate in enumerate((9.0, 10.0, 10.5, 11.5)):
+        luck = 0.05 if place % 2 else -0.05
+        live, alike = goods(falling(rate) + luck), goods(0.92 + luck)
+        bracket.add(rate, live, Twin(tuple(alike), 0.92))
+        plain.add(rate, live)
+    shares = dict(bracket.curve)
+    assert shares[10.0] == pytest.approx(0.9, abs=0.01)
+    assert shares[10.5] == pytest.approx(0.8, abs=0.01)
+    assert bracket.goodput == pytest.approx(10.0, rel=0.01)
+    assert abs(plain.goodput - 10.0) > 0.1
+
+
+def test_misses_that_the_simulator_has_too_do_not_widen_the_error() -> None:
+    together = tuple(sorted(goods(0.9)))
+    seen = Run(9.0, together), Run(9.0, together, Twin(together, 0.9))
+    assert clumping(seen[:1]) > 3.0 and clumping(seen[1:]) == 1.0
+
+
+def test_the_twin_of_a_run_has_its_requests_and_its_limits() -> None:
+    candidate = Candidate("2m", 128)
+    arrivals = Requests(Source("chat", divisor=8.0, seed=3)).first(20, 4.0)
+    twin = twin_of(QUESTION, candidate, 4.0, arrivals, 1.0)
+    assert len(twin.good) == sum(one.arrived_s >= 1.0 for one in arrivals)
+    assert 0.0 < twin.usual <= 1.0 and twin == twin_of(QUESTION, candidate, 4.0, arrivals, 1.0)
+    strict = replace(QUESTION, slo=Slo(1e-3, 1e-3))
+    assert not any(twin_of(strict, candidate, 4.0, arrivals, 1.0).good)
+
+
 def width(good: Sequence[bool]) -> float:
     bracket = Bracket(
         8.0, [Run(8.0, (True,) * NUM), Run(9.0, tuple(good)), Run(10.0, (False,) * NUM)]
@@ -170,7 +207,7 @@ def duel(planned: tuple[float, float], live: tuple[float, float], said: bool | N
         arm(kind, *rates)
         for kind, rates in zip(("mixed", "split"), zip(planned, live, strict=True), strict=True)
     ]
-    return Duel(Slo(0.5, 0.05), Verdict(said, ""), arms)
+    return Duel(QUESTION, Verdict(said, ""), arms)
 
 
 def as_json(one: Duel) -> dict[str, Any]:
@@ -205,7 +242,7 @@ def test_the_aims_say_what_the_plan_knew(
 
 
 def test_a_goodput_that_was_not_found_meets_no_aim() -> None:
-    one = Duel(Slo(0.5, 0.05), Verdict(False, ""), [arm("mixed", 10.0, 10.0)])
+    one = Duel(QUESTION, Verdict(False, ""), [arm("mixed", 10.0, 10.0)])
     one.arms[0].bracket = climbed(0.1, lambda rate: 1.0)
     assert [met for _, met in aims([one])][1:] == [False, False]
     (only,) = as_json(one)["arms"]

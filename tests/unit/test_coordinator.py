@@ -13,6 +13,7 @@ from nodeserve.types import Role, Timings
 from nodeserve.wire.messages import Alive, Goodbye, RequestFailed, Submit, pack_ids
 from tests.fakes.node import STEP_S, FakeNode, FakeWorker, expected_stream, policies
 from tests.fakes.transport import FakeTransport
+from tests.repeats import seeds
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p1d": [P, P, D], "1p2d": [P, D, D], "1p1d1m": [P, D, M]}
@@ -38,7 +39,7 @@ async def test_one_request_is_prefilled_here_and_decoded_there() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(3, 6))
 async def test_random_life_ends_every_request_once(layout: str, seed: int) -> None:
     """Cancels, disconnects, refusals and preemptions anywhere; small pools force the last two."""
     rng = random.Random(seed)

@@ -75,8 +75,8 @@ def test_a_planner_tries_the_ranks_that_the_family_knows() -> None:
     assert [(kind.shape.ep, kind.num_gpus) for kind in kinds] == [(16, 16), (32, 32), (64, 64)]
     with pytest.raises(ConfigError, match="needs 16 GPUs or more, 8 given"):
         kinds_of(family_of("h100"), 8)
-    with pytest.raises(ConfigError, match="has no shape of one GPU"):
-        kinds_of(family_of("h100"), 64, plain=True)
+    with pytest.raises(ConfigError, match="none of the shapes asked for: it has ep16, ep32"):
+        kinds_of(family_of("h100"), 64, shapes=[Shape()])
 
 
 def test_latents_are_on_every_tensor_rank_and_heads_are_split() -> None:

@@ -11,7 +11,7 @@ import pytest
 from nodeserve.checkpoint import Checkpoint
 from nodeserve.config import EngineConfig, ModelConfig, MoeConfig
 from nodeserve.coordinator.placement import Plan, resolve
-from nodeserve.coordinator.places import largest_part
+from nodeserve.coordinator.places import parts_of
 from nodeserve.coordinator.supervisor import make_experts_fd
 from nodeserve.errors import ConfigError
 from nodeserve.expert_counts import MAX_BYTES, facts_of, read_counts, write_counts
@@ -119,12 +119,12 @@ def test_a_plan_carries_the_counts_and_makes_room_for_the_copies(
     assert started(None).expert_counts is None
     assert started(path, redundant_experts=6).expert_counts == tuple(map(tuple, COUNTS))
     shape = Shape(ep=4)
-    sizes = [largest_part(MODEL, shape, copies).num_routed_weights for copies in (0, 2, 3, 18)]
+    sizes = [parts_of(MODEL, shape, copies)[0].num_routed_weights for copies in (0, 2, 3, 18)]
     assert [size // (2 * 3 * 64 * (1 << 12)) for size in sizes] == [2, 2, 3, 6]
-    assert largest_part(MODEL, Shape(), 3) == MODEL
+    assert parts_of(MODEL, Shape(), 3) == (MODEL,)
     small = {"max_model_len": 64, "kv_memory": 1 << 20}
     # Room for the weights of two ranks in bfloat16, each of which has three of six experts.
-    room = 2 * 2 * largest_part(MODEL, Shape(ep=2)).num_weights + (4 << 20)
+    room = 2 * 2 * parts_of(MODEL, Shape(ep=2))[0].num_weights + (4 << 20)
     monkeypatch.setattr("nodeserve.coordinator.room._available_bytes", lambda: room)
     started(path, **small)
     with pytest.raises(ConfigError, match="the weights take"):

@@ -1,6 +1,7 @@
 """Imports point down, files stay small: read off the syntax trees, lazy imports count."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -68,17 +69,23 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def imports_of(path: Path) -> list[tuple[str, list[str]]]:
+    """Each module that a file imports, and the names it takes from it; none: the module itself."""
+    found: list[tuple[str, list[str]]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((str(node.module), [alias.name for alias in node.names]))
+    return found
+
+
 def imported(path: Path) -> tuple[set[str], set[str]]:
     """First names below nodeserve ("__init__" for its own names), and foreign packages."""
     ours, theirs = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
+    for module, names in imports_of(path):
+        for name in [f"{module}.{name}" for name in names] or [module]:
             top, *rest = name.split(".")
             if top == "nodeserve":
                 ours.update(rest[:1] or ["__init__"])
@@ -87,19 +94,24 @@ def imported(path: Path) -> tuple[set[str], set[str]]:
     return ours, theirs
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_down(path: Path) -> None:
+def misplaced(path: Path) -> set[str]:
+    """What a file of the package imports and may not."""
     here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     ours, theirs = imported(path)
-    ours.discard("__version__")
-    assert ours <= MAY_IMPORT[here] | {here}
-    assert not theirs & MAY_NOT_USE.get(here, set())
+    up = ours - MAY_IMPORT[here] - {here, "__version__"}
+    return up | theirs & MAY_NOT_USE.get(here, set())
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_gpu_files_need_triton(path: Path) -> None:
-    if "model/gpu" not in path.relative_to(PACKAGE).as_posix():
-        assert "triton" not in imported(path)[1]
+# One test looks at all files: a test for each would take longer than the looking.
+def test_imports_point_down() -> None:
+    assert FILES and not {name_of(path): found for path in FILES if (found := misplaced(path))}
+
+
+def test_only_gpu_files_need_triton() -> None:
+    needing = [path for path in FILES if "triton" in imported(path)[1]]
+    assert needing and not [
+        path for path in needing if not path.is_relative_to(PACKAGE / "model/gpu")
+    ]
 
 
 def module_of(path: Path) -> str:
@@ -113,12 +125,9 @@ MODULES = {module_of(path): path for path in FILES}
 def modules_imported(path: Path) -> set[str]:
     """Our modules that a file names, wherever in it; a package stands for itself alone."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            inside = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
-            found.update(inside or {str(node.module)})
+    for module, names in imports_of(path):
+        inside = {f"{module}.{name}" for name in names} & set(MODULES)
+        found.update(inside or {module})
     return found & set(MODULES)
 
 
@@ -128,15 +137,10 @@ def test_no_files_import_each_other() -> None:
     assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(graph)  # or CycleError
 
 
-@pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
-def test_files_stay_small(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= MAX_LINES or name_of(path) in LONGER, f"{lines} lines"
-
-
-def test_exceptions_to_the_length_are_needed() -> None:
-    for name in LONGER:
-        assert len((ROOT / name).read_text().splitlines()) > MAX_LINES
+def test_files_stay_small() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in ALL_FILES}
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
+    assert lengths and long.keys() == LONGER.keys(), long
 
 
 @pytest.mark.parametrize(

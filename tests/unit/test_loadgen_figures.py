@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from nodeserve.loadgen.bench import Result
 from nodeserve.loadgen.figures import draw
 from nodeserve.loadgen.measure import measure
@@ -16,6 +18,7 @@ def result(rate: float, ttft_s: float) -> Result:
     return Result(rate, [one.job.arrival for one in samples], report, samples)
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(tmp_path: Path) -> None:
     results = [result(1.0, 0.01), result(2.0, 0.1), result(2.0, 0.1), result(4.0, 0.3)]
     paths = draw(

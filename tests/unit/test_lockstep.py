@@ -19,7 +19,8 @@ from nodeserve.policy.cost import IDLE, RankWork
 from nodeserve.worker.alarm import Alarm
 from nodeserve.worker.contract import Ran
 from nodeserve.worker.lockstep import Board, Lockstep
-from nodeserve.worker.ranks import InStep
+from nodeserve.worker.ranks import NO_RANKS, InStep, ranks_of
+from tests.fakes.harness import default_spec
 from tests.patience import PATIENCE_S
 
 WORK = RankWork(prefill_tokens=10, attention=2.5, num_decodes=3, kv_tokens=40)
@@ -174,6 +175,16 @@ def test_no_pass_begins_once_a_rank_has_left(three: Ranks) -> None:
     assert three.rung() == [] and not second.leave()
 
 
+def test_a_follower_takes_no_part_among_ranks() -> None:
+    """It would hear its leader's bell, which then did not: passes began a second late."""
+    with contextlib.ExitStack() as owner:
+        fds = make_lockstep(4)
+        owner.callback(fds.close)
+        team = {"ep": 2, "pp": 2, "board_fd": fds.board, "bell_fds": fds.bells}
+        found = [ranks_of(default_spec(rank=rank, **team)) for rank in range(4)]
+        assert [one is NO_RANKS for one in found] == [False, True, False, True]
+
+
 def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:
     """As stages have them: the second begins while the first is under way."""
     times_s = iter([1.0, 2.0, 5.0, 6.0])
@@ -183,6 +194,22 @@ def test_passes_that_overlap_are_timed_one_behind_the_other() -> None:
         first, second = ranks.enter(WORK), ranks.enter(WORK)
         assert ranks.ran(first) == Ran(1, 1.0, 4.0)
         assert ranks.ran(second) == Ran(2, 5.0, 1.0)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_nobody_begins_a_pass_before_all_are_in_the_last_one(three: Ranks, heard: bool) -> None:
+    """A stage without experts is done with one, and could go on to the next, before others come."""
+    first, second, third = three.ranks
+    ranks = InStep(first, Alarm(three.bells[0]))
+    assert ranks.opens_s() == -math.inf
+    ranks.enter(WORK)
+    second.enter(WORK)
+    assert ranks.opens_s() == math.inf
+    third.enter(WORK)
+    assert not heard or first.look()
+    assert ranks.opens_s() == -math.inf
+    second.enter(WORK)
+    assert ranks.opens_s() == -math.inf, "that gathers without us"
 
 
 def test_who_hears_late_of_a_pass_still_hears_of_it(three: Ranks) -> None:

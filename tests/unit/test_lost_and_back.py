@@ -7,13 +7,14 @@ import pytest
 from nodeserve.policy.lifecycle import Phase
 from nodeserve.types import Role
 from tests.fakes.node import FakeNode, expected_stream, policies
+from tests.repeats import seeds
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p2d": [P, P, D, D], "1p1d1m": [P, D, M]}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(3, 8))
 async def test_random_deaths_and_returns_cost_no_token(layout: str, seed: int) -> None:
     """Somebody is always dying; cancels and small pools beside it."""
     rng = random.Random(f"{layout} {seed}")
@@ -94,7 +95,7 @@ async def test_requests_wait_for_the_only_one_to_come_back(layout: str) -> None:
     node.check_nothing_held()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(3, 6))
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_who_is_left_alone_does_both_until_the_other_is_back(lost: int, seed: int) -> None:
     """With requests in every phase when it happens, pages that wait for nobody among them."""

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from nodeserve.checkpoint import Checkpoint
-from nodeserve.config import EngineConfig, ForeignConfig, ModelConfig, Simulated
+from nodeserve.config import EngineConfig, ForeignConfig, ModelConfig, MoeConfig, Simulated
 from nodeserve.coordinator.placement import Plan, resolve
-from nodeserve.coordinator.places import Seat, choose_layout, share_cores
+from nodeserve.coordinator.places import Seat, choose_layout, parts_of, share_cores
 from nodeserve.coordinator.policies import Policies, parse_window, policies_of
 from nodeserve.errors import ConfigError
 from nodeserve.gpus import Gpu, Gpus
+from nodeserve.layout import parse_layout
 from nodeserve.policy.flow import FlowOptions
 from nodeserve.policy.profiles import profile_named
 from nodeserve.policy.restarts import RestartOptions
@@ -330,6 +331,40 @@ def test_weights_that_fit_no_memory_are_refused_before_any_is_read() -> None:
         resolve(EngineConfig(layout="2m", max_model_len=1024), large(20), gpus(2))
     with pytest.raises(ConfigError, match="GPU 1 has .* and the weights and one sequence"):
         resolve(EngineConfig(layout="2m", gpus="1,1"), large(10), gpus(2))
+
+
+MIXTURE = replace(
+    MODEL,
+    num_layers=6,
+    vocab_size=128,
+    moe=MoeConfig(8, 2, 1 << 10, shared_intermediate_size=256, dense_layers=(0, 1)),
+)
+
+
+@pytest.mark.parametrize("shape", ["tp2", "pp2", "pp3", "tp2.pp2", "ep4"])
+def test_the_parts_of_workers_are_the_whole_model(shape: str) -> None:
+    """Nobody has experts, words or layers that are another's; each rank has every router."""
+    team = parse_layout(f"1m:{shape}").groups[0].shape
+    whole = MIXTURE.num_weights
+    parts = [part.num_weights for part in parts_of(MIXTURE, team)]
+    if team.ep > 1:
+        routed = MIXTURE.num_routed_weights
+        router = 4 * MIXTURE.hidden_size * 8 * (1 - 1 / team.ep)  # counted by the experts held
+        assert parts == [whole - routed * (1 - 1 / team.ep) - router]
+    else:
+        routers = 4 * MIXTURE.hidden_size * 8
+        assert sum(parts) == whole + (team.tp - 1) * routers
+
+
+def test_a_mixture_runs_on_gpus_that_hold_it_together() -> None:
+    """12 GB of experts in a layer."""
+    moe = MoeConfig(8, 2, 1 << 15, dense_layers=(0, 1, 2))
+    model = replace(MODEL, hidden_size=1 << 13, num_layers=15, moe=moe)
+    checkpoint = replace(CHECKPOINT, config=model)
+    with pytest.raises(ConfigError, match="the weights and one sequence"):
+        resolve(EngineConfig(layout="1m"), checkpoint, gpus(2))
+    for layout in ("1m:tp2", "1m:ep2", "1m:pp2"):
+        resolve(EngineConfig(layout=layout), checkpoint, gpus(2))
 
 
 def test_weights_are_counted_as_the_embedded_model_has_them() -> None:

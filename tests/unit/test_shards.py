@@ -143,6 +143,14 @@ def test_every_tensor_rank_needs_a_column_of_every_mlp(dense: int, moe: MoeConfi
     check_fits(config, Shape(tp=3))
 
 
+def test_ranks_without_a_layer_of_experts_have_nothing_to_share() -> None:
+    """They would call each other into passes in which nobody waits for anybody."""
+    config = replace(model(8, 2), moe=MoeConfig(4, 2, 8, dense_layers=tuple(range(7))))
+    with pytest.raises(ModelError, match="of which this model has 0: use tp"):
+        check_fits(config, Shape(ep=2))
+    check_fits(replace(config, moe=MoeConfig(4, 2, 8, dense_layers=(0,))), Shape(ep=4))
+
+
 def test_the_width_of_an_mlp_that_no_layer_has_does_not_count() -> None:
     config = replace(model(8, 2), intermediate_size=3, moe=MoeConfig(4, 2, intermediate_size=8))
     check_fits(config, Shape(tp=8))

@@ -17,6 +17,7 @@ from tests.fakes.simulation import PASS_S, profile
 
 NUM_REQUESTS, RATE = 6000, 1000.0  # six or more arrivals in every T/N
 NUM_SEQS = 4096
+NUM_INSTANCES = [1, 4, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 8))]
 
 
 def run(num_instances: int, admission: str) -> Summary:
@@ -37,14 +38,14 @@ def wait_s(summary: Summary) -> float:
     return summary.stages["scheduler_wait_s"].mean + summary.stages["device_wait_s"].mean
 
 
-@pytest.mark.parametrize("num_instances", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_instances", NUM_INSTANCES)
 def test_dispatch_on_arrival_waits_half_a_pass(num_instances: int) -> None:
     summary = run(num_instances, "round-robin")
     assert wait_s(summary) == pytest.approx(PASS_S / 2, rel=0.02)
     assert summary.stages["scheduler_wait_s"].p99 == 0.0
 
 
-@pytest.mark.parametrize("num_instances", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_instances", NUM_INSTANCES)
 def test_staggering_divides_the_wait_by_the_instances(num_instances: int) -> None:
     summary = run(num_instances, "staggered")
     assert wait_s(summary) == pytest.approx(PASS_S / (2 * num_instances), rel=0.02)

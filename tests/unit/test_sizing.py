@@ -124,10 +124,16 @@ def test_one_sequence_exactly_fits() -> None:
 
 
 def test_slots_of_the_shared_memory() -> None:
-    assert num_slots_for(BLOCK, 10, float("inf")) == MAX_SEGMENT_BYTES // BLOCK
-    assert num_slots_for(BLOCK, 10, 100 * BLOCK) == 50
-    assert num_slots_for(BLOCK, 10, 5 * BLOCK) == 10  # make_pool says that there is no room
-    assert num_slots_for(BLOCK, 4000, float("inf")) == 4000
+    assert num_slots_for(BLOCK, 10, float("inf"), 8) == MAX_SEGMENT_BYTES // BLOCK
+    assert num_slots_for(BLOCK, 10, 100 * BLOCK, 1) == 50
+    assert num_slots_for(BLOCK, 10, 5 * BLOCK, 1) == 10  # make_pool says that there is no room
+    assert num_slots_for(BLOCK, 4000, float("inf"), 8) == 4000
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 8])
+def test_workers_that_look_at_the_same_time_all_get_their_slots(num_workers: int) -> None:
+    each = num_slots_for(BLOCK, 10, 1000 * BLOCK, num_workers)
+    assert each * num_workers < 1000
 
 
 @pytest.mark.parametrize(

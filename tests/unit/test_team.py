@@ -70,6 +70,9 @@ class Steps:
     def choose(self) -> None:
         self.num_choices += 1
 
+    def forget_rows(self) -> None:
+        self.plans.append(b"forget")
+
 
 class Member:
     """A follower whose device is the test."""
@@ -80,7 +83,7 @@ class Member:
         leader = LeaderLink(end, self.link.beat)
         rows = ExpertRows(b"l", b"e", b"r")
         parts = self.link, leader, self.steps, self.pages, seats
-        self.loop = Follower(*parts, expert_rows=lambda: rows)
+        self.loop = Follower(*parts, expert_rows=lambda: rows, forget_rows=self.steps.forget_rows)
 
     def turn(self, *moved: Moved) -> None:
         self.pages.moved.extend(moved)
@@ -152,6 +155,15 @@ def test_a_follower_says_what_its_device_counted(bench: Bench) -> None:
     member.link.inbox.append(CountExperts(3))
     member.turn()
     assert member.link.said == [ExpertsCounted(3, b"l", b"e", b"r")]
+
+
+def test_followers_forget_what_they_counted_while_the_leader_was_warming_up(bench: Bench) -> None:
+    bench.team.step(lambda: b"warm-up")
+    bench.team.warm()
+    bench.team.step(lambda: b"real")
+    bench.turn()
+    for member in bench.members:
+        assert member.steps.plans == [b"warm-up", b"forget", b"real"]
 
 
 def test_a_plan_larger_than_a_ring_arrives_whole(

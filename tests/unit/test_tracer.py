@@ -15,6 +15,7 @@ from nodeserve.wire.tracing import DECODE, EVENTS, HANDOFF, HANDOFF_WAIT, Event
 from tests.fakes.node import FakeNode, policies
 from tests.fakes.trace_rules import check_request, check_workers
 from tests.fakes.transport import FakeTransport
+from tests.repeats import seeds
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1m": [M], "1p1d": [P, D], "2p2d": [P, P, D, D], "1p1d1m": [P, D, M]}
@@ -54,7 +55,7 @@ def live(node: FakeNode, rng: random.Random, count: int, lose: bool) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(1, 2))
 @pytest.mark.parametrize("lose", [False, True], ids=["", "a worker is lost"])
 async def test_lanes_of_a_random_life_add_up(layout: str, seed: int, lose: bool) -> None:
     rng = random.Random(seed)

@@ -19,7 +19,7 @@ from bench.gpu.lines import Line, check
 ROOT = Path(__file__).parents[3]
 FOLDERS = ("tests/gpu", "tests/reference/gpu")
 # What a rehearsal runs of it: enough to see that results are found and read.
-REHEARSED = ("tests/reference/gpu/test_attention_choice.py",)
+REHEARSED = ("tests/reference/gpu/test_attention_libraries.py",)
 LEFT_OUT = (
     # These compile for other cards, as the checks of a machine without any do.
     "tests/reference/gpu/test_compile.py",

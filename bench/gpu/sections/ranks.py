@@ -51,7 +51,7 @@ def models(bed: Bed, work: Path) -> list[Model]:
         write_tokenizer(size, folder)
     teams = ("1m:tp2", "1m:pp2", "1p:tp2,1d:tp2")
     return [
-        Model("Llama", llama, bed.small.vocab_size, teams[1:] if bed.rehearsal else teams),
+        Model("Llama", llama, bed.small.vocab_size, bed.pick(teams, ("1p:pp2,1d:tp2",))),
         Model("Mixtral", mixtral, sizes[0], ("1m:ep2",)),
         Model("DeepSeek-V3", v3, sizes[1], ("1m:tp2",)),
     ]

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[3]
 ARCHITECTURES = {80, 90, 100}
 
 
-def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path: Path) -> None:
+def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.reference.gpu.compiling"],
         cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment,
         capture_output=True,
         text=True,
     )
