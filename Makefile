@@ -21,7 +21,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/* tests/fakes/cuda/*.cpp tests/
 help:
 	@echo "make demo    serve the demo model on CPU workers: prefill on one, decode on another"
 	@echo "make test    every test: make check, then reference and end-to-end tests"
-	@echo "make test-long  what repeats on random input, many more times; not part of make test"
+	@echo "make test-long  what repeats on random input or in more cases, many more; not part of make test"
 	@echo "make check   format, lint, types, import rule, unit and process tests, bench smoke run"
 	@echo "make bench   all benchmarks; or one of bench-ring bench-handoff bench-step bench-coordinator"
 	@echo "             bench-policy bench-window (15 minutes, simulated) bench-window-live (90 s, sleeps)"
@@ -92,7 +92,7 @@ e2e-tests:
 reference-tests:
 	$(BIN)/python -m pytest -q tests/reference --ignore=tests/reference/gpu
 
-# Only repetition: each of its checks is in `make test` as well.
+# Only repetition: each of its checks is in `make test` as well, in fewer cases.
 test-long: venv
 	NODESERVE_LONG_TESTS=1 $(BIN)/python -m pytest -q -m repeats
 

@@ -1,15 +1,16 @@
-"""How often a check on random input repeats: `make check` with a few seeds, `make test` with more,
-`make test-long` with many."""
+"""How often a check repeats, or in which cases: `make check` with a few seeds, `make test` with
+more, `make test-long` with many."""
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 LONG = "NODESERVE_LONG_TESTS"
+Chosen = TypeVar("Chosen")
 
 
-def repeats(few: int, many: int) -> int:
+def repeats(few: Chosen, many: Chosen) -> Chosen:
     return many if os.environ.get(LONG) else few
 
 

@@ -13,8 +13,6 @@ import pytest
 
 from tests.patience import PATIENCE_S
 
-START_TIMEOUT_S = 90
-
 
 def arguments(settings: dict[str, Any]) -> list[str]:
     return [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]

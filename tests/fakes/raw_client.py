@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from nodeserve.wire.messages import (
     ToClient,
     Tokens,
     ToServer,
+    Trace,
+    Traced,
     pack_ids,
     unpack_ids,
 )
+from nodeserve.wire.tracing import EVENTS, Worker
 
 PAUSE_S = 0.02  # between two questions
 
@@ -107,6 +110,29 @@ class RawClient:
             if isinstance(message, kind):
                 answer: dict[str, Any] = message[0]  # type: ignore[assignment]
                 return answer
+        raise ProtocolError("the stream ended early")
+
+    @contextlib.asynccontextmanager
+    async def tracing(self) -> AsyncIterator[None]:
+        """Told of what happens, for `worker_news`."""
+        self.send(Trace(True))
+        try:
+            yield
+        finally:
+            self.send(Trace(False))
+            await self._until_traced(lambda message: message.over)
+
+    async def worker_news(self) -> None:
+        """Returns when a worker was lost or is back, while `tracing`. Who asks for stats instead
+        until it is so keeps a core busy, and the coordinator's, that the worker needs to start."""
+        await self._until_traced(
+            lambda message: any(isinstance(EVENTS.made_of(one), Worker) for one in message.events)
+        )
+
+    async def _until_traced(self, is_it: Callable[[Traced], bool]) -> None:
+        while (message := await self.read()) is not None:
+            if isinstance(message, Traced) and is_it(message):
+                return
         raise ProtocolError("the stream ended early")
 
     async def close(self) -> None:

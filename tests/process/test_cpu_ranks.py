@@ -1,6 +1,7 @@
 """Instances of several workers, with ranks that share experts or without, as processes: they give
 the tokens of one worker, also when a rank is lost in a pass, and end by themselves."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.process.conftest import Connect, Nodes, RunningNode, audit
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
 from tests.process.test_sim_node import same_steps, workers_by_instance
+from tests.process.test_stopping import STOPPED, left_nothing
 from tests.reference import hub
 
 pytestmark = pytest.mark.slow
@@ -72,9 +74,7 @@ async def told_by_one(
     return expected
 
 
-@pytest.mark.parametrize(
-    "layout", ["1p:ep2,1d:ep2", "1p:tp2,1d:tp2", "1p:pp2,1d:pp2", "1m:tp2.pp2"]
-)
+@pytest.mark.parametrize("layout", ["1p:ep2,1d:ep2", "1p:tp2.pp2,1d:tp2.pp2"])
 async def test_a_shape_gives_the_tokens_of_one_worker(
     nodes: Nodes, connect: Connect, model: Path, expected: list[list[int]], layout: str
 ) -> None:
@@ -117,8 +117,13 @@ async def test_ranks_give_the_tokens_of_one_worker_and_lose_none_with_one_of_the
 
 async def stopped_in_a_pass(node: RunningNode, client: RawClient) -> None:
     """Nobody is killed before an hour is over. One that stopped left the others in a pass."""
-    client.submit(1, PROMPTS[0], max_tokens=200)
-    await client.read_until(lambda: 1 in client.tokens)
+    workers = node.worker_pids()
+    for number in range(3):
+        client.submit(number, PROMPTS[number], max_tokens=150)
+    await client.read_until(lambda: len(client.tokens) == 3)
     client.send(Stop(False))
     await client.read_to_end()
-    assert node.wait() == 0
+    assert [end.code for ends in client.ends.values() for end in ends] == ["shutting_down"] * 3
+    _, words = await asyncio.to_thread(node.process.communicate)
+    assert node.process.returncode == STOPPED and "Traceback" not in words
+    assert left_nothing(node, workers)

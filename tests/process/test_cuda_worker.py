@@ -44,6 +44,7 @@ from tests.fakes.harness import WorkerProcess, default_spec, started
 from tests.patience import PATIENCE_S
 from tests.process.conftest import Connect, Nodes
 from tests.process.test_lost_workers import all_ready
+from tests.repeats import repeats
 
 pytestmark = pytest.mark.slow
 GPU_WORKER = (sys.executable, "-m", "tests.fakes.cuda_worker")
@@ -324,10 +325,11 @@ async def test_a_node_of_gpu_workers_serves_clients(
     assert any(moved.values()), "it is back, and its pages are read where they are now"
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     ("layout", "handoff"),
     [
-        ("1m:tp2", "auto"),
+        *repeats([], [("1m:tp2", "auto")]),
         ("1m:tp2.pp2", "auto"),
         ("1p:pp2,1d:tp2", "auto"),
         ("1p:tp2,1d:pp2", "host"),

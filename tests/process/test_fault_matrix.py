@@ -150,18 +150,22 @@ ENTER: dict[str, Callable[[Load, Order, str], Awaitable[Path]]] = {
 
 
 async def ready_worker(client: RawClient, role: str) -> dict[str, Any]:
-    while True:
-        for worker in (await client.stats())["workers"]:
-            if (worker["role"], worker["state"]) == (role, "ready"):
-                return dict(worker)
+    async with client.tracing():
+        while True:
+            for worker in (await client.stats())["workers"]:
+                if (worker["role"], worker["state"]) == (role, "ready"):
+                    return dict(worker)
+            await client.worker_news()
 
 
 async def has_failed(client: RawClient, victim: dict[str, Any]) -> dict[str, Any]:
     """The victim's row once its life is over."""
-    while True:
-        worker: dict[str, Any] = (await client.stats())["workers"][victim["index"]]
-        if worker["state"] != "ready" or worker["restarts"] > victim["restarts"]:
-            return worker
+    async with client.tracing():
+        while True:
+            worker: dict[str, Any] = (await client.stats())["workers"][victim["index"]]
+            if worker["state"] != "ready" or worker["restarts"] > victim["restarts"]:
+                return worker
+            await client.worker_news()
 
 
 @pytest.mark.slow

@@ -94,10 +94,10 @@ async def test_a_node_that_still_loads_is_not_healthy(nodes: Nodes) -> None:
 async def test_a_wait_that_never_ends_by_itself_is_ended(nodes: Nodes, connect: Connect) -> None:
     """A clock that is set back prolongs the waits that are under way. Idle workers did not give a
     sign of life any more, and were killed for it."""
-    node = nodes.start(layout="1p1d", step_timeout=1.0, fake={"oversleeps": True})
+    node = nodes.start(layout="1p1d", step_timeout=2.0, fake={"oversleeps": True})
     client = await connect(node)
     with contextlib.suppress(TimeoutError):  # nothing comes meanwhile
-        await asyncio.wait_for(client.read_to_end(), 2.5)
+        await asyncio.wait_for(client.read_to_end(), 5.0)
     again = await connect(node)
     again.submit(1, [3], max_tokens=20)
     await again.finish(1)

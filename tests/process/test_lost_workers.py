@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
 from tests.fakes.sim_worker import FAR_APART
 from tests.fakes.sim_worker import expected_stream as simulated_stream
-from tests.process.conftest import Connect, Nodes, names_of
+from tests.process.conftest import Connect, Nodes, RunningNode, audit, names_of
 
 pytestmark = pytest.mark.slow
 
@@ -23,18 +24,40 @@ LONG = 400  # tokens: still running when the fault comes
 
 async def all_ready(client: RawClient, restarts: int = 0) -> dict[str, Any]:
     """The stats once every worker is ready, and so many were started again."""
+    async with client.tracing():
+        while True:
+            stats = await client.stats()
+            workers = stats["workers"]
+            told = sum(worker["restarts"] > 0 for worker in workers)
+            if told >= restarts and all(worker["state"] == "ready" for worker in workers):
+                return stats
+            await client.worker_news()
+
+
+async def restarts_after(client: RawClient, least: int = 0) -> list[int]:
+    """How often each worker was started again, once all are ready and it was so often in all."""
     while True:
-        stats = await client.stats()
-        workers = stats["workers"]
-        told = sum(worker["restarts"] > 0 for worker in workers)
-        if told >= restarts and all(worker["state"] == "ready" for worker in workers):
-            return stats
+        told = [worker["restarts"] for worker in (await all_ready(client))["workers"]]
+        if sum(told) >= least:
+            return told
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    """2p2d, whose workers are killed one after the other."""
+    nodes = Nodes(tmp_path_factory.mktemp("four"))
+    try:
+        yield nodes.start(layout="2p2d")
+    finally:
+        nodes.end()
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2, 3])
-async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, victim: int) -> None:
-    node = nodes.start(layout="2p2d")
-    client = await connect(node)
+async def test_a_killed_worker_costs_no_token(
+    four: RunningNode, connect: Connect, victim: int
+) -> None:
+    client = await connect(four)
+    before = await restarts_after(client)
     for i in range(12):
         client.submit(i, [i, 2 * i], max_tokens=200)
     await client.read_until(lambda: len(client.tokens) == 12)
@@ -44,13 +67,14 @@ async def test_a_killed_worker_costs_no_token(nodes: Nodes, connect: Connect, vi
     for i in range(12):
         assert client.tokens[i] == expected_stream([i, 2 * i], 200)
         assert [end.reason for end in client.ends[i]] == ["length"]
-    workers = (await all_ready(client, restarts=1))["workers"]
-    assert [w["restarts"] for w in workers] == [int(index == victim) for index in range(4)]
-    assert "was killed by SIGKILL" in workers[victim]["reason"]
+    wanted = [was + (index == victim) for index, was in enumerate(before)]
+    assert await restarts_after(client, sum(wanted)) == wanted
+    assert "was killed by SIGKILL" in (await client.stats())["workers"][victim]["reason"]
     for i in range(12, 24):
         client.submit(i, [i, 2 * i], max_tokens=20)
     await client.finish(*range(12, 24))
     assert all(client.tokens[i] == expected_stream([i, 2 * i], 20) for i in range(12, 24))
+    assert not audit(four)
 
 
 @pytest.mark.parametrize("layout", ["1m", "2p2d"])

@@ -5,13 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nodeserve.wire.frames import HEADER, frame
-from nodeserve.wire.messages import TO_SERVER, Abort, Stop, ToServer
+from nodeserve.wire.messages import TO_SERVER, Abort, Stop, Submit, pack_ids
 from tests.fakes.model import expected_stream
 from tests.fakes.raw_client import RawClient
 from tests.patience import PATIENCE_S
@@ -114,25 +115,17 @@ async def test_a_client_that_never_reads_disturbs_nobody(nodes: Nodes, connect: 
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(str(node.socket))
-        writer = RawClient.__new__(RawClient)
-        sent = b"".join(_submits(writer, 3000))
-        deaf.sendall(sent)
+        deaf.sendall(b"".join(_submits(3000)))
         good.submit(1, [9], max_tokens=50)
         await good.finish(1)
         assert good.tokens[1] == expected_stream([9], 50)
     await settled(good)
 
 
-def _submits(client: RawClient, count: int) -> list[bytes]:
-    frames: list[bytes] = []
-
-    def keep(*messages: ToServer) -> None:
-        frames.extend(frame(TO_SERVER.encode(one)) for one in messages)
-
-    client.send = keep  # type: ignore[method-assign]
+def _submits(count: int) -> Iterator[bytes]:
+    sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 10, "logprobs": 5}
     for i in range(count):
-        client.submit(i, [1], max_tokens=10, logprobs=5)
-    return frames
+        yield frame(TO_SERVER.encode(Submit(i, pack_ids([1]), sampling, None, 0)))
 
 
 async def test_a_client_killed_mid_stream_frees_everything(nodes: Nodes, connect: Connect) -> None:

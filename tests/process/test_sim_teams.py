@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from nodeserve.policy.blocks import blocks_for
 from nodeserve.wire.messages import Abort, Stop
 from tests.fakes.faults import TIMEOUT_S
 from tests.fakes.sim_worker import QUICK, expected_stream
-from tests.process.conftest import Connect, Nodes, names_of
-from tests.process.test_lost_workers import all_ready
+from tests.process.conftest import Connect, Nodes, RunningNode, audit, names_of
+from tests.process.test_lost_workers import all_ready, restarts_after
 from tests.process.test_node import settled
 from tests.process.test_sim_node import prompt_of, serve_many, workers_by_instance
 
@@ -67,15 +68,26 @@ async def test_a_team_serves_as_one(nodes: Nodes, connect: Connect, layout: str)
     assert node.wait() == 0
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, RunningNode]]:
+    """Two teams, whose followers fail one after the other."""
+    nodes = Nodes(tmp_path_factory.mktemp("teams"))
+    settings = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0, "max_restarts": 1000}
+    try:
+        yield nodes, nodes.start(layout="1p:tp2,1d:tp2", device="sim", **settings)
+    finally:
+        nodes.end()
+
+
 @pytest.mark.parametrize("fault", ["kill", "stop", "hang", "exception", "torn"])
 @pytest.mark.parametrize("victim", [1, 3])
 async def test_a_follower_that_fails_in_a_step_costs_no_token(
-    nodes: Nodes, connect: Connect, fault: str, victim: int
+    pair: tuple[Nodes, RunningNode], connect: Connect, fault: str, victim: int
 ) -> None:
     """Worker 1 follows a prefill leader, worker 3 one that decodes."""
-    settings = {"step_timeout": TIMEOUT_S, "restart_delay": 0.0}
-    node = nodes.start(layout="1p:tp2,1d:tp2", device="sim", **settings)
+    nodes, node = pair
     client = await connect(node)
+    before = await restarts_after(client)
     for number in range(6):
         client.submit(number, prompt_of(number), max_tokens=60)
     if victim == 3:
@@ -88,10 +100,11 @@ async def test_a_follower_that_fails_in_a_step_costs_no_token(
         assert client.tokens[number] == expected_stream(prompt_of(number), 60)
         assert [end.reason for end in client.ends[number]] == ["length"]
     assert not order.exists()
-    workers = (await all_ready(client, restarts=2))["workers"]
     lost = victim // 2
-    assert [one["restarts"] for one in workers] == [int(i // 2 == lost) for i in range(4)]
+    wanted = [was + (i // 2 == lost) for i, was in enumerate(before)]
+    assert await restarts_after(client, sum(wanted)) == wanted
     await settled(client)
+    assert not audit(node)
 
 
 async def test_who_follows_a_killed_leader_goes_with_it(nodes: Nodes, connect: Connect) -> None:

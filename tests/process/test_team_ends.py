@@ -19,6 +19,7 @@ from tests.process.test_sim_node import prompt_of
 from tests.process.test_stopping import FAILED, STOPPED, gone, left_nothing
 from tests.reference import odd_model
 from tests.reference.odd_model import settings_of
+from tests.repeats import repeats
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +36,10 @@ def submit_all(client: RawClient, num_tokens: int) -> None:
         client.submit(number, [number, 5], max_tokens=num_tokens)
 
 
-SHAPES = ["1m:tp2.pp2", "1m:ep2", "1m:pp2.ep2"]
+SHAPES = ["1m:tp2.pp2", "1m:pp2.ep2", *repeats([], ["1m:ep2"])]
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("layout", SHAPES)
 async def test_a_killed_coordinator_takes_those_in_a_collective_with_it(
     nodes: Nodes, connect: Connect, model: Path, layout: str
@@ -57,8 +59,12 @@ async def test_a_killed_coordinator_takes_those_in_a_collective_with_it(
     assert not names_of(node.pid) and not node.socket.exists()
 
 
-@pytest.mark.parametrize("layout", SHAPES)
-@pytest.mark.parametrize("drain", [True, False])
+# Ranks that share experts are stopped without a drain in tests/process/test_cpu_ranks.py.
+STOPS = [*((layout, True) for layout in SHAPES), ("1m:tp2.pp2", False)]
+
+
+@pytest.mark.repeats
+@pytest.mark.parametrize(("layout", "drain"), STOPS)
 async def test_a_stop_finds_teams_in_the_middle_of_steps(
     nodes: Nodes, connect: Connect, model: Path, layout: str, drain: bool
 ) -> None:

@@ -12,12 +12,13 @@ from tests.process.test_cpu_ranks import serve
 from tests.process.test_lost_workers import all_ready
 from tests.process.test_node import settled
 from tests.reference import deepseek, hub
+from tests.repeats import repeats
 
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {
     # 2 KV heads and 3 layers: later ranks and stages have more of them, or the same.
-    "heads": ["2p:tp2,1d", "1p:pp2,1d:tp2", "1p:tp2.pp2,1d:tp4", "1p:ep2,1d:tp2"],
+    "heads": ["2p:tp2,1d", "1p:tp2.pp2,1d:tp4", "1p:ep2,1d:tp2", *repeats([], ["1p:pp2,1d:tp2"])],
     "latents": ["1p:tp2,1d:pp2"],
 }
 CASES = [(pages, layout) for pages, layouts in LAYOUTS.items() for layout in layouts]
@@ -38,6 +39,7 @@ def expected() -> dict[str, list[list[int]]]:
     return {}
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(("pages", "layout"), CASES)
 async def test_phases_of_different_shapes_give_the_tokens_of_one_worker(
     nodes: Nodes,

@@ -37,12 +37,7 @@ MAX_TOKENS, MAX_SEQS, MAX_BLOCKS = 96, 6, CONTEXT // BLOCK
 SPARE = 63
 ALONE = Meeting(Place(), Groups.alone()).least  # what a team of one agrees on
 TENSORS = (
-    "token_ids",
-    "positions",
-    "query_starts",
-    "context_lens",
-    "block_table",
-    "logit_rows",
+    *("token_ids", "positions", "query_starts", "context_lens", "block_table", "logit_rows"),
 )
 
 
