@@ -25,6 +25,7 @@ SIM_WORKER = (sys.executable, "-m", "tests.fakes.sim_worker")
 VOCAB = 97
 EOS = (3, 5)
 SEED = 7
+ANATOMY = Anatomy(8, 8, row_bytes=1000, weight_bytes=1e6)
 QUICK = Profile(
     "quick",
     "for tests",
@@ -36,10 +37,16 @@ QUICK = Profile(
     max_num_batched_tokens=64,
     max_num_seqs=16,
     max_model_len=1024,
-    anatomy=Anatomy(8, 8, row_bytes=1000, weight_bytes=1e6),
+    anatomy=ANATOMY,
 )
-# Pages take a second for each block: a fault meets them on their way for certain.
-FAR_APART = replace(QUICK, name="far-apart", handoff_bytes_per_s=16e3)
+# Pages take a second for each block: a fault meets them on their way for certain. What tensor ranks
+# tell each other does not go that way.
+FAR_APART = replace(
+    QUICK,
+    name="far-apart",
+    handoff_bytes_per_s=16e3,
+    anatomy=replace(ANATOMY, sum_bytes_per_s=1e9),
+)
 SLOW = replace(  # every phase of a request lasts long enough to be met in it
     QUICK,
     name="slow",
