@@ -83,6 +83,7 @@ def profile(
         "threads": 0 if on_gpus else max(1, cores // count),
         "passes": result.num_passes,
         "errors": result.noted(),
+        "slowdown": round(result.slowdown, 4),
     }
     path = profile_store.write(result.profile, measured, output)
     if as_json:
@@ -93,6 +94,7 @@ def profile(
         )
         return
     show(result.noted(), result.num_passes)
+    click.echo(f"In service passes take {result.slowdown:.2f} times as long, as the profile says.")
     click.echo(f"{name}: {path}")
 
 

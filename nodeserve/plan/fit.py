@@ -72,6 +72,12 @@ def errors_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> Er
     return Errors(fmean(off), max(off), len(off)) if off else None
 
 
+def slowdown_of(passes: Sequence[Timed], cost: StepCost, gap_s: float = 0.0) -> float:
+    """How many times as long as the formula says these passes take together; 1 without any."""
+    told_s = sum(cost.pass_s([one.work]) for one in passes)
+    return sum(one.seconds + gap_s for one in passes) / told_s if told_s > 0.0 else 1.0
+
+
 def alike(passes: Sequence[Timed]) -> list[list[Timed]]:
     """Passes of the same experiment and about the same work, between powers of two, together."""
     groups: dict[tuple[str, int, int], list[Timed]] = {}

@@ -64,6 +64,21 @@ class StepCost:
     large_seqs: int = 0
     floor: "StepCost | None" = None
 
+    def times(self, factor: float) -> "StepCost":
+        """Of passes that take so many times as long."""
+        return StepCost(
+            self.prefill_fix_s * factor,
+            self.decode_fix_s * factor,
+            self.token_s * factor,
+            self.attention_s * factor,
+            self.decode_seq_s * factor,
+            self.kv_token_s * factor,
+            self.expert_token_s * factor,
+            self.large and self.large.times(factor),
+            self.large_seqs,
+            self.floor and self.floor.times(factor),
+        )
+
     def own_s(self, work: RankWork) -> float:
         """What a rank adds to its pass if it is the slowest."""
         return (

@@ -7,7 +7,9 @@ and they share memory and clocks. Sizes between those are held out: not fitted, 
 
 Whatever else runs on the machine makes passes longer, never shorter. So all experiments are made
 twice, some time apart, and where the two do not agree, again until the two shortest do; longer runs
-are dropped.
+are dropped. That gives the formula. A node that serves meets all of it: workers that stream weights
+beside each other, its own coordinator and clients, neighbours on the host. So a mixture of requests
+is served at last, and every pass of it counts.
 """
 
 import asyncio
@@ -34,6 +36,10 @@ CONTIGUOUS = 0.5  # of a pass: a longer gap after it was a wait
 REPEATS = 3
 MOST_RUNS = 4  # of an experiment
 AGREE = 1.04  # times the shortest run
+MIXTURE = (1 / 8, 1 / 2, 1.0, 2.0)  # prompts of the mixture, in chunks
+ANSWER = 24  # tokens
+AT_ONCE = 4  # clients an instance, each with one request after the other
+SERVED = 64  # requests an instance
 
 Tell = Callable[[str], None]
 
@@ -137,6 +143,24 @@ def undisturbed(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.busy_s <= AGREE * shortest]
 
 
+async def measure_service(node: Node, num_instances: int, tell: Tell) -> list[Timed]:
+    """Passes of workers that serve requests of several lengths side by side."""
+    plan = node.plan
+    most = min(plan.max_model_len - ANSWER, node.num_kv_tokens // (2 * AT_ONCE) - ANSWER)
+    prompts = [max(1, min(most, round(share * plan.max_num_batched_tokens))) for share in MIXTURE]
+    tell("requests of several lengths")
+    numbers = iter(range(SERVED * num_instances))
+
+    async def client() -> None:
+        for number in numbers:
+            await _ask(node, number, prompts[number % len(prompts)], ANSWER)
+
+    await asyncio.gather(*(client() for _ in range(AT_ONCE * num_instances)))
+    steps, _ = node.heard()
+    worked = [(work_of(step), step.step_s) for _, step in steps]
+    return [Timed(work, seconds) for work, seconds in worked if any(work)]
+
+
 async def measure_handoffs(
     node: Node, tell: Tell
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -158,19 +182,18 @@ async def measure_handoffs(
 
 async def _send(node: Node, num_instances: int, experiment: Experiment) -> list[Timings]:
     """The experiment's requests on every instance, until all have ended."""
-
-    async def one(number: int) -> Timings:
-        # Ids that differ, so that no prefix is shared.
-        ids = [(number * 31 + place) % 97 + 1 for place in range(experiment.prompt)]
-        answer = await node.client.generate(
-            ids, max_tokens=experiment.output, ignore_eos=True, temperature=0.0
-        )
-        return answer.timings
-
     calls: Sequence[Awaitable[Timings]] = [
-        one(number) for number in range(experiment.batch * num_instances)
+        _ask(node, number, experiment.prompt, experiment.output)
+        for number in range(experiment.batch * num_instances)
     ]
     return await asyncio.gather(*calls)
+
+
+async def _ask(node: Node, number: int, prompt: int, output: int) -> Timings:
+    # Ids that differ, so that no prefix is shared.
+    ids = [(number * 31 + place) % 97 + 1 for place in range(prompt)]
+    answer = await node.client.generate(ids, max_tokens=output, ignore_eos=True, temperature=0.0)
+    return answer.timings
 
 
 def run_of(

@@ -10,11 +10,17 @@ from nodeserve.coordinator.needs import DTYPE_BYTES, dtype_of
 from nodeserve.coordinator.server import OnEvent
 from nodeserve.errors import ConfigError, ModelError
 from nodeserve.gpus import Gpus
-from nodeserve.plan.fit import Errors, errors_of, fit_cost, spread_of
+from nodeserve.plan.fit import Errors, Timed, errors_of, fit_cost, slowdown_of, spread_of
 from nodeserve.plan.fit_team import PAIR, fit_team
 from nodeserve.policy.profile import Profile
 from nodeserve.policy.sizes import Anatomy, anatomy_of
-from nodeserve.profiling.experiments import Measured, Tell, measure_handoffs, measure_passes
+from nodeserve.profiling.experiments import (
+    Measured,
+    Tell,
+    measure_handoffs,
+    measure_passes,
+    measure_service,
+)
 from nodeserve.profiling.node import Node, with_node
 from nodeserve.shards import check_fits
 
@@ -28,9 +34,12 @@ UNMEASURED_BYTES_PER_S = 1e9  # with one worker there is no handoff to time
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A profile and how well it predicts what it was not made from; None: nothing was held out."""
+    """A profile and how well it predicts what it was not made from; None: nothing was held out.
+    The errors are of passes that nothing held up. In service passes take `slowdown` times as long,
+    by which the profile's times are multiplied."""
 
     profile: Profile
+    slowdown: float
     prefill: Errors | None
     decode: Errors | None
     handoff: Errors | None
@@ -63,11 +72,12 @@ def measure_profile(
     then teams of two."""
     mixed = replace(config, layout=f"{num_workers}m")
 
-    async def passes(node: Node) -> tuple[Measured, Profile]:
+    async def passes(node: Node) -> tuple[Measured, list[Timed], Profile]:
         measured = await measure_passes(node, num_workers, tell)
-        return measured, _profile(node, name, measured)
+        service = await measure_service(node, num_workers, tell)
+        return measured, service, _profile(node, name, measured)
 
-    measured, profile = with_node(mixed, checkpoint, gpus, on_event, passes)
+    measured, service, profile = with_node(mixed, checkpoint, gpus, on_event, passes)
     handoff, team = None, None
     if num_workers > 1:
         pair = replace(config, layout=f"1p{num_workers - 1}d")
@@ -88,7 +98,7 @@ def measure_profile(
             lambda node: measure_passes(node, num_workers // 2, tell, every=TEAM_EVERY),
         )
         profile, team = with_team(profile, together)
-    return _result(profile, measured, handoff, team)
+    return _result(profile, measured, service, handoff, team)
 
 
 def with_team(profile: Profile, together: Measured) -> tuple[Profile, Errors | None]:
@@ -146,14 +156,20 @@ def anatomy_here(model: ModelConfig, config: EngineConfig, gpus: Gpus) -> Anatom
 
 
 def _result(
-    profile: Profile, measured: Measured, handoff: Errors | None, team: Errors | None
+    profile: Profile,
+    measured: Measured,
+    service: Sequence[Timed],
+    handoff: Errors | None,
+    team: Errors | None,
 ) -> Result:
     def errors(prefill: bool) -> Errors | None:
         chosen = [one for one in measured.held_out if bool(one.work.prefill_tokens) is prefill]
         return errors_of(chosen, profile.cost, measured.gap_s)
 
+    slowdown = slowdown_of(service, profile.cost, measured.gap_s)
     return Result(
-        profile,
+        replace(profile, cost=profile.cost.times(slowdown)),
+        slowdown,
         errors(prefill=True),
         errors(prefill=False),
         handoff,

@@ -66,4 +66,5 @@ def test_a_measured_profile_is_the_true_one(
     for work in (RankWork(64, 2048), RankWork(0, 0.0, 8, 800)):
         team_s = found.of(Shape(tp=2)).cost.pass_s([work])
         assert team_s == pytest.approx(true.of(Shape(tp=2)).cost.pass_s([work]), rel=0.15)
+    assert result.slowdown == pytest.approx(1.0, abs=0.1)  # simulated workers share nothing
     assert any("handoff" in text for text in said)

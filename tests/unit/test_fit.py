@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from nodeserve.errors import ConfigError
-from nodeserve.plan.fit import Timed, errors_of, fit_cost, spread_of
+from nodeserve.plan.fit import Timed, errors_of, fit_cost, slowdown_of, spread_of
 from nodeserve.policy.cost import RankWork, StepCost
 
 TRUE = StepCost(0.008, 0.005, 1e-4, 2e-8, 3e-4, 5e-7)
@@ -93,6 +93,23 @@ def test_errors_are_those_of_a_wrong_model() -> None:
     assert errors.mean == pytest.approx(0.1)
     assert errors.num_groups == len(passes(TRUE))
     assert errors_of([], wrong) is None
+
+
+def test_what_service_takes_longer_is_in_every_term() -> None:
+    """Also where another line holds, for few tokens and for large batches."""
+    bent = replace(
+        TRUE,
+        floor=replace(TRUE, decode_fix_s=0.01),
+        large=replace(TRUE, token_s=2e-4),
+        large_seqs=32,
+    )
+    served = [one._replace(seconds=1.08 * one.seconds) for one in passes(bent)]
+    slowdown = slowdown_of(served, bent)
+    assert slowdown == pytest.approx(1.08) and slowdown_of([], bent) == 1.0
+    errors = errors_of(served, bent.times(slowdown))
+    assert errors is not None and errors.worst < 1e-6
+    gap_s = 0.001
+    assert slowdown_of(passes(TRUE), fit_cost(passes(TRUE), gap_s), gap_s) == pytest.approx(1.0)
 
 
 def test_no_coefficient_is_negative() -> None:
