@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ WRITE_HIGH_WATER_BYTES = 1 << 18
 # How long a frame may be incomplete: so many looks. A loop that stood still has not looked.
 FRAME_LOOKS = 3
 LOOK_S = 10.0
+LOCK_PATIENCE_S, LOCK_PAUSE_S = 5.0, 0.01  # another server holds it while it looks and binds
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,22 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as problem:
         raise ConfigError(f"no folder {folder} for the socket: {problem.strerror}") from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another server is starting in {folder}: try again") from None
+        give_up_s = time.monotonic() + LOCK_PATIENCE_S
+        while not _took(descriptor):
+            if time.monotonic() >= give_up_s:
+                raise ConfigError(f"another server is starting in {folder}: try again")
+            time.sleep(LOCK_PAUSE_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _took(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_stale(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Who may connect, from the settings to the socket's file."""
 
+import fcntl
 import grp
 import os
 import pwd
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nodeserve.config import EngineConfig
+from nodeserve.coordinator import listener
 from nodeserve.coordinator.access import Access, Peer, access_of, peer_of, user_name
 from nodeserve.coordinator.listener import bound_socket
 from nodeserve.errors import ConfigError, Forbidden
@@ -117,3 +119,31 @@ def test_a_node_on_its_way_down_leaves_its_successors_socket(tmp_path: Path) -> 
     assert path.exists()
     successor.close()
     assert not path.exists()
+
+
+def test_two_that_start_in_one_folder_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other looks and binds, and is done at our third pause."""
+    folder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            os.close(folder)
+
+    monkeypatch.setattr("time.sleep", pause)
+    with bound_socket(tmp_path / "s", Access()):
+        assert len(pauses) == 3
+    stuck = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(stuck, fcntl.LOCK_EX)
+    monkeypatch.setattr(listener, "LOCK_PATIENCE_S", 0.0)
+    with (
+        pytest.raises(ConfigError, match="another server is starting"),
+        bound_socket(tmp_path / "s", Access()),
+    ):
+        pass
+    os.close(stuck)
+    assert not (tmp_path / "s").exists()
