@@ -33,6 +33,5 @@ def smoke() -> tuple[list[Contender], Protocol]:
         ladder=(20.0, 40.0),
         common_rate=20.0,
         source=Source("synthetic(32,8)"),
-        limits=("ttft:60000", "tpot:60000"),  # it asks whether all works, not how fast
     )
     return [node, gateway, known, absent], protocol

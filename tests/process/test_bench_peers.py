@@ -36,6 +36,7 @@ def program(text: str) -> Contender:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_smoke_measures_a_node_its_gateway_and_a_peer_and_says_what_is_missing() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
@@ -44,7 +45,7 @@ def test_smoke_measures_a_node_its_gateway_and_a_peer_and_says_what_is_missing()
     assert node["failure"] is gateway["failure"] is known["failure"] is None
     assert "not installed" in absent["failure"] and absent["goodput"] is None
     assert known["rungs"][0]["num_good"] == known["rungs"][0]["num_offered"] > 0
-    assert 19.9 < known["alone"]["p50_ttft_ms"] < 2000.0  # 20, and what a busy machine adds
+    assert known["alone"]["p50_ttft_ms"] == pytest.approx(20.0, abs=10.0)
     for one in node, gateway, known:
         assert one["short_outputs"] == one["other_prompt_lengths"] == one["failed_requests"] == 0
         assert one["memory_mib"] > 5 and one["tokens_per_s_16_clients"] > 0
